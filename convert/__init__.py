@@ -1,0 +1,1 @@
+"""Commands that convert checkpoints between the Hub layout and this library."""

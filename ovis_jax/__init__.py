@@ -1,0 +1,1 @@
+"""Ovis1.6-Gemma2 in pure JAX."""

@@ -1,0 +1,337 @@
+"""What the Hub's config.json says of an Ovis model, as frozen dataclasses.
+
+Every field that decides the mathematics is read and never assumed: one that is missing, or that
+asks for something this implementation does not compute, raises `ConfigError` with its name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from ovis_jax.fields import Fields, is_int, read_json
+
+TokenizeFunction = Literal["softmax", "gumbel_argmax", "st_argmax"]
+
+NUM_IMAGE_INDICATORS = 5
+"""Rows at the end of the visual embedding table that belong to the ids -301 .. -305."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The SigLIP encoder: sizes in pixels or channels."""
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_width: int
+    image_size: int
+    patch_size: int
+    num_channels: int
+    norm_eps: float
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a crop."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """P, the patches of a crop."""
+        return self.grid_size**2
+
+    @classmethod
+    def from_hf(cls, config: Fields) -> Self:
+        """Read `visual_tokenizer_config.backbone_config`."""
+        config.require("model_type", "siglip_vision_model")
+        config.require("hidden_act", "gelu_pytorch_tanh")
+        vision = cls(
+            width=config.size("hidden_size"),
+            depth=config.size("num_hidden_layers"),
+            num_heads=config.size("num_attention_heads"),
+            mlp_width=config.size("intermediate_size"),
+            image_size=config.size("image_size"),
+            patch_size=config.size("patch_size"),
+            num_channels=config.size("num_channels"),
+            norm_eps=config.positive("layer_norm_eps"),
+        )
+        config.divides("num_attention_heads", vision.num_heads, "hidden_size", vision.width)
+        if vision.patch_size > vision.image_size:
+            raise config.error(
+                "patch_size", vision.patch_size, f"at most image_size {vision.image_size}"
+            )
+        return vision
+
+    def to_hf(self) -> dict[str, Any]:
+        """Write `visual_tokenizer_config.backbone_config`."""
+        return {
+            "model_type": "siglip_vision_model",
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": self.width,
+            "num_hidden_layers": self.depth,
+            "num_attention_heads": self.num_heads,
+            "intermediate_size": self.mlp_width,
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "num_channels": self.num_channels,
+            "layer_norm_eps": self.norm_eps,
+            "attention_dropout": 0.0,
+        }
+
+
+@dataclass(frozen=True)
+class VisualTokenizerConfig:
+    """From vision features to a distribution over the visual vocabulary."""
+
+    vision: VisionConfig
+    vocab_size: int
+    """U: the rows of the visual embedding table, image indicators included."""
+    hidden_stride: int
+    tokenize_function: TokenizeFunction
+    norm_eps: float = 1e-5
+    """Of the head's LayerNorm; stated in no config, it is the default of torch.nn.LayerNorm."""
+
+    @property
+    def num_words(self) -> int:
+        """W: the visual words that the softmax runs over, image indicators excluded."""
+        return self.vocab_size - NUM_IMAGE_INDICATORS
+
+    @property
+    def merged_grid_size(self) -> int:
+        """Visual tokens along one side of a crop, the zero-padded last row and column counted."""
+        return -(-self.vision.grid_size // self.hidden_stride)
+
+    @property
+    def tokens_per_crop(self) -> int:
+        """M, the visual tokens of a crop."""
+        return self.merged_grid_size**2
+
+    @property
+    def merged_width(self) -> int:
+        """Channels of a merged block of patches."""
+        return self.hidden_stride**2 * self.vision.width
+
+    @classmethod
+    def from_hf(cls, config: Fields) -> Self:
+        """Read `visual_tokenizer_config`."""
+        config.require("model_type", "siglip_visual_tokenizer")
+        if config.optional("drop_cls_token", False):
+            raise config.error("drop_cls_token", True, "false: SigLIP has no class token")
+        if config.optional("depths", None):
+            raise config.error("depths", config.get("depths"), "null: every block is used")
+        function = config.get("tokenize_function")
+        if function not in get_args(TokenizeFunction):
+            raise config.error(
+                "tokenize_function", function, "one of " + ", ".join(get_args(TokenizeFunction))
+            )
+        vocab_size = config.size("vocab_size")
+        if vocab_size <= NUM_IMAGE_INDICATORS:
+            raise config.error(
+                "vocab_size", vocab_size, f"more than the {NUM_IMAGE_INDICATORS} image indicators"
+            )
+        return cls(
+            vision=VisionConfig.from_hf(config.section("backbone_config")),
+            vocab_size=vocab_size,
+            hidden_stride=config.size("hidden_stride"),
+            tokenize_function=function,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Write `visual_tokenizer_config`."""
+        return {
+            "model_type": "siglip_visual_tokenizer",
+            "vocab_size": self.vocab_size,
+            "hidden_stride": self.hidden_stride,
+            "tokenize_function": self.tokenize_function,
+            "tau": 1.0,
+            "depths": None,
+            "drop_cls_token": False,
+            "backbone_kwargs": {},
+            "backbone_config": self.vision.to_hf(),
+        }
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The Gemma2 decoder."""
+
+    vocab_size: int
+    width: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    sliding_window: int
+    query_pre_attn_scalar: float
+    attn_softcap: float
+    final_softcap: float
+    rope_theta: float
+    norm_eps: float
+    tie_embeddings: bool = True
+
+    def window(self, block: int) -> int | None:
+        """The attention window of a block in positions; None where it sees all that came before."""
+        return self.sliding_window if block % 2 == 0 else None
+
+    @classmethod
+    def from_hf(cls, config: Fields, *, disable_tie_weight: bool) -> Self:
+        """Read `llm_config`."""
+        config.require("model_type", "gemma2")
+        config.require("hidden_activation", "gelu_pytorch_tanh")
+        config.require("attention_bias", False)
+        if config.optional("rope_scaling", None):
+            raise config.error(
+                "rope_scaling",
+                config.get("rope_scaling"),
+                "null: Gemma2's rotary angles are not scaled",
+            )
+        depth = config.size("num_hidden_layers")
+        expected_types = ["sliding_attention", "full_attention"] * depth
+        types = config.optional("layer_types", None)
+        if types is not None and types != expected_types[:depth]:
+            raise config.error(
+                "layer_types", types, "sliding and full attention in turn, sliding first"
+            )
+        decoder = cls(
+            vocab_size=config.size("vocab_size"),
+            width=config.size("hidden_size"),
+            depth=depth,
+            num_heads=config.size("num_attention_heads"),
+            num_kv_heads=config.size("num_key_value_heads"),
+            head_dim=config.size("head_dim"),
+            mlp_width=config.size("intermediate_size"),
+            sliding_window=config.size("sliding_window"),
+            query_pre_attn_scalar=config.positive("query_pre_attn_scalar"),
+            attn_softcap=config.positive("attn_logit_softcapping"),
+            final_softcap=config.positive("final_logit_softcapping"),
+            rope_theta=config.positive("rope_theta"),
+            norm_eps=config.positive("rms_norm_eps"),
+            tie_embeddings=not disable_tie_weight,
+        )
+        config.divides(
+            "num_key_value_heads", decoder.num_kv_heads, "num_attention_heads", decoder.num_heads
+        )
+        if decoder.head_dim % 2:
+            raise config.error(
+                "head_dim", decoder.head_dim, "an even number: rotary angles turn pairs"
+            )
+        return decoder
+
+    def to_hf(self) -> dict[str, Any]:
+        """Write `llm_config`."""
+        return {
+            "model_type": "gemma2",
+            "architectures": ["Gemma2ForCausalLM"],
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_act": "gelu_pytorch_tanh",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "cache_implementation": "hybrid",
+            "max_position_embeddings": 8192,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.width,
+            "num_hidden_layers": self.depth,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.mlp_width,
+            "sliding_window": self.sliding_window,
+            "query_pre_attn_scalar": _plain(self.query_pre_attn_scalar),
+            "attn_logit_softcapping": self.attn_softcap,
+            "final_logit_softcapping": self.final_softcap,
+            "rope_theta": self.rope_theta,
+            "rms_norm_eps": self.norm_eps,
+        }
+
+
+@dataclass(frozen=True)
+class OvisConfig:
+    """A whole Ovis1.6-Gemma2 model."""
+
+    visual_tokenizer: VisualTokenizerConfig
+    decoder: DecoderConfig
+    multimodal_max_length: int
+    """The longest prompt, in positions after every crop has become its visual tokens."""
+    eos_ids: tuple[int, ...]
+    bos_id: int
+    pad_id: int
+
+    @property
+    def vision(self) -> VisionConfig:
+        """The SigLIP encoder's config."""
+        return self.visual_tokenizer.vision
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any]) -> Self:
+        """Read the parsed config.json and generation_config.json of a Hub folder.
+
+        Raises:
+          ConfigError: a field that decides the mathematics is missing or not supported.
+        """
+        top = Fields(config, "config.json")
+        top.require("model_type", "ovis")
+        top.require("conversation_formatter_class", "GemmaConversationFormatter")
+        llm = top.section("llm_config")
+        stops = Fields(generation, "generation_config.json")
+        eos = stops.get("eos_token_id")
+        eos_ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+        ovis = cls(
+            visual_tokenizer=VisualTokenizerConfig.from_hf(top.section("visual_tokenizer_config")),
+            decoder=DecoderConfig.from_hf(
+                llm, disable_tie_weight=bool(top.optional("disable_tie_weight", False))
+            ),
+            multimodal_max_length=top.size("multimodal_max_length"),
+            eos_ids=eos_ids,
+            bos_id=stops.get("bos_token_id"),
+            pad_id=stops.get("pad_token_id"),
+        )
+        named_ids = [("eos_token_id", i) for i in eos_ids]
+        for name, i in [*named_ids, ("bos_token_id", ovis.bos_id), ("pad_token_id", ovis.pad_id)]:
+            if not is_int(i) or not 0 <= i < ovis.decoder.vocab_size:
+                raise stops.error(
+                    name, i, f"a token id below the vocabulary size {ovis.decoder.vocab_size}"
+                )
+        if top.optional("hidden_size", ovis.decoder.width) != ovis.decoder.width:
+            raise top.error(
+                "hidden_size",
+                top.get("hidden_size"),
+                f"llm_config.hidden_size {ovis.decoder.width}",
+            )
+        return ovis
+
+    def to_hf(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Write config.json and generation_config.json such that `from_hf` reads them back."""
+        ids = {"bos_token_id": self.bos_id, "pad_token_id": self.pad_id}
+        config = {
+            "architectures": ["Ovis"],
+            "auto_map": {
+                "AutoConfig": "configuration_ovis.OvisConfig",
+                "AutoModelForCausalLM": "modeling_ovis.Ovis",
+            },
+            "model_type": "ovis",
+            "conversation_formatter_class": "GemmaConversationFormatter",
+            "disable_tie_weight": not self.decoder.tie_embeddings,
+            "hidden_size": self.decoder.width,
+            "llm_attn_implementation": "eager",
+            "llm_config": self.decoder.to_hf() | ids | {"eos_token_id": self.eos_ids[0]},
+            "multimodal_max_length": self.multimodal_max_length,
+            "visual_tokenizer_config": self.visual_tokenizer.to_hf(),
+        }
+        return config, ids | {"eos_token_id": list(self.eos_ids), "cache_implementation": "hybrid"}
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """Read config.json and generation_config.json of a checkpoint folder.
+
+        Raises:
+          ConfigError: a file or field is missing, unreadable or not supported.
+        """
+        return cls.from_hf(
+            read_json(folder / "config.json"), read_json(folder / "generation_config.json")
+        )
+
+
+def _plain(number: float) -> float | int:
+    """A float that is whole as an int, as config.json writes it."""
+    return int(number) if number == int(number) else number

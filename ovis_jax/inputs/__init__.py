@@ -1,0 +1,1 @@
+"""Host side: images and text become arrays, with numpy and Pillow only."""
