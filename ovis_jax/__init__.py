@@ -1,1 +1,25 @@
 """Ovis1.6-Gemma2 in pure JAX."""
+
+from ovis_jax.config import OvisConfig
+from ovis_jax.errors import OvisError
+from ovis_jax.inference.generate import Generation, generate, stream
+from ovis_jax.inference.sampling import Sampling
+from ovis_jax.inputs.batch import Inputs
+from ovis_jax.inputs.processor import Processor
+from ovis_jax.loading import LoadedOvis, load
+from ovis_jax.model.ovis import Ovis, forward
+
+__all__ = [
+    "Generation",
+    "Inputs",
+    "LoadedOvis",
+    "Ovis",
+    "OvisConfig",
+    "OvisError",
+    "Processor",
+    "Sampling",
+    "forward",
+    "generate",
+    "load",
+    "stream",
+]

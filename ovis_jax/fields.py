@@ -24,7 +24,7 @@ class Fields:
         """The value of a key that must be there."""
         if key not in self.values:
             raise ConfigError(
-                f"{self.name}: {key} is missing; it decides what is computed, so it is never assumed"
+                f"{self.name}: {key} is missing; it decides what is computed and is never assumed"
             )
         return self.values[key]
 

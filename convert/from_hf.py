@@ -1,0 +1,214 @@
+"""Hub layout -> this library: `python -m convert.from_hf SRC DST`.
+
+A conversion renames tensors and never reshapes them, so it is a stream: no tensor is ever whole in
+memory. Exit codes: 0 done, 1 the checkpoint is wrong, 2 usage, 3 input or output, 4 interrupted.
+"""
+
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from convert.report import print_plan
+from ovis_jax.checkpoint.keymap import Plan
+from ovis_jax.checkpoint.params import is_converted, plan_parameters
+from ovis_jax.checkpoint.safetensors_files import DTYPES, TensorEntry, read_chunks
+from ovis_jax.checkpoint.source import Source, find_source, small_files
+from ovis_jax.checkpoint.writer import (
+    CONVERSION_FILE,
+    MAX_SHARD_BYTES,
+    Tensors,
+    cast,
+    check_destination,
+    check_space,
+    conversion_record,
+    plan_shards,
+    tensor_bytes,
+    whole_or_absent,
+    with_dtype,
+    write_json,
+    write_tensors,
+)
+from ovis_jax.config import OvisConfig
+from ovis_jax.console import print_error
+from ovis_jax.errors import CheckpointError, OvisError
+from ovis_jax.fields import read_json
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the parameter being written, the bytes written so far and their sum at the end."""
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """All that a conversion will do, known from headers and configs alone."""
+
+    source: Source
+    plan: Plan
+    tensors: Tensors
+    dtype: str
+    recast: bool
+    files: dict[str, Path]
+
+
+def prepare(
+    src: str | Path, *, revision: str | None = None, dtype: str | None = None
+) -> Conversion:
+    """Read the configs and headers of a source and match every tensor; nothing is written.
+
+    Raises:
+      ConfigError: a config or tokenizer file is missing or not supported.
+      CheckpointError: the tensors are not those of the config; with a row for every fault.
+      OvisError: `src` is neither a folder nor a repo id, or `dtype` is not one of the three.
+      OSError: a file cannot be read or fetched.
+    """
+    source = find_source(src, revision)
+    config = OvisConfig.from_folder(source.folder)
+    files = small_files(source.folder)
+    if is_converted(source.folder):
+        raise OvisError(f"{source.folder} is already converted; give the checkpoint it was made of")
+    plan, target = plan_parameters(source.folder, config, dtype)
+    tensors = {path: (target, entry.shape) for path, entry in plan.sources.items()}
+    return Conversion(source, plan, tensors, target, dtype is not None, files)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    progress: OnProgress | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, Any]:
+    """Convert a checkpoint; `dst` appears when it is complete. Returns what conversion.json says.
+
+    `src` is a folder in the Hub's layout or a repo id, `revision` a branch, tag or commit of that
+    repo; `dtype` ("float32", "bfloat16", "float16") casts every tensor, otherwise none is changed.
+
+    Raises:
+      OvisError: as in `prepare`, and when `dst` exists and is not an empty folder.
+      OSError: a file cannot be read or written, or the disk is too small.
+    """
+    dst = Path(dst)
+    check_destination(dst)
+    conversion = prepare(src, revision=revision, dtype=dtype)
+    total = sum(tensor_bytes(*tensor) for tensor in conversion.tensors.values())
+    check_space(dst, total)
+    done = 0
+
+    def chunks(path: str) -> Iterator[memoryview]:
+        nonlocal done
+        for piece in _pieces(conversion.plan.sources[path], conversion.dtype):
+            yield piece
+            done += len(piece)
+            if progress is not None:
+                progress(path, done, total)
+
+    with whole_or_absent(dst) as partial:
+        digests = write_tensors(partial, conversion.tensors, chunks, max_shard_bytes)
+        _write_small_files(conversion, partial)
+        record = conversion_record(conversion.tensors, digests, **_provenance(conversion))
+        write_json(partial / CONVERSION_FILE, record)
+    return record
+
+
+def _pieces(entry: TensorEntry, dtype: str) -> Iterator[memoryview]:
+    for piece in read_chunks(entry):
+        if entry.dtype != dtype:
+            source = np.frombuffer(piece, DTYPES[entry.dtype])
+            piece = cast(entry.key, source, dtype).view(np.uint8).data
+        yield piece
+
+
+def _write_small_files(conversion: Conversion, partial: Path) -> None:
+    folder = conversion.source.folder
+    files = {name: folder / name for name in ("config.json", "generation_config.json")}
+    for name, path in (files | conversion.files).items():
+        shutil.copyfile(path, partial / name)
+    if conversion.recast:
+        config_json = with_dtype(read_json(folder / "config.json"), conversion.dtype)
+        write_json(partial / "config.json", config_json)
+
+
+def _provenance(conversion: Conversion) -> dict[str, Any]:
+    plan, source = conversion.plan, conversion.source
+    return {
+        "source": {"name": source.name, "revision": source.revision},
+        "source_keys": len(plan.sources) + len(plan.unused),
+        "not_used": {entry.key: why for entry, why in plan.unused},
+        "not_used_and_absent": list(plan.absent),
+    }
+
+
+def command(
+    src: Annotated[str, typer.Argument(help="A folder in the Hub's layout, or a repo id.")],
+    dst: Annotated[Path, typer.Argument(help="The folder to make; it must not hold anything.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a repo id.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Cast every tensor.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
+) -> None:
+    """Convert an Ovis1.6-Gemma2 checkpoint from the Hub's layout."""
+    errors = Console(stderr=True)
+    # A polite request to end cleans up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if dry_run:
+            check_destination(dst)
+            conversion = prepare(src, revision=revision, dtype=dtype)
+            shards = plan_shards(conversion.tensors)
+            print_plan(Console(), conversion.plan, conversion.tensors, shards)
+        else:
+            record = _convert_with_bar(errors, src, dst, revision, dtype)
+            Console().print(
+                f"{dst}: {record['source_keys']} source keys, {record['parameters']:,} parameters"
+                f" as {record['dtype']} in {len(record['sha256'])} shard(s)",
+                soft_wrap=True,
+            )
+    except OvisError as error:
+        print_error(errors, error)
+        raise typer.Exit(1 if isinstance(error, CheckpointError) else 2) from None
+    except OSError as error:
+        print_error(errors, error)
+        raise typer.Exit(3) from None
+    except KeyboardInterrupt:
+        print_error(errors, f"interrupted; {dst} was not written")
+        raise typer.Exit(4) from None
+
+
+def _convert_with_bar(
+    errors: Console, src: str, dst: Path, revision: str | None, dtype: str | None
+) -> dict[str, Any]:
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("converting", total=None)
+
+        def show(_: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return convert(src, dst, revision=revision, dtype=dtype, progress=show)
+
+
+def main() -> None:
+    """Run the command line."""
+    typer.run(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""What is wrong with a checkpoint, one row a fault, collected so that all are told at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ovis_jax.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault of one tensor (or, where `key` is empty, of a whole file)."""
+
+    file: str
+    key: str
+    problem: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        where = printable(self.file) + (f": {printable(self.key)}" if self.key else "")
+        return f"{where}: {self.problem}: expected {self.expected}, found {printable(self.found)}"
+
+
+class CheckpointProblems(CheckpointError):
+    """A checkpoint with one or more faults; `problems` holds the rows, the message tells them."""
+
+    def __init__(self, subject: str, problems: Sequence[Problem], advice: str) -> None:
+        count = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
+        self.summary = f"{subject}: {count}; {advice}"
+        self.problems = tuple(problems)
+        super().__init__("\n".join([self.summary, *(f"  {problem}" for problem in problems)]))
+
+
+def printable(text: str) -> str:
+    """Text from a file, escaped where a terminal would not show it as it is."""
+    return text if text.isprintable() else ascii(text)

@@ -1,0 +1,230 @@
+"""The command line: generate, chat, inspect, verify."""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Column, Table
+
+from ovis_jax import verify as golden_files
+from ovis_jax.checkpoint.params import plan_parameters
+from ovis_jax.checkpoint.source import find_source
+from ovis_jax.config import OvisConfig
+from ovis_jax.console import print_error
+from ovis_jax.errors import OvisError
+from ovis_jax.inference.generate import stream
+from ovis_jax.inference.sampling import Sampling
+from ovis_jax.inputs.conversation import IMAGE_TEXT, Prompt, Turn
+from ovis_jax.inputs.image import open_image
+from ovis_jax.loading import LoadedOvis, load
+
+app = typer.Typer(
+    help="Ovis1.6-Gemma2 vision-language models in JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Model = Annotated[
+    str, typer.Option(help="A converted folder, or a folder or repo id in the Hub's layout.")
+]
+Folder = Annotated[str, typer.Argument(help="A converted folder, or one in the Hub's layout.")]
+MaxNewTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="Sample at this temperature; without it take the likeliest.")
+]
+TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest up to this sum.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from this many of the likeliest.")]
+Penalty = Annotated[float | None, typer.Option(help="Penalty on tokens that were generated.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+MaxPartition = Annotated[int, typer.Option(help="The most cells that an image is cut into.")]
+OtherDtype = Annotated[Dtype | None, typer.Option(help="Compute in this dtype, not as stored.")]
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A loaded model, and how it is to answer."""
+
+    ovis: LoadedOvis
+    sampling: Sampling
+    seed: int
+    max_new_tokens: int
+    max_partition: int
+
+    def __call__(
+        self, prompt: Prompt, images: list[Image.Image], preface: str = "", *, show: bool
+    ) -> dict[str, Any]:
+        """Answer one prompt, printing the text as it comes if it is to be shown."""
+        ovis, start = self.ovis, time.perf_counter()
+        inputs = ovis.processor(
+            [prompt], [images], max_partition=self.max_partition, preface=preface
+        )
+        pieces = stream(
+            ovis.model,
+            ovis.params,
+            inputs,
+            None if self.sampling.temperature is None else jax.random.key(self.seed),
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+        )
+        decoder, tokens, text, first = ovis.processor.stream_text(), [], "", 0.0
+        for piece in pieces:
+            new = np.asarray(piece.tokens)[0, : int(piece.lengths[0])].tolist()
+            first = first or time.perf_counter() - start
+            tokens += new
+            added = "".join(decoder.push(i) for i in new if i not in ovis.config.eos_ids)
+            text += added
+            if show:
+                print(added, end="", flush=True)
+        rest = decoder.finish()
+        if show:
+            print(rest, flush=True)
+        return {
+            "text": text + rest,
+            "tokens": tokens,
+            "finish_reason": "stop" if tokens[-1] in ovis.config.eos_ids else "length",
+            "prompt_positions": int(np.count_nonzero(inputs.positions >= 0)),
+            "seconds_to_first_token": round(first, 3),
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help='May say where an image stands: "<image>".')],
+    image: Annotated[list[Path] | None, typer.Option(help="An image; may be repeated.")] = None,
+    preface: Annotated[str, typer.Option(help="How the answer begins.")] = "",
+    max_new_tokens: MaxNewTokens = 1024,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = 0,
+    max_partition: MaxPartition = 9,
+    dtype: OtherDtype = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Answer a prompt about images; the text is printed as it comes."""
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    sampling.check()
+    images = [open_image(path) for path in image or []]
+    answer = Answerer(load(model, dtype=dtype), sampling, seed, max_new_tokens, max_partition)
+    result = answer(prompt, images, preface, show=not as_json)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+
+
+@app.command()
+def chat(
+    model: Model,
+    max_new_tokens: MaxNewTokens = 1024,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = 0,
+    max_partition: MaxPartition = 9,
+    dtype: OtherDtype = None,
+) -> None:
+    """Talk with a model, several turns, with images."""
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    sampling.check()
+    answer = Answerer(load(model, dtype=dtype), sampling, seed, max_new_tokens, max_partition)
+    notes = Console(stderr=True, highlight=False)
+    notes.print("/image FILE adds an image to the next message, /new starts over, /exit ends")
+    turns: list[Turn] = []
+    images: list[Image.Image] = []
+    added: list[Image.Image] = []
+    while (line := _read_line()) is not None and line != "/exit":
+        try:
+            if line == "/new":
+                turns, images, added = [], [], []
+            elif line.startswith("/image "):
+                added.append(open_image(line.removeprefix("/image ").strip()))
+            elif line:
+                marks = "" if IMAGE_TEXT in line else f"{IMAGE_TEXT}\n" * len(added)
+                asked = [*turns, {"role": "user", "content": marks + line}]
+                result = answer(asked, images + added, show=True)
+                turns = [*asked, {"role": "assistant", "content": result["text"]}]
+                images, added = images + added, []
+        except OvisError as error:
+            print_error(notes, error)
+
+
+@app.command()
+def inspect(folder: Folder) -> None:
+    """Show a checkpoint's config, parameters and bytes by part; reads headers only."""
+    path = find_source(folder).folder
+    config = OvisConfig.from_folder(path)
+    plan, dtype = plan_parameters(path, config)
+    parts: dict[str, list[int]] = {}
+    tensors = [(name.partition("/")[0], entry) for name, entry in plan.sources.items()]
+    for part, entry in [*tensors, *(("(not used)", entry) for entry, _ in plan.unused)]:
+        size = int(np.prod(entry.shape))
+        sums = parts.setdefault(part, [0, 0, 0])
+        parts[part] = [sums[0] + 1, sums[1] + size, sums[2] + entry.stop - entry.start]
+    table = Table("part", *_numbers("tensors", "parameters", f"bytes ({dtype})"))
+    for part, sums in parts.items():
+        table.add_row(part, *(f"{value:,}" for value in sums))
+    table.add_section()
+    table.add_row("all", *(f"{sum(column):,}" for column in zip(*parts.values(), strict=True)))
+    console = Console(highlight=False)
+    console.print_json(data=asdict(config))
+    console.print(table)
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    golden: Annotated[list[Path], typer.Argument(help="Results of the original code, as .npz.")],
+) -> None:
+    """Compare a checkpoint with results of the original code, stage by stage."""
+    loaded: dict[str, LoadedOvis] = {}
+    table = Table("case", "stage", *_numbers("largest difference", "tolerance"), "result")
+    failed = 0
+    for path in golden:
+        dtype = "bfloat16" if golden_files.is_bfloat16(path) else "float32"
+        if dtype not in loaded:
+            loaded[dtype] = load(folder, dtype=dtype)
+        ovis = loaded[dtype]
+        stages = golden_files.verify(ovis.processor, ovis.model, ovis.params, path)
+        for n, stage in enumerate(stages):
+            failed += not stage.passed
+            numbers = f"{stage.difference:.2g}", f"{stage.tolerance:g}"
+            result = "[green]pass[/]" if stage.passed else "[bold red]FAIL[/]"
+            table.add_row("" if n else path.stem, stage.name, *numbers, result)
+        table.add_section()
+    Console().print(table)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _numbers(*names: str) -> list[Column]:
+    """Table columns that hold numbers."""
+    return [Column(name, justify="right") for name in names]
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def main() -> None:
+    """Run the command line; bad input is one line on stderr and exit code 2."""
+    try:
+        app()
+    except (OvisError, OSError) as error:
+        print_error(Console(stderr=True, highlight=False), error)
+        sys.exit(2)

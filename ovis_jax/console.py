@@ -1,0 +1,42 @@
+"""What every command prints when it cannot go on: one line, or a table of a checkpoint's faults."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from ovis_jax.checkpoint.problems import CheckpointProblems, printable
+
+
+def print_error(console: Console, error: object) -> None:
+    """Print what is wrong in one line; the faults of a checkpoint in a table below it."""
+    message = error
+    if isinstance(error, CheckpointProblems):
+        message = error.summary
+    elif isinstance(error, OSError) and error.strerror:
+        message = f"{error.strerror}: {error.filename}"
+    text = " ".join(printable(line.strip()) for line in str(message).splitlines())
+    console.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+    if isinstance(error, CheckpointProblems):
+        rows = [
+            (row.file, row.key or "(whole file)", row.problem, row.expected, row.found)
+            for row in error.problems
+        ]
+        print_table(console, ["file", "key", "problem", "expected", "found"], rows)
+
+
+def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table whose cells are taken as they are; never cut off where there is no terminal."""
+    table = Table(*columns)
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows:
+        # As text, not as markup: keys come out of files.
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    if not console.is_terminal:  # a file or pipe has no width to fold a table into
+        widest = console.options.update(max_width=10_000)
+        width = Measurement.get(console, widest, table).maximum
+        console = Console(file=console.file, width=width)
+    console.print(table)

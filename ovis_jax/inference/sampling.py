@@ -1,0 +1,113 @@
+"""How the next token is chosen: pure functions of logits."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int, Key
+
+from ovis_jax.errors import RequestError
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampling:
+    """What happens to the logits before a token is drawn; as it stands, the likeliest is taken.
+
+    A step that is None is left out of the compiled program. A number, or an array with one value a
+    row, is an argument of it: another value compiles nothing. The order is that of Hugging Face
+    transformers: repetition penalty, temperature, top-k, top-p.
+    """
+
+    temperature: float | Array | None = None
+    """Divides the logits; None or 0 takes the likeliest token."""
+    top_k: int | Array | None = None
+    """Keep the k likeliest tokens, at least 1."""
+    top_p: float | Array | None = None
+    """Keep the fewest likeliest tokens whose probabilities reach p, in (0, 1]."""
+    repetition_penalty: float | Array | None = None
+    """Divides positive and multiplies negative logits of tokens generated before, above 0. The
+    prompt does not count, as in the original, which hands its prompts over as embeddings."""
+
+    def check(self) -> None:
+        """Raise `RequestError` for a value out of range; traced values cannot be checked."""
+        self._check("temperature", lambda x: x >= 0, "at least 0")
+        self._check("top_k", lambda x: x >= 1, "at least 1")
+        self._check("top_p", lambda x: (0 < x) & (x <= 1), "above 0 and at most 1")
+        self._check("repetition_penalty", lambda x: x > 0, "above 0")
+        if self.temperature is None and (self.top_k is not None or self.top_p is not None):
+            raise RequestError(
+                "sampling: top_k and top_p need a temperature; without one the "
+                "likeliest token is taken; give temperature=1.0 to sample"
+            )
+
+    def _check(self, name: str, holds, expected: str) -> None:
+        value = getattr(self, name)
+        if value is None or isinstance(value, jax.core.Tracer):
+            return
+        if not np.all(holds(np.asarray(value))):
+            raise RequestError(f"sampling: {name} is {value}, expected {expected}")
+
+
+def pick(
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    seen: Bool[Array, "B V"] | None = None,
+    key: Key[Array, ""] | None = None,
+) -> Int[Array, "B"]:
+    """Choose one token a row.
+
+    Args:
+      logits: float32.
+      sampling: what to do with them.
+      seen: the tokens that `repetition_penalty` applies to; None without one.
+      key: None when the likeliest token is to be taken.
+    """
+    if sampling.repetition_penalty is not None and seen is not None:
+        logits = penalise(logits, seen, _column(sampling.repetition_penalty))
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if sampling.temperature is None:
+        return likeliest
+    if key is None:
+        raise RequestError("sampling with a temperature needs a key: pass jax.random.key(seed)")
+    temperature = _column(sampling.temperature)
+    greedy = temperature[:, 0] == 0
+    logits = logits / jnp.where(temperature == 0, 1.0, temperature)
+    if sampling.top_k is not None:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p is not None:
+        logits = keep_top_p(logits, _column(sampling.top_p))
+    drawn = jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    return jnp.where(greedy, likeliest, drawn)
+
+
+def penalise(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, "#B 1"]
+) -> Float[Array, "B V"]:
+    """The repetition penalty of CTRL (Keskar et al. 2019, section 4.1)."""
+    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(seen, penalised, logits)
+
+
+def keep_top_k(logits: Float[Array, "B V"], k: int | Array) -> Float[Array, "B V"]:
+    """Put all but the k largest of a row to -inf; what equals the k-th stays too."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    last = jnp.minimum(jnp.reshape(k, (-1, 1)), logits.shape[-1]) - 1
+    last = jnp.broadcast_to(last, (logits.shape[0], 1))
+    return jnp.where(logits < jnp.take_along_axis(ordered, last, axis=-1), -jnp.inf, logits)
+
+
+def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, "#B 1"]) -> Float[Array, "B V"]:
+    """Nucleus sampling (Holtzman et al. 2019): put what lies behind probability p to -inf."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of what is likelier
+    smallest = jnp.min(jnp.where(before < p, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < smallest, -jnp.inf, logits)
+
+
+def _column(value: float | Array) -> Array:
+    """A number or one value a row, as [1, 1] or [B, 1]."""
+    return jnp.reshape(jnp.asarray(value, jnp.float32), (-1, 1))

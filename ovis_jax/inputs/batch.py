@@ -1,0 +1,86 @@
+"""Conversations of any length become a batch of one of few shapes, each of which compiles once."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ovis_jax.inputs.image import IMAGE_SLOT
+
+TOKEN_BUCKET = 64
+"""Rows are padded to 64, 128, ... 512, 640, 768, 896, 1024, 1280, ... positions."""
+CROP_BUCKET = 1
+"""Crops are padded to 0, 1, ... 8, 10, 12, 14, 16, 20, ... crops."""
+
+PADDING = -1
+"""The position of what pads a row."""
+
+
+class Inputs(NamedTuple):
+    """A batch: rows are padded on the right, crops at the end.
+
+    Attributes:
+      tokens: int32 [B, T]: text ids, -300 for each visual token of a crop, -301..-305 indicators.
+      positions: int32 [B, T]: from 0 in each row, -1 where the row is padded.
+      pixels: float32 [I, H, W, C]: the crops in order of appearance over the rows, then zeros.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    pixels: np.ndarray
+
+
+class Example(NamedTuple):
+    """One conversation, not padded.
+
+    Attributes:
+      tokens: int32 [T], as in `Inputs`.
+      labels: int32 [T]: the id at each position that is learned, else -100; not shifted.
+      pixels: float32 [I, H, W, C].
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    pixels: np.ndarray
+
+
+def bucket(n: int, unit: int) -> int:
+    """The smallest length >= n of a fixed ladder: 8 steps of `unit`, then 4 steps an octave.
+
+    What it adds to n is less than `unit`, or less than a quarter of n. Zero stays zero.
+    """
+    step = unit
+    while 8 * step < n:
+        step *= 2
+    return -(-n // step) * step
+
+
+def last_positions(example: Example, limit: int, tokens_per_crop: int) -> Example:
+    """Keep the last `limit` positions; a crop that would lose some of its slots goes as a whole."""
+    tokens, labels = example.tokens[-limit:], example.labels[-limit:]
+    num_crops, rest = divmod(np.count_nonzero(tokens == IMAGE_SLOT), tokens_per_crop)
+    # The slots of a crop that was cut stand at the beginning, and its pixels before the others'.
+    return Example(tokens[rest:], labels[rest:], example.pixels[len(example.pixels) - num_crops :])
+
+
+def pad_batch(
+    rows: Sequence[np.ndarray], pixels: np.ndarray, *, pad_id: int, max_length: int
+) -> Inputs:
+    """Pad rows int [t] and crops float32 [i, H, W, C] to their buckets.
+
+    Args:
+      rows: the ids of each row, every crop expanded to its slots.
+      pixels: the crops of all rows, in order of appearance.
+      pad_id: the id that pads a row.
+      max_length: no row is padded beyond this.
+    """
+    longest = max(len(row) for row in rows)
+    length = max(longest, min(bucket(longest, TOKEN_BUCKET), max_length))
+    tokens = np.full((len(rows), length), pad_id, np.int32)
+    positions = np.full((len(rows), length), PADDING, np.int32)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)] = row
+        positions[b, : len(row)] = np.arange(len(row))
+    padded = np.zeros((bucket(len(pixels), CROP_BUCKET), *pixels.shape[1:]), np.float32)
+    padded[: len(pixels)] = pixels
+    return Inputs(tokens, positions, padded)

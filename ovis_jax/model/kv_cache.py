@@ -1,0 +1,67 @@
+"""Keys and values of the positions read so far.
+
+A global block keeps every position; a local block keeps a ring of the last `sliding_window`. Both
+follow one rule: position p lies in slot p mod S. A full cache is a ring that never comes round.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from ovis_jax.config import DecoderConfig
+
+KeyValue = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
+"""Keys and values of one block."""
+
+
+class Cache(NamedTuple):
+    """The cache of all blocks, and how many positions each row has read."""
+
+    blocks: tuple[KeyValue, ...]
+    lengths: Int[Array, "B"]
+
+
+def num_slots(config: DecoderConfig, block: int, max_length: int) -> int:
+    """S: the slots that a block needs for rows of up to `max_length` positions."""
+    window = config.window(block)
+    return max_length if window is None else min(window, max_length)
+
+
+def slot_positions(lengths: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:
+    """The position that each slot holds once `lengths` positions were written; -1 where none."""
+    last = lengths[:, None] - 1  # [B, 1]
+    positions = last - (last - jnp.arange(slots)) % slots
+    return jnp.maximum(positions, -1)
+
+
+def fill(
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    positions: Int[Array, "B T"],
+    slots: int,
+) -> KeyValue:
+    """The slots of a block after a whole prompt; `positions` is -1 at padding on either side."""
+    lengths = jnp.max(positions, axis=1) + 1
+    first = jnp.argmax(positions >= 0, axis=1)  # the column of position 0
+    columns = first[:, None] + jnp.maximum(slot_positions(lengths, slots), 0)  # [B, S]
+    columns = columns[:, None, :, None]
+    return jnp.take_along_axis(k, columns, axis=2), jnp.take_along_axis(v, columns, axis=2)
+
+
+def write(
+    block: KeyValue,
+    k: Float[Array, "B K 1 H"],
+    v: Float[Array, "B K 1 H"],
+    positions: Int[Array, "B"],
+) -> KeyValue:
+    """Put one more position a row in its slot, over the position that leaves."""
+    slots = block[0].shape[2]
+
+    def put(row: Array, value: Array, slot: Array) -> Array:
+        return jax.lax.dynamic_update_slice(row, value, (0, slot, 0))
+
+    put_rows = jax.vmap(put)
+    return put_rows(block[0], k, positions % slots), put_rows(block[1], v, positions % slots)

@@ -1,0 +1,187 @@
+"""The whole model: images and token ids -> logits, with or without a cache."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int, Key
+
+from ovis_jax.config import NUM_IMAGE_INDICATORS, OvisConfig
+from ovis_jax.errors import RequestError
+from ovis_jax.inputs.batch import Inputs
+from ovis_jax.inputs.image import IMAGE_SLOT, IMAGE_START
+from ovis_jax.model import kv_cache
+from ovis_jax.model.decoder import Decoder
+from ovis_jax.model.kv_cache import Cache
+from ovis_jax.model.vision import VisionEncoder
+from ovis_jax.model.visual_tokenizer import VisualTokenizer, VisualTokens, embed_words
+
+Params = dict[str, Any]
+"""Nested dict of arrays; `ovis_jax.sharding.PARAM_AXES` lists the paths."""
+
+
+class ImageStates(NamedTuple):
+    """What the model makes of crops, stage by stage."""
+
+    vision: tuple[Float[Array, "I P E"], ...]
+    """The patch embeddings, then the output of each SigLIP block."""
+    tokens: VisualTokens
+    embeddings: Float[Array, "I M D"]
+
+
+class States(NamedTuple):
+    """What `forward` saw on its way."""
+
+    images: ImageStates | None
+    inputs_embeds: Float[Array, "B T D"]
+    """Text, indicators and visual tokens in one sequence, before the scaling by sqrt(width)."""
+    hidden: tuple[Float[Array, "B T D"], ...]
+    """The output of each decoder block; the last one before the final norm."""
+
+
+@dataclass(frozen=True)
+class Ovis:
+    """The model as pure functions of (params, arrays). It holds its config and nothing else."""
+
+    config: OvisConfig
+
+    def init(self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> Params:
+        """Random parameters, such as `jax.eval_shape` can take the shapes from."""
+        c = self.config
+        vision = VisionEncoder(c.vision, dtype)
+        visual_tokenizer = VisualTokenizer(c.visual_tokenizer, dtype)
+        decoder = Decoder(c.decoder, dtype)
+        keys = jax.random.split(key, 4)
+        side, D = c.vision.image_size, c.decoder.width
+        pixels = jnp.zeros((1, side, side, c.vision.num_channels))
+        features = jnp.zeros((1, c.vision.num_patches, c.vision.width), dtype)
+        embeds, positions = jnp.zeros((1, 1, D), dtype), jnp.zeros((1, 1), jnp.int32)
+        table = jax.random.normal(keys[3], (c.visual_tokenizer.vocab_size, D), dtype)
+        return {
+            "vision": vision.init(keys[0], pixels)["params"],
+            "visual_tokenizer": visual_tokenizer.init(keys[1], features)["params"],
+            "visual_embedding": table * jnp.asarray(D**-0.5, dtype),
+            "decoder": decoder.init(keys[2], embeds, positions)["params"],
+        }
+
+    def embed_images(
+        self,
+        params: Params,
+        pixels: Float[Array, "I h w C"],
+        key: Key[Array, ""] | None = None,
+    ) -> ImageStates:
+        """Turn crops into visual embeddings.
+
+        Args:
+          params: of the whole model.
+          pixels: normalised crops.
+          key: for a checkpoint whose `tokenize_function` is gumbel_argmax; see `tokenize`.
+        """
+        c = self.config
+        vision = VisionEncoder(c.vision).apply({"params": params["vision"]}, pixels)
+        tokenizer = VisualTokenizer(c.visual_tokenizer)
+        tokens = tokenizer.apply({"params": params["visual_tokenizer"]}, vision[-1], key)
+        embeddings = embed_words(tokens.probabilities, params["visual_embedding"])
+        return ImageStates(vision, tokens, embeddings)
+
+    def embed_inputs(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        visual: Float[Array, "I M D"] | None,
+    ) -> Float[Array, "B T D"]:
+        """One sequence of embeddings from text ids, indicator ids and visual slots.
+
+        Slots take the visual embeddings in order of appearance over the batch.
+        """
+        text, table = params["decoder"]["embed"], params["visual_embedding"]
+        x = text[jnp.maximum(tokens, 0)]  # [B, T, D]
+        # -301 .. -305 are the last five rows of the table, in that order.
+        row = table.shape[0] - NUM_IMAGE_INDICATORS + (IMAGE_START - tokens)
+        x = jnp.where((tokens <= IMAGE_START)[..., None], table[jnp.maximum(row, 0)], x)
+        if visual is None:
+            return x
+        slots = tokens == IMAGE_SLOT
+        order = jnp.cumsum(slots.reshape(-1)).reshape(slots.shape) - 1  # [B, T]
+        visual = visual.reshape(-1, visual.shape[-1])  # [I M, D]
+        return jnp.where(slots[..., None], visual[jnp.maximum(order, 0)], x)
+
+    def embed(
+        self, params: Params, inputs: Inputs, key: Key[Array, ""] | None = None
+    ) -> tuple[Float[Array, "B T D"], ImageStates | None]:
+        """Input embeddings of a batch, and what was made of its images (None without crops)."""
+        images = (
+            self.embed_images(params, jnp.asarray(inputs.pixels), key)
+            if len(inputs.pixels)
+            else None
+        )
+        visual = None if images is None else images.embeddings
+        return self.embed_inputs(params, jnp.asarray(inputs.tokens), visual), images
+
+    def forward(
+        self, params: Params, inputs: Inputs, key: Key[Array, ""] | None = None
+    ) -> tuple[Float[Array, "B T V"], States]:
+        """Float32 logits at every position, without a cache, and the states on the way there."""
+        x, images = self.embed(params, inputs, key)
+        decoder = Decoder(self.config.decoder)
+        out = decoder.apply({"params": params["decoder"]}, x, jnp.asarray(inputs.positions))
+        return out.logits, States(images, x, out.hidden_states)
+
+    def prefill(
+        self,
+        params: Params,
+        inputs: Inputs,
+        max_length: int,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Read whole prompts.
+
+        Args:
+          params: of the whole model.
+          inputs: the prompts.
+          max_length: positions a row may reach in all; the cache has room for so many.
+          key: see `embed_images`.
+
+        Returns:
+          Float32 logits of each row's last position, and the cache.
+
+        Raises:
+          RequestError: the prompts alone are longer than `max_length`.
+        """
+        B, T = inputs.tokens.shape
+        if T > max_length:
+            raise RequestError(
+                f"the cache is too short: max_length is {max_length}, the prompts take {T}"
+            )
+        c = self.config.decoder
+        positions = jnp.asarray(inputs.positions)
+        x, _ = self.embed(params, inputs, key)
+        columns = jnp.argmax(positions, axis=1)
+        out = Decoder(c).apply({"params": params["decoder"]}, x, positions, None, columns)
+        blocks = tuple(
+            kv_cache.fill(k, v, positions, kv_cache.num_slots(c, i, max_length))
+            for i, (k, v) in enumerate(out.key_values)
+        )
+        return out.logits[:, 0], Cache(blocks, jnp.max(positions, axis=1) + 1)
+
+    def decode(
+        self, params: Params, tokens: Int[Array, "B"], cache: Cache
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Read one more text token a row; float32 logits of what follows, and the new cache."""
+        x = params["decoder"]["embed"][tokens][:, None]  # [B, 1, D]
+        positions = cache.lengths[:, None]  # [B, 1]
+        out = Decoder(self.config.decoder).apply({"params": params["decoder"]}, x, positions, cache)
+        return out.logits[:, 0], Cache(out.key_values, cache.lengths + 1)
+
+
+@partial(jax.jit, static_argnames=("model", "return_states"))
+def forward(
+    model: Ovis, params: Params, inputs: Inputs, *, return_states: bool = False
+) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], States]:
+    """Float32 logits at every position; with `return_states`, also the states on the way there."""
+    logits, states = model.forward(params, inputs)
+    return (logits, states) if return_states else logits

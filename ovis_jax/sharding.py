@@ -1,0 +1,178 @@
+"""One table: parameter path -> axis letters; rules: letter -> mesh axis.
+
+Shapes, shardings, the key map and every complaint about a shape are read from `PARAM_AXES`. The
+letters are the alphabet of the whole repository (B D E F H I K M N P S T U V A C), and W the visual
+words (U without the image indicators), p a patch's side in pixels, m the merging stride. A group in
+brackets is one dimension, the product of its letters; a number stands for itself.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from itertools import groupby
+
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from ovis_jax.config import OvisConfig
+from ovis_jax.errors import OvisError
+
+PARAM_AXES: Mapping[str, str] = {
+    "vision/patch": "E C p p",
+    "vision/patch_bias": "E",
+    "vision/position": "P E",
+    "vision/block_*/attn_norm/scale": "E",
+    "vision/block_*/attn_norm/bias": "E",
+    "vision/block_*/attn/q": "(A H) E",
+    "vision/block_*/attn/q_bias": "(A H)",
+    "vision/block_*/attn/k": "(A H) E",
+    "vision/block_*/attn/k_bias": "(A H)",
+    "vision/block_*/attn/v": "(A H) E",
+    "vision/block_*/attn/v_bias": "(A H)",
+    "vision/block_*/attn/o": "E (A H)",
+    "vision/block_*/attn/o_bias": "E",
+    "vision/block_*/mlp_norm/scale": "E",
+    "vision/block_*/mlp_norm/bias": "E",
+    "vision/block_*/mlp/up": "F E",
+    "vision/block_*/mlp/up_bias": "F",
+    "vision/block_*/mlp/down": "E F",
+    "vision/block_*/mlp/down_bias": "E",
+    "visual_tokenizer/head": "W (m m E)",
+    "visual_tokenizer/norm/scale": "W",
+    "visual_tokenizer/norm/bias": "W",
+    "visual_embedding": "U D",
+    "decoder/embed": "V D",
+    "decoder/block_*/pre_attn_norm": "D",
+    "decoder/block_*/attn/q": "(N H) D",
+    "decoder/block_*/attn/k": "(K H) D",
+    "decoder/block_*/attn/v": "(K H) D",
+    "decoder/block_*/attn/o": "D (N H)",
+    "decoder/block_*/post_attn_norm": "D",
+    "decoder/block_*/pre_mlp_norm": "D",
+    "decoder/block_*/mlp/gate": "F D",
+    "decoder/block_*/mlp/up": "F D",
+    "decoder/block_*/mlp/down": "D F",
+    "decoder/block_*/post_mlp_norm": "D",
+    "decoder/final_norm": "D",
+    "decoder/unembed": "V D",
+}
+
+Rules = Mapping[str, str]
+
+# W is left out: 65531 is odd, so no even mesh axis divides it; the visual head stays replicated
+# until it is padded to a size that does.
+TENSOR: Rules = {axis: "model" for axis in "NKFAVU"} | {"B": "data"}
+"""Tensor parallel: heads, MLP widths and vocabularies over "model", the batch over "data"."""
+
+FSDP: Rules = {"D": "data", "E": "data"}
+"""Weights over "data" along their width; for weights only, as activations have B there."""
+
+TENSOR_FSDP: Rules = {**TENSOR, **FSDP}
+"""Every weight over both mesh axes."""
+
+
+def param_axes(config: OvisConfig) -> dict[str, str]:
+    """Every parameter path of a model with its letters, in one fixed order, block by block."""
+    axes = {}
+    for prefix, group in groupby(PARAM_AXES, lambda pattern: pattern.partition("*")[0]):
+        patterns = list(group)
+        repeated = "*" in patterns[0]
+        depth = (config.vision if prefix.startswith("vision/") else config.decoder).depth
+        for block in range(depth) if repeated else [0]:
+            for pattern in patterns:
+                axes[pattern.replace("*", str(block))] = PARAM_AXES[pattern]
+    if config.decoder.tie_embeddings:
+        del axes["decoder/unembed"]
+    return axes
+
+
+def param_letters(path: str) -> str:
+    """The letters of a parameter, such as "(N H) D" for "decoder/block_0/attn/q"."""
+    return PARAM_AXES[re.sub(r"/block_\d+/", "/block_*/", path)]
+
+
+def letter_sizes(config: OvisConfig, path: str) -> dict[str, int]:
+    """The size of every letter at a path; F and H are those of the part that the path is in."""
+    tokenizer, vision, decoder = config.visual_tokenizer, config.vision, config.decoder
+    in_decoder = path.startswith("decoder/")
+    return {
+        "A": vision.num_heads,
+        "C": vision.num_channels,
+        "D": decoder.width,
+        "E": vision.width,
+        "F": decoder.mlp_width if in_decoder else vision.mlp_width,
+        "H": decoder.head_dim if in_decoder else vision.width // vision.num_heads,
+        "K": decoder.num_kv_heads,
+        "N": decoder.num_heads,
+        "P": vision.num_patches,
+        "U": tokenizer.vocab_size,
+        "V": decoder.vocab_size,
+        "W": tokenizer.num_words,
+        "m": tokenizer.hidden_stride,
+        "p": vision.patch_size,
+    }
+
+
+def dimensions(letters: str) -> list[list[str]]:
+    """The letters of each dimension: "(N H) D" -> [["N", "H"], ["D"]]."""
+    return [part.strip("()").split() for part in re.findall(r"\([^)]*\)|\S+", letters)]
+
+
+def shape_of(letters: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape that letters stand for."""
+    return tuple(
+        math.prod(int(letter) if letter.isdigit() else sizes[letter] for letter in group)
+        for group in dimensions(letters)
+    )
+
+
+def param_shapes(config: OvisConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter path of a model with its shape, in the order of `param_axes`."""
+    return {
+        path: shape_of(letters, letter_sizes(config, path))
+        for path, letters in param_axes(config).items()
+    }
+
+
+def param_shardings(
+    config: OvisConfig, mesh: Mesh | AbstractMesh, rules: Rules = TENSOR
+) -> dict[str, NamedSharding]:
+    """How each parameter lies on a mesh: a dimension goes where the rules send its first letter.
+
+    Letters without a rule, and mesh axes that the mesh does not have, leave a dimension whole.
+
+    Raises:
+      OvisError: a letter's size is not a multiple of its mesh axis, or two dimensions of one
+        parameter would lie on the same mesh axis.
+    """
+    return {
+        path: NamedSharding(mesh, _spec(path, letters, letter_sizes(config, path), mesh, rules))
+        for path, letters in param_axes(config).items()
+    }
+
+
+def _spec(
+    path: str,
+    letters: str,
+    sizes: Mapping[str, int],
+    mesh: Mesh | AbstractMesh,
+    rules: Rules,
+) -> PartitionSpec:
+    axes: list[str | None] = []
+    for letter, *_ in dimensions(letters):
+        axis = rules.get(letter)
+        if axis not in mesh.shape:
+            axes.append(None)
+            continue
+        if axis in axes:
+            raise OvisError(
+                f"{path} {letters!r}: the rules put two dimensions on mesh axis {axis!r}, the"
+                f" second by letter {letter}; leave one of them out of the rules"
+            )
+        if sizes[letter] % mesh.shape[axis]:
+            raise OvisError(
+                f"{path} {letters!r}: letter {letter} has size {sizes[letter]}, which mesh axis"
+                f" {axis!r} of size {mesh.shape[axis]} does not divide; use a mesh whose {axis!r}"
+                f" axis divides it, or rules without {letter} (each device then has all of it)"
+            )
+        axes.append(axis)
+    return PartitionSpec(*axes)

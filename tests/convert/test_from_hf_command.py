@@ -1,0 +1,139 @@
+"""The command line of from_hf, in processes of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from golden_copies import GOLDEN, copy_golden, rewrite_shard, shard_with
+
+from ovis_jax import presets
+from ovis_jax.checkpoint.keymap import hub_keys
+
+ROOT = Path(__file__).parents[2]
+CONFIG = presets.tiny()
+
+
+def run(cwd: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command line, from another working directory, with warnings as errors."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "convert.from_hf", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_five_faults_at_once_on_the_command_line(tmp_path):
+    folder = copy_golden("tiny-bf16-sharded", tmp_path / "broken")
+    missing = "llm.model.layers.0.input_layernorm.weight"
+    shape = "llm.model.norm.weight"
+    dtype = "llm.model.layers.0.mlp.up_proj.weight"
+    first = shard_with(folder, missing)
+    rewrite_shard(
+        first,
+        {
+            missing: None,
+            "llm.model.surprise": np.zeros(3, ml_dtypes.bfloat16),
+            dtype: np.zeros((128, 64), np.float32),
+        },
+    )
+    rewrite_shard(shard_with(folder, shape), {shape: np.zeros(65, ml_dtypes.bfloat16)})
+    last = shard_with(folder, "vte.weight")
+    last.write_bytes(last.read_bytes()[:-1])
+    result = run(tmp_path, folder, "out")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("error:") == 1
+    assert "5 problems" in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("│")]
+    assert len(lines) == 5
+    for words in (
+        (first.name, missing, "missing key", "[64] for decoder/block_0/pre_attn_norm"),
+        (first.name, "llm.model.surprise", "unknown key", "BF16 [3]"),
+        (first.name, dtype, "wrong dtype", "BF16", "F32"),
+        (shard_with(folder, shape).name, shape, "wrong shape", "D = 64", "D = 65"),
+        (last.name, "truncated file", f"{last.stat().st_size} bytes"),
+    ):
+        assert any(all(word in line for word in words) for line in lines), (words, lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_command_line_converts(tmp_path):
+    result = run(tmp_path, GOLDEN / "tiny-f32", "deep/out", "--dtype", "float16")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "98 source keys" in result.stdout
+    assert json.loads((tmp_path / "deep/out/conversion.json").read_text())["dtype"] == "float16"
+    again = run(tmp_path, GOLDEN / "tiny-f32", "deep/out")
+    assert again.returncode == 2
+    assert "exists and is not an empty folder" in again.stderr
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    result = run(tmp_path, GOLDEN / "tiny-bf16-sharded", "out", "--dry-run")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert not list(tmp_path.iterdir())
+    keys = hub_keys(CONFIG)
+    rows = {line.split()[1]: line for line in result.stdout.splitlines() if line.startswith("│")}
+    assert rows.keys() == keys.parameters.keys() | keys.unused.keys()
+    assert all(path in rows[key] for key, path in keys.parameters.items())
+    assert all(why in rows[key] for key, why in keys.unused.items())
+    assert "[69, 64]" in rows["vte.weight"]
+    assert "BF16" in rows["vte.weight"]
+    assert "98 source keys, 13 of them not used; 85 parameters" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere", "out"], 2, "neither a folder nor a repo id"),
+        (["no-one/nothing", "out"], 3, "there is no such folder, and as a repo id"),
+        ([".", "out"], 2, "config.json does not exist"),
+        ([GOLDEN / "tiny-f32", "out", "--revision", "main"], 2, "has no revision"),
+        ([GOLDEN / "tiny-f32", "out", "--dtype", "int8"], 2, "int8"),
+        ([GOLDEN / "tiny-f32"], 2, "Missing argument"),
+    ],
+)
+def test_exit_codes(tmp_path, arguments, code, message):
+    result = run(tmp_path, *arguments)
+    assert result.returncode == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_in_the_middle_leaves_no_destination(tmp_path, stop):
+    # The command itself, stopped by a signal that it sends to itself between two pieces.
+    code = (
+        "import os, sys\n"
+        "from convert import from_hf\n"
+        "pieces = from_hf.read_chunks\n"
+        "def read_chunks(entry):\n"
+        "    if entry.key == 'vte.weight':\n"
+        f"        os.kill(os.getpid(), {int(stop)})\n"
+        "    yield from pieces(entry)\n"
+        "from_hf.read_chunks = read_chunks\n"
+        f"sys.argv = ['from_hf', {str(GOLDEN / 'tiny-f32')!r}, 'out']\n"
+        "from_hf.main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert not (tmp_path / "out").exists()
+    left = [path.name for path in tmp_path.iterdir()]
+    if stop == signal.SIGKILL:
+        assert result.returncode == -signal.SIGKILL
+        assert len(left) == 1
+        assert left[0].startswith("out.partial-")
+    else:
+        assert result.returncode == 4
+        assert "interrupted; out was not written" in result.stderr
+        assert left == []

@@ -1,0 +1,53 @@
+"""Copies of the golden checkpoints, to be converted or to have faults put in."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINTS = ("tiny-f32", "tiny-bf16-sharded")
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a folder, read by the official library."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def copy_golden(name: str, destination: Path) -> Path:
+    """A copy that may be changed."""
+    shutil.copytree(GOLDEN / name, destination)
+    return destination
+
+
+def rewrite_shard(path: Path, changes: Mapping[str, np.ndarray | None]) -> None:
+    """Replace, add or (None) remove tensors of a file, leaving any index as it is."""
+    tensors = {**load_file(path), **changes}
+    save_file({key: value for key, value in tensors.items() if value is not None}, path)
+
+
+def shard_with(folder: Path, key: str) -> Path:
+    """The file that holds a key."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return folder / index["weight_map"][key]
+
+
+def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
+    """Equal dtype, shape and bytes."""
+    return (
+        left.dtype == right.dtype
+        and left.shape == right.shape
+        and left.tobytes() == right.tobytes()
+    )

@@ -1,0 +1,303 @@
+"""Generation against the full forward, and what must not change it."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ovis_jax import presets
+from ovis_jax.errors import RequestError
+from ovis_jax.inference.generate import _begin, _continue, _request, generate, stream
+from ovis_jax.inference.sampling import Sampling
+from ovis_jax.inputs.batch import Inputs
+from ovis_jax.inputs.image import open_image
+from ovis_jax.model.ovis import Ovis, forward
+
+WINDOW = presets.tiny().decoder.sliding_window  # 16
+
+
+def text_inputs(*rows: list[int], length: int | None = None) -> Inputs:
+    """Text rows, padded on the right to `length`."""
+    length = length or max(len(row) for row in rows)
+    tokens = np.zeros((len(rows), length), np.int32)
+    positions = np.full((len(rows), length), -1, np.int32)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)] = row
+        positions[b, : len(row)] = np.arange(len(row))
+    return Inputs(tokens, positions, np.zeros((0, 70, 70, 3), np.float32))
+
+
+def random_ids(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(108, 600, length).tolist()
+
+
+def truth(model: Ovis, params, row: list[int], steps: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens with everything computed anew at each step, and their top-two margins."""
+    tokens, margins = [], []
+    for _ in range(steps):
+        # One length for all: what stands behind a position never reaches it.
+        inputs = text_inputs(row + tokens, length=64)
+        logits = np.asarray(forward(model, params, inputs))[0, len(row) + len(tokens) - 1]
+        first, second = np.argsort(logits)[[-1, -2]]
+        tokens.append(int(first))
+        margins.append(float(logits[first] - logits[second]))
+    return tokens, margins
+
+
+@pytest.fixture(scope="module")
+def tiny(load_golden):
+    return load_golden("tiny-f32", "float32")
+
+
+@pytest.mark.parametrize("length", [1, 3, WINDOW - 1, WINDOW, WINDOW + 1, 40])
+def test_tokens_equal_the_full_forward(tiny, length):
+    """Prompts shorter than, equal to and longer than the window, and across it."""
+    row = random_ids(length)
+    expected, margins = truth(tiny.model, tiny.params, row, 24)
+    inputs = text_inputs(row, length=40)
+    found = generate(tiny.model, tiny.params, inputs, max_new_tokens=24, eos_ids=()).tokens[0]
+    assert min(margins) > 1e-2  # so that every token is decided
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("length", [3, WINDOW, 40])
+def test_prefill_then_decode_equals_forward_at_every_step(tiny, length):
+    """Logits, teacher-forced: every step of the cache against the forward without one."""
+    row = random_ids(length + 24, seed=3)
+    expected = np.asarray(forward(tiny.model, tiny.params, text_inputs(row, length=64)))[0]
+    prefill = jax.jit(tiny.model.prefill, static_argnums=2)
+    decode = jax.jit(tiny.model.decode)
+    logits, cache = prefill(tiny.params, text_inputs(row[:length], length=40), 64)
+    scale = np.abs(expected).max()
+    for step in range(length, length + 24):
+        np.testing.assert_allclose(logits[0], expected[step - 1], atol=1e-4 * scale, rtol=0)
+        logits, cache = decode(tiny.params, jnp.array([row[step]]), cache)
+    np.testing.assert_allclose(logits[0], expected[len(row) - 1], atol=1e-4 * scale, rtol=0)
+
+
+def test_cache_sizes(tiny):
+    """A ring on local blocks and the whole length on global ones."""
+    _, cache = jax.eval_shape(
+        partial(tiny.model.prefill, max_length=50), tiny.params, text_inputs(random_ids(40))
+    )
+    assert [keys.shape for keys, _ in cache.blocks] == [
+        (1, 2, 16, 16),
+        (1, 2, 50, 16),
+        (1, 2, 16, 16),
+        (1, 2, 50, 16),
+    ]
+
+
+def mixed_batch(tiny, golden) -> tuple[list, list]:
+    """Prompts of different lengths with none, one and two images."""
+    wide, square = (open_image(golden / "images" / f"{name}.png") for name in ("wide", "square"))
+    prompts = ["Who is there?", "<image>\nCount to ten.", "First <image> then <image>. Why?"]
+    return prompts, [[], [wide], [square, wide]]
+
+
+def test_a_row_does_not_depend_on_its_neighbours(tiny, golden):
+    prompts, images = mixed_batch(tiny, golden)
+    run = partial(generate, tiny.model, tiny.params, max_new_tokens=12, eos_ids=())
+    together = run(tiny.processor(prompts, images))
+    for b, (prompt, row_images) in enumerate(zip(prompts, images, strict=True)):
+        alone = run(tiny.processor([prompt], [row_images]))
+        assert together.tokens[b].tolist() == alone.tokens[0].tolist()
+        np.testing.assert_allclose(together.log_probs[b], alone.log_probs[0], atol=1e-3)
+    order = [2, 0, 1]
+    shuffled = run(tiny.processor([prompts[i] for i in order], [images[i] for i in order]))
+    assert shuffled.tokens.tolist() == together.tokens[jnp.array(order)].tolist()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_row_does_not_depend_on_its_padding(tiny, side):
+    """Nor on its bucket: the same row with 0, 3 and 40 positions of padding."""
+    row = random_ids(21, seed=5)
+    run = partial(generate, tiny.model, tiny.params, max_new_tokens=12, eos_ids=())
+    expected = run(text_inputs(row)).tokens.tolist()
+    for padding in (3, 40):
+        inputs = text_inputs(row, length=len(row) + padding)
+        if side == "left":
+            inputs = Inputs(*(np.roll(a, padding, 1) for a in inputs[:2]), inputs.pixels)
+        assert run(inputs).tokens.tolist() == expected
+
+
+def test_unused_crops_change_nothing(tiny, golden):
+    prompts, images = mixed_batch(tiny, golden)
+    inputs = tiny.processor(prompts[1:2], images[1:2])
+    unused = np.ones((3, 70, 70, 3), np.float32)
+    more = inputs._replace(pixels=np.concatenate([inputs.pixels, unused]))
+    run = partial(generate, tiny.model, tiny.params, max_new_tokens=12, eos_ids=())
+    assert run(more).tokens.tolist() == run(inputs).tokens.tolist()
+
+
+def test_stop_ids_end_a_row(tiny, golden):
+    """A row stops at its stop id, which counts; padding follows while other rows go on."""
+    row, other = random_ids(20), random_ids(9, seed=9)
+    run = partial(generate, tiny.model, tiny.params, max_new_tokens=10)
+    free = run(text_inputs(row, other), eos_ids=()).tokens
+    stop = int(free[0, 3])
+    assert stop not in free[0, :3].tolist() + free[1].tolist()
+    out = run(text_inputs(row, other), eos_ids=[stop])
+    assert out.tokens[0].tolist() == free[0, :4].tolist() + [0] * 6
+    assert out.lengths.tolist() == [4, 10]
+    assert out.tokens[1].tolist() == free[1].tolist()
+    assert out.log_probs[0, 4:].tolist() == [0.0] * 6
+
+
+def test_log_probs_are_the_models(tiny):
+    row = random_ids(20)
+    out = generate(tiny.model, tiny.params, text_inputs(row), max_new_tokens=6, eos_ids=())
+    answer = out.tokens[0].tolist()
+    logits = forward(tiny.model, tiny.params, text_inputs(row + answer))[0]
+    expected = jax.nn.log_softmax(logits)[jnp.arange(19, 25), jnp.array(answer)]
+    np.testing.assert_allclose(out.log_probs[0], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "chunk, sampling", [(1, Sampling()), (5, Sampling(0.8, 50, 0.9, 1.2)), (24, Sampling())]
+)
+def test_stream_gives_what_generate_gives(tiny, chunk, sampling):
+    inputs, key = text_inputs(random_ids(20), random_ids(7)), jax.random.key(4)
+    arguments = dict(max_new_tokens=24, sampling=sampling, eos_ids=[566])
+    whole = generate(tiny.model, tiny.params, inputs, key, **arguments)
+    pieces = list(stream(tiny.model, tiny.params, inputs, key, chunk=chunk, **arguments))
+    for b, length in enumerate(whole.lengths.tolist()):
+        streamed = [t for p in pieces for t in p.tokens[b, : int(p.lengths[b])].tolist()]
+        assert streamed == whole.tokens[b, :length].tolist()
+    assert len(pieces) <= -(-int(whole.lengths.max()) // chunk) + 1
+
+
+def test_repetition_penalty_avoids_repeats(tiny):
+    inputs = text_inputs(random_ids(20))
+    run = partial(generate, tiny.model, tiny.params, inputs, max_new_tokens=20, eos_ids=())
+    plain = run().tokens[0].tolist()
+    strong = run(sampling=Sampling(repetition_penalty=1e6)).tokens[0].tolist()
+    assert len(set(plain)) < 20 and len(set(strong)) == 20
+
+
+def test_sampling_follows_its_key(tiny):
+    run = partial(generate, tiny.model, tiny.params, text_inputs(random_ids(20)), max_new_tokens=16)
+    warm = Sampling(temperature=2.0)
+    first, again, other = (run(jax.random.key(i), sampling=warm).tokens.tolist() for i in (0, 0, 1))
+    assert first == again != other
+
+
+def test_inside_the_callers_jit_and_vmap(tiny):
+    """The caller's own program: a traced temperature, a traced key, and a map over keys."""
+    inputs = text_inputs(random_ids(20))
+
+    @jax.jit
+    def draw(params, key, temperature):
+        sampling = Sampling(temperature=temperature, top_p=0.9)
+        return generate(tiny.model, params, inputs, key, max_new_tokens=8, sampling=sampling).tokens
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    alone = jnp.stack([draw(tiny.params, key, 1.5) for key in keys])
+    mapped = jax.vmap(draw, in_axes=(None, 0, None))(tiny.params, keys, 1.5)
+    assert mapped.tolist() == alone.tolist()
+    greedy = generate(tiny.model, tiny.params, inputs, max_new_tokens=8).tokens
+    assert draw(tiny.params, keys[0], 0.0).tolist() == greedy.tolist()
+
+
+def test_a_known_shape_compiles_nothing(tiny, golden):
+    """A second prompt in the same buckets, other sampling values, another stop id, another key."""
+    prompts, images = mixed_batch(tiny, golden)
+    arguments = dict(max_new_tokens=8, sampling=Sampling(0.7, 40, 0.9, 1.1), eos_ids=[1, 107])
+    first = tiny.processor(prompts[1:2], images[1:2])
+    generate(tiny.model, tiny.params, first, jax.random.key(0), **arguments)
+    list(stream(tiny.model, tiny.params, first, jax.random.key(0), **arguments))
+    second = tiny.processor(["<image>\nWhy? Red."], images[1:2])
+    assert second.tokens.shape == first.tokens.shape
+    assert not np.array_equal(second.tokens, first.tokens)
+    key = jax.random.key(1)
+    arguments |= dict(sampling=Sampling(1.3, 7, 0.5, 1.9), eos_ids=[1, 108])
+    compiled = []
+
+    def count(event: str, seconds: float, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        generate(tiny.model, tiny.params, second, key, **arguments)
+        list(stream(tiny.model, tiny.params, second, key, **arguments))
+        assert compiled == []
+        generate(tiny.model, tiny.params, second, key, max_new_tokens=9)
+        assert compiled  # the counter counts
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+
+
+def test_decode_gives_its_cache_away(tiny):
+    """The compiled step writes every byte of the cache in place."""
+    inputs = text_inputs(random_ids(40), random_ids(30))
+    request = _request(tiny.model, inputs, None, 64, Sampling(), None)
+    state, _ = jax.eval_shape(
+        lambda params: _begin(tiny.model, params, inputs, request, 64, 1), tiny.params
+    )
+    step = _continue.lower(tiny.model, tiny.params, state, request, jnp.int32(1), 1).compile()
+    cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
+    assert step.memory_analysis().alias_size_in_bytes >= cache
+    state, _ = _begin(tiny.model, tiny.params, inputs, request, 64, 1)
+    _continue(tiny.model, tiny.params, state, request, jnp.int32(1), 1)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.cache))
+
+
+def test_bfloat16_generates(load_golden):
+    """In bfloat16 the first tokens are those of its own full forward where the margin decides."""
+    ovis = load_golden("tiny-f32", "bfloat16")
+    rows = [random_ids(20), random_ids(11, seed=2)]
+    out = generate(ovis.model, ovis.params, text_inputs(*rows), max_new_tokens=8, eos_ids=())
+    for b, row in enumerate(rows):
+        logits = forward(ovis.model, ovis.params, text_inputs(row + out.tokens[b].tolist()))[0]
+        for step in range(8):
+            at = np.asarray(logits[len(row) - 1 + step])
+            assert at.max() - at[int(out.tokens[b, step])] <= 1.0  # two roundings of one state
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(max_new_tokens=0), "max_new_tokens is 0, expected at least 1"),
+        (dict(max_new_tokens=4, sampling=Sampling(temperature=1.0)), "needs a key"),
+        (dict(max_new_tokens=4, sampling=Sampling(temperature=-1.0)), "temperature is -1.0"),
+    ],
+)
+def test_bad_requests(tiny, change, message):
+    with pytest.raises(RequestError, match=message):
+        generate(tiny.model, tiny.params, text_inputs(random_ids(4)), **change)
+
+
+def test_bad_chunk_and_cache(tiny):
+    inputs = text_inputs(random_ids(4))
+    with pytest.raises(RequestError, match="chunk is 0"):
+        stream(tiny.model, tiny.params, inputs, max_new_tokens=4, chunk=0)
+    with pytest.raises(RequestError, match="max_length is 3, the prompts take 4"):
+        tiny.model.prefill(tiny.params, inputs, 3)
+
+
+def test_untied_and_hard_tokens(golden):
+    """Configs that no golden file has: an own unembedding, and one-hot visual words."""
+    tiny = presets.tiny()
+    config = dataclasses.replace(
+        tiny,
+        decoder=dataclasses.replace(tiny.decoder, tie_embeddings=False),
+        visual_tokenizer=dataclasses.replace(
+            tiny.visual_tokenizer, tokenize_function="gumbel_argmax"
+        ),
+    )
+    model = Ovis(config)
+    params = model.init(jax.random.key(0))
+    pixels = np.random.default_rng(0).normal(size=(1, 70, 70, 3)).astype(np.float32)
+    row = [2, -301, *[-300] * 9, -302, -305, 120]
+    inputs = text_inputs(row)._replace(pixels=pixels)
+    out = [
+        generate(model, params, inputs, key, max_new_tokens=4)
+        for key in (None, jax.random.key(0), jax.random.key(0), jax.random.key(1))
+    ]
+    assert out[1].log_probs.tolist() == out[2].log_probs.tolist() != out[3].log_probs.tolist()
+    assert out[0].log_probs.tolist() != out[1].log_probs.tolist()

@@ -1,0 +1,321 @@
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ovis_jax.config import OvisConfig
+from ovis_jax.errors import ConfigError, ImageError, PromptError
+from ovis_jax.inputs.batch import bucket
+from ovis_jax.inputs.conversation import from_original
+from ovis_jax.inputs.image import open_image
+from ovis_jax.inputs.processor import Processor
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CHECKPOINT = GOLDEN / "tiny-f32"
+CASES = ["large", "large_mp1", "large_mp4", "multi_turn", "palette", "rgba", "square", "tall"]
+CASES += ["tall_thin", "text_only", "tiny", "two_images", "wide"]
+CONFIG = OvisConfig.from_folder(CHECKPOINT)
+M = CONFIG.visual_tokenizer.tokens_per_crop
+
+
+@functools.cache
+def processor(limit=CONFIG.multimodal_max_length):
+    config = dataclasses.replace(CONFIG, multimodal_max_length=limit)
+    return Processor.from_folder(CHECKPOINT, config)
+
+
+@functools.cache
+def read(case):
+    """Fields of a golden case, its prompt, its images and its max_partition."""
+    golden = dict(np.load(GOLDEN / "cases" / "tiny-f32" / f"{case}.npz"))
+    meta = json.loads(str(golden["meta"]))
+    prompt = meta["text"] if isinstance(meta["text"], str) else from_original(meta["text"])
+    images = [open_image(GOLDEN / "images" / Path(name).name) for name in meta["images"]]
+    return golden, prompt, images, meta["max_partition"] or 9
+
+
+def expanded(ids, values=None):
+    values = ids if values is None else values
+    return np.repeat(values, np.where(ids == -300, M, 1))
+
+
+def crops_of(golden):
+    return golden.get("pixel_values", np.zeros((0, 3, 70, 70), np.float32)).transpose(0, 2, 3, 1)
+
+
+def check_row(inputs, row, expected):
+    length = len(expected)
+    assert inputs.tokens[row, :length].tolist() == expected.tolist()
+    assert inputs.positions[row, :length].tolist() == list(range(length))
+    assert (inputs.tokens[row, length:] == 0).all() and (inputs.positions[row, length:] == -1).all()
+
+
+def check_pixels(inputs, expected):
+    np.testing.assert_array_equal(
+        inputs.pixels[: len(expected)].view(np.int32), np.ascontiguousarray(expected).view(np.int32)
+    )
+    assert not inputs.pixels[len(expected) :].any()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inputs_are_the_original_s(case):
+    golden, prompt, images, max_partition = read(case)
+    inputs = processor()([prompt], [images], max_partition=max_partition)
+    assert [a.dtype.name for a in inputs] == ["int32", "int32", "float32"]
+    ids = expanded(golden["input_ids"])
+    check_row(inputs, 0, ids)
+    check_pixels(inputs, crops_of(golden))
+    assert inputs.tokens.shape == inputs.positions.shape == (1, bucket(len(ids), 64))
+    assert inputs.pixels.shape == (bucket(len(crops_of(golden)), 1), 70, 70, 3)
+    valid = inputs.positions[0] >= 0
+    assert valid.sum() == golden["merged_mask"].sum()
+    assert inputs.positions[0, valid].tolist() == golden["position_ids"].tolist()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference_inputs_give_the_same(case):
+    golden, prompt, images, max_partition = read(case)
+    expected = processor()([prompt], [images], max_partition=max_partition)
+    pixel_values = golden.get("pixel_values")
+    for input_ids in (golden["input_ids"], golden["input_ids"][None], [list(golden["input_ids"])]):
+        found = processor().from_reference(input_ids, pixel_values)
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_padded_reference_batch(with_mask):
+    golden = np.load(GOLDEN / "cases" / "tiny-f32" / "batch_leftpad.npz")
+    rows = [read(case) for case in ("rgba", "text_only", "tiny")]
+    expected = processor()([row[1] for row in rows], [row[2] for row in rows])
+    found = processor().from_reference(
+        golden["input_ids"],
+        np.concatenate([rows[0][0]["pixel_values"], rows[2][0]["pixel_values"]]),
+        golden["attention_mask"] if with_mask else None,
+    )
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (found.positions >= 0).sum(axis=1).tolist() == golden["merged_mask"].sum(1).tolist()
+
+
+def test_a_batch_holds_its_rows_in_order():
+    names = ["two_images", "text_only", "multi_turn", "large_mp4"]
+    rows = [read(name) for name in names]
+    inputs = processor()(
+        [row[1] for row in rows], [row[2] for row in rows], max_partition=[row[3] for row in rows]
+    )
+    for number, row in enumerate(rows):
+        check_row(inputs, number, expanded(row[0]["input_ids"]))
+    check_pixels(inputs, np.concatenate([crops_of(row[0]) for row in rows]))
+
+
+def test_training_example():
+    golden, prompt, images, max_partition = read("multi_turn")
+    example = processor().training_example(prompt, images, max_partition=max_partition)
+    ids = golden["input_ids"]
+    # The golden prompt ends with "<start_of_turn>model\n" for an answer; an example does not.
+    assert example.tokens.tolist() == expanded(ids)[:-3].tolist()
+    assert example.labels.tolist() == expanded(ids, golden["labels"])[:-3].tolist()
+    assert (example.labels != -100).sum() == (golden["labels"] != -100).sum() > 0
+    assert example.tokens.dtype == example.labels.dtype == np.int32
+    np.testing.assert_array_equal(example.pixels, crops_of(golden))
+    with pytest.raises(PromptError, match="no assistant turn"):
+        processor().training_example(prompt[:1], images)
+
+
+def test_prefaces_begin_the_answer():
+    inputs = processor()(["Hi", "Hi"], preface=["", " Hi "])
+    assert (inputs.positions >= 0).sum(1).tolist() == [11, 13]
+    assert inputs.tokens[1, 8:13].tolist() == [106, 441, 108, 558, 535]
+
+
+def test_control_marks_in_a_text():
+    assert (processor()(["a<eos>"]).tokens[0] == 1).any()
+    assert not (processor()(["a<eos>"], control=False).tokens[0] == 1).any()
+
+
+def test_spelled_out_padding_has_no_position():
+    for a, b in zip(processor()(["ab<pad>\t"]), processor()(["ab\t"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_ladder():
+    steps = sorted({bucket(n, 64) for n in range(1, 2000)})
+    assert steps[:8] == [64, 128, 192, 256, 320, 384, 448, 512]
+    assert steps[8:] == [640, 768, 896, 1024, 1280, 1536, 1792, 2048]
+    crops = sorted({bucket(n, 1) for n in range(30)})
+    assert crops == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32]
+
+
+@given(st.integers(0, 10**6), st.integers(1, 256))
+def test_buckets_waste_little(n, unit):
+    length = bucket(n, unit)
+    assert n <= length and length % unit == 0
+    assert length - n < unit or 4 * (length - n) < n
+    assert bucket(length, unit) == length
+    assert n == 0 or bucket(n - 1, unit) <= length
+
+
+def test_no_bucket_is_longer_than_the_longest_prompt():
+    golden, prompt, images, _ = read("large")
+    length = len(expanded(golden["input_ids"]))
+    inputs = processor(length)([prompt], [images])
+    assert inputs.tokens.shape == (1, length)
+    with pytest.raises(PromptError, match=rf"prompts.0. is {length} .* than the {length - 1} "):
+        processor(length - 1)([prompt], [images])
+
+
+def test_too_long_prompts_name_the_partition_that_fits():
+    lengths = {}
+    for case in ("large", "large_mp4", "large_mp1"):
+        lengths[case] = len(expanded(read(case)[0]["input_ids"]))
+    _, prompt, images, _ = read("large")
+    for limit, smaller in [("large_mp4", 4), ("large_mp1", 1)]:
+        fitting = processor(lengths[limit])
+        with pytest.raises(PromptError) as error:
+            fitting(["Hi", prompt], [[], images])
+        assert f"prompts[1] is {lengths['large']} positions long" in str(error.value)
+        suggested = int(str(error.value).split("max_partition=")[1].split(",")[0])
+        assert suggested >= smaller
+        fitting([prompt], [images], max_partition=suggested)
+        with pytest.raises(PromptError):
+            fitting([prompt], [images], max_partition=suggested + 1)
+    with pytest.raises(PromptError, match="no max_partition makes it fit"):
+        processor(lengths["large_mp1"] - 1)([prompt], [images])
+    with pytest.raises(PromptError, match="shorten the text"):
+        processor(30)(["word " * 40])
+
+
+@pytest.mark.parametrize("limit", range(5, 60))
+def test_cut_prompts_keep_whole_crops_at_their_end(limit):
+    golden, prompt, images, max_partition = read("two_images")
+    full = expanded(golden["input_ids"])
+    pixels = crops_of(golden)
+    inputs = processor(limit)([prompt], [images], max_partition=max_partition, truncate=True)
+    tokens = inputs.tokens[0, inputs.positions[0] >= 0]
+    assert inputs.tokens.shape[1] <= limit
+    assert tokens.tolist() == full[len(full) - len(tokens) :].tolist()
+    num_crops, rest = divmod(int((tokens == -300).sum()), M)
+    assert rest == 0
+    check_pixels(inputs, pixels[len(pixels) - num_crops :])
+    # No more is cut than the limit asks for, but for slots of the crop the cut goes through.
+    dropped = full[len(full) - limit : len(full) - len(tokens)]
+    assert len(dropped) < M and (dropped == -300).all()
+
+
+def test_prompts_that_fit_are_not_cut():
+    for a, b in zip(processor()(["Hi"], truncate=True), processor()(["Hi"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_decode_stops_at_the_first_stop_id():
+    golden, *_ = read("palette")
+    tokens = golden["original_generate_tokens"]
+    text = processor().tokenizer.decode(tokens[:-1].tolist())
+    assert tokens[-1] == 1
+    assert processor().decode(tokens) == text == str(golden["original_generate_text"])
+    ids = [558, 535]
+    batch = np.array([[*ids, 107, 558], [*ids, 1, -1], [*ids, 0, 0], [2, *ids, 106]])
+    assert processor().decode(batch) == ["Hi"] * 4
+    assert processor().decode([]) == ""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_generated_text_is_the_original_s(case):
+    golden, *_ = read(case)
+    text = str(golden["original_generate_text"])
+    assert processor().decode(golden["original_generate_tokens"]) == text
+    stream = processor().stream_text()
+    pieces = [stream.push(int(i)) for i in golden["original_generate_tokens"]]
+    assert "".join(pieces) + stream.finish() == text
+
+
+PICTURE = Image.new("RGB", (70, 70))
+
+
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        (("Hi",), {}, "prompts must be a list"),
+        (([],), {}, "prompts must be a list"),
+        ((["a", "b"], [[]]), {}, "images has 1 entries for 2 prompts"),
+        ((["a", "b"],), {"max_partition": [1]}, "max_partition has 1 entries"),
+        ((["a"],), {"preface": ["", ""]}, "preface has 2 entries"),
+        ((["a", "<image>"], [[], []]), {}, r"prompts\[1\] holds <image> once, but 0 images"),
+        ((["a"], [PICTURE]), {}, r"images of prompts\[0\] is a Image, expected a list"),
+    ],
+)
+def test_malformed_batches_are_refused(arguments, options, message):
+    with pytest.raises(PromptError, match=message):
+        processor()(*arguments, **options)
+
+
+def test_images_that_are_no_images_are_refused():
+    with pytest.raises(ImageError, match=r"prompts\[0\] is a str, expected a PIL image"):
+        processor()(["a"], cast(Any, [["cat.png"]]))
+    with pytest.raises(ImageError, match="max_partition is 0"):
+        processor()(["a"], [[PICTURE]], max_partition=0)
+
+
+@pytest.mark.parametrize(
+    "input_ids, mask, message",
+    [
+        ([], None, "input_ids is empty"),
+        ([[5, 600]], None, "row 0 of input_ids holds 600"),
+        ([[5], [-200]], None, "row 1 of input_ids holds -200"),
+        ([[5], [0, 0]], None, "row 1 of input_ids is nothing but padding"),
+        ([[5, 6]], [[True]], "attention_mask has another shape"),
+    ],
+)
+def test_malformed_reference_ids_are_refused(input_ids, mask, message):
+    with pytest.raises(PromptError, match=message):
+        processor().from_reference(input_ids, None, mask)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 70, 70), (2, 70, 70, 3), (2, 3, 84, 84)])
+def test_malformed_reference_pixels_are_refused(shape):
+    with pytest.raises(ImageError, match=r"expected \[2, 3, 70, 70\]"):
+        processor().from_reference([[2, -300], [-300]], np.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"bos_id": 3}, "gives <bos> the id 2, but generation_config.json gives it 3"),
+        ({"pad_id": 1}, "gives <pad> the id 0"),
+        (
+            {"decoder": dataclasses.replace(CONFIG.decoder, vocab_size=599)},
+            "tokenizer has 600 pieces, more than vocab_size 599",
+        ),
+    ],
+)
+def test_tokenizers_of_another_model_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Processor.from_folder(CHECKPOINT, dataclasses.replace(CONFIG, **changes))
+
+
+def test_only_colour_images_are_supported():
+    vision = dataclasses.replace(CONFIG.vision, num_channels=1)
+    visual_tokenizer = dataclasses.replace(CONFIG.visual_tokenizer, vision=vision)
+    with pytest.raises(ConfigError, match="num_channels is 1, expected 3"):
+        Processor.from_folder(
+            CHECKPOINT, dataclasses.replace(CONFIG, visual_tokenizer=visual_tokenizer)
+        )
+
+
+def test_tokenizer_json_serves_alone(tmp_path):
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        shutil.copy(CHECKPOINT / name, tmp_path)
+    _, prompt, images, _ = read("wide")
+    found = Processor.from_folder(tmp_path, CONFIG)([prompt], [images])
+    for a, b in zip(found, processor()([prompt], [images]), strict=True):
+        np.testing.assert_array_equal(a, b)

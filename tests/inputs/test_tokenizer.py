@@ -1,0 +1,193 @@
+import functools
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ovis_jax.errors import ConfigError, PromptError
+from ovis_jax.inputs.tokenizer import TextStream, Tokenizer
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+ROWS = json.loads((GOLDEN / "tokenizer_cases.json").read_text(encoding="utf-8"))
+
+# tiny-f32 holds its merges as strings, tiny-bf16-sharded as pairs.
+READERS = {
+    "sentencepiece": lambda: Tokenizer.from_sentencepiece(GOLDEN / "tiny-f32"),
+    "merges as strings": lambda: Tokenizer.from_json(GOLDEN / "tiny-f32"),
+    "merges as pairs": lambda: Tokenizer.from_json(GOLDEN / "tiny-bf16-sharded"),
+}
+
+
+@functools.cache
+def read(name):
+    return READERS[name]()
+
+
+@functools.cache
+def original():
+    return tokenizers.Tokenizer.from_file(str(GOLDEN / "tiny-f32" / "tokenizer.json"))
+
+
+CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+
+# Whole, halved and glued marks, spaces of every kind, bytes, and pieces of words.
+INTERESTING = [
+    *CONTROL,
+    *["<", ">", "bos>", "<bo", "start_of_turn>", "<mask>", "<unused1", "0>", "<unused10>"],
+    *[" ", "  ", " " * 33, "▁", "▁▁", "\n", "\n\n", "\n" * 33, "\t", "\r", "\v", "\u2028"],
+    *["user", "model", "the", " left", "ing", "a", "Z", "12", "3.", "é", "e\u0301", "图", "的"],
+    *["𝄞", "👩\u200d🚀", "\ufeff", "\0", "\ufffd", "<0x41>", "<0x", "▅", "<image>", "..."],
+]
+texts = st.lists(st.sampled_from(INTERESTING) | st.text(max_size=4), max_size=12).map("".join)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: ascii(row["text"])[:30])
+def test_ids_and_texts_are_the_original_s(reader, row):
+    tokenizer = read(reader)
+    assert tokenizer.encode(row["text"]) == row["ids"]
+    assert tokenizer.decode(row["ids"], skip_special=False) == row["decoded"]
+    assert tokenizer.decode(row["ids"]) == row["decoded_skip_special"]
+
+
+@given(texts)
+def test_backends_encode_as_the_original(text):
+    expected = original().encode(text, add_special_tokens=False).ids
+    assert read("sentencepiece").encode(text) == expected
+    assert read("merges as strings").encode(text) == expected
+
+
+@given(texts)
+def test_safe_reading_is_the_same_on_both_and_yields_no_control_id(text):
+    tokenizer = read("sentencepiece")
+    ids = tokenizer.encode(text, control=False)
+    assert ids == read("merges as strings").encode(text, control=False)
+    assert tokenizer.special_ids.isdisjoint(ids)
+    # Nothing of the text is lost; U+2581 is how pieces write a space.
+    assert tokenizer.decode(ids) == text.replace("▁", " ")
+    if not any(mark in text for mark in CONTROL):
+        assert ids == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("mark", CONTROL)
+@pytest.mark.parametrize("reader", READERS)
+def test_control_marks(reader, mark):
+    tokenizer = read(reader)
+    assert tokenizer.encode(mark) == [tokenizer.id_of(mark)]
+    assert tokenizer.id_of(mark) in tokenizer.special_ids
+    assert len(tokenizer.encode(mark, control=False)) > 1
+
+
+def test_safe_reading_keeps_runs_and_other_added_tokens():
+    tokenizer = read("sentencepiece")
+    for text in ("\n\n\n", "<mask>", "▁▁▁"):
+        assert tokenizer.encode(text, control=False) == tokenizer.encode(text)
+        assert len(tokenizer.encode(text)) == 1
+
+
+@given(st.lists(st.integers(0, 599) | st.integers(169, 424), max_size=16), st.booleans())
+def test_backends_decode_as_the_original(ids, skip_special):
+    expected = original().decode(ids, skip_special_tokens=skip_special)
+    assert read("sentencepiece").decode(ids, skip_special=skip_special) == expected
+    assert read("merges as strings").decode(ids, skip_special=skip_special) == expected
+
+
+@given(texts)
+def test_streams_give_whole_characters(text):
+    tokenizer = read("sentencepiece")
+    stream = TextStream(tokenizer, skip_special=False)
+    pieces = [stream.push(i) for i in tokenizer.encode(text)]
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) + stream.finish() == text.replace("▁", " ")
+
+
+def test_streams_hold_back_half_a_character():
+    tokenizer = read("sentencepiece")
+    stream = TextStream(tokenizer)
+    clef = [tokenizer.id_of(f"<0x{byte:02X}>") for byte in "𝄞".encode()]
+    assert [stream.push(i) for i in [*clef, tokenizer.id_of("a")]] == ["", "", "", "", "𝄞a"]
+    assert [stream.push(i) for i in clef[:2]] == ["", ""]
+    assert stream.finish() == "\ufffd\ufffd"
+    assert stream.finish() == ""
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("text", ["the red circle\n", "<", "a", " ", "▁", "<bos>", "图"])
+@pytest.mark.parametrize("control", [True, False])
+def test_time_grows_with_the_length(reader, text, control):
+    tokenizer = read(reader)
+    start = time.perf_counter()
+    ids = tokenizer.encode(text * (200_000 // len(text)), control=control)
+    # Under a second where each step takes its time once; hours where it is taken again and again.
+    assert time.perf_counter() - start < 20
+    assert ids
+
+
+@pytest.mark.parametrize("number", [-300, -1, 600])
+def test_numbers_without_a_piece_have_no_text(number):
+    with pytest.raises(PromptError, match=f"{number} is not the id of a piece"):
+        read("sentencepiece").decode([5, number])
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_half_a_surrogate_pair_is_refused(reader):
+    with pytest.raises(PromptError, match=r"character 2 of the text is '\\ud800'"):
+        read(reader).encode("ab\ud800")
+
+
+def test_unknown_pieces_have_no_id():
+    with pytest.raises(ConfigError, match="no piece '<nothing>'"):
+        read("sentencepiece").id_of("<nothing>")
+
+
+def copied(folder, *names):
+    for name in names:
+        shutil.copy(GOLDEN / "tiny-f32" / name, folder)
+    return folder
+
+
+def test_folders_choose_their_backend(tmp_path):
+    with pytest.raises(ConfigError, match="neither tokenizer.model nor tokenizer.json"):
+        Tokenizer.from_folder(tmp_path)
+    assert Tokenizer.from_folder(copied(tmp_path, "tokenizer.json")).encode("Hi") == [558, 535]
+    copied(tmp_path, "tokenizer.model")
+    with pytest.raises(ConfigError, match="tokenizer_config.json does not exist"):
+        Tokenizer.from_folder(tmp_path)
+    copied(tmp_path, "tokenizer_config.json")
+    assert Tokenizer.from_folder(tmp_path).encode("Hi") == [558, 535]
+
+
+def test_damaged_files_are_named(tmp_path):
+    copied(tmp_path, "tokenizer_config.json")
+    (tmp_path / "tokenizer.model").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match="tokenizer.model cannot be read"):
+        Tokenizer.from_sentencepiece(tmp_path)
+    content = json.loads((GOLDEN / "tiny-f32" / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, "model": {}}))
+    with pytest.raises(ConfigError, match="tokenizer.json cannot be read"):
+        Tokenizer.from_json(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, "decoder": None}))
+    with pytest.raises(ConfigError, match="tokenizer.json: decoder is None"):
+        Tokenizer.from_json(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lstrip": True}, "lstrip is True"),
+        ({"normalized": True}, "normalized is True"),
+        ({"content": "<other>"}, "content is '<other>', expected the piece"),
+    ],
+)
+def test_added_tokens_of_another_kind_are_refused(tmp_path, changes, message):
+    copied(tmp_path, "tokenizer.model")
+    config = json.loads((GOLDEN / "tiny-f32" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["added_tokens_decoder"]["4"] |= changes
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"added_tokens_decoder: 4: {message}"):
+        Tokenizer.from_folder(tmp_path)

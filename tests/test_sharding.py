@@ -1,0 +1,130 @@
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from ovis_jax import presets
+from ovis_jax.errors import OvisError
+from ovis_jax.sharding import (
+    FSDP,
+    PARAM_AXES,
+    TENSOR,
+    TENSOR_FSDP,
+    dimensions,
+    letter_sizes,
+    param_letters,
+    param_shapes,
+    param_shardings,
+)
+
+
+def mesh(data: int, model: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))
+
+
+def divisible():
+    """The tiny config with a visual vocabulary that divides: 72 rows."""
+    tiny = presets.tiny()
+    tokenizer = dataclasses.replace(tiny.visual_tokenizer, vocab_size=72)
+    return dataclasses.replace(tiny, visual_tokenizer=tokenizer)
+
+
+def test_parameters_of_the_published_models():
+    shapes = param_shapes(presets.ovis1_6_gemma2_9b())
+    assert len(shapes) == 916 - 13
+    assert shapes["vision/patch"] == (1152, 3, 14, 14)
+    assert shapes["vision/position"] == (729, 1152)
+    assert shapes["vision/block_26/mlp/up_bias"] == (4304,)
+    assert shapes["visual_tokenizer/head"] == (65531, 4608)
+    assert shapes["visual_embedding"] == (65536, 3584)
+    assert shapes["decoder/embed"] == (256000, 3584)
+    assert shapes["decoder/block_41/attn/q"] == (4096, 3584)
+    assert shapes["decoder/block_41/attn/k"] == (2048, 3584)
+    assert shapes["decoder/block_41/mlp/down"] == (3584, 14336)
+    assert "decoder/block_42/attn/q" not in shapes
+    large = param_shapes(presets.ovis1_6_gemma2_27b())
+    assert large["decoder/block_45/attn/o"] == (4608, 4096)
+
+
+def test_order_is_fixed_and_block_by_block():
+    paths = list(param_shapes(presets.tiny()))
+    assert paths[0] == "vision/patch"
+    assert paths[-1] == "decoder/final_norm"
+    first, second = (
+        paths.index("vision/block_0/mlp/down_bias"),
+        paths.index("vision/block_1/attn_norm/scale"),
+    )
+    assert second == first + 1
+
+
+def test_unembed_only_when_untied():
+    tiny = presets.tiny()
+    assert "decoder/unembed" not in param_shapes(tiny)
+    untied = dataclasses.replace(
+        tiny, decoder=dataclasses.replace(tiny.decoder, tie_embeddings=False)
+    )
+    assert param_shapes(untied)["decoder/unembed"] == (600, 64)
+
+
+def test_letters_of_a_path():
+    assert param_letters("decoder/block_11/attn/q") == "(N H) D"
+    assert param_letters("vision/block_0/attn/q_bias") == "(A H)"
+    assert dimensions("W (m m E)") == [["W"], ["m", "m", "E"]]
+    assert letter_sizes(presets.tiny(), "vision/patch")["F"] == 64
+    assert letter_sizes(presets.tiny(), "decoder/embed")["F"] == 128
+
+
+def test_every_letter_of_the_table_has_a_size():
+    sizes = letter_sizes(presets.tiny(), "decoder/")
+    used = {letter for axes in PARAM_AXES.values() for dim in dimensions(axes) for letter in dim}
+    assert used <= sizes.keys()
+
+
+def test_specs_by_rules():
+    config, grid = divisible(), mesh(4, 2)
+    tensor = param_shardings(config, grid, TENSOR)
+    assert tensor.keys() == param_shapes(config).keys()
+    assert tensor["decoder/block_0/attn/q"].spec == PartitionSpec("model", None)
+    assert tensor["decoder/block_0/attn/o"].spec == PartitionSpec(None, "model")
+    assert tensor["vision/block_0/attn/q_bias"].spec == PartitionSpec("model")
+    assert tensor["visual_embedding"].spec == PartitionSpec("model", None)
+    assert tensor["visual_tokenizer/head"].spec == PartitionSpec(None, None)
+    fsdp = param_shardings(config, grid, FSDP)
+    assert fsdp["decoder/block_0/attn/q"].spec == PartitionSpec(None, "data")
+    assert fsdp["decoder/final_norm"].spec == PartitionSpec("data")
+    both = param_shardings(config, grid, TENSOR_FSDP)
+    assert both["decoder/block_3/mlp/down"].spec == PartitionSpec("data", "model")
+    assert both["vision/patch"].spec == PartitionSpec("data", None, None, None)
+
+
+def test_axes_that_the_mesh_lacks_are_ignored():
+    line = Mesh(np.array(jax.devices()[:4]), ("data",))
+    specs = param_shardings(presets.tiny(), line, TENSOR_FSDP)
+    assert specs["decoder/embed"].spec == PartitionSpec(None, "data")
+
+
+def test_published_9b_shards_over_eight():
+    shardings = param_shardings(presets.ovis1_6_gemma2_9b(), mesh(1, 8), TENSOR)
+    shapes = param_shapes(presets.ovis1_6_gemma2_9b())
+    local = sum(math.prod(s.shard_shape(shapes[path])) for path, s in shardings.items())
+    head = math.prod(shapes["visual_tokenizer/head"])
+    assert local < head + (sum(map(math.prod, shapes.values())) - head) / 8 * 1.02
+
+
+def test_letter_that_does_not_divide():
+    # 2 heads of 16 make 32 rows, which 4 would divide: it is the heads that must.
+    with pytest.raises(OvisError) as error:
+        param_shardings(divisible(), mesh(2, 4), TENSOR)
+    message = str(error.value)
+    assert "decoder/block_0/attn/k" in message
+    assert "letter K has size 2" in message
+    assert "'model' of size 4" in message
+    assert "rules without K" in message
+
+
+def test_two_dimensions_on_one_mesh_axis():
+    with pytest.raises(OvisError, match="two dimensions on mesh axis 'model'"):
+        param_shardings(divisible(), mesh(2, 2), {"N": "model", "D": "model"})
