@@ -9,12 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from ovis_jax.fields import Fields, is_int, read_json
+from ovis_jax.fields import Fields, is_int, read_json, read_numbers, write_numbers
 
 TokenizeFunction = Literal["softmax", "gumbel_argmax", "st_argmax"]
 
 NUM_IMAGE_INDICATORS = 5
 """Rows at the end of the visual embedding table that belong to the ids -301 .. -305."""
+
+# Our names of fields -> those in the Hub's config.json; a field that is not here has one name.
+SHARED_NAMES = {
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+}
+VISION_NAMES = SHARED_NAMES | {"norm_eps": "layer_norm_eps"}
+DECODER_NAMES = SHARED_NAMES | {
+    "num_kv_heads": "num_key_value_heads",
+    "attn_softcap": "attn_logit_softcapping",
+    "final_softcap": "final_logit_softcapping",
+    "norm_eps": "rms_norm_eps",
+}
 
 
 @dataclass(frozen=True)
@@ -45,16 +60,7 @@ class VisionConfig:
         """Read `visual_tokenizer_config.backbone_config`."""
         config.require("model_type", "siglip_vision_model")
         config.require("hidden_act", "gelu_pytorch_tanh")
-        vision = cls(
-            width=config.size("hidden_size"),
-            depth=config.size("num_hidden_layers"),
-            num_heads=config.size("num_attention_heads"),
-            mlp_width=config.size("intermediate_size"),
-            image_size=config.size("image_size"),
-            patch_size=config.size("patch_size"),
-            num_channels=config.size("num_channels"),
-            norm_eps=config.positive("layer_norm_eps"),
-        )
+        vision = cls(**read_numbers(cls, config, VISION_NAMES))
         config.divides("num_attention_heads", vision.num_heads, "hidden_size", vision.width)
         if vision.patch_size > vision.image_size:
             raise config.error(
@@ -67,14 +73,7 @@ class VisionConfig:
         return {
             "model_type": "siglip_vision_model",
             "hidden_act": "gelu_pytorch_tanh",
-            "hidden_size": self.width,
-            "num_hidden_layers": self.depth,
-            "num_attention_heads": self.num_heads,
-            "intermediate_size": self.mlp_width,
-            "image_size": self.image_size,
-            "patch_size": self.patch_size,
-            "num_channels": self.num_channels,
-            "layer_norm_eps": self.norm_eps,
+            **write_numbers(self, VISION_NAMES),
             "attention_dropout": 0.0,
         }
 
@@ -186,32 +185,16 @@ class DecoderConfig:
                 config.get("rope_scaling"),
                 "null: Gemma2's rotary angles are not scaled",
             )
-        depth = config.size("num_hidden_layers")
-        expected_types = ["sliding_attention", "full_attention"] * depth
-        types = config.optional("layer_types", None)
-        if types is not None and types != expected_types[:depth]:
-            raise config.error(
-                "layer_types", types, "sliding and full attention in turn, sliding first"
-            )
-        decoder = cls(
-            vocab_size=config.size("vocab_size"),
-            width=config.size("hidden_size"),
-            depth=depth,
-            num_heads=config.size("num_attention_heads"),
-            num_kv_heads=config.size("num_key_value_heads"),
-            head_dim=config.size("head_dim"),
-            mlp_width=config.size("intermediate_size"),
-            sliding_window=config.size("sliding_window"),
-            query_pre_attn_scalar=config.positive("query_pre_attn_scalar"),
-            attn_softcap=config.positive("attn_logit_softcapping"),
-            final_softcap=config.positive("final_logit_softcapping"),
-            rope_theta=config.positive("rope_theta"),
-            norm_eps=config.positive("rms_norm_eps"),
-            tie_embeddings=not disable_tie_weight,
-        )
+        numbers = read_numbers(cls, config, DECODER_NAMES)
+        decoder = cls(**numbers, tie_embeddings=not disable_tie_weight)
         config.divides(
             "num_key_value_heads", decoder.num_kv_heads, "num_attention_heads", decoder.num_heads
         )
+        types = config.optional("layer_types", None)
+        in_turn = ["sliding_attention", "full_attention"] * decoder.depth
+        if types is not None and types != in_turn[: decoder.depth]:
+            expected = "sliding and full attention in turn, sliding first"
+            raise config.error("layer_types", types, expected)
         if decoder.head_dim % 2:
             raise config.error(
                 "head_dim", decoder.head_dim, "an even number: rotary angles turn pairs"
@@ -229,19 +212,7 @@ class DecoderConfig:
             "attention_dropout": 0.0,
             "cache_implementation": "hybrid",
             "max_position_embeddings": 8192,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.width,
-            "num_hidden_layers": self.depth,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "intermediate_size": self.mlp_width,
-            "sliding_window": self.sliding_window,
-            "query_pre_attn_scalar": _plain(self.query_pre_attn_scalar),
-            "attn_logit_softcapping": self.attn_softcap,
-            "final_logit_softcapping": self.final_softcap,
-            "rope_theta": self.rope_theta,
-            "rms_norm_eps": self.norm_eps,
+            **write_numbers(self, DECODER_NAMES),
         }
 
 
@@ -330,8 +301,3 @@ class OvisConfig:
         return cls.from_hf(
             read_json(folder / "config.json"), read_json(folder / "generation_config.json")
         )
-
-
-def _plain(number: float) -> float | int:
-    """A float that is whole as an int, as config.json writes it."""
-    return int(number) if number == int(number) else number

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,3 +81,22 @@ def read_json(path: Path) -> dict[str, Any]:
 def is_int(value: Any) -> bool:
     """Whether a JSON value is a whole number, which true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def read_numbers(cls: type, config: Fields, names: Mapping[str, str]) -> dict[str, Any]:
+    """Read the fields of a dataclass that are sizes (int) or other numbers above 0 (float).
+
+    `names` holds our name -> the name in the JSON object, where they differ.
+    """
+    readers = {int: config.size, float: config.positive}
+    return {
+        field.name: readers[field.type](names.get(field.name, field.name))
+        for field in fields(cls)
+        if field.type in readers
+    }
+
+
+def write_numbers(part: Any, names: Mapping[str, str]) -> dict[str, Any]:
+    """Write what `read_numbers` reads."""
+    numbers = [field.name for field in fields(part) if field.type in (int, float)]
+    return {names.get(name, name): getattr(part, name) for name in numbers}

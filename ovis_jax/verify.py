@@ -26,7 +26,7 @@ from ovis_jax.inputs.image import IMAGE_SLOT, open_image
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.model import decoder, vision
 from ovis_jax.model.layers import layer_norm, linear
-from ovis_jax.model.ovis import Ovis, Params, forward
+from ovis_jax.model.ovis import Ovis, Params, apply, forward
 from ovis_jax.model.visual_tokenizer import embed_words, merge_patches, tokenize
 
 VISUAL_TOLERANCE = 1e-4
@@ -155,7 +155,7 @@ def _separate_stages(
         hidden = stored("siglip_hidden")
         for i in range(c.vision.depth):
             block = vision.Block(c.vision, hidden.dtype)
-            found = block.apply({"params": tree["vision"][f"block_{i}"]}, hidden[i])
+            found = apply(block, tree["vision"][f"block_{i}"], hidden[i])
             yield stage(
                 f"vision block {i}", found, case["siglip_hidden"][i + 1], BLOCK_TOLERANCE_BF16
             )
@@ -178,7 +178,7 @@ def _separate_stages(
     blocks = stored("llm_blocks")
     for i in range(c.decoder.depth):
         block = decoder.Block(c.decoder, c.decoder.window(i), x.dtype)
-        found, _ = block.apply({"params": tree["decoder"][f"block_{i}"]}, x, positions, None)
+        found, _ = apply(block, tree["decoder"][f"block_{i}"], x, positions, None)
         yield stage(f"block {i}", found[0], case["llm_blocks"][i], BLOCK_TOLERANCE_BF16)
         x = blocks[i][None]
     table = tree["decoder"]["embed" if c.decoder.tie_embeddings else "unembed"]

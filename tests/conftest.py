@@ -1,10 +1,12 @@
 """Set before JAX is imported: eight CPU devices, and checks of every annotated shape."""
 
 import functools
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -13,7 +15,19 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook(["ovis_jax.model", "ovis_jax.inference"], "beartype.beartype")
 
+# The same examples in every run, and no failure because the machine is busy.
+settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+settings.load_profile("deterministic")
+
 GOLDEN = Path(__file__).parent / "golden"
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+collect_ignore_glob = [] if HAS_TORCH else ["reference/*", "*/test_parity.py"]
+
+
+def pytest_report_header() -> str:
+    against = "PyTorch and the golden files" if HAS_TORCH else "the golden files alone"
+    return f"compared with {against}"
 
 
 @pytest.fixture(scope="session")

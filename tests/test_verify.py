@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from golden_copies import GOLDEN
 
 from ovis_jax.errors import RequestError
 from ovis_jax.verify import is_bfloat16, verify

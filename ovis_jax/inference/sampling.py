@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jaxtyping import Bool, Float, Int, Key
 
 from ovis_jax.errors import RequestError
@@ -45,7 +46,7 @@ class Sampling:
 
     def _check(self, name: str, holds, expected: str) -> None:
         value = getattr(self, name)
-        if value is None or isinstance(value, jax.core.Tracer):
+        if value is None or isinstance(value, Tracer):
             return
         if not np.all(holds(np.asarray(value))):
             raise RequestError(f"sampling: {name} is {value}, expected {expected}")

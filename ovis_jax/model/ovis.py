@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -22,6 +23,11 @@ from ovis_jax.model.visual_tokenizer import VisualTokenizer, VisualTokens, embed
 
 Params = dict[str, Any]
 """Nested dict of arrays; `ovis_jax.sharding.PARAM_AXES` lists the paths."""
+
+
+def apply(module: nn.Module, params: Params, *arguments: Any) -> Any:
+    """Call a linen module as a function of its parameters."""
+    return module.apply({"params": params}, *arguments)
 
 
 class ImageStates(NamedTuple):
@@ -82,9 +88,9 @@ class Ovis:
           key: for a checkpoint whose `tokenize_function` is gumbel_argmax; see `tokenize`.
         """
         c = self.config
-        vision = VisionEncoder(c.vision).apply({"params": params["vision"]}, pixels)
+        vision = apply(VisionEncoder(c.vision), params["vision"], pixels)
         tokenizer = VisualTokenizer(c.visual_tokenizer)
-        tokens = tokenizer.apply({"params": params["visual_tokenizer"]}, vision[-1], key)
+        tokens = apply(tokenizer, params["visual_tokenizer"], vision[-1], key)
         embeddings = embed_words(tokens.probabilities, params["visual_embedding"])
         return ImageStates(vision, tokens, embeddings)
 
@@ -127,8 +133,8 @@ class Ovis:
     ) -> tuple[Float[Array, "B T V"], States]:
         """Float32 logits at every position, without a cache, and the states on the way there."""
         x, images = self.embed(params, inputs, key)
-        decoder = Decoder(self.config.decoder)
-        out = decoder.apply({"params": params["decoder"]}, x, jnp.asarray(inputs.positions))
+        positions = jnp.asarray(inputs.positions)
+        out = apply(Decoder(self.config.decoder), params["decoder"], x, positions)
         return out.logits, States(images, x, out.hidden_states)
 
     def prefill(
@@ -161,7 +167,7 @@ class Ovis:
         positions = jnp.asarray(inputs.positions)
         x, _ = self.embed(params, inputs, key)
         columns = jnp.argmax(positions, axis=1)
-        out = Decoder(c).apply({"params": params["decoder"]}, x, positions, None, columns)
+        out = apply(Decoder(c), params["decoder"], x, positions, None, columns)
         blocks = tuple(
             kv_cache.fill(k, v, positions, kv_cache.num_slots(c, i, max_length))
             for i, (k, v) in enumerate(out.key_values)
@@ -174,7 +180,7 @@ class Ovis:
         """Read one more text token a row; float32 logits of what follows, and the new cache."""
         x = params["decoder"]["embed"][tokens][:, None]  # [B, 1, D]
         positions = cache.lengths[:, None]  # [B, 1]
-        out = Decoder(self.config.decoder).apply({"params": params["decoder"]}, x, positions, cache)
+        out = apply(Decoder(self.config.decoder), params["decoder"], x, positions, cache)
         return out.logits[:, 0], Cache(out.key_values, cache.lengths + 1)
 
 

@@ -166,7 +166,7 @@ class OvisTorch:
 
     def embed_inputs(self, input_ids: np.ndarray, visual: np.ndarray | None) -> np.ndarray:
         """Ids [u] with one -300 a crop, and crops' embeddings [I, M, D] -> [T, D], not scaled."""
-        text, table = self.llm.get_input_embeddings().weight.numpy(), self.table.weight.numpy()
+        text, table = self.llm.model.embed_tokens.weight.numpy(), self.table.weight.numpy()
         crops = iter(() if visual is None else visual)
         rows = []
         for i in input_ids.tolist():
@@ -183,9 +183,10 @@ class OvisTorch:
         x = torch.tensor(inputs_embeds)[None]
         x = x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)
         blocks: list[Tensor] = []
+        layers: Any = self.llm.model.layers
         hooks = [
             layer.register_forward_hook(lambda *call: blocks.append(call[-1][0]))
-            for layer in self.llm.model.layers
+            for layer in layers
         ]
         logits = self.llm(inputs_embeds=x, use_cache=False).logits[0]
         for hook in hooks:

@@ -1,0 +1,70 @@
+# Every target makes the virtual environment that it needs, on the first Python >= 3.11 that it finds.
+# PYTHON=/path/to/python chooses another; VENV=DIR puts the environment elsewhere.
+
+VENV ?= .venv
+VENV_NEWEST ?= .venv-newest
+BIN := $(VENV)/bin
+
+# The first of some interpreters that runs and is new enough: $(call python,CANDIDATES,MINOR).
+python = $(firstword $(foreach p,$(1),$(shell $(p) -c 'import sys; sys.exit(sys.version_info[:2] < (3,$(2)))' 2>/dev/null && echo $(p))))
+PYENV_PYTHONS := $(sort $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.*/bin/python))
+PYTHON ?= $(call python,python3 python3.11 python3.12 python3.13 python3.14 $(PYENV_PYTHONS),11)
+PYTHON_NEWEST ?= $(call python,python3.14 python3.13 python3 $(PYENV_PYTHONS),13)
+
+DEMO_MODEL := tests/golden/tiny-f32
+DEMO_IMAGE := tests/golden/images/wide.png
+
+.PHONY: demo test test-newest lint format bench clean
+
+demo: $(VENV)/run
+	rm -rf checkpoints/demo
+	$(BIN)/python -m convert.from_hf $(DEMO_MODEL) checkpoints/demo
+	@echo "The weights of this checkpoint are random, so what it answers is noise:"
+	$(BIN)/ovis-jax generate --model checkpoints/demo --image $(DEMO_IMAGE) \
+		--prompt "What is in this image?" --max-new-tokens 24
+
+# On Python 3.11 this compares with PyTorch; elsewhere with the frozen results of the original code.
+test: $(VENV)/test
+	$(BIN)/python -m pytest -n auto
+
+# The newest JAX on Python >= 3.13, without PyTorch.
+test-newest: $(VENV_NEWEST)/test
+	$(VENV_NEWEST)/bin/python -m pytest -n auto
+
+lint: $(VENV)/test $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/test
+	$(BIN)/python -m benchmarks.tiny
+
+clean:
+	rm -rf $(VENV) $(VENV_NEWEST) checkpoints
+
+# Stamps: an environment with a set of extras installed, made again when pyproject.toml changes.
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found: install one, or make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/test: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[test,reference]'
+	@touch $@ $(VENV)/run
+
+$(VENV)/dev: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV_NEWEST)/test: pyproject.toml
+	@test -n "$(PYTHON_NEWEST)" || { echo "no Python >= 3.13 found: install one, or make PYTHON_NEWEST=..."; exit 1; }
+	test -x $(VENV_NEWEST)/bin/python || $(PYTHON_NEWEST) -m venv $(VENV_NEWEST)
+	$(VENV_NEWEST)/bin/python -m pip install --quiet --editable '.[test]'
+	@touch $@

@@ -1,0 +1,148 @@
+"""The command line as a user runs it: in a process of its own, from another folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden_copies import GOLDEN, copy_golden
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+MODEL = str(GOLDEN / "tiny-f32")
+WIDE = str(GOLDEN / "images" / "wide.png")
+
+
+def run(*arguments: object, cwd: Path, text: str | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "error", "-m", "ovis_jax", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    return subprocess.run(
+        command, cwd=cwd, env=environment, input=text, capture_output=True, text=True, timeout=300
+    )
+
+
+def refused(*arguments: object, cwd: Path) -> str:
+    """The one line that a refused command prints."""
+    result = run(*arguments, cwd=cwd)
+    assert result.returncode == 2, result
+    assert result.stdout == "" and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def test_generate_prints_the_original_text(tmp_path):
+    case = np.load(GOLDEN / "cases" / "tiny-f32" / "wide.npz")
+    meta = json.loads(str(case["meta"]))
+    arguments = ["generate", "--model", MODEL, "--image", WIDE, "--prompt", meta["text"]]
+    result = run(*arguments, "--max-new-tokens", 24, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == str(case["original_generate_text"]) + "\n"
+    result = run(*arguments, "--max-new-tokens", 24, "--json", cwd=tmp_path)
+    answer = json.loads(result.stdout)
+    assert answer["tokens"] == case["original_generate_tokens"].tolist()
+    assert answer["text"] == str(case["original_generate_text"])
+    assert answer["finish_reason"] == "length"
+    assert answer["prompt_positions"] == len(case["merged_mask"])
+
+
+def test_generate_samples_by_its_seed(tmp_path):
+    def answer(seed: int) -> list[int]:
+        options = ["--temperature", 2.0, "--top-p", 0.95, "--top-k", 50, "--seed", seed]
+        limits = ["--max-new-tokens", 12, "--json"]
+        command = ["generate", "--model", MODEL, "--prompt", "Who?", *options, *limits]
+        return json.loads(run(*command, cwd=tmp_path).stdout)["tokens"]
+
+    assert answer(1) == answer(1) != answer(2)
+
+
+def test_chat_remembers(tmp_path):
+    lines = f"/image {WIDE}\nWho?\n/image none.png\nWhy?\n/new\nWho?\n/exit\n"
+    result = run("chat", "--model", MODEL, "--max-new-tokens", 3, cwd=tmp_path, text=lines)
+    assert result.returncode == 0, result.stderr
+    assert "none.png cannot be read" in result.stderr
+    with_image, _, without = result.stdout.splitlines()[-3:]
+    assert with_image != without
+
+
+def test_inspect_counts(tmp_path):
+    result = run("inspect", GOLDEN / "tiny-bf16-sharded", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split("│")[1:-1] for line in result.stdout.splitlines() if "│" in line]
+    table = {row[0].strip(): [int(cell.replace(",", "")) for cell in row[1:]] for row in rows}
+    index = json.loads((GOLDEN / "tiny-bf16-sharded/model.safetensors.index.json").read_text())
+    assert table["all"][0] == len(index["weight_map"])
+    assert table["all"][2] == index["metadata"]["total_size"] == 2 * table["all"][1]
+    assert table["visual_embedding"] == [1, 69 * 64, 2 * 69 * 64]
+
+
+def test_verify_passes_and_fails(tmp_path):
+    cases = [GOLDEN / "cases" / "tiny-f32" / f"{name}.npz" for name in ("tiny", "wide")]
+    result = run("verify", MODEL, *cases, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "FAIL" not in result.stdout and result.stdout.count("pass") == 2 * 13
+    result = run("verify", GOLDEN / "tiny-bf16-sharded", cases[0], cwd=tmp_path)
+    assert result.returncode == 1 and "FAIL" in result.stdout
+
+
+def test_usage(tmp_path):
+    assert run("generate", "--model", MODEL, cwd=tmp_path).returncode == 2
+    assert run("nonsense", cwd=tmp_path).returncode == 2
+    helped = run("--help", cwd=tmp_path)
+    assert helped.returncode == 0
+    assert all(name in helped.stdout for name in ("generate", "chat", "inspect", "verify"))
+
+
+def test_bad_images(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    Image.new("RGB", (300, 2)).save(tmp_path / "flat.png")
+    ask = ["generate", "--model", MODEL, "--prompt", "Who?", "--max-partition", 1, "--image"]
+    assert "none.png" in refused(*ask, "none.png", cwd=tmp_path)
+    assert "broken.png" in refused(*ask, "broken.png", cwd=tmp_path)
+    assert "300" in refused(*ask, "flat.png", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--prompt", " "], "empty"),
+        (["--prompt", "<image> Who?"], "0 images come with it"),
+        (["--prompt", "Who?", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--prompt", "Who?", "--top-p", "0.5"], "temperature"),
+        (["--prompt", "word " * 9000], "8192"),
+    ],
+)
+def test_bad_requests(options, message, tmp_path):
+    assert message in refused("generate", "--model", MODEL, *options, cwd=tmp_path)
+
+
+def test_bad_folders(tmp_path):
+    def answer(folder: Path) -> str:
+        return refused("generate", "--model", folder, "--prompt", "Who?", cwd=tmp_path)
+
+    assert "neither a folder nor a repo id" in answer(Path("no such folder"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "config.json" in answer(empty)
+    without_tokenizer = copy_golden("tiny-f32", tmp_path / "a")
+    for path in without_tokenizer.glob("tokenizer*"):
+        path.unlink()
+    assert "tokenizer" in answer(without_tokenizer)
+    other = copy_golden("tiny-f32", tmp_path / "b")
+    config = json.loads((other / "config.json").read_text())
+    config["conversation_formatter_class"] = "QwenConversationFormatter"
+    (other / "config.json").write_text(json.dumps(config))
+    assert "conversation_formatter_class is 'QwenConversationFormatter'" in answer(other)
+
+
+def test_a_broken_checkpoint_is_one_table(tmp_path):
+    folder = copy_golden("tiny-bf16-sharded", tmp_path / "a")
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model.safetensors")
+    result = run("inspect", folder, cwd=tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "missing file" in result.stderr and "two checkpoints" in result.stderr

@@ -1,0 +1,168 @@
+"""Every field that decides the mathematics is read, checked and written back."""
+
+import copy
+import json
+
+import pytest
+
+from ovis_jax import presets
+from ovis_jax.config import OvisConfig
+from ovis_jax.errors import ConfigError
+from ovis_jax.fields import read_json
+
+PRESETS = [presets.tiny, presets.ovis1_6_gemma2_9b, presets.ovis1_6_gemma2_27b]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_written_and_read_back(preset):
+    config, generation = json.loads(json.dumps(preset().to_hf()))
+    assert OvisConfig.from_hf(config, generation) == preset()
+
+
+@pytest.mark.parametrize("name", ["tiny-f32", "tiny-bf16-sharded"])
+def test_the_golden_configs_are_the_tiny_preset(golden, name):
+    assert OvisConfig.from_folder(golden / name) == presets.tiny()
+
+
+def test_sizes_that_follow():
+    config = presets.ovis1_6_gemma2_9b()
+    assert config.vision.num_patches == 729
+    assert config.visual_tokenizer.tokens_per_crop == 196
+    assert config.visual_tokenizer.merged_width == 4608
+    assert config.visual_tokenizer.num_words == 65531
+    assert [config.decoder.window(i) for i in range(4)] == [4096, None, 4096, None]
+    assert presets.tiny().visual_tokenizer.tokens_per_crop == 9
+
+
+NEEDED = {
+    "": ["model_type", "conversation_formatter_class", "multimodal_max_length", "llm_config"],
+    "llm_config": [
+        "model_type",
+        "hidden_activation",
+        "attention_bias",
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "sliding_window",
+        "query_pre_attn_scalar",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "rope_theta",
+        "rms_norm_eps",
+    ],
+    "visual_tokenizer_config": [
+        "model_type",
+        "vocab_size",
+        "hidden_stride",
+        "tokenize_function",
+        "backbone_config",
+    ],
+    "visual_tokenizer_config.backbone_config": [
+        "model_type",
+        "hidden_act",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "image_size",
+        "patch_size",
+        "num_channels",
+        "layer_norm_eps",
+    ],
+}
+
+
+def changed(section: str, key: str, *value) -> tuple[dict, dict]:
+    """The tiny config with one field of a section set to a value, or removed."""
+    config, generation = copy.deepcopy(presets.tiny().to_hf())
+    inner = config
+    for name in filter(None, section.split(".")):
+        inner = inner[name]
+    del inner[key]
+    if value:
+        inner[key] = value[0]
+    return config, generation
+
+
+@pytest.mark.parametrize(
+    "section, key", [(section, key) for section, keys in NEEDED.items() for key in keys]
+)
+def test_a_missing_field_is_named(section, key):
+    with pytest.raises(ConfigError, match=f"{key} is missing") as error:
+        OvisConfig.from_hf(*changed(section, key))
+    assert all(name in str(error.value) for name in section.split("."))
+
+
+@pytest.mark.parametrize(
+    "section, key, value, message",
+    [
+        ("", "model_type", "llava", "model_type is 'llava', expected 'ovis'"),
+        ("", "conversation_formatter_class", "QwenConversationFormatter", "Gemma"),
+        ("", "multimodal_max_length", 0, "multimodal_max_length is 0"),
+        ("", "hidden_size", 65, "hidden_size is 65, expected llm_config.hidden_size 64"),
+        ("llm_config", "model_type", "qwen2", "model_type is 'qwen2', expected 'gemma2'"),
+        ("llm_config", "hidden_activation", "gelu", "hidden_activation is 'gelu'"),
+        ("llm_config", "attention_bias", True, "attention_bias is True"),
+        ("llm_config", "sliding_window", None, "sliding_window is None"),
+        ("llm_config", "attn_logit_softcapping", None, "attn_logit_softcapping is None"),
+        ("llm_config", "query_pre_attn_scalar", -1, "query_pre_attn_scalar is -1"),
+        ("llm_config", "num_key_value_heads", 3, "num_key_value_heads is 3, expected a divisor"),
+        ("llm_config", "head_dim", 15, "head_dim is 15, expected an even number"),
+        ("llm_config", "num_hidden_layers", True, "num_hidden_layers is True"),
+        ("llm_config", "vocab_size", 600.0, "vocab_size is 600.0"),
+        ("visual_tokenizer_config", "tokenize_function", "sparsemax", "one of softmax"),
+        ("visual_tokenizer_config", "model_type", "clip_visual_tokenizer", "model_type"),
+        ("visual_tokenizer_config", "drop_cls_token", True, "drop_cls_token is True"),
+        ("visual_tokenizer_config", "depths", [3], "depths is"),
+        ("visual_tokenizer_config", "vocab_size", 5, "more than the 5 image indicators"),
+        ("visual_tokenizer_config.backbone_config", "hidden_act", "gelu", "hidden_act is 'gelu'"),
+        ("visual_tokenizer_config.backbone_config", "model_type", "clip", "model_type is 'clip'"),
+        ("visual_tokenizer_config.backbone_config", "patch_size", 71, "patch_size is 71"),
+    ],
+)
+def test_an_unsupported_value_is_named(section, key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        OvisConfig.from_hf(*changed(section, key, value))
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("rope_scaling", {"type": "linear"}, "rope_scaling"),
+        ("layer_types", ["full_attention"] * 4, "sliding and full attention in turn"),
+    ],
+)
+def test_an_unsupported_addition_is_named(key, value, message):
+    config, generation = copy.deepcopy(presets.tiny().to_hf())
+    config["llm_config"][key] = value
+    with pytest.raises(ConfigError, match=message):
+        OvisConfig.from_hf(config, generation)
+
+
+def test_stop_ids():
+    config, generation = presets.tiny().to_hf()
+    one = OvisConfig.from_hf(config, generation | {"eos_token_id": 1})
+    assert one.eos_ids == (1,)
+    with pytest.raises(ConfigError, match="generation_config.json: eos_token_id is 600"):
+        OvisConfig.from_hf(config, generation | {"eos_token_id": [1, 600]})
+    with pytest.raises(ConfigError, match="eos_token_id is missing"):
+        OvisConfig.from_hf(config, {"bos_token_id": 2, "pad_token_id": 0})
+
+
+def test_files_that_are_not_json_objects(tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(ConfigError, match="config.json does not exist"):
+        read_json(path)
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        read_json(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        read_json(path)
+    path.write_text("[1]")
+    with pytest.raises(ConfigError, match="holds a JSON list, expected an object"):
+        read_json(path)
