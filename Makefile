@@ -41,7 +41,7 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/test
-	$(BIN)/python -m benchmarks.tiny
+	$(BIN)/python -m benchmarks.generate --model $(DEMO_MODEL)
 
 clean:
 	rm -rf $(VENV) $(VENV_NEWEST) checkpoints

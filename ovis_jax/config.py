@@ -120,9 +120,8 @@ class VisualTokenizerConfig:
             raise config.error("depths", config.get("depths"), "null: every block is used")
         function = config.get("tokenize_function")
         if function not in get_args(TokenizeFunction):
-            raise config.error(
-                "tokenize_function", function, "one of " + ", ".join(get_args(TokenizeFunction))
-            )
+            known = ", ".join(get_args(TokenizeFunction))
+            raise config.error("tokenize_function", function, f"one of {known}")
         vocab_size = config.size("vocab_size")
         if vocab_size <= NUM_IMAGE_INDICATORS:
             raise config.error(
@@ -260,15 +259,10 @@ class OvisConfig:
         named_ids = [("eos_token_id", i) for i in eos_ids]
         for name, i in [*named_ids, ("bos_token_id", ovis.bos_id), ("pad_token_id", ovis.pad_id)]:
             if not is_int(i) or not 0 <= i < ovis.decoder.vocab_size:
-                raise stops.error(
-                    name, i, f"a token id below the vocabulary size {ovis.decoder.vocab_size}"
-                )
-        if top.optional("hidden_size", ovis.decoder.width) != ovis.decoder.width:
-            raise top.error(
-                "hidden_size",
-                top.get("hidden_size"),
-                f"llm_config.hidden_size {ovis.decoder.width}",
-            )
+                raise stops.error(name, i, f"an id below vocab_size {ovis.decoder.vocab_size}")
+        width = top.optional("hidden_size", ovis.decoder.width)
+        if width != ovis.decoder.width:
+            raise top.error("hidden_size", width, f"llm_config.hidden_size {ovis.decoder.width}")
         return ovis
 
     def to_hf(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -298,6 +292,5 @@ class OvisConfig:
         Raises:
           ConfigError: a file or field is missing, unreadable or not supported.
         """
-        return cls.from_hf(
-            read_json(folder / "config.json"), read_json(folder / "generation_config.json")
-        )
+        names = ("config.json", "generation_config.json")
+        return cls.from_hf(*(read_json(folder / name) for name in names))

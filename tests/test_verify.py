@@ -42,7 +42,7 @@ def test_all_tokens_are_decided(load_golden):
     assert stages[-1].name == "24 greedy tokens"
 
 
-@pytest.mark.parametrize("path", ["decoder/block_1/mlp/up", "vision/block_0/attn/k_bias"])
+@pytest.mark.parametrize("path", ["decoder/block_1/mlp/up", "vision/block_0/attn/v_bias"])
 def test_a_wrong_weight_is_seen(path: str, load_golden, change_param):
     ovis = load_golden("tiny-f32", "float32")
     params = change_param(ovis.params, path, lambda w: w + 0.01)

@@ -291,7 +291,7 @@ def test_untied_and_hard_tokens(golden):
         ),
     )
     model = Ovis(config)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     pixels = np.random.default_rng(0).normal(size=(1, 70, 70, 3)).astype(np.float32)
     row = [2, -301, *[-300] * 9, -302, -305, 120]
     inputs = text_inputs(row)._replace(pixels=pixels)

@@ -152,13 +152,18 @@ def copied(folder, *names):
 
 
 def test_folders_choose_their_backend(tmp_path):
-    with pytest.raises(ConfigError, match="neither tokenizer.model nor tokenizer.json"):
+    with pytest.raises(ConfigError, match="neither tokenizer.model with tokenizer_config.json nor"):
         Tokenizer.from_folder(tmp_path)
-    assert Tokenizer.from_folder(copied(tmp_path, "tokenizer.json")).encode("Hi") == [558, 535]
     copied(tmp_path, "tokenizer.model")
-    with pytest.raises(ConfigError, match="tokenizer_config.json does not exist"):
+    with pytest.raises(ConfigError, match="neither tokenizer.model with tokenizer_config.json nor"):
         Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("nothing")
+    with pytest.raises(ConfigError, match="tokenizer.json cannot be read"):
+        Tokenizer.from_folder(tmp_path)
+    copied(tmp_path, "tokenizer.json")
+    assert Tokenizer.from_folder(tmp_path).encode("Hi") == [558, 535]
     copied(tmp_path, "tokenizer_config.json")
+    (tmp_path / "tokenizer.json").write_text("nothing")
     assert Tokenizer.from_folder(tmp_path).encode("Hi") == [558, 535]
 
 

@@ -21,6 +21,9 @@ from ovis_jax.checkpoint.keymap import hub_keys
 from ovis_jax.config import NUM_IMAGE_INDICATORS, OvisConfig
 from ovis_jax.model.ovis import Params
 
+# The models are tiny; threads of several test workers would only wait for each other.
+torch.set_num_threads(1)
+
 VISUAL_SLOT = -300
 FIRST_INDICATOR = -301
 
