@@ -141,7 +141,7 @@ def _request(
     if sampling.temperature is not None and key is None:
         raise RequestError("sampling with a temperature needs a key: pass jax.random.key(seed)")
     ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
-    return _Request(sampling, jnp.asarray(ids, jnp.int32), key)
+    return _Request(sampling.as_arrays(), jnp.asarray(ids, jnp.int32), key)
 
 
 @partial(jax.jit, static_argnums=(0, 4, 5))

@@ -44,6 +44,14 @@ class Sampling:
                 "likeliest token is taken; give temperature=1.0 to sample"
             )
 
+    def as_arrays(self) -> "Sampling":
+        """The same with every number an array, so that 1 and 1.0 are one program."""
+        dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
+        values = (self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+        return Sampling(
+            *(None if v is None else jnp.asarray(v, d) for v, d in zip(values, dtypes, strict=True))
+        )
+
     def _check(self, name: str, holds, expected: str) -> None:
         value = getattr(self, name)
         if value is None or isinstance(value, Tracer):

@@ -214,7 +214,7 @@ def test_a_known_shape_compiles_nothing(tiny, golden):
     assert second.tokens.shape == first.tokens.shape
     assert not np.array_equal(second.tokens, first.tokens)
     key = jax.random.key(1)
-    arguments |= dict(sampling=Sampling(1.3, 7, 0.5, 1.9), eos_ids=[1, 108])
+    arguments |= dict(sampling=Sampling(1, 7, 0.5, 2), eos_ids=[1, 108])
     compiled = []
 
     def count(event: str, seconds: float, **_):
