@@ -3,8 +3,10 @@
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import measured
 import pytest
 from hypothesis import settings
 
@@ -32,6 +34,28 @@ collect_ignore_glob = [] if HAS_TORCH else ["reference/*", "*/test_parity.py"]
 def pytest_report_header() -> str:
     against = "PyTorch and the golden files" if HAS_TORCH else "the golden files alone"
     return f"compared with {against}"
+
+
+@pytest.fixture(autouse=True)
+def _keep_measured(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hand what a test has measured to the process that reports."""
+    yield
+    for name, difference, allowed in measured.take():
+        label = name if name.startswith("golden") else f"{request.node.originalname[5:]}: {name}"
+        request.node.user_properties.append(("measured", (label, difference, allowed)))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    found = [
+        tuple(value)
+        for report in terminalreporter.getreports("")
+        for name, value in report.user_properties
+        if name == "measured"
+    ]
+    if found:
+        terminalreporter.section("largest differences")
+        for line in measured.table(found):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from golden_copies import GOLDEN
+from measured import record
 
 from ovis_jax.errors import RequestError
 from ovis_jax.verify import is_bfloat16, verify
@@ -18,6 +19,8 @@ def test_golden_case(case: Path, load_golden):
     dtype = "bfloat16" if is_bfloat16(golden) else "float32"
     ovis = load_golden(case.parent.name, dtype)
     stages = verify(ovis.processor, ovis.model, ovis.params, golden)
+    for stage in stages:
+        record(f"golden {dtype}: {stage.name}", stage.difference, stage.tolerance)
     wrong = [f"{s.name}: {s.difference:.2g} > {s.tolerance}" for s in stages if not s.passed]
     assert not wrong
     names = {stage.name for stage in stages}

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from jax import Array
+from measured import record
 from reference.ovis_torch import OvisTorch, params_of
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -139,6 +140,7 @@ def relative_error(got: Any, expected: Any) -> float:
 
 def check(got: Any, expected: Any, tolerance: float, what: str = "output") -> None:
     error = relative_error(got, expected)
+    record(what, error, tolerance)
     assert error <= tolerance, f"{what}: relative error {error:.2e}, tolerance {tolerance:.0e}"
 
 
@@ -310,7 +312,7 @@ MODULES: dict[str, Module] = {
 @pytest.mark.parametrize("module", MODULES)
 def test_module(module: str, both: Sides):
     got, expected = MODULES[module](both)
-    check(got, expected, MODULE_TOLERANCE)
+    check(got, expected, MODULE_TOLERANCE, module)
 
 
 def test_merge_moves_values_and_computes_nothing(both: Sides):
