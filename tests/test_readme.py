@@ -11,8 +11,8 @@ README = Path(__file__).parents[1] / "README.md"
 def test_the_python_example_runs(capsys):
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     assert '"checkpoints/demo"' in example and '"tests/golden/' in example
-    example = example.replace("checkpoints/demo", str(GOLDEN / "tiny-f32"))
     example = example.replace("tests/golden", str(GOLDEN))
+    example = example.replace("checkpoints/demo", str(GOLDEN / "tiny-f32"))
     found = {}
     exec(compile(example, str(README), "exec"), found)
     assert found["logits"].shape == (1, found["inputs"].tokens.shape[1], 600)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Key
 
 from ovis_jax.errors import RequestError
@@ -22,13 +23,13 @@ class Sampling:
     transformers: repetition penalty, temperature, top-k, top-p.
     """
 
-    temperature: float | Array | None = None
+    temperature: ArrayLike | None = None
     """Divides the logits; None or 0 takes the likeliest token."""
-    top_k: int | Array | None = None
+    top_k: ArrayLike | None = None
     """Keep the k likeliest tokens, at least 1."""
-    top_p: float | Array | None = None
+    top_p: ArrayLike | None = None
     """Keep the fewest likeliest tokens whose probabilities reach p, in (0, 1]."""
-    repetition_penalty: float | Array | None = None
+    repetition_penalty: ArrayLike | None = None
     """Divides positive and multiplies negative logits of tokens generated before, above 0. The
     prompt does not count, as in the original, which hands its prompts over as embeddings."""
 
@@ -100,7 +101,7 @@ def penalise(
     return jnp.where(seen, penalised, logits)
 
 
-def keep_top_k(logits: Float[Array, "B V"], k: int | Array) -> Float[Array, "B V"]:
+def keep_top_k(logits: Float[Array, "B V"], k: ArrayLike) -> Float[Array, "B V"]:
     """Put all but the k largest of a row to -inf; what equals the k-th stays too."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     last = jnp.minimum(jnp.reshape(k, (-1, 1)), logits.shape[-1]) - 1
@@ -117,6 +118,6 @@ def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, "#B 1"]) -> Float[Ar
     return jnp.where(logits < smallest, -jnp.inf, logits)
 
 
-def _column(value: float | Array) -> Array:
+def _column(value: ArrayLike) -> Array:
     """A number or one value a row, as [1, 1] or [B, 1]."""
     return jnp.reshape(jnp.asarray(value, jnp.float32), (-1, 1))
