@@ -19,7 +19,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-install_import_hook(["ovis_jax.model", "ovis_jax.inference"], "beartype.beartype")
+install_import_hook(
+    ["ovis_jax.model", "ovis_jax.inference", "ovis_jax.training"], "beartype.beartype"
+)
 
 # The same examples in every run, and no failure because the machine is busy.
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)

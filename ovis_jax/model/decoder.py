@@ -123,11 +123,12 @@ class Decoder(nn.Module):
     """Gemma2 from input embeddings on.
 
     `dtype` is that of parameters made by `init`; applied, the decoder computes in the dtype of its
-    input.
+    input. With `remat` a block's gradient computes the block again instead of keeping it.
     """
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -153,9 +154,10 @@ class Decoder(nn.Module):
         V, D = c.vocab_size, c.width
         embed = self.param("embed", nn.initializers.normal(D**-0.5), (V, D), self.dtype)
         x = scale_embeddings(x)
+        make_block = nn.remat(Block) if self.remat else Block
         key_values, hidden_states = [], []
         for i in range(c.depth):
-            block = Block(c, c.window(i), self.dtype, name=f"block_{i}")
+            block = make_block(c, c.window(i), self.dtype, name=f"block_{i}")
             x, key_value = block(x, positions, None if cache is None else cache.blocks[i])
             key_values.append(key_value)
             hidden_states.append(x)

@@ -4,6 +4,7 @@ What runs in float32 whatever the activations are: the statistics of both norms,
 soft caps. Every function returns the dtype of its input unless it says otherwise.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -17,9 +18,26 @@ gelu = partial(jax.nn.gelu, approximate=True)
 """The tanh form, which both SigLIP and Gemma2 use."""
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix with a low-rank adapter beside it: it stands for w + b a (Hu et al. 2021)."""
+
+    w: Float[Array, "O I"]
+    a: Float[Array, "R I"]
+    b: Float[Array, "O R"]
+
+    def merged(self) -> Float[Array, "O I"]:
+        """The one matrix, added in float32, in the dtype of `w`."""
+        product = jnp.matmul(
+            self.b.astype(jnp.float32), self.a.astype(jnp.float32), precision="highest"
+        )
+        return (self.w.astype(jnp.float32) + product).astype(self.w.dtype)
+
+
 def linear(
     x: Float[Array, "*rows I"],
-    w: Float[Array, "O I"],
+    w: Float[Array, "O I"] | LowRank,
     bias: Float[Array, "O"] | None = None,
     *,
     out_dtype: DTypeLike | None = None,
@@ -29,6 +47,9 @@ def linear(
     Products accumulate in float32. The result has the dtype of `x`, or `out_dtype`.
     """
     out_dtype = out_dtype or x.dtype
+    if isinstance(w, LowRank):
+        y = linear(x, w.w, bias, out_dtype=out_dtype)
+        return y + linear(linear(x, w.a), w.b, out_dtype=out_dtype)
     if x.dtype == jnp.float32:
         y = _matmul(x, w, out_dtype)
     else:

@@ -51,9 +51,14 @@ class States(NamedTuple):
 
 @dataclass(frozen=True)
 class Ovis:
-    """The model as pure functions of (params, arrays). It holds its config and nothing else."""
+    """The model as pure functions of (params, arrays). It holds no array.
+
+    With `remat`, which is for training, each block's gradient computes the block again instead of
+    keeping what was inside it.
+    """
 
     config: OvisConfig
+    remat: bool = False
 
     def init(self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters, such as `jax.eval_shape` can take the shapes from."""
@@ -88,7 +93,7 @@ class Ovis:
           key: for a checkpoint whose `tokenize_function` is gumbel_argmax; see `tokenize`.
         """
         c = self.config
-        vision = apply(VisionEncoder(c.vision), params["vision"], pixels)
+        vision = apply(VisionEncoder(c.vision, remat=self.remat), params["vision"], pixels)
         tokenizer = VisualTokenizer(c.visual_tokenizer)
         tokens = apply(tokenizer, params["visual_tokenizer"], vision[-1], key)
         embeddings = embed_words(tokens.probabilities, params["visual_embedding"])
@@ -134,7 +139,8 @@ class Ovis:
         """Float32 logits at every position, without a cache, and the states on the way there."""
         x, images = self.embed(params, inputs, key)
         positions = jnp.asarray(inputs.positions)
-        out = apply(Decoder(self.config.decoder), params["decoder"], x, positions)
+        decoder = Decoder(self.config.decoder, remat=self.remat)
+        out = apply(decoder, params["decoder"], x, positions)
         return out.logits, States(images, x, out.hidden_states)
 
     def prefill(

@@ -108,11 +108,13 @@ class VisionEncoder(nn.Module):
     """SigLIP up to the last block.
 
     `dtype` is that of parameters made by `init`; applied, the encoder computes in the dtype of the
-    parameters that it is given.
+    parameters that it is given. With `remat` a block's gradient computes the block again instead of
+    keeping it.
     """
 
     config: VisionConfig
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "I h w C"]) -> tuple[Float[Array, "I P E"], ...]:
@@ -129,8 +131,9 @@ class VisionEncoder(nn.Module):
         # A convolution whose stride is its size is a product with cut-out patches.
         patches = patchify(pixels.astype(patch.dtype), c.patch_size)  # [I, P, C p p]
         x = linear(patches, patch.reshape(E, -1), bias) + position  # [I, P, E]
+        make_block = nn.remat(Block) if self.remat else Block
         states = [x]
         for i in range(c.depth):
-            x = Block(c, self.dtype, name=f"block_{i}")(x)
+            x = make_block(c, self.dtype, name=f"block_{i}")(x)
             states.append(x)
         return tuple(states)

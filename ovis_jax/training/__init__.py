@@ -1,0 +1,1 @@
+"""Fine-tuning: losses, which parts learn, low-rank adapters, and one jitted step."""
