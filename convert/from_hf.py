@@ -4,53 +4,35 @@ A conversion renames tensors and never reshapes them, so it is a stream: no tens
 memory. Exit codes: 0 done, 1 the checkpoint is wrong, 2 usage, 3 input or output, 4 interrupted.
 """
 
-import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
-from convert.report import print_plan
+from convert.exits import exits
+from convert.report import print_plan, progress_bar
+from convert.transfer import Dtype, OnProgress, copy_small_files, counted, pieces
 from ovis_jax.checkpoint.keymap import Plan
 from ovis_jax.checkpoint.params import is_converted, plan_parameters
-from ovis_jax.checkpoint.safetensors_files import DTYPES, TensorEntry, read_chunks
 from ovis_jax.checkpoint.source import Source, find_source, small_files
 from ovis_jax.checkpoint.writer import (
     CONVERSION_FILE,
     MAX_SHARD_BYTES,
     Tensors,
-    cast,
     check_destination,
     check_space,
     conversion_record,
     plan_shards,
     tensor_bytes,
     whole_or_absent,
-    with_dtype,
     write_json,
     write_tensors,
 )
 from ovis_jax.config import OvisConfig
-from ovis_jax.console import print_error
-from ovis_jax.errors import CheckpointError, OvisError
-from ovis_jax.fields import read_json
-
-OnProgress = Callable[[str, int, int], None]
-"""Called with the parameter being written, the bytes written so far and their sum at the end."""
-
-Dtype = Literal["float32", "bfloat16", "float16"]
+from ovis_jax.errors import OvisError
 
 
 @dataclass(frozen=True)
@@ -109,40 +91,18 @@ def convert(
     conversion = prepare(src, revision=revision, dtype=dtype)
     total = sum(tensor_bytes(*tensor) for tensor in conversion.tensors.values())
     check_space(dst, total)
-    done = 0
 
     def chunks(path: str) -> Iterator[memoryview]:
-        nonlocal done
-        for piece in _pieces(conversion.plan.sources[path], conversion.dtype):
-            yield piece
-            done += len(piece)
-            if progress is not None:
-                progress(path, done, total)
+        return pieces(conversion.plan.sources[path], conversion.dtype)
 
     with whole_or_absent(dst) as partial:
-        digests = write_tensors(partial, conversion.tensors, chunks, max_shard_bytes)
-        _write_small_files(conversion, partial)
+        stream = counted(chunks, total, progress)
+        digests = write_tensors(partial, conversion.tensors, stream, max_shard_bytes)
+        recast = conversion.dtype if conversion.recast else None
+        copy_small_files(conversion.source.folder, partial, conversion.files, recast)
         record = conversion_record(conversion.tensors, digests, **_provenance(conversion))
         write_json(partial / CONVERSION_FILE, record)
     return record
-
-
-def _pieces(entry: TensorEntry, dtype: str) -> Iterator[memoryview]:
-    for piece in read_chunks(entry):
-        if entry.dtype != dtype:
-            source = np.frombuffer(piece, DTYPES[entry.dtype])
-            piece = cast(entry.key, source, dtype).view(np.uint8).data
-        yield piece
-
-
-def _write_small_files(conversion: Conversion, partial: Path) -> None:
-    folder = conversion.source.folder
-    files = {name: folder / name for name in ("config.json", "generation_config.json")}
-    for name, path in (files | conversion.files).items():
-        shutil.copyfile(path, partial / name)
-    if conversion.recast:
-        config_json = with_dtype(read_json(folder / "config.json"), conversion.dtype)
-        write_json(partial / "config.json", config_json)
 
 
 def _provenance(conversion: Conversion) -> dict[str, Any]:
@@ -165,44 +125,20 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
 ) -> None:
     """Convert an Ovis1.6-Gemma2 checkpoint from the Hub's layout."""
-    errors = Console(stderr=True)
-    # A polite request to end cleans up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with exits(dst) as errors:
         if dry_run:
             check_destination(dst)
             conversion = prepare(src, revision=revision, dtype=dtype)
             shards = plan_shards(conversion.tensors)
             print_plan(Console(), conversion.plan, conversion.tensors, shards)
-        else:
-            record = _convert_with_bar(errors, src, dst, revision, dtype)
-            Console().print(
-                f"{dst}: {record['source_keys']} source keys, {record['parameters']:,} parameters"
-                f" as {record['dtype']} in {len(record['sha256'])} shard(s)",
-                soft_wrap=True,
-            )
-    except OvisError as error:
-        print_error(errors, error)
-        raise typer.Exit(1 if isinstance(error, CheckpointError) else 2) from None
-    except OSError as error:
-        print_error(errors, error)
-        raise typer.Exit(3) from None
-    except KeyboardInterrupt:
-        print_error(errors, f"interrupted; {dst} was not written")
-        raise typer.Exit(4) from None
-
-
-def _convert_with_bar(
-    errors: Console, src: str, dst: Path, revision: str | None, dtype: str | None
-) -> dict[str, Any]:
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
-        task = bar.add_task("converting", total=None)
-
-        def show(_: str, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        return convert(src, dst, revision=revision, dtype=dtype, progress=show)
+            return
+        with progress_bar(errors, "converting") as show:
+            record = convert(src, dst, revision=revision, dtype=dtype, progress=show)
+        Console().print(
+            f"{dst}: {record['source_keys']} source keys, {record['parameters']:,} parameters"
+            f" as {record['dtype']} in {len(record['sha256'])} shard(s)",
+            soft_wrap=True,
+        )
 
 
 def main() -> None:

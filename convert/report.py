@@ -1,9 +1,18 @@
-"""What a dry run prints: the plan of a conversion."""
+"""What a conversion shows: its plan in a dry run, and a bar while it runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
+from convert.transfer import OnProgress
 from ovis_jax.checkpoint.keymap import Plan
 from ovis_jax.checkpoint.safetensors_files import DTYPES
 from ovis_jax.checkpoint.writer import Tensors, tensor_bytes
@@ -30,3 +39,12 @@ def print_plan(console: Console, plan: Plan, tensors: Tensors, shards: Mapping[s
         " dry run: nothing was written",
         soft_wrap=True,
     )
+
+
+@contextmanager
+def progress_bar(console: Console, title: str) -> Iterator[OnProgress]:
+    """A bar of the bytes written, on a terminal only; the block calls what it is given."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda _, done, total: bar.update(task, completed=done, total=total)

@@ -1,4 +1,4 @@
-"""The Python example of the README runs as it is printed."""
+"""The Python examples of the README run as they are printed."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,10 @@ from golden_copies import GOLDEN
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_python_example_runs(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+def test_the_python_examples_run(capsys):
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert len(examples) == 2
+    example = "\n".join(examples)
     assert '"checkpoints/demo"' in example and '"tests/golden/' in example
     example = example.replace("tests/golden", str(GOLDEN))
     example = example.replace("checkpoints/demo", str(GOLDEN / "tiny-f32"))
@@ -18,4 +20,5 @@ def test_the_python_example_runs(capsys):
     assert found["logits"].shape == (1, found["inputs"].tokens.shape[1], 600)
     assert found["draws"].tokens.shape == (4, 1, 16)
     assert found["words"].shape[1:] == (9, 64)
+    assert found["metrics"].loss > 1.0 and found["params"].keys() == found["ovis"].params.keys()
     assert capsys.readouterr().out.startswith(found["texts"][0][:5])

@@ -223,12 +223,14 @@ def write_file(
     path: Path,
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     chunks: Callable[[str], Iterable[memoryview]],
+    metadata: Mapping[str, str] | None = None,
 ) -> str:
     """Write a file as a stream, header first, and return its sha256 in hexadecimal.
 
     `tensors` gives each key's dtype (one of `DTYPES`) and shape, `chunks` its bytes in pieces. The
     data begins at a multiple of 64 bytes and tensors of whole multiples of 64 bytes come first, so
     that those, which are nearly all, can be used where they are mapped. (The format has no gaps.)
+    `metadata` goes into the header beside the tensors.
 
     Raises:
       OSError: the file exists or cannot be written.
@@ -242,7 +244,7 @@ def write_file(
         return num_bytes(key) % _ALIGNMENT != 0, -_BYTES[tensors[key][0]]
 
     keys = sorted(tensors, key=order)
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     stop = 0
     for key in keys:
         start, stop = stop, stop + num_bytes(key)

@@ -106,17 +106,19 @@ def write_tensors(
     tensors: Tensors,
     chunks: Callable[[str], Iterable[memoryview]],
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Write every shard and the index as a stream; returns file name -> sha256.
 
     `chunks` gives the bytes of a path in pieces; it is called once a path, shard by shard.
+    `metadata` goes into the header of every shard.
 
     Raises:
       OSError: a file cannot be written.
     """
     shards = plan_shards(tensors, max_shard_bytes)
     digests = {
-        name: write_file(folder / name, {path: tensors[path] for path in paths}, chunks)
+        name: write_file(folder / name, {path: tensors[path] for path in paths}, chunks, metadata)
         for name, paths in shards.items()
     }
     total = sum(tensor_bytes(*tensor) for tensor in tensors.values())

@@ -114,13 +114,13 @@ def test_stopped_in_the_middle_leaves_no_destination(tmp_path, stop):
     # The command itself, stopped by a signal that it sends to itself between two pieces.
     code = (
         "import os, sys\n"
-        "from convert import from_hf\n"
-        "pieces = from_hf.read_chunks\n"
+        "from convert import from_hf, transfer\n"
+        "pieces = transfer.read_chunks\n"
         "def read_chunks(entry):\n"
         "    if entry.key == 'vte.weight':\n"
         f"        os.kill(os.getpid(), {int(stop)})\n"
         "    yield from pieces(entry)\n"
-        "from_hf.read_chunks = read_chunks\n"
+        "transfer.read_chunks = read_chunks\n"
         f"sys.argv = ['from_hf', {str(GOLDEN / 'tiny-f32')!r}, 'out']\n"
         "from_hf.main()\n"
     )

@@ -1,0 +1,63 @@
+"""What a conversion moves in either direction: tensors in pieces, small files as they are."""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ovis_jax.checkpoint.safetensors_files import DTYPES, TensorEntry, read_chunks
+from ovis_jax.checkpoint.writer import cast, with_dtype, write_json
+from ovis_jax.fields import read_json
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the tensor being written, the bytes written so far and their sum at the end."""
+
+Chunks = Callable[[str], Iterable[memoryview]]
+"""The bytes of a tensor in pieces, by its name in the files being written."""
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def pieces(entry: TensorEntry, dtype: str) -> Iterator[memoryview]:
+    """The bytes of a tensor, cast to `dtype` ("F32", "F16" or "BF16"); each replaces the last.
+
+    Raises:
+      CheckpointError: a number is too large for the dtype, or the file has become shorter.
+      OSError: the file cannot be read.
+    """
+    for piece in read_chunks(entry):
+        if entry.dtype != dtype:
+            source = np.frombuffer(piece, DTYPES[entry.dtype])
+            piece = cast(entry.key, source, dtype).view(np.uint8).data
+        yield piece
+
+
+def counted(chunks: Chunks, total: int, progress: OnProgress | None) -> Chunks:
+    """The same pieces, of which `progress` is told one by one; `total` is the bytes of them all."""
+    done = 0
+
+    def count(name: str) -> Iterator[memoryview]:
+        nonlocal done
+        for piece in chunks(name):
+            yield piece
+            done += len(piece)
+            if progress is not None:
+                progress(name, done, total)
+
+    return count
+
+
+def copy_small_files(folder: Path, partial: Path, names: Iterable[str], recast: str | None) -> None:
+    """Copy the two configs and the files of these names from `folder`, byte for byte.
+
+    With `recast` ("F32", "F16" or "BF16") config.json is rewritten to state that dtype.
+
+    Raises:
+      OSError: a file cannot be read or written.
+    """
+    for name in ("config.json", "generation_config.json", *names):
+        shutil.copyfile(folder / name, partial / name)
+    if recast is not None:
+        write_json(partial / "config.json", with_dtype(read_json(folder / "config.json"), recast))
