@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import typer
-from click.testing import Result
 from golden_copies import GOLDEN, copy_golden, read_tensors, rewrite_shard, same_bits, shard_with
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from convert import exits
 from convert.from_hf import convert
