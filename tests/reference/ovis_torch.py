@@ -202,22 +202,29 @@ class OvisTorch:
         x = self.embed_inputs(input_ids, None if images is None else images.embeddings)
         return States(images, x, self.decode(x))
 
+    def loss(self, tokens: np.ndarray, labels: np.ndarray, pixels: np.ndarray) -> Tensor:
+        """The mean loss of rows [B, T] (one -300 a visual token), with what its gradient needs."""
+        features = self.vision(torch.tensor(pixels), output_hidden_states=True).hidden_states[-1]
+        probabilities = self.head(self.merge(features)).softmax(dim=-1)
+        visual = probabilities @ self.table.weight[: probabilities.shape[-1]]
+        ids = torch.tensor(tokens, dtype=torch.long)
+        x = nn.functional.embedding(ids.clamp(min=0), self.llm.model.embed_tokens.weight)
+        rows = (FIRST_INDICATOR - ids).clamp(min=0) - NUM_IMAGE_INDICATORS
+        indicators = nn.functional.embedding(rows % len(self.table.weight), self.table.weight)
+        x = torch.where((ids <= FIRST_INDICATOR)[..., None], indicators, x)
+        x = x.masked_scatter((ids == VISUAL_SLOT)[..., None], visual.to(x.dtype))
+        logits = self.llm(inputs_embeds=x * x.shape[-1] ** 0.5, use_cache=False).logits
+        targets = torch.tensor(labels[:, 1:], dtype=torch.long).flatten()
+        return nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100
+        )
+
     def gradients(
         self, tokens: np.ndarray, labels: np.ndarray, pixels: np.ndarray
     ) -> tuple[float, dict[str, np.ndarray]]:
         """The mean loss of one row [T] (one -300 a visual token), and its gradient by Hub key."""
         self.model.requires_grad_(True).zero_grad()
-        features = self.vision(torch.tensor(pixels), output_hidden_states=True).hidden_states[-1]
-        probabilities = self.head(self.merge(features)).softmax(dim=-1)
-        visual = probabilities @ self.table.weight[: probabilities.shape[-1]]
-        ids = torch.tensor(tokens, dtype=torch.long)
-        x = self.llm.model.embed_tokens.weight[ids.clamp(min=0)]
-        indicators = self.table.weight[(FIRST_INDICATOR - ids).clamp(min=0) - NUM_IMAGE_INDICATORS]
-        x = torch.where((ids <= FIRST_INDICATOR)[:, None], indicators, x)
-        x = x.masked_scatter((ids == VISUAL_SLOT)[:, None], visual)
-        logits = self.llm(inputs_embeds=x[None] * x.shape[-1] ** 0.5, use_cache=False).logits[0]
-        targets = torch.tensor(labels, dtype=torch.long)
-        loss = nn.functional.cross_entropy(logits[:-1], targets[1:], ignore_index=-100)
+        loss = self.loss(tokens[None], labels[None], pixels)
         loss.backward()
         found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         self.model.requires_grad_(False)
