@@ -2,8 +2,8 @@
 
 The inverse of `convert.from_hf`: tensors get their names of the Hub back and are never reshaped, so
 that this is a stream too. With `--lora ADAPTERS` it writes a PEFT adapter instead, and with
-`--merge` the checkpoint with the adapters added into their matrices. Exit codes: 0 done, 1 the checkpoint is wrong, 2 usage, 3 input or
-output, 4 interrupted.
+`--merge` the checkpoint with the adapters added into their matrices. Exit codes: 0 done, 1 the
+checkpoint is wrong, 2 usage, 3 input or output, 4 interrupted.
 """
 
 from collections.abc import Iterator, Mapping
@@ -73,15 +73,16 @@ def export(
     folder in the Hub's layout, or are zeros. `dtype` ("float32", "bfloat16", "float16") casts every
     tensor; otherwise the parameters stay as they are and only those of `source` are cast to match.
     The low-rank adapters of the folder `merge` are added into their matrices in float32, one whole
-    matrix at a time in memory. Returns how many tensors were written.
+    matrix at a time in memory; `src` may then be in the Hub's layout, and is its own `source`.
+    Returns how many tensors were written.
 
     Raises:
       ConfigError: a config is missing or not supported.
       CheckpointError: the tensors of `src` are not those of its config, or those never used are
         not in `source` as they should be, or `merge` belongs to another config; with a row for
         every fault.
-      OvisError: `src` is not a converted folder, `merge` holds no adapters, `source` is not in the Hub's layout, `dtype` is
-        not one of the three, or `dst` exists and is not an empty folder.
+      OvisError: `src` is not a converted folder, `merge` holds no adapters, `source` is not in the
+        Hub's layout, `dtype` is not one of the three, or `dst` exists and is not an empty folder.
       OSError: a file cannot be read or written, or the disk is too small.
     """
     src, dst = Path(src), Path(dst)
@@ -112,10 +113,13 @@ def _prepare(
     if not src.is_dir():
         raise OvisError(f"{src} is not a folder; give one that convert.from_hf has made")
     if not is_converted(src):
-        raise OvisError(
-            f"{src} holds no {CONVERSION_FILE}, so it is not a converted folder: one in the Hub's"
-            " layout needs no export; give a folder that convert.from_hf or save_params has made"
-        )
+        if merge is None:
+            raise OvisError(
+                f"{src} holds no {CONVERSION_FILE}, so it is not a converted folder: one in the"
+                " Hub's layout needs no export; give a folder that convert.from_hf or save_params"
+                " has made"
+            )
+        source = source or src
     config = OvisConfig.from_folder(src)
     files = _files_there(src)
     plan, target = plan_parameters(src, config, dtype)
@@ -198,7 +202,7 @@ def command(
         bool, typer.Option("--merge", help="Write the checkpoint with the adapters added in.")
     ] = False,
 ) -> None:
-    """Write a converted Ovis1.6-Gemma2 checkpoint in the Hub's layout."""
+    """Write a converted Ovis1.6-Gemma2 checkpoint in the Hub's layout, or its adapters for PEFT."""
     with exits(dst) as errors:
         if merge and lora is None:
             raise OvisError("--merge needs --lora ADAPTERS, the folder to merge")
@@ -212,7 +216,8 @@ def command(
             return
         with progress_bar(errors, "exporting") as show:
             count = export(src, dst, source=source, merge=lora, dtype=dtype, progress=show)
-        origin = "are zeros" if source is None else f"were copied from {source}"
+        origin = source if source or is_converted(src) else src
+        origin = "are zeros" if origin is None else f"were copied from {origin}"
         if lora is not None:
             origin += f"; the adapters of {lora} were merged"
         Console().print(

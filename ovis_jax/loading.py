@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
@@ -13,7 +14,7 @@ from ovis_jax.checkpoint.source import find_source
 from ovis_jax.config import OvisConfig
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.model.ovis import Ovis, Params
-from ovis_jax.training.parts import join
+from ovis_jax.training.parts import Flat, join
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def load(
     Raises:
       ConfigError: a config or tokenizer file is missing or asks for what is not supported.
       CheckpointError: the weights or the adapters are not those of the config; names every fault.
-      OvisError: there is no such folder, repo or folder of adapters, or the parameters cannot be laid on the mesh.
+      OvisError: there is no such folder, repo or folder of adapters, or the parameters cannot be
+        laid on the mesh.
       OSError: the Hub cannot be reached, or a file cannot be read.
     """
     folder = find_source(path).folder
@@ -57,8 +59,8 @@ def load(
     added = None if adapters is None else load_adapters(adapters, config, mesh=mesh)
     params = load_params(folder, config, dtype=dtype, mesh=mesh)
     if added is not None:
-        rounded = {
-            path: x.astype(params["visual_embedding"].dtype) for path, x in added.halves.items()
-        }
-        params = join(rounded, flatten_dict(params, sep="/"), added.scale)
+        flat = cast(Flat, flatten_dict(params, sep="/"))
+        matrix = {path: flat[path.rpartition("/")[0]] for path in added.halves}
+        halves = {path: x.astype(matrix[path].dtype) for path, x in added.halves.items()}
+        params = join(halves, flat, added.scale)
     return LoadedOvis(config, Ovis(config), params, processor)

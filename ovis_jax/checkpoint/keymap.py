@@ -205,7 +205,7 @@ def _map_problems(shapes: Mapping[str, tuple[int, ...]], keys: KeyMap) -> list[P
 def tensor_problems(
     entry: TensorEntry, letters: str, sizes: Mapping[str, int], stored_dtype: str | None
 ) -> list[Problem]:
-    """The rows of a tensor that has not the shape of its letters, or not the dtype (see `account`)."""
+    """The rows of a tensor that has another shape than its letters, or a dtype that is barred."""
     file, key = entry.path.name, entry.key
     shape = shape_of(letters, sizes)
     rows = []
