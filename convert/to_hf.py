@@ -1,11 +1,12 @@
 """This library -> Hub layout: `python -m convert.to_hf SRC DST`.
 
 The inverse of `convert.from_hf`: tensors get their names of the Hub back and are never reshaped, so
-that this is a stream too. Exit codes: 0 done, 1 the checkpoint is wrong, 2 usage, 3 input or
-output, 4 interrupted.
+that this is a stream too. With `--lora ADAPTERS` it writes a PEFT adapter instead, and with
+`--merge` the checkpoint with the adapters added into their matrices. Exit codes: 0 done, 1 the
+checkpoint is wrong, 2 usage, 3 input or output, 4 interrupted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +15,10 @@ import typer
 from rich.console import Console
 
 from convert.exits import exits
+from convert.peft import export_adapters
 from convert.report import progress_bar
-from convert.transfer import Dtype, OnProgress, copy_small_files, counted, pieces
+from convert.transfer import Dtype, OnProgress, copy_small_files, counted, merged_pieces, pieces
+from ovis_jax.checkpoint.adapters import Adapters, load_adapters
 from ovis_jax.checkpoint.folder import ADVICE, locate, open_checkpoint
 from ovis_jax.checkpoint.keymap import UNUSED, hub_keys, unused_shapes
 from ovis_jax.checkpoint.params import is_converted, plan_parameters
@@ -42,10 +45,13 @@ _METADATA = {"format": "pt"}  # transformers takes no file whose header does not
 class _Export:
     """All that will be written, known from headers and configs alone, by the Hub's keys.
 
-    A tensor that is not in `entries` is written as zeros.
+    A tensor that is not in `entries` is written as zeros. `paths` are our names of the parameters,
+    and `adapters` are to be added into theirs.
     """
 
     entries: dict[str, TensorEntry]
+    paths: Mapping[str, str]
+    adapters: Adapters | None
     tensors: Tensors
     dtype: str
     files: tuple[str, ...]
@@ -56,6 +62,7 @@ def export(
     dst: str | Path,
     *,
     source: str | Path | None = None,
+    merge: str | Path | None = None,
     dtype: str | None = None,
     progress: OnProgress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -65,26 +72,33 @@ def export(
     The tensors that the model never uses are not in a converted folder: they come from `source`, a
     folder in the Hub's layout, or are zeros. `dtype` ("float32", "bfloat16", "float16") casts every
     tensor; otherwise the parameters stay as they are and only those of `source` are cast to match.
+    The low-rank adapters of the folder `merge` are added into their matrices in float32, one whole
+    matrix at a time in memory; `src` may then be in the Hub's layout, and is its own `source`.
     Returns how many tensors were written.
 
     Raises:
       ConfigError: a config is missing or not supported.
       CheckpointError: the tensors of `src` are not those of its config, or those never used are
-        not in `source` as they should be; with a row for every fault.
-      OvisError: `src` is not a converted folder, `source` is not in the Hub's layout, `dtype` is
-        not one of the three, or `dst` exists and is not an empty folder.
+        not in `source` as they should be, or `merge` belongs to another config; with a row for
+        every fault.
+      OvisError: `src` is not a converted folder, `merge` holds no adapters, `source` is not in the
+        Hub's layout, `dtype` is not one of the three, or `dst` exists and is not an empty folder.
       OSError: a file cannot be read or written, or the disk is too small.
     """
     src, dst = Path(src), Path(dst)
     check_destination(dst)
-    plan = _prepare(src, None if source is None else Path(source), dtype)
+    plan = _prepare(src, None if source is None else Path(source), merge, dtype)
     total = sum(tensor_bytes(*tensor) for tensor in plan.tensors.values())
     check_space(dst, total)
 
     def chunks(key: str) -> Iterator[memoryview]:
-        if key in plan.entries:
-            return pieces(plan.entries[key], plan.dtype)
-        return _zeros(tensor_bytes(*plan.tensors[key]))
+        if key not in plan.entries:
+            return _zeros(tensor_bytes(*plan.tensors[key]))
+        entry, added, path = plan.entries[key], plan.adapters, plan.paths.get(key)
+        if added is not None and f"{path}/a" in added.halves:
+            a, b = added.halves[f"{path}/a"], added.halves[f"{path}/b"]
+            return merged_pieces(entry, a, b, added.scale, plan.dtype)
+        return pieces(entry, plan.dtype)
 
     with whole_or_absent(dst) as partial:
         stream = counted(chunks, total, progress)
@@ -93,24 +107,31 @@ def export(
     return len(plan.tensors)
 
 
-def _prepare(src: Path, source: Path | None, dtype: str | None) -> _Export:
+def _prepare(
+    src: Path, source: Path | None, merge: str | Path | None, dtype: str | None
+) -> _Export:
     if not src.is_dir():
         raise OvisError(f"{src} is not a folder; give one that convert.from_hf has made")
     if not is_converted(src):
-        raise OvisError(
-            f"{src} holds no {CONVERSION_FILE}, so it is not a converted folder: one in the Hub's"
-            " layout needs no export; give a folder that convert.from_hf or save_params has made"
-        )
+        if merge is None:
+            raise OvisError(
+                f"{src} holds no {CONVERSION_FILE}, so it is not a converted folder: one in the"
+                " Hub's layout needs no export; give a folder that convert.from_hf or save_params"
+                " has made"
+            )
+        source = source or src
     config = OvisConfig.from_folder(src)
     files = _files_there(src)
     plan, target = plan_parameters(src, config, dtype)
-    keys = {path: key for key, path in hub_keys(config).parameters.items()}
+    adapters = None if merge is None else load_adapters(merge, config)
+    paths = hub_keys(config).parameters
+    keys = {path: key for key, path in paths.items()}
     entries = {keys[path]: entry for path, entry in plan.sources.items()}
     tensors = {key: (target, entry.shape) for key, entry in entries.items()}
     tensors |= {key: (target, shape) for key, shape in unused_shapes(config).items()}
     if source is not None:
         entries |= _unused_tensors(source, config)
-    return _Export(entries, tensors, target, files)
+    return _Export(entries, paths, adapters, tensors, target, files)
 
 
 def _files_there(folder: Path) -> tuple[str, ...]:
@@ -173,12 +194,32 @@ def command(
         typer.Option(help="A folder in the Hub's layout to copy the never-used tensors from."),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Cast every tensor.")] = None,
+    lora: Annotated[
+        Path | None,
+        typer.Option(help="A folder of low-rank adapters of SRC, to write as a PEFT adapter."),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the checkpoint with the adapters added in.")
+    ] = False,
 ) -> None:
-    """Write a converted Ovis1.6-Gemma2 checkpoint in the Hub's layout."""
+    """Write a converted Ovis1.6-Gemma2 checkpoint in the Hub's layout, or its adapters for PEFT."""
     with exits(dst) as errors:
+        if merge and lora is None:
+            raise OvisError("--merge needs --lora ADAPTERS, the folder to merge")
+        if lora is not None and not merge:
+            if source is not None:
+                raise OvisError("--source is for a whole checkpoint: leave it out, or add --merge")
+            record = export_adapters(src, dst, lora, dtype=dtype or "float32")
+            matrices, base = len(record["target_modules"]), record["base_model_name_or_path"]
+            what = f"a PEFT adapter of rank {record['r']} on {matrices} matrices of {base}"
+            Console().print(f"{dst}: {what}", soft_wrap=True)
+            return
         with progress_bar(errors, "exporting") as show:
-            count = export(src, dst, source=source, dtype=dtype, progress=show)
-        origin = "are zeros" if source is None else f"were copied from {source}"
+            count = export(src, dst, source=source, merge=lora, dtype=dtype, progress=show)
+        origin = source if source or is_converted(src) else src
+        origin = "are zeros" if origin is None else f"were copied from {origin}"
+        if lora is not None:
+            origin += f"; the adapters of {lora} were merged"
         Console().print(
             f"{dst}: {count} tensors; the {len(UNUSED)} that the model never uses {origin}",
             soft_wrap=True,

@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from ovis_jax.checkpoint.safetensors_files import DTYPES, TensorEntry, read_chunks
-from ovis_jax.checkpoint.writer import cast, with_dtype, write_json
+from ovis_jax.checkpoint.writer import array_pieces, cast, with_dtype, write_json
 from ovis_jax.fields import read_json
+from ovis_jax.model.layers import LowRank
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the tensor being written, the bytes written so far and their sum at the end."""
@@ -32,6 +35,19 @@ def pieces(entry: TensorEntry, dtype: str) -> Iterator[memoryview]:
             source = np.frombuffer(piece, DTYPES[entry.dtype])
             piece = cast(entry.key, source, dtype).view(np.uint8).data
         yield piece
+
+
+def merged_pieces(
+    entry: TensorEntry, a: Array, b: Array, scale: float, dtype: str
+) -> Iterator[memoryview]:
+    """The bytes of a matrix with an adapter, w + scale * b a in float32, then cast to `dtype`.
+
+    Raises:
+      CheckpointError, OSError: as `pieces`.
+    """
+    stored = np.frombuffer(b"".join(map(bytes, read_chunks(entry))), DTYPES[entry.dtype])
+    w = jnp.asarray(stored.reshape(entry.shape).astype(np.float32))
+    return array_pieces(cast(entry.key, np.asarray(LowRank(w, a * scale, b).merged()), dtype))
 
 
 def counted(chunks: Chunks, total: int, progress: OnProgress | None) -> Chunks:

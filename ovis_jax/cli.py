@@ -1,4 +1,4 @@
-"""The command line: generate, chat, inspect, verify."""
+"""The command line: generate, chat, train, inspect, verify."""
 
 import json
 import sys
@@ -159,6 +159,23 @@ def chat(
                 images, added = images + added, []
         except OvisError as error:
             print_error(notes, error)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML file; README.md shows one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Fields to set, such as run.steps=100.")
+    ] = None,
+) -> None:
+    """Fine-tune a model; the same command goes on with a run that was stopped (exit code 4)."""
+    try:
+        from ovis_jax.training import config as configs
+        from ovis_jax.training import loop
+    except ModuleNotFoundError as error:
+        raise OvisError(f"{error}; training needs: pip install 'ovis-jax[train]'") from error
+    if not loop.train(configs.read_config(config, overrides or ()), Console()):
+        raise typer.Exit(4)
 
 
 @app.command()

@@ -23,3 +23,11 @@ class PromptError(OvisError):
 
 class RequestError(OvisError):
     """A generation request whose options contradict each other, the model or the inputs."""
+
+
+class DataError(OvisError):
+    """A dataset file, or a row of one, that nothing can be learned from as it is."""
+
+
+class TrainingError(OvisError):
+    """A run of training that cannot go on."""

@@ -2,15 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from ovis_jax.checkpoint.adapters import load_adapters
 from ovis_jax.checkpoint.params import load_params
 from ovis_jax.checkpoint.source import find_source
 from ovis_jax.config import OvisConfig
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.model.ovis import Ovis, Params
+from ovis_jax.training.parts import Flat, join
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,11 @@ class LoadedOvis:
 
 
 def load(
-    path: str | Path, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+    path: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    adapters: str | Path | None = None,
 ) -> LoadedOvis:
     """Load a checkpoint.
 
@@ -34,15 +42,25 @@ def load(
         checkpoint.
       mesh: where the parameters are to lie, each device reading only its own slice; None for the
         default device.
+      adapters: a folder of low-rank adapters made by `save_adapters`; the matrices that they are of
+        become `LowRank` in the parameters.
 
     Raises:
       ConfigError: a config or tokenizer file is missing or asks for what is not supported.
-      CheckpointError: the weights are not those of the config; names every fault.
-      OvisError: there is no such folder or repo, or the parameters cannot be laid on the mesh.
+      CheckpointError: the weights or the adapters are not those of the config; names every fault.
+      OvisError: there is no such folder, repo or folder of adapters, or the parameters cannot be
+        laid on the mesh.
       OSError: the Hub cannot be reached, or a file cannot be read.
     """
     folder = find_source(path).folder
     config = OvisConfig.from_folder(folder)
     processor = Processor.from_folder(folder, config)
+    # Before the weights: they are small, and may be those of another model.
+    added = None if adapters is None else load_adapters(adapters, config, mesh=mesh)
     params = load_params(folder, config, dtype=dtype, mesh=mesh)
+    if added is not None:
+        flat = cast(Flat, flatten_dict(params, sep="/"))
+        matrix = {path: flat[path.rpartition("/")[0]] for path in added.halves}
+        halves = {path: x.astype(matrix[path].dtype) for path, x in added.halves.items()}
+        params = join(halves, flat, added.scale)
     return LoadedOvis(config, Ovis(config), params, processor)

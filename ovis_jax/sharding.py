@@ -2,8 +2,9 @@
 
 Shapes, shardings, the key map and every complaint about a shape are read from `PARAM_AXES`. The
 letters are the alphabet of the whole repository (B D E F H I K M N P S T U V A C), and W the visual
-words (U without the image indicators), p a patch's side in pixels, m the merging stride. A group in
-brackets is one dimension, the product of its letters; a number stands for itself.
+words (U without the image indicators), p a patch's side in pixels, m the merging stride, R the rank
+of a low-rank adapter. A group in brackets is one dimension, the product of its letters; a number
+stands for itself.
 """
 
 import math
@@ -56,6 +57,11 @@ PARAM_AXES: Mapping[str, str] = {
     "decoder/unembed": "V D",
 }
 
+_LOOKED_UP = {"vision/position", "visual_embedding", "decoder/embed"}
+"""Of two dimensions, but rows are looked up or added: nothing is multiplied by the whole."""
+
+_DIMENSION = r"\([^)]*\)|\S+"
+
 Rules = Mapping[str, str]
 
 # W is left out: 65531 is odd, so no even mesh axis divides it; the visual head stays replicated
@@ -90,6 +96,21 @@ def param_letters(path: str) -> str:
     return PARAM_AXES[re.sub(r"/block_\d+/", "/block_*/", path)]
 
 
+def takes_adapter(path: str) -> bool:
+    """Whether a parameter is a matrix that `linear` multiplies by, so that it may be adapted."""
+    return len(dimensions(param_letters(path))) == 2 and path not in _LOOKED_UP
+
+
+def adapter_axes(config: OvisConfig) -> dict[str, str]:
+    """Both halves of every adapter that a model may have: `path/a` "R in", `path/b` "out R"."""
+    axes = {}
+    for path, letters in param_axes(config).items():
+        if takes_adapter(path):
+            rows, columns = re.findall(_DIMENSION, letters)
+            axes |= {f"{path}/a": f"R {columns}", f"{path}/b": f"{rows} R"}
+    return axes
+
+
 def letter_sizes(config: OvisConfig, path: str) -> dict[str, int]:
     """The size of every letter at a path; F and H are those of the part that the path is in."""
     tokenizer, vision, decoder = config.visual_tokenizer, config.vision, config.decoder
@@ -114,7 +135,7 @@ def letter_sizes(config: OvisConfig, path: str) -> dict[str, int]:
 
 def dimensions(letters: str) -> list[list[str]]:
     """The letters of each dimension: "(N H) D" -> [["N", "H"], ["D"]]."""
-    return [part.strip("()").split() for part in re.findall(r"\([^)]*\)|\S+", letters)]
+    return [part.strip("()").split() for part in re.findall(_DIMENSION, letters)]
 
 
 def shape_of(letters: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -144,9 +165,26 @@ def param_shardings(
       OvisError: a letter's size is not a multiple of its mesh axis, or two dimensions of one
         parameter would lie on the same mesh axis.
     """
+    return _shardings(param_axes(config), config, mesh, rules)
+
+
+def adapter_shardings(
+    config: OvisConfig, mesh: Mesh | AbstractMesh, rules: Rules = TENSOR
+) -> dict[str, NamedSharding]:
+    """How each half of `adapter_axes` lies on a mesh: as its matrix does, and R whole.
+
+    Raises:
+      OvisError: as `param_shardings`.
+    """
+    return _shardings(adapter_axes(config), config, mesh, rules)
+
+
+def _shardings(
+    axes: Mapping[str, str], config: OvisConfig, mesh: Mesh | AbstractMesh, rules: Rules
+) -> dict[str, NamedSharding]:
     return {
         path: NamedSharding(mesh, _spec(path, letters, letter_sizes(config, path), mesh, rules))
-        for path, letters in param_axes(config).items()
+        for path, letters in axes.items()
     }
 
 

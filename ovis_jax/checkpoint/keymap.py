@@ -159,7 +159,8 @@ def account(
         if key in keys.parameters:
             path = keys.parameters[key]
             if path in shapes:
-                problems += _tensor_problems(entries[0], path, config, stored_dtype)
+                letters, sizes = param_letters(path), letter_sizes(config, path)
+                problems += tensor_problems(entries[0], letters, sizes, stored_dtype)
         elif key not in keys.unused:
             what = f"{entries[0].dtype} {list(entries[0].shape)}"
             problems.append(Problem(name, key, "unknown key", "no such tensor", what))
@@ -201,11 +202,11 @@ def _map_problems(shapes: Mapping[str, tuple[int, ...]], keys: KeyMap) -> list[P
     return rows
 
 
-def _tensor_problems(
-    entry: TensorEntry, path: str, config: OvisConfig, stored_dtype: str | None
+def tensor_problems(
+    entry: TensorEntry, letters: str, sizes: Mapping[str, int], stored_dtype: str | None
 ) -> list[Problem]:
+    """The rows of a tensor that has another shape than its letters, or a dtype that is barred."""
     file, key = entry.path.name, entry.key
-    letters, sizes = param_letters(path), letter_sizes(config, path)
     shape = shape_of(letters, sizes)
     rows = []
     if entry.shape != shape:

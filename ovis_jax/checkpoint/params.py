@@ -7,17 +7,18 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from ovis_jax.checkpoint.folder import CheckpointFolder, open_checkpoint
 from ovis_jax.checkpoint.keymap import Plan, account, hub_keys, own_keys
 from ovis_jax.checkpoint.problems import Problem
-from ovis_jax.checkpoint.safetensors_files import CHUNK, DTYPES, TensorEntry, map_file, view_tensor
+from ovis_jax.checkpoint.safetensors_files import DTYPES, TensorEntry, map_file, view_tensor
 from ovis_jax.checkpoint.writer import (
     CONVERSION_FILE,
     FORMAT,
     MAX_SHARD_BYTES,
+    array_pieces,
     cast,
     check_space,
     conversion_record,
@@ -130,14 +131,24 @@ def load_params(
 
     def load(path: str, entry: TensorEntry) -> jax.Array:
         view = view_tensor(mapped[entry.path], entry)
-        if shardings is None:
-            return jax.device_put(cast(entry.key, view, target))
-        return jax.make_array_from_callback(
-            view.shape, shardings[path], lambda index: cast(entry.key, view[index], target)
-        )
+        sharding = None if shardings is None else shardings[path]
+        return place(entry.key, view, target, sharding)
 
     flat = {path: load(path, entry) for path, entry in plan.sources.items()}
     return unflatten_dict(flat, sep="/")
+
+
+def place(key: str, array: np.ndarray, dtype: str, sharding: NamedSharding | None) -> jax.Array:
+    """An array in a dtype on the default device, or each device's slice of it alone.
+
+    Raises:
+      CheckpointError: a number is too large for the dtype.
+    """
+    if sharding is None:
+        return jax.device_put(cast(key, array, dtype))
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda index: cast(key, array[index], dtype)
+    )
 
 
 def save_params(
@@ -160,16 +171,14 @@ def save_params(
       OSError: too little space, or a file cannot be written.
     """
     leaves: dict[str, Any] = flatten_dict(params, sep="/")
-    listing = _listing(leaves)
+    listing = list_arrays("params", leaves)
     stored = None if dtype is not None else next((t.dtype for t in listing.tensors), "F32")
     account(listing, config, own_keys(config), stored)
     target = stored or dtype_name(dtype)
     tensors = {path: (target, shape) for path, shape in param_shapes(config).items()}
 
     def chunks(path: str) -> Iterator[memoryview]:
-        array = cast(path, np.ascontiguousarray(leaves[path]), target).reshape(-1)
-        data = array.view(np.uint8).data
-        return (data[start : start + CHUNK] for start in range(0, len(data), CHUNK))
+        return array_pieces(cast(path, np.asarray(leaves[path]), target))
 
     check_space(folder, sum(tensor_bytes(*tensor) for tensor in tensors.values()))
     with whole_or_absent(folder) as partial:
@@ -182,18 +191,22 @@ def save_params(
         write_json(partial / CONVERSION_FILE, conversion_record(tensors, digests))
 
 
-def _listing(leaves: Mapping[str, Any]) -> CheckpointFolder:
-    """Arrays in memory as if they stood in a folder, so that they are held to the same account."""
+def list_arrays(name: str, leaves: Mapping[str, Any]) -> CheckpointFolder:
+    """Arrays in memory as if they stood in a folder, so that they are held to the same account.
+
+    Raises:
+      OvisError: a leaf is not all on this host's devices.
+    """
     names = {dtype: name for name, dtype in DTYPES.items()}
     entries, problems = [], []
     for path, leaf in leaves.items():
         if not isinstance(leaf, jax.Array | np.ndarray):
             found = type(leaf).__name__
-            problems.append(Problem("params", path, "not an array", "an array", found))
+            problems.append(Problem(name, path, "not an array", "an array", found))
         elif isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             raise OvisError(f"{path}: parts are on other hosts' devices; gather it to save it")
         else:
             dtype = names.get(leaf.dtype, str(leaf.dtype))
-            entries.append(TensorEntry(Path("params"), path, dtype, leaf.shape, 0, leaf.nbytes))
+            entries.append(TensorEntry(Path(name), path, dtype, leaf.shape, 0, leaf.nbytes))
     unusable = frozenset(row.key for row in problems)
-    return CheckpointFolder(Path("params"), tuple(entries), {}, unusable, tuple(problems))
+    return CheckpointFolder(Path(name), tuple(entries), {}, unusable, tuple(problems))

@@ -15,7 +15,7 @@ import numpy as np
 
 from ovis_jax.checkpoint.folder import INDEX_FILE
 from ovis_jax.checkpoint.problems import printable
-from ovis_jax.checkpoint.safetensors_files import DTYPES, write_file
+from ovis_jax.checkpoint.safetensors_files import CHUNK, DTYPES, write_file
 from ovis_jax.errors import CheckpointError, OvisError
 
 CONVERSION_FILE = "conversion.json"
@@ -148,6 +148,12 @@ def cast(path: str, array: np.ndarray, dtype: str) -> np.ndarray:
             " or float32"
         )
     return result
+
+
+def array_pieces(array: np.ndarray) -> Iterator[memoryview]:
+    """The bytes of an array in pieces, as `write_tensors` and `write_file` take them."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return (data[start : start + CHUNK] for start in range(0, len(data), CHUNK))
 
 
 def with_dtype(config_json: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from ovis_jax.errors import PromptError
+from ovis_jax.inputs.conversation import IGNORED
 from ovis_jax.inputs.image import IMAGE_SLOT
 
 TOKEN_BUCKET = 64
@@ -63,6 +66,24 @@ def last_positions(example: Example, limit: int, tokens_per_crop: int) -> Exampl
     return Example(tokens[rest:], labels[rest:], example.pixels[len(example.pixels) - num_crops :])
 
 
+def first_positions(example: Example, limit: int) -> Example:
+    """Keep the first `limit` positions.
+
+    Raises:
+      PromptError: a crop would lose some of its slots, or no label would be left.
+    """
+    tokens, labels = example.tokens[:limit], example.labels[:limit]
+    if np.any(example.tokens[limit:] == IMAGE_SLOT):
+        last = int(np.flatnonzero(example.tokens == IMAGE_SLOT)[-1])
+        raise PromptError(
+            f"its images reach to position {last}, beyond the {limit} that are kept; keep more, or"
+            " cut the images into fewer crops with max_partition"
+        )
+    if np.all(labels == IGNORED):
+        raise PromptError(f"no answer begins within the {limit} positions that are kept")
+    return Example(tokens, labels, example.pixels)
+
+
 def pad_batch(
     rows: Sequence[np.ndarray], pixels: np.ndarray, *, pad_id: int, max_length: int
 ) -> Inputs:
@@ -76,11 +97,28 @@ def pad_batch(
     """
     longest = max(len(row) for row in rows)
     length = max(longest, min(bucket(longest, TOKEN_BUCKET), max_length))
-    tokens = np.full((len(rows), length), pad_id, np.int32)
-    positions = np.full((len(rows), length), PADDING, np.int32)
-    for b, row in enumerate(rows):
-        tokens[b, : len(row)] = row
-        positions[b, : len(row)] = np.arange(len(row))
     padded = np.zeros((bucket(len(pixels), CROP_BUCKET), *pixels.shape[1:]), np.float32)
     padded[: len(pixels)] = pixels
-    return Inputs(tokens, positions, padded)
+    positions = pad_rows([np.arange(len(row)) for row in rows], length, PADDING)
+    return Inputs(pad_rows(rows, length, pad_id), positions, padded)
+
+
+def pad_rows(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
+    """Rows int [t] as int32 [B, length], filled up with `value`."""
+    padded = np.full((len(rows), length), value, np.int32)
+    for b, row in enumerate(rows):
+        padded[b, : len(row)] = row
+    return padded
+
+
+def as_rows(values: Sequence[ArrayLike] | np.ndarray) -> list[np.ndarray]:
+    """A batch, or one row, as rows of their own lengths.
+
+    Raises:
+      PromptError: there is none.
+    """
+    if not len(values):
+        raise PromptError("input_ids is empty, expected at least one row of ids")
+    if np.ndim(values[0]) == 0:
+        return [np.asarray(values)]
+    return [np.asarray(row) for row in values]

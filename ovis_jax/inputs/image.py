@@ -6,6 +6,7 @@ commit d248e34, with the image processor of SigLIP in transformers 4.46.
 
 import io
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,6 +76,7 @@ class ImageSettings:
         )
 
 
+@lru_cache(maxsize=4096)
 def choose_grid(width: int, height: int, side: int, max_partition: int) -> Grid:
     """Choose the rows and columns that an image of `width` x `height` pixels is cut into.
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,7 +11,14 @@ from PIL import Image
 
 from ovis_jax.config import NUM_IMAGE_INDICATORS, OvisConfig
 from ovis_jax.errors import ConfigError, ImageError, PromptError
-from ovis_jax.inputs.batch import Example, Inputs, last_positions, pad_batch
+from ovis_jax.inputs.batch import (
+    Example,
+    Inputs,
+    as_rows,
+    first_positions,
+    last_positions,
+    pad_batch,
+)
 from ovis_jax.inputs.conversation import (
     IGNORED,
     Formatted,
@@ -109,7 +116,8 @@ class Processor:
             name = f"prompts[{number}]"
             turns = read_turns(prompt, _count(row_images, name), name)
             formatted = format_prompt(turns, self.tokenizer, beginning, control=control, name=name)
-            examples.append(self._example(formatted, row_images, partition, name, truncate))
+            keep = "last" if truncate else "all"
+            examples.append(self._example(formatted, row_images, partition, name, keep))
         return self._pad(
             [example.tokens for example in examples],
             np.concatenate([example.pixels for example in examples]),
@@ -121,13 +129,24 @@ class Processor:
         images: Images = (),
         *,
         max_partition: int = 9,
+        max_length: int | None = None,
+        truncate: bool = False,
         control: bool = True,
     ) -> Example:
         """Make an example of a conversation whose assistant turns are learned.
 
+        Args:
+          turns: the conversation.
+          images: in order of appearance.
+          max_partition: the most cells an image is cut into.
+          max_length: the longest example, in positions; None for the model's own limit.
+          truncate: cut a conversation that is too long: its first positions are kept, so the last
+            answers go.
+          control: see `__call__`.
+
         Raises:
           PromptError: the conversation is malformed, too long, without an assistant turn, or does
-            not go with its images.
+            not go with its images; or cutting it would cut an image or leave no answer.
           ImageError: an image cannot be decoded or cut into crops.
         """
         name = "the conversation"
@@ -135,7 +154,8 @@ class Processor:
         formatted = format_conversation(checked, self.tokenizer, control=control)
         if all(label == IGNORED for label in formatted.labels):
             raise PromptError(f"{name} has no assistant turn, so nothing could be learned from it")
-        return self._example(formatted, images, max_partition, name, truncate=False)
+        keep = "first" if truncate else "all"
+        return self._example(formatted, images, max_partition, name, keep, max_length)
 
     def from_reference(
         self,
@@ -154,10 +174,10 @@ class Processor:
           PromptError: an id is not one of the model's, a row is empty, or the mask does not fit.
           ImageError: the crops are not as many, or not of the shape, that the ids ask for.
         """
-        padded = _rows(input_ids)
+        padded = as_rows(input_ids)
         masks = [row != self.config.pad_id for row in padded]
         if attention_mask is not None:
-            given = [mask.astype(bool) for mask in _rows(attention_mask)]
+            given = [mask.astype(bool) for mask in as_rows(attention_mask)]
             if [len(mask) for mask in given] != [len(mask) for mask in masks]:
                 raise PromptError("attention_mask has another shape than input_ids")
             masks = given
@@ -197,7 +217,13 @@ class Processor:
         return self.tokenizer.decode(ids[: next(stops, len(ids))])
 
     def _example(
-        self, formatted: Formatted, images: Images, max_partition: int, name: str, truncate: bool
+        self,
+        formatted: Formatted,
+        images: Images,
+        max_partition: int,
+        name: str,
+        keep: Literal["all", "first", "last"],
+        max_length: int | None = None,
     ) -> Example:
         """Put the images into a formatted conversation, and hold it to the longest length."""
         marks = [self._placeholders(image, max_partition) for image in images]
@@ -207,16 +233,19 @@ class Processor:
         ids, labels = ids[kept], labels[kept]
         tokens, labels = self._expand(ids, ids), self._expand(labels, ids)
         limit = self.config.multimodal_max_length
-        if len(tokens) > limit and not truncate:
+        limit = limit if max_length is None else min(limit, max_length)
+        if len(tokens) > limit and keep == "all":
             text_length = len(tokens) - self._image_length(images, max_partition)
             raise PromptError(
                 f"{name} is {len(tokens)} positions long, more than the {limit} that the model "
-                f"reads; {self._advice(text_length, images, max_partition)}"
+                f"reads; {self._advice(limit - text_length, images, max_partition)}"
             )
         side = self.image_settings.side
         pixels = [crops(image, self.image_settings, max_partition)[0] for image in images]
         pixels = np.concatenate([np.zeros((0, side, side, 3), np.float32), *pixels])
         example = Example(tokens, labels, pixels)
+        if keep == "first":
+            return first_positions(example, limit)
         return last_positions(example, limit, self.config.visual_tokenizer.tokens_per_crop)
 
     def _placeholders(self, image: Image.Image, max_partition: int) -> list[int]:
@@ -233,9 +262,8 @@ class Processor:
         repeats = np.where(ids == IMAGE_SLOT, self.config.visual_tokenizer.tokens_per_crop, 1)
         return np.repeat(values, repeats).astype(np.int32)
 
-    def _advice(self, text_length: int, images: Images, max_partition: int) -> str:
-        """How a prompt that is too long can be made to fit."""
-        room = self.config.multimodal_max_length - text_length
+    def _advice(self, room: int, images: Images, max_partition: int) -> str:
+        """How a prompt that is too long can be made to fit, with `room` positions for images."""
         for smaller in range(max_partition - 1, 0, -1):
             if images and self._image_length(images, smaller) <= room:
                 return f"it fits with max_partition={smaller}, or cut it with truncate=True"
@@ -281,12 +309,3 @@ def _count(images: Images, name: str) -> int:
                 "open_image of ovis_jax.inputs.image reads a file"
             )
     return len(images)
-
-
-def _rows(values: Sequence[ArrayLike] | np.ndarray) -> list[np.ndarray]:
-    """A batch, or one row, as rows of their own lengths."""
-    if not len(values):
-        raise PromptError("input_ids is empty, expected at least one row of ids")
-    if np.ndim(values[0]) == 0:
-        return [np.asarray(values)]
-    return [np.asarray(row) for row in values]

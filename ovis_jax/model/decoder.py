@@ -13,7 +13,7 @@ from ovis_jax.config import DecoderConfig
 from ovis_jax.model import kv_cache
 from ovis_jax.model.attention import attend, visible
 from ovis_jax.model.kv_cache import Cache, KeyValue
-from ovis_jax.model.layers import gelu, linear, rms_norm, rope, softcap
+from ovis_jax.model.layers import LowRank, gelu, linear, rms_norm, rope, softcap
 from ovis_jax.model.vision import matrix, zeros
 
 
@@ -104,7 +104,7 @@ def unembed(
     config: DecoderConfig,
     x: Float[Array, "B T D"],
     norm: Float[Array, "D"],
-    table: Float[Array, "V D"],
+    table: Float[Array, "V D"] | LowRank,
 ) -> Float[Array, "B T V"]:
     """The last block's output -> float32 logits: final norm, product with the table, soft cap."""
     x = rms_norm(x, norm, config.norm_eps)

@@ -12,6 +12,7 @@ from jax import Array
 from ovis_jax.errors import RequestError
 from ovis_jax.model.layers import LowRank
 from ovis_jax.model.ovis import Params
+from ovis_jax.sharding import takes_adapter
 
 PARTS: Mapping[str, str] = {
     "visual_tokenizer": r"(vision|visual_tokenizer)/.*",
@@ -49,13 +50,14 @@ def add_adapters(
       params: of the whole model.
       key: for the random half.
       rank: of every adapter.
-      targets: a pattern of the paths of the matrices that get one.
+      targets: a pattern of the paths of the matrices that get one; tables have rows that are
+        looked up, so they get none.
 
     Raises:
       RequestError: the rank is below 1, or the pattern names no matrix.
     """
     flat = cast(Flat, flatten_dict(params, sep="/"))
-    paths = [path for path, w in flat.items() if re.fullmatch(targets, path) and w.ndim == 2]
+    paths = [path for path in flat if re.fullmatch(targets, path) and takes_adapter(path)]
     if rank < 1 or not paths:
         raise RequestError(f"adapters of rank {rank} on {targets!r}: {len(paths)} matrices match")
     adapters = {}

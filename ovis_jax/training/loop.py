@@ -1,0 +1,207 @@
+"""The loop of training: steps, scores, checkpoints; it can be stopped and taken up at any step."""
+
+import math
+import signal
+from functools import partial
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+from rich.console import Console
+
+from ovis_jax.checkpoint.params import declared_dtype, save_params
+from ovis_jax.checkpoint.safetensors_files import DTYPES
+from ovis_jax.checkpoint.source import small_files
+from ovis_jax.errors import TrainingError
+from ovis_jax.model.ovis import Ovis, Params
+from ovis_jax.training.config import TrainConfig
+from ovis_jax.training.data import ExampleMaker, batches
+from ovis_jax.training.evaluation import answer_rows, scores
+from ovis_jax.training.losses import Batch, Pairs, answer_log_probs
+from ovis_jax.training.metrics import Metrics
+from ovis_jax.training.parts import Flat, join
+from ovis_jax.training.progress import Bar
+from ovis_jax.training.run import Run, prepare
+from ovis_jax.training.step import Metrics as StepMetrics
+from ovis_jax.training.step import State, start, step
+from ovis_jax.training.store import Store
+
+MODEL_FOLDER = "model"
+
+
+def train(config: TrainConfig, console: Console) -> bool:
+    """Run a config, or take up its run where the last checkpoint left it.
+
+    Fills the folder `config.output`: run.json, checkpoints/, metrics.jsonl, tensorboard/, and at
+    the end loss.png and model/, a converted folder in the dtype of the model that the run began
+    from. On SIGTERM or SIGINT it ends the step at hand and saves a checkpoint.
+
+    Returns:
+      Whether the run came to its end; otherwise the same call goes on with it.
+
+    Raises:
+      ConfigError: the config asks for what the model or the devices do not have.
+      DataError: a dataset file or a row cannot be used.
+      CheckpointError: the model cannot be loaded, or the output folder is of another run.
+      TrainingError: the loss is no number any more.
+      OSError: a file cannot be read or written, or the disk is full; the last checkpoint stays.
+    """
+    run, learned = prepare(config)
+    for fault in run.faults:
+        console.print(f"left out: {fault}", markup=False, soft_wrap=True)
+    console.print(
+        f"{len(run.train):,} rows to learn from, {len(run.validation):,} to score answers on",
+        highlight=False,
+    )
+    facts = {"config": _facts(config), "model": run.model.config.to_hf()[0]}
+    store = Store(config.output, config.run.keep, facts)
+    maker = run.example_maker()
+    data = batches(run.train, maker, run.batch_shape(), config.run.seed)
+    state = start(run.recipe, learned)
+    del learned
+    state = jax.tree.map(lambda x: x if x.ndim else run.place(x), state)
+    if store.latest() is not None:
+        state, position = store.restore(state)
+        data.set_state(position)
+        console.print(f"resumed at step {int(state.step)}")
+    with _Stop() as stop:
+        state = _go_on(run, state, data, maker, store, console, stop)
+    done = int(state.step)
+    if done < config.run.steps:
+        console.print(f"stopped at step {done}; the same command goes on from there")
+        return False
+    _write_model(run, state.learned)
+    return True
+
+
+def _go_on(
+    run: Run,
+    state: State,
+    data: grain.DatasetIterator,
+    maker: ExampleMaker,
+    store: Store,
+    console: Console,
+    stop: "_Stop",
+) -> State:
+    """Make the steps that are left, or those until somebody asks to stop."""
+    settings, done = run.config.run, int(state.step)
+    metrics = Metrics(run.config.output, done)
+    reported: set[str] = set()
+    with Bar(console, done, settings.steps) as bar:
+        while done < settings.steps and not stop.asked:
+            batch = _on_devices(run, next(data))
+            state, measured = step(run.model, run.recipe, state, run.frozen, batch)
+            done += 1
+            last = done == settings.steps
+            rate = bar.step(done, _positions(batch), measured.loss)
+            if last or done % settings.log_every == 0:
+                metrics.write(done, _numbers(measured, done) | {"tokens_per_second": rate})
+            for name in maker.faults.keys() - reported:
+                bar.say(f"left out: {maker.faults[name]}")
+                reported.add(name)
+            if last or stop.asked or done % settings.save_every == 0:
+                store.save(state, data.get_state())
+            if run.validation and (last or done % settings.evaluate_every == 0):
+                found = evaluate(run, state.learned)
+                accuracy = float(np.mean(list(found.values())))
+                metrics.write(done, {"accuracy": accuracy, "accuracy_by_kind": found})
+                bar.say(f"step {done}: {accuracy:.1%} of the held-out answers are exact")
+    store.close()
+    data.close()
+    metrics.close()
+    return state
+
+
+def evaluate(run: Run, learned: Flat) -> dict[str, float]:
+    """Exact-match accuracy on the validation rows, by kind."""
+    answers = answer_rows(
+        run.processor,
+        run.model,
+        run.params(learned),
+        run.validation,
+        max_new_tokens=run.config.run.max_new_tokens,
+        max_partition=run.config.data.max_partition,
+    )
+    return scores(list(answers))
+
+
+def _on_devices(run: Run, batch: Batch | Pairs) -> Batch | Pairs:
+    """A step's micro-batches on the mesh; for preference pairs with what the reference thinks."""
+    batch = run.place(batch, None, "data")
+    if isinstance(batch, Batch) or run.reference is None:
+        return batch
+    chosen, rejected = (_opinion(run.model, run.reference, side) for side in batch[:2])
+    return batch._replace(reference_chosen=chosen, reference_rejected=rejected)
+
+
+@partial(jax.jit, static_argnums=0)
+def _opinion(model: Ovis, params: Params, batch: Batch) -> Float[Array, "micro B"]:
+    """Log-probabilities of the answers of stacked micro-batches."""
+
+    def log_probs(micro: Batch) -> Float[Array, "B"]:
+        return answer_log_probs(model.forward(params, micro.inputs)[0], micro.labels)
+
+    return jax.lax.map(log_probs, batch)
+
+
+def _positions(batch: Batch | Pairs) -> int:
+    """How many positions a step reads, padding left out."""
+    sides = (batch,) if isinstance(batch, Batch) else (batch.chosen, batch.rejected)
+    return sum(int(np.count_nonzero(np.asarray(side.inputs.positions) >= 0)) for side in sides)
+
+
+def _numbers(measured: StepMetrics, done: int) -> dict[str, float]:
+    """A step's measurements as JSON takes them.
+
+    Raises:
+      TrainingError: the loss is no number any more.
+    """
+    values = {name: float(value) for name, value in measured._asdict().items()}
+    if not math.isfinite(values["loss"]):
+        raise TrainingError(
+            f"the loss of step {done} is {values['loss']}; go on from the last checkpoint with a"
+            " smaller optimizer.learning_rate or clip_norm"
+        )
+    return values
+
+
+def _facts(config: TrainConfig) -> dict[str, Any]:
+    """The part of a config that decides the result; the rest may change when a run is resumed."""
+    values = config.model_dump(mode="json", exclude={"output", "mesh"})
+    for name in ("log_every", "save_every", "keep", "evaluate_every", "max_new_tokens"):
+        del values["run"][name]
+    del values["data"]["validation"]
+    return values
+
+
+def _write_model(run: Run, learned: Flat) -> None:
+    """The trained model as a converted folder, with the tokenizer of the one it began from."""
+    folder = run.config.output / MODEL_FOLDER
+    if folder.exists():
+        return
+    params = join(learned, run.frozen)
+    files = {name: path.read_bytes() for name, path in small_files(run.source).items()}
+    dtype = DTYPES[declared_dtype(run.source)]
+    save_params(folder, params, run.model.config, dtype=dtype, files=files)
+
+
+class _Stop:
+    """Turns the first SIGTERM or SIGINT into `asked`; the second one ends the process."""
+
+    asked = False
+
+    def __enter__(self) -> "_Stop":
+        asks = (signal.SIGTERM, signal.SIGINT)
+        self._before: dict[int, Any] = {ask: signal.signal(ask, self._ask) for ask in asks}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+        signal.signal(number, self._before[number])

@@ -1,0 +1,122 @@
+"""Checkpoints of a run: what learns, the optimizer's state, and the place in the data."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import orbax.checkpoint as ocp
+
+from ovis_jax.checkpoint.writer import check_space, write_json
+from ovis_jax.errors import CheckpointError
+from ovis_jax.fields import read_json
+from ovis_jax.training.step import State
+
+FACTS_FILE = "run.json"
+
+
+class Store:
+    """The checkpoints in a folder; saving goes on in the background.
+
+    A checkpoint counts only once all of it is on the disk: one that was cut short is passed over,
+    and the ones before it stay.
+
+    Args:
+      folder: of the run; made if it is not there.
+      keep: how many checkpoints stay.
+      facts: what must not change between the run's parts, as JSON; a resumed run is held to it.
+
+    Raises:
+      CheckpointError: the folder holds the checkpoints of another run.
+      OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, keep: int, facts: Mapping[str, Any]):
+        self._folder = folder.resolve()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._hold(facts)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self._folder / "checkpoints", options=options)
+        self._bytes = 0
+
+    def _hold(self, facts: Mapping[str, Any]) -> None:
+        """Compare with the run that the folder is of, or make it the folder of this one."""
+        path = self._folder / FACTS_FILE
+        facts = json.loads(json.dumps(facts))
+        if not path.exists():
+            write_json(path, facts)
+            return
+        before = read_json(path)
+        if changed := sorted(_differences(before, facts)):
+            raise CheckpointError(
+                f"{self._folder} holds another run: {'; '.join(changed)}; set them back to resume"
+                " it, or give another output"
+            )
+
+    def latest(self) -> int | None:
+        """The steps of the last whole checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: State, position: Mapping[str, Any]) -> None:
+        """Begin to save a checkpoint; the one before must have ended, which is waited for.
+
+        Raises:
+          OSError: the disk is full, now or while the one before was being written.
+        """
+        self.wait()
+        self._bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+        check_space(self._folder, self._bytes)
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(cast(Any, state)), data=ocp.args.JsonSave(dict(position))
+        )
+        self._manager.save(int(state.step), args=arguments)
+
+    def restore(self, like: State) -> tuple[State, dict[str, Any]]:
+        """The last checkpoint, laid out as `like`, and its place in the data.
+
+        Raises:
+          CheckpointError: it cannot be read, or is of a state of other shapes.
+        """
+        step = self._manager.latest_step()
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardRestore(cast(Any, abstract)), data=ocp.args.JsonRestore()
+        )
+        # orbax lets through whatever its backends raise.
+        try:
+            found = self._manager.restore(step, args=arguments)
+        except Exception as error:
+            raise CheckpointError(
+                f"{self._folder / 'checkpoints' / str(step)} cannot be restored: {error}; remove"
+                " that folder to go on from the checkpoint before it"
+            ) from error
+        return found["state"], found["data"]
+
+    def wait(self) -> None:
+        """Wait until what was begun is on the disk.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            kept = self.latest()
+            raise OSError(
+                f"a checkpoint could not be written to {self._folder}: {error}; the last good one"
+                f" is of step {kept}; make room and run the same command again"
+            ) from error
+
+    def close(self) -> None:
+        """Wait, and free what the checkpoints hold."""
+        self.wait()
+        self._manager.close()
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = before.keys() | now.keys()
+        pairs = [(f"{name}.{key}".strip("."), before.get(key), now.get(key)) for key in keys]
+        return [line for key, a, b in pairs for line in _differences(a, b, key)]
+    return [] if before == now else [f"{name} was {before!r} and is {now!r}"]

@@ -1,0 +1,1 @@
+"""How models were made, from nothing to a checkpoint folder."""

@@ -1,0 +1,1 @@
+"""The small Ovis: its pictures, questions and tokenizer."""
