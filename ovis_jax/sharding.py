@@ -64,8 +64,8 @@ _DIMENSION = r"\([^)]*\)|\S+"
 
 Rules = Mapping[str, str]
 
-# W is left out: 65531 is odd, so no even mesh axis divides it; the visual head stays replicated
-# until it is padded to a size that does.
+# W is left out: 65531 is odd, so no even mesh axis divides it. `TENSOR` therefore leaves the visual
+# head whole on each device until it is padded to a size that does; the others cut its input side.
 TENSOR: Rules = {axis: "model" for axis in "NKFAVU"} | {"B": "data"}
 """Tensor parallel: heads, MLP widths and vocabularies over "model", the batch over "data"."""
 
@@ -157,9 +157,10 @@ def param_shapes(config: OvisConfig) -> dict[str, tuple[int, ...]]:
 def param_shardings(
     config: OvisConfig, mesh: Mesh | AbstractMesh, rules: Rules = TENSOR
 ) -> dict[str, NamedSharding]:
-    """How each parameter lies on a mesh: a dimension goes where the rules send its first letter.
+    """How each parameter lies on a mesh.
 
-    Letters without a rule, and mesh axes that the mesh does not have, leave a dimension whole.
+    A dimension goes where the rules send the first of its letters that they name. Letters without a
+    rule, and mesh axes that the mesh does not have, leave a dimension whole.
 
     Raises:
       OvisError: a letter's size is not a multiple of its mesh axis, or two dimensions of one
@@ -196,7 +197,8 @@ def _spec(
     rules: Rules,
 ) -> PartitionSpec:
     axes: list[str | None] = []
-    for letter, *_ in dimensions(letters):
+    for group in dimensions(letters):
+        letter = next((letter for letter in group if letter in rules), group[0])
         axis = rules.get(letter)
         if axis not in mesh.shape:
             axes.append(None)

@@ -97,6 +97,8 @@ def test_specs_by_rules():
     assert fsdp["decoder/final_norm"].spec == PartitionSpec("data")
     both = param_shardings(config, grid, TENSOR_FSDP)
     assert both["decoder/block_3/mlp/down"].spec == PartitionSpec("data", "model")
+    # Its first letters, the merged patches, have no rule; its last, the vision width, has.
+    assert both["visual_tokenizer/head"].spec == PartitionSpec(None, "data")
     assert both["vision/patch"].spec == PartitionSpec("data", None, None, None)
 
 
