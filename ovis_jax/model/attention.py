@@ -39,16 +39,20 @@ def attend(
     B, T, N, H = q.shape
     K = k.shape[1]
     # Heads stand before positions in both products: the one order that XLA's CPU backend has for
-    # bfloat16 operands and a float32 result.
+    # bfloat16 operands and a float32 result. G and T are one axis Q in them: so their gradients sum
+    # over one axis too, which needs no transposed copy of the scores.
     grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    grouped = grouped.reshape(B, K, -1, H)  # [B, K, Q, H]
     scores = jnp.einsum(
-        "BKGTH,BKSH->BKGTS", grouped, k, precision=exact(q), preferred_element_type=jnp.float32
+        "BKQH,BKSH->BKQS", grouped, k, precision=exact(q), preferred_element_type=jnp.float32
     )
     scores = scores * scale if cap is None else softcap(scores * scale, cap)
     if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, MASKED)
+        scores = scores.reshape(B, K, N // K, T, -1)
+        scores = jnp.where(mask[:, None, None], scores, MASKED).reshape(B, K, N // K * T, -1)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     out = jnp.einsum(
-        "BKGTS,BKSH->BKGTH", weights, v, precision=exact(q), preferred_element_type=jnp.float32
+        "BKQS,BKSH->BKQH", weights, v, precision=exact(q), preferred_element_type=jnp.float32
     )
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
+    out = out.astype(q.dtype).reshape(B, K, N // K, T, H)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
