@@ -41,13 +41,17 @@ class Pairs(NamedTuple):
 
 def token_log_probs(
     logits: Float[Array, "B T V"], labels: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T-1"], Float[Array, "B T-1"]]:
-    """Log-probability of each label given all before it, and 1 where there is a label, else 0."""
-    targets = labels[:, 1:]
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Log-probability of the label after each position, and 1 where there is one, else 0."""
+    # Labels move, not logits, and a label is picked by comparison: so no copy of the logits is made
+    # and, where V is sharded, none is gathered.
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    logits -= jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    chosen = targets[..., None] == jnp.arange(logits.shape[-1])
+    log_probs = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    log_probs -= jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
     learned = targets != IGNORED
-    log_probs = jax.nn.log_softmax(logits[:, :-1])
-    chosen = jnp.take_along_axis(log_probs, jnp.where(learned, targets, 0)[..., None], axis=-1)
-    return jnp.where(learned, chosen[..., 0], 0.0), learned.astype(jnp.float32)
+    return jnp.where(learned, log_probs, 0.0), learned.astype(jnp.float32)
 
 
 def supervised(
