@@ -14,7 +14,7 @@ PYTHON_NEWEST ?= $(call python,python3.14 python3.13 python3 $(PYENV_PYTHONS),13
 DEMO_MODEL := tests/golden/tiny-f32
 DEMO_IMAGE := tests/golden/images/wide.png
 
-.PHONY: demo test test-newest lint format bench clean
+.PHONY: demo test test-newest lint format bench ovis-tiny clean
 
 demo: $(VENV)/run
 	rm -rf checkpoints/demo
@@ -43,6 +43,25 @@ format: $(VENV)/dev
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.generate --model $(DEMO_MODEL)
 
+# Makes the checkpoint that comes with the library again, from nothing: drawing, tokenizer, training,
+# export and scores. About an hour and a half on two cores. Huge pages spare a fifth of the time.
+TINY := checkpoints/ovis-tiny
+TINY_DATA := data/ovis-tiny
+ovis-tiny: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+ovis-tiny: $(VENV)/train
+	rm -rf $(TINY) $(TINY_DATA)
+	$(BIN)/python -m recipes.ovis_tiny.draw_data $(TINY_DATA)
+	$(BIN)/python -m recipes.ovis_tiny.tokenizer $(TINY_DATA)/train.jsonl $(TINY)/tokenizer
+	$(BIN)/python -m recipes.ovis_tiny.start $(TINY)/tokenizer $(TINY)/start
+	$(BIN)/python -m recipes.ovis_tiny.first_sight $(TINY)/start $(TINY)/sight
+	$(BIN)/ovis-jax train recipes/ovis_tiny/stage1.toml
+	$(BIN)/ovis-jax train recipes/ovis_tiny/stage2.toml
+	$(BIN)/python -m convert.to_hf $(TINY)/stage2/model $(TINY)/hub --dtype bfloat16
+	$(BIN)/python -m recipes.ovis_tiny.score $(TINY)/hub $(TINY_DATA)/test.jsonl --json $(TINY)/scores.json
+	$(BIN)/python -m recipes.ovis_tiny.card $(TINY)/hub $(TINY)/scores.json $(TINY_DATA)/test.jsonl
+	rm -rf ovis_jax/assets/ovis-tiny
+	cp -r $(TINY)/hub ovis_jax/assets/ovis-tiny
+
 clean:
 	rm -rf $(VENV) $(VENV_NEWEST) checkpoints
 
@@ -55,9 +74,13 @@ $(VENV)/run: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
+$(VENV)/train: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[train]'
+	@touch $@ $(VENV)/run
+
 $(VENV)/test: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test,reference]'
-	@touch $@ $(VENV)/run
+	@touch $@ $(VENV)/run $(VENV)/train
 
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

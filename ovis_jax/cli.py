@@ -35,7 +35,8 @@ app = typer.Typer(
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Model = Annotated[
-    str, typer.Option(help="A converted folder, or a folder or repo id in the Hub's layout.")
+    str,
+    typer.Option(help="A converted folder, a folder or repo id in the Hub's layout, or ovis-tiny."),
 ]
 Folder = Annotated[str, typer.Argument(help="A converted folder, or one in the Hub's layout.")]
 MaxNewTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
@@ -101,8 +102,8 @@ class Answerer:
 
 @app.command()
 def generate(
-    model: Model,
     prompt: Annotated[str, typer.Option(help='May say where an image stands: "<image>".')],
+    model: Model = "ovis-tiny",
     image: Annotated[list[Path] | None, typer.Option(help="An image; may be repeated.")] = None,
     preface: Annotated[str, typer.Option(help="How the answer begins.")] = "",
     max_new_tokens: MaxNewTokens = 1024,
@@ -129,7 +130,7 @@ def generate(
 
 @app.command()
 def chat(
-    model: Model,
+    model: Model = "ovis-tiny",
     max_new_tokens: MaxNewTokens = 1024,
     temperature: Temperature = None,
     top_p: TopP = None,
