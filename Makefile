@@ -11,17 +11,18 @@ PYENV_PYTHONS := $(sort $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.*/
 PYTHON ?= $(call python,python3 python3.11 python3.12 python3.13 python3.14 $(PYENV_PYTHONS),11)
 PYTHON_NEWEST ?= $(call python,python3.14 python3.13 python3 $(PYENV_PYTHONS),13)
 
-DEMO_MODEL := tests/golden/tiny-f32
-DEMO_IMAGE := tests/golden/images/wide.png
-
-.PHONY: demo test test-newest lint format bench ovis-tiny clean
+.PHONY: demo test test-newest lint format bench ovis-tiny pink short clean
 
 demo: $(VENV)/run
 	rm -rf checkpoints/demo
-	$(BIN)/python -m convert.from_hf $(DEMO_MODEL) checkpoints/demo
-	@echo "The weights of this checkpoint are random, so what it answers is noise:"
-	$(BIN)/ovis-jax generate --model checkpoints/demo --image $(DEMO_IMAGE) \
-		--prompt "What is in this image?" --max-new-tokens 24
+	$(BIN)/python -m convert.from_hf ovis-tiny checkpoints/demo
+	@$(call ask,shapes,Describe the picture.)
+	@$(call ask,word,Which word is in the picture?)
+	@$(call ask,digit,Welche Ziffer zeigt das Bild?)
+	@$(call ask,wide,Where is the green heart?)
+
+ask = printf '%s' 'examples/$(1).png: $(2) ' && \
+	$(BIN)/ovis-jax generate --model checkpoints/demo --image examples/$(1).png --prompt '$(2)'
 
 # On Python 3.11 this compares with PyTorch; elsewhere with the frozen results of the original code.
 test: $(VENV)/test
@@ -41,7 +42,7 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/test
-	$(BIN)/python -m benchmarks.generate --model $(DEMO_MODEL)
+	$(BIN)/python -m benchmarks.generate --model ovis-tiny
 
 # Makes the checkpoint that comes with the library again, from nothing: drawing, tokenizer, training,
 # export and scores. About an hour and a half on two cores. Huge pages spare a fifth of the time.
@@ -61,6 +62,26 @@ ovis-tiny: $(VENV)/train
 	$(BIN)/python -m recipes.ovis_tiny.card $(TINY)/hub $(TINY)/scores.json $(TINY_DATA)/test.jsonl
 	rm -rf ovis_jax/assets/ovis-tiny
 	cp -r $(TINY)/hub ovis_jax/assets/ovis-tiny
+
+# A colour that ovis-tiny has never seen, by low-rank adapters; and short answers, by DPO. Each prints
+# what the model scores before and after.
+pink: $(VENV)/train
+	rm -rf data/pink checkpoints/pink
+	$(BIN)/python -m recipes.ovis_tiny.draw_data data/pink --train 4000 --validation 64 --test 320 --colour pink
+	$(BIN)/python -m recipes.ovis_tiny.draw_data data/known --train 0 --validation 0 --test 650 --seed 2
+	$(BIN)/ovis-jax train recipes/ovis_tiny/pink.toml
+	for set in pink known; do \
+		$(BIN)/python -m recipes.ovis_tiny.score ovis-tiny data/$$set/test.jsonl; \
+		$(BIN)/python -m recipes.ovis_tiny.score ovis-tiny data/$$set/test.jsonl --adapters checkpoints/pink/adapters; \
+	done
+
+short: $(VENV)/train
+	rm -rf data/pairs checkpoints/short
+	$(BIN)/python -m recipes.ovis_tiny.draw_data data/pairs --train 0 --validation 0 --test 650 --pairs 4000 --seed 2
+	$(BIN)/ovis-jax train recipes/ovis_tiny/short.toml
+	for model in ovis-tiny checkpoints/short/model; do \
+		$(BIN)/python -m recipes.ovis_tiny.score $$model data/pairs/test.jsonl --short; \
+	done
 
 clean:
 	rm -rf $(VENV) $(VENV_NEWEST) checkpoints

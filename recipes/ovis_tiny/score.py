@@ -41,13 +41,17 @@ def answers(ovis: LoadedOvis, path: Path) -> Iterator[tuple[Answer, Mapping[str,
         yield answer, by_name[answer.row.name]
 
 
-def shares(found: Sequence[tuple[Answer, Mapping[str, Any]]]) -> Shares:
-    """The share of right answers of each kind, and the mean of the kinds."""
+def shares(found: Sequence[tuple[Answer, Mapping[str, Any]]], *, short: bool = False) -> Shares:
+    """The share of right answers of each kind, and the mean of the kinds.
+
+    With `short`, the short form of the right answer is right too.
+    """
     right: dict[str, dict[str, list[bool]]] = {}
     for answer, line in found:
         columns = [ALL, line["language"], *([NEW] if line["paraphrase"] else [])]
+        same = answer.right or (short and answer.text.strip() == line["short"])
         for column in columns:
-            right.setdefault(line["kind"], {}).setdefault(column, []).append(answer.right)
+            right.setdefault(line["kind"], {}).setdefault(column, []).append(same)
     result = {
         kind: {column: float(np.mean(values)) for column, values in sorted(columns.items())}
         for kind, columns in sorted(right.items())
@@ -78,6 +82,7 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("test", type=Path, metavar="TEST.jsonl")
     parser.add_argument("--adapters", type=Path, help="a folder of low-rank adapters")
+    parser.add_argument("--short", action="store_true", help="short answers are right too")
     parser.add_argument("--json", type=Path, help="a file to write the shares to")
     parser.add_argument("--wrong", type=int, default=0, help="print so many wrong answers")
     args = parser.parse_args()
@@ -92,8 +97,9 @@ def main() -> None:
         disable=not sys.stderr.isatty(),
     )
     found = list(progress)
-    result = shares(found)
+    result = shares(found, short=args.short)
     Console().print(table(result))
+    print(f"{np.mean([len(answer.tokens) for answer, _ in found]):.2f} tokens an answer")
     for answer, line in [pair for pair in found if not pair[0].right][: args.wrong]:
         asked = line["conversations"][-2]["value"].replace("\n", " ")
         print(f"{line['id']}: {asked} -> {answer.text!r}, expected {answer.expected!r}")
