@@ -29,10 +29,9 @@ from rich.table import Column, Table
 from ovis_jax import Ovis, presets
 from ovis_jax.config import OvisConfig
 from ovis_jax.inputs.batch import Inputs
-from ovis_jax.sharding import adapter_shardings, param_shardings
+from ovis_jax.sharding import RULES, adapter_shardings, param_shardings
 from ovis_jax.training.losses import Batch
 from ovis_jax.training.parts import PARTS, Flat, add_adapters, split
-from ovis_jax.training.run import RULES
 from ovis_jax.training.step import Recipe, State, start, step
 
 PRESETS = {"9b": presets.ovis1_6_gemma2_9b, "27b": presets.ovis1_6_gemma2_27b}

@@ -35,7 +35,8 @@ app = typer.Typer(
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Model = Annotated[
-    str, typer.Option(help="A converted folder, or a folder or repo id in the Hub's layout.")
+    str,
+    typer.Option(help="A converted folder, a folder or repo id in the Hub's layout, or ovis-tiny."),
 ]
 Folder = Annotated[str, typer.Argument(help="A converted folder, or one in the Hub's layout.")]
 MaxNewTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
@@ -47,6 +48,7 @@ TopK = Annotated[int | None, typer.Option(help="Sample from this many of the lik
 Penalty = Annotated[float | None, typer.Option(help="Penalty on tokens that were generated.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 MaxPartition = Annotated[int, typer.Option(help="The most cells that an image is cut into.")]
+Adapters = Annotated[Path | None, typer.Option(help="A folder of low-rank adapters.")]
 OtherDtype = Annotated[Dtype | None, typer.Option(help="Compute in this dtype, not as stored.")]
 
 
@@ -100,8 +102,8 @@ class Answerer:
 
 @app.command()
 def generate(
-    model: Model,
     prompt: Annotated[str, typer.Option(help='May say where an image stands: "<image>".')],
+    model: Model = "ovis-tiny",
     image: Annotated[list[Path] | None, typer.Option(help="An image; may be repeated.")] = None,
     preface: Annotated[str, typer.Option(help="How the answer begins.")] = "",
     max_new_tokens: MaxNewTokens = 1024,
@@ -112,13 +114,15 @@ def generate(
     seed: Seed = 0,
     max_partition: MaxPartition = 9,
     dtype: OtherDtype = None,
+    adapters: Adapters = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Answer a prompt about images; the text is printed as it comes."""
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     sampling.check()
     images = [open_image(path) for path in image or []]
-    answer = Answerer(load(model, dtype=dtype), sampling, seed, max_new_tokens, max_partition)
+    ovis = load(model, dtype=dtype, adapters=adapters)
+    answer = Answerer(ovis, sampling, seed, max_new_tokens, max_partition)
     result = answer(prompt, images, preface, show=not as_json)
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
@@ -126,7 +130,7 @@ def generate(
 
 @app.command()
 def chat(
-    model: Model,
+    model: Model = "ovis-tiny",
     max_new_tokens: MaxNewTokens = 1024,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -135,11 +139,13 @@ def chat(
     seed: Seed = 0,
     max_partition: MaxPartition = 9,
     dtype: OtherDtype = None,
+    adapters: Adapters = None,
 ) -> None:
     """Talk with a model, several turns, with images."""
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     sampling.check()
-    answer = Answerer(load(model, dtype=dtype), sampling, seed, max_new_tokens, max_partition)
+    ovis = load(model, dtype=dtype, adapters=adapters)
+    answer = Answerer(ovis, sampling, seed, max_new_tokens, max_partition)
     notes = Console(stderr=True, highlight=False)
     notes.print("/image FILE adds an image to the next message, /new starts over, /exit ends")
     turns: list[Turn] = []

@@ -37,7 +37,8 @@ def load(
     """Load a checkpoint.
 
     Args:
-      path: a converted folder, a folder in the layout of the Hub, or a repo id, which is fetched.
+      path: a converted folder, a folder in the layout of the Hub, a repo id, which is fetched, or
+        "ovis-tiny", the small checkpoint that comes with the library.
       dtype: of parameters and activations (float32, bfloat16 or float16); None for that of the
         checkpoint.
       mesh: where the parameters are to lie, each device reading only its own slice; None for the

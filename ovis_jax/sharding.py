@@ -75,6 +75,9 @@ FSDP: Rules = {"D": "data", "E": "data"}
 TENSOR_FSDP: Rules = {**TENSOR, **FSDP}
 """Every weight over both mesh axes."""
 
+RULES: Mapping[str, Rules] = {"tensor": TENSOR, "fsdp": FSDP, "tensor_fsdp": TENSOR_FSDP}
+"""By the name that configs and commands use."""
+
 
 def param_axes(config: OvisConfig) -> dict[str, str]:
     """Every parameter path of a model with its letters, in one fixed order, block by block."""

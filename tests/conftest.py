@@ -30,7 +30,7 @@ settings.load_profile("deterministic")
 GOLDEN = Path(__file__).parent / "golden"
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-collect_ignore_glob = [] if HAS_TORCH else ["reference/*", "*/test_parity.py"]
+collect_ignore_glob = [] if HAS_TORCH else ["reference/*", "*/test_parity.py", "*/*_torch.py"]
 
 
 def pytest_report_header() -> str:

@@ -23,6 +23,10 @@ TOKENIZER_FILES = (
 )
 
 
+BUILT_IN = {"ovis-tiny": Path(__file__).parents[1] / "assets" / "ovis-tiny"}
+"""Checkpoints that come with the library, in the Hub's layout, by name."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A checkpoint on this machine; `name` is a repo id with its commit, or a folder's own name."""
@@ -33,13 +37,15 @@ class Source:
 
 
 def find_source(source: str | Path, revision: str | None = None) -> Source:
-    """Take an existing folder, or fetch the files that are needed of a repo id.
+    """Take an existing folder, a checkpoint that is built in, or fetch what is needed of a repo id.
 
     Raises:
-      OvisError: it is neither, or a revision is asked of a folder.
+      OvisError: it is none of them, or a revision is asked of a folder.
       OSError: the Hub cannot be reached.
     """
     folder = Path(source)
+    if not folder.exists() and str(source) in BUILT_IN:
+        folder = BUILT_IN[str(source)]
     if folder.is_dir():
         if revision is not None:
             raise OvisError(f"{source} is a folder, which has no revision; leave out --revision")
@@ -47,7 +53,8 @@ def find_source(source: str | Path, revision: str | None = None) -> Source:
     repo = str(source)
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise OvisError(
-            f"{source} is neither a folder nor a repo id of the form name/name; give one of the two"
+            f"{source} is neither a folder nor a repo id of the form name/name, nor"
+            f" {', '.join(BUILT_IN)}; give one of these"
         )
     tried = f"{repo}: there is no such folder, and as a repo id of the Hub"
     patterns = [*CONFIG_FILES, *TOKENIZER_FILES, SINGLE_FILE, INDEX_FILE, "model-*.safetensors"]

@@ -5,6 +5,7 @@ commit d248e34, with the image processor of SigLIP in transformers 4.46.
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from ovis_jax.errors import ImageError
+from ovis_jax.errors import ImageError, PromptError
 from ovis_jax.fields import Fields, is_int, read_json
 
 IMAGE_SLOT = -300
@@ -31,6 +32,7 @@ Grid = tuple[int, int]
 """Rows, columns."""
 Box = tuple[int, int, int, int]
 """Left, upper, right, lower, in pixels."""
+Images = Sequence[Image.Image]
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,21 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     except Exception as error:
         raise ImageError(f"{name} cannot be decoded as an image: {error}") from error
     return image
+
+
+def count_images(images: Images, name: str) -> int:
+    """How many images a prompt has, when they are images."""
+    if not isinstance(images, Sequence):
+        raise PromptError(
+            f"images of {name} is a {type(images).__name__}, expected a list of PIL images"
+        )
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise ImageError(
+                f"an image of {name} is a {type(image).__name__}, expected a PIL image; "
+                "open_image reads a file"
+            )
+    return len(images)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

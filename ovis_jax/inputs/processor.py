@@ -29,10 +29,17 @@ from ovis_jax.inputs.conversation import (
     place_images,
     read_turns,
 )
-from ovis_jax.inputs.image import IMAGE_SLOT, ImageSettings, choose_grid, crops, placeholders
+from ovis_jax.inputs.image import (
+    IMAGE_SLOT,
+    Images,
+    ImageSettings,
+    choose_grid,
+    count_images,
+    crops,
+    placeholders,
+)
 from ovis_jax.inputs.tokenizer import TextStream, Tokenizer
 
-Images = Sequence[Image.Image]
 Entry = TypeVar("Entry")
 
 
@@ -101,7 +108,7 @@ class Processor:
         if isinstance(prompts, str) or not prompts:
             raise PromptError("prompts must be a list of at least one prompt")
         batch = len(prompts)
-        image_lists: Sequence[Images] = [()] * batch if images is None else images
+        image_lists = [()] * batch if images is None else images
         partitions = [max_partition] * batch if isinstance(max_partition, int) else max_partition
         prefaces = [preface] * batch if isinstance(preface, str) else preface
         arguments = zip(
@@ -112,16 +119,14 @@ class Processor:
             strict=True,
         )
         examples: list[Example] = []
+        keep = "last" if truncate else "all"
         for number, (prompt, row_images, partition, beginning) in enumerate(arguments):
             name = f"prompts[{number}]"
-            turns = read_turns(prompt, _count(row_images, name), name)
+            turns = read_turns(prompt, count_images(row_images, name), name)
             formatted = format_prompt(turns, self.tokenizer, beginning, control=control, name=name)
-            keep = "last" if truncate else "all"
             examples.append(self._example(formatted, row_images, partition, name, keep))
-        return self._pad(
-            [example.tokens for example in examples],
-            np.concatenate([example.pixels for example in examples]),
-        )
+        pixels = np.concatenate([example.pixels for example in examples])
+        return self._pad([example.tokens for example in examples], pixels)
 
     def training_example(
         self,
@@ -150,8 +155,8 @@ class Processor:
           ImageError: an image cannot be decoded or cut into crops.
         """
         name = "the conversation"
-        checked = read_turns(turns, _count(images, name), name)
-        formatted = format_conversation(checked, self.tokenizer, control=control)
+        turns = read_turns(turns, count_images(images, name), name)
+        formatted = format_conversation(turns, self.tokenizer, control=control)
         if all(label == IGNORED for label in formatted.labels):
             raise PromptError(f"{name} has no assistant turn, so nothing could be learned from it")
         keep = "first" if truncate else "all"
@@ -203,10 +208,9 @@ class Processor:
         Raises:
           PromptError: a number before the stop id is not the id of a piece.
         """
-        array = np.asarray(tokens)
-        if array.ndim == 2:
-            return [self._decode_row(row.tolist()) for row in array]
-        return self._decode_row(array.tolist())
+        if np.ndim(tokens) == 2:
+            return [self._decode_row(row.tolist()) for row in np.asarray(tokens)]
+        return self._decode_row(np.asarray(tokens).tolist())
 
     def stream_text(self) -> TextStream:
         """A decoder that takes generated ids one by one."""
@@ -242,8 +246,8 @@ class Processor:
             )
         side = self.image_settings.side
         pixels = [crops(image, self.image_settings, max_partition)[0] for image in images]
-        pixels = np.concatenate([np.zeros((0, side, side, 3), np.float32), *pixels])
-        example = Example(tokens, labels, pixels)
+        none = np.zeros((0, side, side, 3), np.float32)
+        example = Example(tokens, labels, np.concatenate([none, *pixels]))
         if keep == "first":
             return first_positions(example, limit)
         return last_positions(example, limit, self.config.visual_tokenizer.tokens_per_crop)
@@ -294,18 +298,3 @@ def _one_each(values: Sequence[Entry], batch: int, name: str) -> Sequence[Entry]
             f"{name} has {len(values)} entries for {batch} prompts; give one for each prompt"
         )
     return values
-
-
-def _count(images: Images, name: str) -> int:
-    """How many images a prompt has, when they are images."""
-    if not isinstance(images, Sequence):
-        raise PromptError(
-            f"images of {name} is a {type(images).__name__}, expected a list of PIL images"
-        )
-    for image in images:
-        if not isinstance(image, Image.Image):
-            raise ImageError(
-                f"an image of {name} is a {type(image).__name__}, expected a PIL image; "
-                "open_image of ovis_jax.inputs.image reads a file"
-            )
-    return len(images)

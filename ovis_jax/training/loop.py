@@ -3,6 +3,7 @@
 import math
 import signal
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -12,6 +13,7 @@ from jax import Array
 from jaxtyping import Float
 from rich.console import Console
 
+from ovis_jax.checkpoint.adapters import save_adapters
 from ovis_jax.checkpoint.params import declared_dtype, save_params
 from ovis_jax.checkpoint.safetensors_files import DTYPES
 from ovis_jax.checkpoint.source import small_files
@@ -30,14 +32,16 @@ from ovis_jax.training.step import State, start, step
 from ovis_jax.training.store import Store
 
 MODEL_FOLDER = "model"
+ADAPTERS_FOLDER = "adapters"
 
 
 def train(config: TrainConfig, console: Console) -> bool:
     """Run a config, or take up its run where the last checkpoint left it.
 
     Fills the folder `config.output`: run.json, checkpoints/, metrics.jsonl, tensorboard/, and at
-    the end loss.png and model/, a converted folder in the dtype of the model that the run began
-    from. On SIGTERM or SIGINT it ends the step at hand and saves a checkpoint.
+    the end loss.png and what was learned: model/, a converted folder in the dtype of the model that
+    the run began from, or adapters/. On SIGTERM or SIGINT it ends the step at hand and saves a
+    checkpoint.
 
     Returns:
       Whether the run came to its end; otherwise the same call goes on with it.
@@ -73,7 +77,7 @@ def train(config: TrainConfig, console: Console) -> bool:
     if done < config.run.steps:
         console.print(f"stopped at step {done}; the same command goes on from there")
         return False
-    _write_model(run, state.learned)
+    console.print(f"learned: {_write_result(run, state.learned)}", soft_wrap=True)
     return True
 
 
@@ -177,15 +181,20 @@ def _facts(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
-def _write_model(run: Run, learned: Flat) -> None:
-    """The trained model as a converted folder, with the tokenizer of the one it began from."""
-    folder = run.config.output / MODEL_FOLDER
+def _write_result(run: Run, learned: Flat) -> Path:
+    """What was learned as a folder: adapters, or a model with the tokenizer of the one before."""
+    lora = run.config.learn.lora
+    folder = run.config.output / (MODEL_FOLDER if lora is None else ADAPTERS_FOLDER)
     if folder.exists():
-        return
+        return folder
+    if lora is not None:
+        save_adapters(folder, learned, run.model.config, scale=lora.scale)
+        return folder
     params = join(learned, run.frozen)
     files = {name: path.read_bytes() for name, path in small_files(run.source).items()}
     dtype = DTYPES[declared_dtype(run.source)]
     save_params(folder, params, run.model.config, dtype=dtype, files=files)
+    return folder
 
 
 class _Stop:

@@ -14,7 +14,7 @@ from rich.progress import (
 )
 
 SMOOTHING = 0.05
-"""The weight of the newest step in the rate that is shown."""
+"""The rate that is shown is of about 1 / SMOOTHING steps."""
 PLAIN_LINE_SECONDS = 60
 """Where there is no terminal, a line is printed this often."""
 
@@ -37,7 +37,7 @@ class Bar:
         self._console, self._total = console, total
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._progress.add_task("", total=total, completed=done, loss=0.0, rate=0.0)
-        self._rate = 0.0
+        self._tokens = self._seconds = 0.0
         self._loss: Array | None = None
         self._last = self._said = time.perf_counter()
 
@@ -53,14 +53,15 @@ class Bar:
         before, self._loss = self._loss, loss
         shown = float(loss if before is None else before)  # waits for that step
         now = time.perf_counter()
-        rate = tokens / (now - self._last)
-        self._rate = rate if not self._rate else self._rate + SMOOTHING * (rate - self._rate)
-        self._last = now
-        self._progress.update(self._task, completed=done, loss=shown, rate=self._rate)
+        keep = 1 - SMOOTHING
+        self._tokens = keep * self._tokens + tokens
+        self._seconds = keep * self._seconds + now - self._last
+        rate, self._last = self._tokens / self._seconds, now
+        self._progress.update(self._task, completed=done, loss=shown, rate=rate)
         if not self._console.is_terminal and now - self._said > PLAIN_LINE_SECONDS:
             self._said = now
-            self.say(f"step {done} of {self._total}: loss {shown:.4f}, {self._rate:,.0f} tokens/s")
-        return self._rate
+            self.say(f"step {done} of {self._total}: loss {shown:.4f}, {rate:,.0f} tokens/s")
+        return rate
 
     def say(self, message: str) -> None:
         """A line above the bar."""

@@ -15,14 +15,12 @@ from ovis_jax.config import OvisConfig
 from ovis_jax.errors import ConfigError, DataError
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.model.ovis import Ovis, Params
-from ovis_jax.sharding import FSDP, TENSOR, TENSOR_FSDP
+from ovis_jax.sharding import RULES, TENSOR, adapter_shardings
 from ovis_jax.training.config import MeshSection, TrainConfig
 from ovis_jax.training.data import BatchShape, ExampleMaker
 from ovis_jax.training.parts import Flat, add_adapters, join, split
 from ovis_jax.training.rows import Row, read_rows
 from ovis_jax.training.step import Recipe
-
-RULES = {"tensor": TENSOR, "fsdp": FSDP, "tensor_fsdp": TENSOR_FSDP}
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,9 @@ def prepare(config: TrainConfig) -> tuple[Run, Flat]:
         key = jax.random.key(config.run.seed)
         learned = add_adapters(params, key, rank=lora.rank, targets=lora.targets)
         frozen = cast(Flat, flatten_dict(params, sep="/"))
+        if mesh is not None:
+            shardings = adapter_shardings(ovis, mesh, rules)
+            learned = {path: jax.device_put(x, shardings[path]) for path, x in learned.items()}
     frozen = _rounded(frozen, recipe)
     # Adapters begin as nothing, so without them the model is what it was.
     before = {} if lora else _rounded(learned, recipe)

@@ -119,6 +119,7 @@ def learn(ovis: LoadedOvis, steps: int, pictures: int, seed: int) -> Params:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         drawn = pool.map(picture, range(seed * pictures, (seed + 1) * pictures), chunksize=500)
     settings = ovis.processor.image_settings
+    mean, std = np.array(settings.mean, np.float32), np.array(settings.std, np.float32)
     images, targets = (np.stack(column) for column in zip(*drawn, strict=True))
     learned, frozen = split(ovis.params, ["visual_tokenizer", "visual_embedding"])
     width = ovis.config.decoder.width
@@ -138,7 +139,7 @@ def learn(ovis: LoadedOvis, steps: int, pictures: int, seed: int) -> Params:
     for number in range(steps):
         chosen = rng.integers(0, pictures, BATCH)
         pixels = images[chosen].astype(np.float32) * np.float32(settings.rescale_factor)
-        pixels = (pixels - np.float32(settings.mean)) / np.float32(settings.std)
+        pixels = (pixels - mean) / std
         learned, state, loss, right = step(
             ovis.model, recipe, learned, state, frozen, pixels, targets[chosen]
         )

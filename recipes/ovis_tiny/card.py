@@ -1,0 +1,106 @@
+"""The model card of ovis-tiny: `python -m recipes.ovis_tiny.card MODEL SCORES.json TEST.jsonl`."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from ovis_jax.checkpoint.params import plan_parameters
+from ovis_jax.config import OvisConfig
+from ovis_jax.training.config import TrainConfig, read_config
+from recipes.ovis_tiny.scenes import COLOURS, SHAPES, WORDS
+from recipes.ovis_tiny.score import MEAN, Shares
+
+FOLDER = Path(__file__).parent
+STAGES = {
+    "stage1.toml": "all that is in a picture is said (the language model learns to read it)",
+    "stage2.toml": "questions of all kinds, one to four about the same picture",
+}
+
+TEXT = """\
+---
+license: apache-2.0
+language: [en, de]
+pipeline_tag: image-text-to-text
+---
+# ovis-tiny
+
+A small Ovis1.6-Gemma2 that gives true answers about drawn scenes: the default checkpoint of
+ovis_jax, in the Hub's layout, with {parameters:,} parameters. It was trained from nothing by
+ovis_jax itself, on a CPU.
+
+It knows {shapes} shapes in {colours} colours, their sizes, places and numbers, digits and {words}
+words, in square and wide pictures and in two pictures beside each other, and some small talk, in
+English and German. It knows nothing else of the world: it is for demonstrations and tests.
+
+## How it was made
+
+`make ovis-tiny` makes it again, with the code in `recipes/ovis_tiny/`:
+
+1. Scenes are drawn and questions about them written. A hash of its content decides whether a scene
+   is for training, validation or test, so no scene of the test was trained on. A SentencePiece
+   tokenizer with Gemma's structure is trained on the text ({vocabulary:,} pieces).
+2. `first_sight`: the visual path alone, with a linear probe on the visual embeddings that is then
+   thrown away.
+{stages}
+
+## What it scores
+
+Greedy answers of `ovis_jax.generate` to {test:,} questions about test scenes, right only if they
+equal the one right answer letter by letter. "new phrasing": worded as no question in training is.
+
+{table}
+"""
+
+
+def stage(number: int, config: TrainConfig, what: str) -> str:
+    """One line on a stage of training."""
+    steps, rows = config.run.steps, config.data.rows * config.data.accumulate
+    return (
+        f"{number}. `ovis-jax train`: {what}; {steps:,} steps of {rows} rows, AdamW at"
+        f" {config.optimizer.learning_rate:g}, {config.run.compute_dtype} over float32 weights."
+    )
+
+
+def table(shares: Shares) -> str:
+    """The shares of right answers in Markdown."""
+    names = list(shares[MEAN])
+    lines = ["| kind | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for kind, columns in shares.items():
+        cells = [f"{columns[name]:.1%}" if name in columns else "" for name in names]
+        lines.append(f"| {' | '.join([kind, *cells])} |")
+    return "\n".join(lines)
+
+
+def card(model: Path, scores: Path, test: Path) -> str:
+    """The text of the card, every number read from what was made."""
+    config = OvisConfig.from_folder(model)
+    plan, _ = plan_parameters(model, config)
+    stages = [
+        stage(number, read_config(FOLDER / name), what)
+        for number, (name, what) in enumerate(STAGES.items(), 3)
+    ]
+    return TEXT.format(
+        parameters=sum(math.prod(entry.shape) for entry in plan.sources.values()),
+        shapes=len(SHAPES),
+        colours=len(COLOURS),
+        words=len(WORDS),
+        vocabulary=config.decoder.vocab_size,
+        stages="\n".join(stages),
+        test=len(test.read_text(encoding="utf-8").splitlines()),
+        table=table(json.loads(scores.read_text())),
+    )
+
+
+def main() -> None:
+    """Read the command line and write README.md into the model's folder."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("model", type=Path, metavar="MODEL")
+    parser.add_argument("scores", type=Path, metavar="SCORES.json")
+    parser.add_argument("test", type=Path, metavar="TEST.jsonl")
+    args = parser.parse_args()
+    (args.model / "README.md").write_text(card(args.model, args.scores, args.test))
+
+
+if __name__ == "__main__":
+    main()

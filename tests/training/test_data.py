@@ -1,0 +1,145 @@
+"""Rows become batches: shapes, order, resuming, and rows that are left out."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from ovis_jax.errors import DataError
+from ovis_jax.inputs.image import IMAGE_SLOT
+from ovis_jax.training.data import BatchShape, ExampleMaker, batches, join_examples
+from ovis_jax.training.rows import read_rows
+
+BAD = {"image": "none.png", "conversations": [{"from": "human", "value": "<image>\nWho?"}]}
+BAD["conversations"].append({"from": "gpt", "value": "Nobody."})
+
+
+@pytest.fixture(scope="module")
+def processor(load_golden):
+    return load_golden("tiny-f32", "float32").processor
+
+
+def leaves(batch) -> list[bytes]:
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(batch)]
+
+
+def test_micro_batches_hold_what_the_rows_say(processor, write_rows):
+    rows = read_rows([write_rows("a.jsonl", 40)]).rows
+    make = ExampleMaker(processor)
+    data = batches(rows, make, BatchShape(rows=2, accumulate=3, length_unit=16), seed=0)
+    known = {tuple(example.tokens): example for row in rows for example in make(row)}
+    seen = set()
+    for batch in itertools.islice(data, 12):
+        tokens, positions, pixels = batch.inputs
+        micro, count, length = tokens.shape
+        assert (micro, count) == (3, 2) and length % 16 == 0
+        assert batch.labels.shape == positions.shape == tokens.shape
+        assert pixels.shape[0] == 3 and pixels.shape[2:] == (70, 70, 3)
+        for m in range(micro):
+            crops = iter(pixels[m])
+            for row, places, labels in zip(tokens[m], positions[m], batch.labels[m], strict=True):
+                end = int(np.count_nonzero(places >= 0))
+                assert places.tolist() == [*range(end), *[-1] * (length - end)]
+                example = known[tuple(row[:end])]
+                assert labels.tolist() == [*example.labels, *[-100] * (length - end)]
+                assert np.count_nonzero(row == IMAGE_SLOT) == 9 * len(example.pixels)
+                for pixel in example.pixels:
+                    np.testing.assert_array_equal(next(crops), pixel)
+                seen.add(tuple(row[:end]))
+            assert all(not crop.any() for crop in crops)
+    assert len(seen) > 25
+    data.close()
+
+
+def test_an_epoch_holds_every_row_once_and_the_next_is_in_another_order(processor, write_rows):
+    rows = read_rows([write_rows("a.jsonl", 19)]).rows
+    data = batches(rows, ExampleMaker(processor), BatchShape(rows=1), seed=3)
+    order = [batch.inputs.tokens.tobytes() for batch in itertools.islice(data, 40)]
+    data.close()
+    assert len(set(order[:20])) == len(set(order[20:])) == 20
+    assert order[:20] != order[20:]
+
+
+def test_it_resumes_at_the_exact_example(processor, write_rows):
+    rows = read_rows([write_rows("a.jsonl", 30)]).rows
+
+    def start():
+        return batches(rows, ExampleMaker(processor), BatchShape(rows=4, length_unit=16), seed=1)
+
+    data = start()
+    for _ in range(5):
+        next(data)
+    state = data.get_state()
+    assert any(state["waiting"].values())
+    expected = [leaves(next(data)) for _ in range(8)]
+    again = start()
+    again.set_state(state)
+    assert [leaves(next(again)) for _ in range(8)] == expected
+    other = start()
+    assert [leaves(next(other)) for _ in range(8)] != expected
+    for each in (data, again, other):
+        each.close()
+
+
+def test_preference_pairs_share_a_shape(processor, write_rows, golden):
+    image = str(golden / "images/square.png")
+    pair = {"image": image, "prompt": "<image>\nWho?", "chosen": "I.", "rejected": "It is I. " * 9}
+    rows = read_rows([write_rows("a.jsonl", 0, pair)]).rows[1:]
+    data = batches(rows, ExampleMaker(processor), BatchShape(rows=2, length_unit=8), seed=0)
+    pairs = next(data)
+    data.close()
+    assert pairs.chosen.inputs.tokens.shape == pairs.rejected.inputs.tokens.shape
+    lengths = [np.count_nonzero(side.labels != -100) for side in (pairs.chosen, pairs.rejected)]
+    assert 0 < lengths[0] < lengths[1]
+    assert pairs.reference_chosen.shape == (1, 2)
+
+
+def test_a_row_that_cannot_be_read_is_fatal_or_left_out(processor, write_rows):
+    rows = read_rows([write_rows("a.jsonl", 6, BAD)]).rows
+    strict = batches(rows, ExampleMaker(processor), BatchShape(rows=1), seed=0)
+    with pytest.raises(DataError, match=r"a\.jsonl: row 8: .*none\.png"):
+        list(itertools.islice(strict, 8))
+    make = ExampleMaker(processor, skip_unreadable=True)
+    lenient = batches(rows, make, BatchShape(rows=1), seed=0)
+    order = [batch.inputs.tokens.tobytes() for batch in itertools.islice(lenient, 14)]
+    lenient.close()
+    assert len(set(order)) == 7
+    (name,) = make.faults
+    assert name.endswith("row 8") and "none.png" in make.faults[name]
+
+
+def test_no_row_at_all(processor, write_rows):
+    rows = read_rows([write_rows("a.jsonl", 0, BAD)]).rows[1:]
+    make = ExampleMaker(processor, skip_unreadable=True)
+    with pytest.raises(DataError, match="not one row"):
+        next(batches(rows, make, BatchShape(rows=1), seed=0))
+
+
+def test_mixed_forms(processor, write_rows):
+    pair = {"prompt": "Who?", "chosen": "I.", "rejected": "You."}
+    rows = read_rows([write_rows("a.jsonl", 1, pair)]).rows
+    with pytest.raises(DataError, match="conversations alone or preference pairs alone"):
+        batches(rows, ExampleMaker(processor), BatchShape(rows=1), seed=0)
+
+
+def test_cutting(processor, write_rows):
+    row = read_rows([write_rows("a.jsonl", 1)]).rows[0]
+    (whole,) = ExampleMaker(processor)(row)
+    answer = int(np.flatnonzero(whole.labels != -100)[0])
+    (cut,) = ExampleMaker(processor, max_length=answer + 2, truncate=True)(row)
+    assert len(cut.tokens) == answer + 2
+    assert cut.labels.tolist() == whole.labels[: answer + 2].tolist()
+    with pytest.raises(DataError, match=rf"row 1: .*{len(whole.tokens)} positions long"):
+        ExampleMaker(processor, max_length=answer + 2)(row)
+    with pytest.raises(DataError, match="row 1: no answer begins within the"):
+        ExampleMaker(processor, max_length=answer, truncate=True)(row)
+    with pytest.raises(DataError, match="row 1: its images reach to position"):
+        ExampleMaker(processor, max_length=8, truncate=True)(row)
+
+
+def test_join_pads(processor, write_rows):
+    rows = read_rows([write_rows("a.jsonl", 2)]).rows
+    examples = [example for row in rows[:2] for example in ExampleMaker(processor)(row)]
+    batch = join_examples(examples, BatchShape(rows=2), length=128, crops=3, pad_id=0)
+    assert batch.inputs.tokens.shape == (1, 2, 128) and batch.inputs.pixels.shape[:2] == (1, 6)

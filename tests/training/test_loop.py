@@ -1,0 +1,250 @@
+"""Runs from a config to a model: results, resuming after any end, and what stops a run."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from golden_copies import GOLDEN, read_tensors, same_bits
+from rich.console import Console
+
+from ovis_jax.checkpoint.writer import write_json
+from ovis_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
+from ovis_jax.loading import load
+from ovis_jax.model.ovis import forward
+from ovis_jax.training import loop
+from ovis_jax.training.config import read_config
+from ovis_jax.training.metrics import read_metrics
+from ovis_jax.training.store import Store
+
+STEPS = 12
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def write_config(tmp_path, write_rows):
+    """Write a config of a short run on the golden checkpoint; gives its path."""
+
+    def write(*lines: str, model=GOLDEN / "tiny-f32", rows=None):
+        data = rows or write_rows("train.jsonl", 12)
+        text = f"""
+            model = "{model}"
+            output = "{tmp_path / "run"}"
+            learn.parts = ["llm", "visual_embedding"]
+            data.train = ["{data}"]
+            data.rows = 2
+            data.length_unit = 128
+            optimizer.learning_rate = 3e-3
+            run.steps = {STEPS}
+            run.log_every = 2
+            run.save_every = 4
+        """
+        path = tmp_path / "config.toml"
+        path.write_text("\n".join([*map(str.strip, text.splitlines()), *lines]))
+        return path
+
+    return write
+
+
+def run(path, *overrides: str) -> bool:
+    return loop.train(read_config(path, overrides), QUIET)
+
+
+def test_a_run_learns_and_leaves_a_model(write_config, write_rows, tmp_path):
+    held_out = write_rows("validation.jsonl", 5)
+    path = write_config(f'data.validation = ["{held_out}"]', "run.evaluate_every = 30")
+    assert run(path, "run.steps=60")
+    lines = read_metrics(tmp_path / "run")
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert sorted(losses) == list(range(2, 61, 2))
+    assert losses[2] > 1 and losses[60] < 0.1
+    scored = [line for line in lines if "accuracy" in line]
+    assert [line["step"] for line in scored] == [30, 60]
+    assert scored[-1]["accuracy"] == 1.0
+    assert scored[-1]["accuracy_by_kind"].keys() == {
+        "all",
+        "exact",
+        "square",
+        "tall",
+        "tiny",
+        "wide",
+    }
+    kept = sorted(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == [56, 60]
+    assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
+    (events,) = (tmp_path / "run/tensorboard").iterdir()
+    assert b"accuracy_by_kind/square" in events.read_bytes()
+
+    ovis = load(tmp_path / "run/model")
+    before = flatten_dict(load(GOLDEN / "tiny-f32").params, sep="/")
+    for name, value in flatten_dict(ovis.params, sep="/").items():
+        changed = not np.array_equal(value, before[name])
+        assert changed == name.startswith(("decoder", "visual_embedding")), name
+        assert value.dtype == before[name].dtype
+    assert run(path, "run.steps=60")  # nothing is left to do
+
+
+def final_params(folder):
+    return read_tensors(folder / "run/model")
+
+
+def assert_same_end(one, other):
+    assert one.keys() == other.keys()
+    assert all(same_bits(one[key], other[key]) for key in one)
+
+
+def test_asked_to_stop_it_goes_on_to_the_same_end(write_config, tmp_path, monkeypatch):
+    path = write_config()
+    assert run(path)
+    expected = final_params(tmp_path)
+    expected_losses = [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "run")]
+    shutil.rmtree(tmp_path / "run")
+
+    steps_made = 0
+    real_step = loop.step
+
+    def step_and_stop(*arguments):
+        nonlocal steps_made
+        steps_made += 1
+        if steps_made in (3, 4, 9):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(*arguments)
+
+    monkeypatch.setattr(loop, "step", step_and_stop)
+    assert [run(path) for _ in range(4)] == [False, False, False, True]
+    assert steps_made == STEPS
+    assert_same_end(final_params(tmp_path), expected)
+    losses = [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "run")]
+    assert losses == expected_losses
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_end(write_config, tmp_path):
+    path = write_config()
+    command = [sys.executable, "-m", "ovis_jax", "train", str(path), "run.save_every=2"]
+    assert subprocess.run(command, check=True).returncode == 0
+    expected = final_params(tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    metrics = tmp_path / "run/metrics.jsonl"
+    for last in (1, 3):  # while the checkpoints of step 2 and of a later step are being written
+        process = subprocess.Popen(command)
+        while process.poll() is None:
+            if metrics.exists() and metrics.read_text().count("\n") >= last:
+                process.kill()
+            time.sleep(0.01)
+        assert process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "run/model").exists()
+    subprocess.run(command, check=True)
+    assert_same_end(final_params(tmp_path), expected)
+
+
+def test_adapters_are_left_apart(write_config, tmp_path):
+    path = write_config()
+    path.write_text(path.read_text().replace("learn.parts", "#"))
+    assert run(path, "learn.lora.rank=2", "learn.lora.scale=2.0")
+    plain = load(GOLDEN / "tiny-f32")
+    adapted = load(GOLDEN / "tiny-f32", adapters=tmp_path / "run/adapters")
+    inputs = plain.processor(["Hi"])
+    logits = [np.asarray(forward(o.model, o.params, inputs)) for o in (plain, adapted)]
+    assert np.abs(logits[0] - logits[1]).max() > 0.1
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_preference_pairs(write_config, tmp_path, golden):
+    image = str(golden / "images/square.png")
+    row = {"image": image, "prompt": "<image>\nWho?", "chosen": "I.", "rejected": "It is he."}
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("\n".join([json.dumps(row)] * 4))
+    path = write_config("learn.objective = 'dpo'", rows=rows)
+    assert run(path, "optimizer.learning_rate=1e-3")
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
+    assert losses[0] < np.log(2) + 1e-3 and losses[-1] < 0.5 * losses[0]
+
+
+def test_a_mesh_gives_the_same_losses(write_config, tmp_path):
+    losses = []
+    for overrides in ([], ["mesh.data=2", "mesh.rules=fsdp"]):
+        path = write_config()
+        assert run(path, "run.steps=4", *overrides)
+        losses.append([line["loss"] for line in read_metrics(tmp_path / "run")])
+        shutil.rmtree(tmp_path / "run")
+    assert jax.device_count() == 8
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "overrides, error, complaint",
+    [
+        (["mesh.data=16"], ConfigError, "16 x model 1 is 16 devices, and 8 are there"),
+        (["mesh.data=4"], ConfigError, "data.rows is 2, which mesh axis data of size 4"),
+        (["learn.objective=dpo"], DataError, "row 1: learn.objective dpo needs prompt, chosen"),
+        (["data.validation=['none.json']"], DataError, "none.json cannot be read"),
+    ],
+)
+def test_what_cannot_begin_leaves_nothing(write_config, tmp_path, overrides, error, complaint):
+    with pytest.raises(error, match=re.escape(complaint)):
+        run(write_config(), *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_are_fatal_or_left_out_by_name(write_config, write_rows, tmp_path):
+    no_answer = {"conversations": [{"from": "human", "value": "Who?"}]}
+    turns = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "I."}]
+    no_image = {"image": "gone.png", "conversations": turns}
+    rows = write_rows("bad.jsonl", 6, no_answer, no_image)
+    with pytest.raises(DataError, match=r"bad\.jsonl: row 8: no turn from gpt.* mend it, or"):
+        run(write_config(rows=rows))
+    console = Console(record=True, width=400, file=io.StringIO())
+    config = read_config(write_config(rows=rows), ["data.unreadable=skip"])
+    assert loop.train(config, console)
+    said = console.export_text()
+    assert "row 8: no turn from gpt" in said and re.search(r"row 9: .*gone\.png", said)
+
+
+def test_another_run_in_the_same_folder(write_config, tmp_path):
+    path = write_config()
+    assert run(path, "run.steps=4")
+    with pytest.raises(CheckpointError, match=r"config\.optimizer\.learning_rate was 0\.003 and"):
+        run(path, "run.steps=4", "optimizer.learning_rate=1e-3")
+    model = shutil.copytree(GOLDEN / "tiny-f32", tmp_path / "other")
+    config = json.loads((model / "config.json").read_text())
+    config["llm_config"]["sliding_window"] = 8
+    write_json(model / "config.json", config)
+    with pytest.raises(CheckpointError, match=r"model\.llm_config\.sliding_window was 16 and is 8"):
+        run(path, "run.steps=4", f"model={model}")
+    assert len(read_metrics(tmp_path / "run")) == 2
+
+
+def test_a_loss_that_is_no_number_ends_the_run(write_config, tmp_path):
+    with pytest.raises(TrainingError, match="the loss of step .* smaller optimizer.learning_rate"):
+        run(write_config(), "optimizer.learning_rate=1e30", "optimizer.clip_norm=1e30")
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(write_config, tmp_path, monkeypatch):
+    path = write_config()
+    real_save, saved = Store.save, []
+
+    def save(self, state, position):
+        if int(state.step) > 4:
+            usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        real_save(self, state, position)
+        saved.append(int(state.step))
+
+    monkeypatch.setattr(Store, "save", save)
+    with pytest.raises(OSError, match="are needed and 0.00 GB are free; make room in"):
+        run(path)
+    assert saved == [4]
+    monkeypatch.undo()
+    assert run(path)
+    assert (tmp_path / "run/model").exists()
