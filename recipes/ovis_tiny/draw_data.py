@@ -36,10 +36,12 @@ Lines = dict[str, list[dict[str, Any]]]
 """The lines of each file, by the name of the file without ".jsonl"."""
 
 
-def train_lines(folder: Path, index: int, *, seed: int, colour: str = "") -> Lines:
+def train_lines(
+    folder: Path, index: int, *, seed: int, colour: str = "", hard: bool = False
+) -> Lines:
     """Draw training row `index` and give its lines; with a colour, every other row is about it."""
     rng = random.Random(f"{seed} train {colour} {index}")
-    row = training_row(rng, colour if index % 2 else "")
+    row = training_row(rng, colour if index % 2 else "", hard)
     line, names = _finish(row, folder, "train", index)
     listed = [
         {"id": f"describe-{index}-{number}", "image": name, **listing_row(rng, scene).entry}
@@ -135,11 +137,12 @@ def main() -> None:
         default="",
         help="ask about things of this colour: in every other training row, and in all that score",
     )
+    parser.add_argument("--hard", action="store_true", help="ask hard kinds more in training")
     args = parser.parse_args()
     shared = {"seed": args.seed, "colour": args.colour}
     counts: dict[str, int] = {}
     for make, number in (
-        (partial(train_lines, **shared), args.train),
+        (partial(train_lines, **shared, hard=args.hard), args.train),
         (partial(scored_lines, split="validation", **shared), args.validation),
         (partial(scored_lines, split="test", **shared), args.test),
         (partial(pair_lines, seed=args.seed), args.pairs),

@@ -43,6 +43,10 @@ WEIGHTS = {
 }
 """How often a kind is asked about a training picture; hard kinds more."""
 
+HARD_KINDS = ("count", "count_colour", "exists", "where", "follow_up")
+HARD_FACTOR = 2
+"""How much more often the hard kinds are asked in rows for the last stage of training."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -57,10 +61,11 @@ class Row:
     entry: dict[str, Any]
 
 
-def training_row(rng: random.Random, colour: str = "") -> Row:
+def training_row(rng: random.Random, colour: str = "", hard: bool = False) -> Row:
     """Make a row of one to four questions, mostly three or four, about the same picture.
 
-    With a `colour`, the picture has things of that colour, and every question names it.
+    With a `colour`, the picture has things of that colour, and every question names it. With
+    `hard`, the hard kinds are asked more.
     """
     kind = rng.random()
     if colour:
@@ -75,7 +80,7 @@ def training_row(rng: random.Random, colour: str = "") -> Row:
         asked = [questions.compare(first, second), questions.count_one(first, second, rng)]
         return _row((first, second), rng.sample(asked, 2), rng)
     scene = _single(rng, "train", columns=_columns(rng))
-    return _row((scene,), _about(scene, rng), rng)
+    return _row((scene,), _about(scene, rng, hard=hard), rng)
 
 
 def listing_row(rng: random.Random, scene: Scene) -> Row:
@@ -167,9 +172,12 @@ def _pair(rng: random.Random, split: str) -> tuple[Scene, Scene]:
     return first, second
 
 
-def _about(scene: Scene, rng: random.Random, colour: str = "") -> list[Question]:
+def _about(
+    scene: Scene, rng: random.Random, colour: str = "", hard: bool = False
+) -> list[Question]:
     """One to four different questions about a scene; a description comes last."""
     number = rng.choices((1, 2, 3, 4), (1, 1, 4, 4))[0]
+    weights = [w * (HARD_FACTOR if hard and k in HARD_KINDS else 1) for k, w in WEIGHTS.items()]
     found: list[Question] = []
     if scene.text and not colour:
         kind = "digit" if scene.digit else "word"
@@ -177,7 +185,7 @@ def _about(scene: Scene, rng: random.Random, colour: str = "") -> list[Question]
     for _ in range(20):
         if len(found) >= number:
             break
-        (kind,) = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
+        (kind,) = rng.choices(list(WEIGHTS), weights)
         if colour and kind not in (*questions.COLOUR_KINDS, "follow_up"):
             continue
         question = questions.ask(kind, scene, rng, colour)
