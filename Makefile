@@ -61,14 +61,17 @@ TINY := checkpoints/ovis-tiny
 TINY_DATA := data/ovis-tiny
 ovis-tiny: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 ovis-tiny: $(VENV)/train
-	rm -rf $(TINY) $(TINY_DATA)
+	rm -rf $(TINY) $(TINY_DATA) $(TINY_DATA)-hard
 	$(BIN)/python -m recipes.ovis_tiny.draw_data $(TINY_DATA)
+	$(BIN)/python -m recipes.ovis_tiny.draw_data $(TINY_DATA)-hard --seed 1 --hard --validation 0 --test 0
 	$(BIN)/python -m recipes.ovis_tiny.tokenizer $(TINY_DATA)/train.jsonl $(TINY)/tokenizer
 	$(BIN)/python -m recipes.ovis_tiny.start $(TINY)/tokenizer $(TINY)/start
-	$(BIN)/python -m recipes.ovis_tiny.first_sight $(TINY)/start $(TINY)/sight
+	$(BIN)/python -m recipes.ovis_tiny.sight $(TINY)/start $(TINY)/sight
 	$(BIN)/ovis-jax train recipes/ovis_tiny/stage1.toml
 	$(BIN)/ovis-jax train recipes/ovis_tiny/stage2.toml
-	$(BIN)/python -m convert.to_hf $(TINY)/stage2/model $(TINY)/hub --dtype bfloat16
+	$(BIN)/python -m recipes.ovis_tiny.sight $(TINY)/stage2/model $(TINY)/aligned --words --hold 3 --steps 250 --seed 1
+	$(BIN)/ovis-jax train recipes/ovis_tiny/stage3.toml
+	$(BIN)/python -m convert.to_hf $(TINY)/stage3/model $(TINY)/hub --dtype bfloat16
 	$(BIN)/python -m recipes.ovis_tiny.score $(TINY)/hub $(TINY_DATA)/test.jsonl --json $(TINY)/scores.json
 	$(BIN)/python -m recipes.ovis_tiny.card $(TINY)/hub $(TINY)/scores.json $(TINY_DATA)/test.jsonl
 	rm -rf ovis_jax/assets/ovis-tiny

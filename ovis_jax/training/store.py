@@ -88,8 +88,8 @@ class Store:
             found = self._manager.restore(step, args=arguments)
         except Exception as error:
             raise CheckpointError(
-                f"{self._folder / 'checkpoints' / str(step)} cannot be restored: {error}; remove"
-                " that folder to go on from the checkpoint before it"
+                f"{self._folder / 'checkpoints' / str(step)} cannot be restored: {_short(error)};"
+                " remove that folder to go on from the checkpoint before it"
             ) from error
         return found["state"], found["data"]
 
@@ -104,14 +104,20 @@ class Store:
         except Exception as error:
             kept = self.latest()
             raise OSError(
-                f"a checkpoint could not be written to {self._folder}: {error}; the last good one"
-                f" is of step {kept}; make room and run the same command again"
+                f"a checkpoint could not be written to {self._folder}: {_short(error)}; the last"
+                f" good one is of step {kept}; make room and run the same command again"
             ) from error
 
     def close(self) -> None:
         """Wait, and free what the checkpoints hold."""
         self.wait()
         self._manager.close()
+
+
+def _short(error: Exception) -> str:
+    """What orbax says, without the tree that it prints behind it."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

@@ -7,16 +7,11 @@ from pathlib import Path
 
 from ovis_jax.checkpoint.params import plan_parameters
 from ovis_jax.config import OvisConfig
-from ovis_jax.training.config import TrainConfig, read_config
+from ovis_jax.training.config import read_config
 from recipes.ovis_tiny.scenes import COLOURS, SHAPES, WORDS
 from recipes.ovis_tiny.score import MEAN, Shares
 
 FOLDER = Path(__file__).parent
-STAGES = {
-    "stage1.toml": "all that is in a picture is said (the language model learns to read it)",
-    "stage2.toml": "questions of all kinds, one to four about the same picture",
-}
-
 TEXT = """\
 ---
 license: apache-2.0
@@ -40,9 +35,14 @@ English and German. It knows nothing else of the world: it is for demonstrations
 1. Scenes are drawn and questions about them written. A hash of its content decides whether a scene
    is for training, validation or test, so no scene of the test was trained on. A SentencePiece
    tokenizer with Gemma's structure is trained on the text ({vocabulary:,} pieces).
-2. `first_sight`: the visual path alone, with a linear probe on the visual embeddings that is then
-   thrown away.
-{stages}
+2. `sight`: the visual path alone learns to see, with a linear probe on the visual embeddings that
+   is then thrown away.
+3. {stage1}: all that is in a picture is said, nothing asked.
+4. {stage2}: questions of all kinds, one to four about the same picture.
+5. `sight --words`: the visual embeddings move towards those of the words for what they show, in
+   both languages. Only after this were the questions learned that ask where a thing is, or whether
+   there is one.
+6. {stage3}: the hard kinds of questions more often.
 
 ## What it scores
 
@@ -53,12 +53,14 @@ equal the one right answer letter by letter. "new phrasing": worded as no questi
 """
 
 
-def stage(number: int, config: TrainConfig, what: str) -> str:
-    """One line on a stage of training."""
-    steps, rows = config.run.steps, config.data.rows * config.data.accumulate
+def stage(name: str) -> str:
+    """What one run of training was."""
+    config = read_config(FOLDER / f"{name}.toml")
+    rows, run = config.data.rows * config.data.accumulate, config.run
+    parts, rate = " and ".join(config.learn.parts), config.optimizer.learning_rate
     return (
-        f"{number}. `ovis-jax train`: {what}; {steps:,} steps of {rows} rows, AdamW at"
-        f" {config.optimizer.learning_rate:g}, {config.run.compute_dtype} over float32 weights."
+        f"`ovis-jax train`, {parts} ({run.steps:,} steps of {rows} rows, AdamW at {rate:g},"
+        f" {run.compute_dtype} over float32 weights)"
     )
 
 
@@ -76,17 +78,13 @@ def card(model: Path, scores: Path, test: Path) -> str:
     """The text of the card, every number read from what was made."""
     config = OvisConfig.from_folder(model)
     plan, _ = plan_parameters(model, config)
-    stages = [
-        stage(number, read_config(FOLDER / name), what)
-        for number, (name, what) in enumerate(STAGES.items(), 3)
-    ]
     return TEXT.format(
         parameters=sum(math.prod(entry.shape) for entry in plan.sources.values()),
         shapes=len(SHAPES),
         colours=len(COLOURS),
         words=len(WORDS),
         vocabulary=config.decoder.vocab_size,
-        stages="\n".join(stages),
+        **{name: stage(name) for name in ("stage1", "stage2", "stage3")},
         test=len(test.read_text(encoding="utf-8").splitlines()),
         table=table(json.loads(scores.read_text())),
     )

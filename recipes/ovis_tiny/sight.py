@@ -1,8 +1,12 @@
-"""The visual path learns to see before anything is said: `python -m recipes.ovis_tiny.first_sight`.
+"""The visual path learns to see, apart from the rest: `python -m recipes.ovis_tiny.sight`.
 
 A linear probe on the visual embeddings names what stands in the cell of each visual token. It is
-thrown away; what stays are the vision encoder, the visual tokenizer and the table, from which the
-language model then learns about twice as fast.
+thrown away; what stays are the vision encoder, the visual tokenizer and the table.
+
+With `--words` the probe's row of a thing that has a word is that of the word in the text's own
+table of embeddings: a big blue star comes to lie near "big", "blue" and "star", in both languages,
+so that what is asked about can be found as a word is found again. `--hold` keeps the embeddings of
+a model that has learned to read them close to what they were.
 """
 
 import argparse
@@ -12,6 +16,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +32,8 @@ from ovis_jax.model.layers import linear, rms_norm
 from ovis_jax.model.ovis import Ovis, Params
 from ovis_jax.training.parts import Flat, join, split
 from ovis_jax.training.step import Recipe
+from recipes.ovis_tiny import german_grammar
+from recipes.ovis_tiny.questions import PLACES
 from recipes.ovis_tiny.scenes import (
     COLOURS,
     DIGITS,
@@ -49,6 +56,9 @@ TARGETS: Mapping[str, tuple[str, ...]] = {
     "place": tuple(f"cell {i}" for i in range(ROWS * SQUARE)),
 }
 """What the probe names of each cell, and the names it has to choose from."""
+
+ENDINGS = ("", "e", "en", "er", "es")
+"""Of German adjectives."""
 
 TEXT_SHARE = 0.35
 """The share of pictures with a digit or a word."""
@@ -77,8 +87,54 @@ def picture(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(draw(scene)), labels(scene)
 
 
+class Aim(NamedTuple):
+    """What the visual path is to learn, beside the targets.
+
+    Attributes:
+      words: of each target the rows [names, D] that words give, and whether they do [names, 1].
+      hold: the weight of staying close to `before`.
+      before: the parameters as they were.
+    """
+
+    words: dict[str, tuple[np.ndarray, np.ndarray]]
+    hold: float
+    before: Params
+
+
+def wordings(name: str, cell: int | None = None) -> list[str]:
+    """The words of both languages that name a thing, as they stand behind a space; or none."""
+    if cell is not None:
+        place = [*sum(PLACES, ())][cell]
+        words = [*place.split(), *german_grammar.PLACES[place].removeprefix("in der ").split()]
+    elif name in SHAPES:
+        words = [name, german_grammar.the(name).split()[-1]]
+    elif name in COLOURS:
+        words = [name, *(german_grammar.bend(german_grammar.COLOURS[name], e) for e in ENDINGS)]
+    elif name in SIZES:
+        words = [name, *(german_grammar.SIZES[name] + ending for ending in ENDINGS)]
+    else:
+        return [name] if name in DIGITS else []
+    return [f" {word}" for word in words]
+
+
+def word_rows(ovis: LoadedOvis) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`Aim.words`: the sums of the embeddings of the words, scaled to the size of one."""
+    table, encode = np.asarray(ovis.params["decoder"]["embed"]), ovis.processor.tokenizer.encode
+    rows = {}
+    for target, names in TARGETS.items():
+        found = np.zeros((len(names), table.shape[1]), np.float32)
+        for number, name in enumerate(names):
+            cell = number if target == "place" else None
+            pieces = sorted({encode(word)[0] for word in wordings(name, cell)})
+            if pieces:
+                found[number] = table[pieces].sum(0) / len(pieces) ** 0.5
+        rows[target] = (found, found.any(axis=1, keepdims=True))
+    return rows
+
+
 def probe_loss(
     model: Ovis,
+    aim: Aim,
     learned: Flat,
     frozen: Flat,
     pixels: Float[Array, "I h w C"],
@@ -86,21 +142,29 @@ def probe_loss(
 ) -> tuple[Float[Array, ""], Float[Array, "targets"]]:
     """Cross-entropy summed over the targets of a cell, and the share of each that is right."""
     params = join({k: x for k, x in learned.items() if not k.startswith("probe/")}, frozen)
-    seen = model.embed_images(params, pixels).embeddings  # [I, M, D]
-    seen = rms_norm(seen, jnp.zeros(seen.shape[-1:]), 1e-6)
-    losses, right = [], []
+
+    def look(params: Params) -> Float[Array, "I M D"]:
+        seen = model.embed_images(params, pixels).embeddings
+        return rms_norm(seen, jnp.zeros(seen.shape[-1:]), 1e-6)
+
+    seen = look(params)
+    losses = [aim.hold * jnp.mean(jnp.square(seen - look(aim.before)))]
+    right = []
     for number, name in enumerate(TARGETS):
-        logits = linear(seen, learned[f"probe/{name}"])  # [I, M, names]
+        rows, has_word = aim.words[name]
+        probe = jnp.where(has_word, rows, learned[f"probe/{name}"])
+        logits = linear(seen, probe)  # [I, M, names]
         target = targets[..., number]
         losses.append(optax.softmax_cross_entropy_with_integer_labels(logits, target).mean())
         right.append(jnp.mean(jnp.argmax(logits, -1) == target))
     return sum(losses, jnp.float32(0)), jnp.stack(right)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
 def step(
     model: Ovis,
     recipe: Recipe,
+    aim: Aim,
     learned: Flat,
     state: optax.OptState,
     frozen: Flat,
@@ -108,13 +172,15 @@ def step(
     targets: Array,
 ) -> tuple[Flat, optax.OptState, Array, Array]:
     """One update of the visual path and the probe; also the loss and the shares."""
-    gradient = jax.value_and_grad(partial(probe_loss, model), has_aux=True)
+    gradient = jax.value_and_grad(partial(probe_loss, model, aim), has_aux=True)
     (loss, right), gradients = gradient(learned, frozen, pixels, targets)
     updates, state = recipe.optimizer().update(gradients, state, learned)
     return optax.apply_updates(learned, updates), state, loss, right  # pyright: ignore
 
 
-def learn(ovis: LoadedOvis, steps: int, pictures: int, seed: int) -> Params:
+def learn(
+    ovis: LoadedOvis, steps: int, pictures: int, seed: int, *, words: bool, hold: float
+) -> Params:
     """Teach the visual path of a model to see; its parameters afterwards."""
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         drawn = pool.map(picture, range(seed * pictures, (seed + 1) * pictures), chunksize=500)
@@ -122,6 +188,10 @@ def learn(ovis: LoadedOvis, steps: int, pictures: int, seed: int) -> Params:
     mean, std = np.array(settings.mean, np.float32), np.array(settings.std, np.float32)
     images, targets = (np.stack(column) for column in zip(*drawn, strict=True))
     learned, frozen = split(ovis.params, ["visual_tokenizer", "visual_embedding"])
+    rows = word_rows(ovis)
+    if not words:
+        rows = {name: (row, np.zeros_like(has_word)) for name, (row, has_word) in rows.items()}
+    aim = Aim(rows, hold, ovis.params)
     width = ovis.config.decoder.width
     learned = {path: jnp.array(x) for path, x in learned.items()}
     learned |= {f"probe/{name}": jnp.zeros((len(v), width)) for name, v in TARGETS.items()}
@@ -141,7 +211,7 @@ def learn(ovis: LoadedOvis, steps: int, pictures: int, seed: int) -> Params:
         pixels = images[chosen].astype(np.float32) * np.float32(settings.rescale_factor)
         pixels = (pixels - mean) / std
         learned, state, loss, right = step(
-            ovis.model, recipe, learned, state, frozen, pixels, targets[chosen]
+            ovis.model, recipe, aim, learned, state, frozen, pixels, targets[chosen]
         )
         if number % 50 == 49:
             shares = ", ".join(
@@ -151,6 +221,8 @@ def learn(ovis: LoadedOvis, steps: int, pictures: int, seed: int) -> Params:
             print(f"step {number + 1}, {seconds:.0f} s: loss {loss:.3f}; {shares}", flush=True)
     learned = {path: x for path, x in learned.items() if not path.startswith("probe/")}
     params = join(learned, frozen)
+    if hold:
+        return params
     return params | {"visual_embedding": _rescaled(ovis.model, params, pixels)}
 
 
@@ -169,9 +241,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--pictures", type=int, default=PICTURES)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--words", action="store_true", help="see the top of this file")
+    parser.add_argument("--hold", type=float, default=0.0, help="see the top of this file")
     args = parser.parse_args()
     ovis = load(args.source)
-    params = learn(ovis, args.steps, args.pictures, args.seed)
+    params = learn(ovis, args.steps, args.pictures, args.seed, words=args.words, hold=args.hold)
     files = {name: path.read_bytes() for name, path in small_files(args.source).items()}
     save_params(args.destination, params, ovis.config, files=files)
 
