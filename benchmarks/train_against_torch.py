@@ -245,7 +245,7 @@ def main(
         "spread",
         "CPU s",
         "peak MiB",
-        "at rest",
+        "in steps",
     )
     table = Table(*(Column(name, justify="right", no_wrap=True) for name in names))
     found = []
