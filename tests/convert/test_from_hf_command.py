@@ -113,8 +113,10 @@ def test_exit_codes(tmp_path, arguments, code, message):
 def test_stopped_in_the_middle_leaves_no_destination(tmp_path, stop):
     # The command itself, stopped by a signal that it sends to itself between two pieces.
     code = (
-        "import os, sys\n"
+        "import os, signal, sys\n"
         "from convert import from_hf, transfer\n"
+        # A test run in the background of a shell would hand SIGINT down as ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "pieces = transfer.read_chunks\n"
         "def read_chunks(entry):\n"
         "    if entry.key == 'vte.weight':\n"
