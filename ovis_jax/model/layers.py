@@ -144,10 +144,11 @@ def rope(
     """
     H = x.shape[-1]
     half = H // 2
-    # Made on the host: an accelerator's own power function need not be exact to the last bit, and
-    # the angle at position 8000 multiplies what it misses.
+    # Made on the host, the power in float64: a processor's own power of float32 need not be exact to
+    # the last bit, and the angle at position 8000 multiplies what it misses.
     exponents = np.arange(0, H, 2, dtype=np.float32) / np.float32(H)
-    frequencies = np.float32(1) / np.float32(theta) ** exponents  # [H/2]
+    powers = np.float64(theta) ** exponents.astype(np.float64)
+    frequencies = np.float32(1) / powers.astype(np.float32)  # [H/2]
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies  # [B, T, 1, H/2]
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     first, second = x[..., :half], x[..., half:]
