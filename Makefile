@@ -71,7 +71,9 @@ ovis-tiny: $(VENV)/train
 	$(BIN)/ovis-jax train recipes/ovis_tiny/stage2.toml
 	$(BIN)/python -m recipes.ovis_tiny.sight $(TINY)/stage2/model $(TINY)/aligned --words --hold 3 --steps 250 --seed 1
 	$(BIN)/ovis-jax train recipes/ovis_tiny/stage3.toml
-	$(BIN)/python -m convert.to_hf $(TINY)/stage3/model $(TINY)/hub --dtype bfloat16
+	$(BIN)/python -m recipes.ovis_tiny.sight $(TINY)/stage3/model $(TINY)/aligned-again --words --hold 6 --steps 300 --seed 2
+	$(BIN)/ovis-jax train recipes/ovis_tiny/stage4.toml
+	$(BIN)/python -m convert.to_hf $(TINY)/stage4/model $(TINY)/hub --dtype bfloat16
 	$(BIN)/python -m recipes.ovis_tiny.score $(TINY)/hub $(TINY_DATA)/test.jsonl --json $(TINY)/scores.json
 	$(BIN)/python -m recipes.ovis_tiny.card $(TINY)/hub $(TINY)/scores.json $(TINY_DATA)/test.jsonl
 	rm -rf ovis_jax/assets/ovis-tiny

@@ -144,8 +144,8 @@ def rope(
     """
     H = x.shape[-1]
     half = H // 2
-    # Made on the host, the power in float64: a processor's own power of float32 need not be exact to
-    # the last bit, and the angle at position 8000 multiplies what it misses.
+    # Made on the host, the power in float64: that of float32 need not be exact to the last bit on
+    # every processor, and the angle at position 8000 multiplies what it misses.
     exponents = np.arange(0, H, 2, dtype=np.float32) / np.float32(H)
     powers = np.float64(theta) ** exponents.astype(np.float64)
     frequencies = np.float32(1) / powers.astype(np.float32)  # [H/2]
