@@ -40,12 +40,13 @@ def test_its_config_is_the_recipes(ovis):
 
 
 def test_it_gives_true_answers(ovis, draw_test):
+    """The card has 100 questions a kind; here are 20, so that a kind at 85 % may come out lower."""
     found = list(score.answers(ovis, draw_test(rounds=10)))
     assert len(found) == 260
     shares = {kind: columns[score.ALL] for kind, columns in score.shares(found).items()}
     mean = shares.pop(score.MEAN)
     assert len(shares) == 13
-    assert mean >= 0.95 and min(shares.values()) >= 0.85, shares
+    assert mean >= 0.95 and min(shares.values()) >= 0.75, shares
 
 
 def test_the_card_says_what_was_asked_of_it():
