@@ -107,6 +107,7 @@ def _go_on(
                 bar.say(f"left out: {maker.faults[name]}")
                 reported.add(name)
             if last or stop.asked or done % settings.save_every == 0:
+                _numbers(measured, done)  # what is no number must not push a good checkpoint out
                 store.save(state, data.get_state())
             if run.validation and (last or done % settings.evaluate_every == 0):
                 found = evaluate(run, state.learned)
