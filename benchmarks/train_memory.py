@@ -29,7 +29,7 @@ from rich.table import Column, Table
 from ovis_jax import Ovis, presets
 from ovis_jax.config import OvisConfig
 from ovis_jax.inputs.batch import Inputs
-from ovis_jax.sharding import RULES, adapter_shardings, param_shardings
+from ovis_jax.sharding import RULES, adapter_shardings, pad_params, param_shardings
 from ovis_jax.training.losses import Batch
 from ovis_jax.training.parts import PARTS, Flat, add_adapters, split
 from ovis_jax.training.step import Recipe, State, start, step
@@ -71,6 +71,7 @@ def arguments(
 
     def begin() -> tuple[State, Flat]:
         params = Ovis(config).init(jax.random.key(0))
+        params = pad_params(params, config, mesh, RULES[case.rules])
         if not case.adapters:
             learned, frozen = split(params, list(PARTS))
             return start(recipe, learned), frozen

@@ -11,7 +11,10 @@ import math
 import re
 from collections.abc import Mapping
 from itertools import groupby
+from typing import Any
 
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ovis_jax.config import OvisConfig
@@ -60,13 +63,14 @@ PARAM_AXES: Mapping[str, str] = {
 _LOOKED_UP = {"vision/position", "visual_embedding", "decoder/embed"}
 """Of two dimensions, but rows are looked up or added: nothing is multiplied by the whole."""
 
+_PADDED = "UW"
+"""Letters whose dimension gets rows of zeros where it would not divide: 65531 is odd."""
+
 _DIMENSION = r"\([^)]*\)|\S+"
 
 Rules = Mapping[str, str]
 
-# W is left out: 65531 is odd, so no even mesh axis divides it. `TENSOR` therefore leaves the visual
-# head whole on each device until it is padded to a size that does; the others cut its input side.
-TENSOR: Rules = {axis: "model" for axis in "NKFAVU"} | {"B": "data"}
+TENSOR: Rules = {axis: "model" for axis in "NKFAVUW"} | {"B": "data"}
 """Tensor parallel: heads, MLP widths and vocabularies over "model", the batch over "data"."""
 
 FSDP: Rules = {"D": "data", "E": "data"}
@@ -149,25 +153,88 @@ def shape_of(letters: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     )
 
 
-def param_shapes(config: OvisConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter path of a model with its shape, in the order of `param_axes`."""
+def param_shapes(
+    config: OvisConfig, mesh: Mesh | AbstractMesh | None = None, rules: Rules = TENSOR
+) -> dict[str, tuple[int, ...]]:
+    """Every parameter path of a model with its shape, in the order of `param_axes`.
+
+    With a mesh, the shape that it has there. The visual table and the visual head are cut along
+    their rows, of which there are U and W = U - 5. Where an axis of size n > 1 carries them, both
+    have U rows rounded up to a multiple of n; those behind the true ones are zeros. As both have
+    the same number, the product of the head's words with the table is made without moving a shard.
+    """
+    return _shapes(param_axes(config), config, mesh, rules)
+
+
+def adapter_shapes(
+    config: OvisConfig, rank: int, mesh: Mesh | AbstractMesh | None = None, rules: Rules = TENSOR
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each half of `adapter_axes`, padded on a mesh as its matrix is."""
+    return _shapes(adapter_axes(config), config, mesh, rules, R=rank)
+
+
+def _shapes(
+    axes: Mapping[str, str],
+    config: OvisConfig,
+    mesh: Mesh | AbstractMesh | None,
+    rules: Rules,
+    **more: int,
+) -> dict[str, tuple[int, ...]]:
     return {
-        path: shape_of(letters, letter_sizes(config, path))
-        for path, letters in param_axes(config).items()
+        path: shape_of(letters, _sizes_on(mesh, rules, letter_sizes(config, path)) | more)
+        for path, letters in axes.items()
     }
+
+
+def _sizes_on(
+    mesh: Mesh | AbstractMesh | None, rules: Rules, sizes: dict[str, int]
+) -> dict[str, int]:
+    """The sizes of letters with the padding that they have on a mesh."""
+    padded = {}
+    for letter in _PADDED:
+        parts = 1 if mesh is None else mesh.shape.get(rules.get(letter, ""), 1)
+        if parts > 1:
+            padded[letter] = -(-sizes["U"] // parts) * parts
+    return sizes | padded
+
+
+def true_rows(config: OvisConfig, letters: str) -> int | None:
+    """The rows of a parameter without padding, where it may have some; else None."""
+    first = dimensions(letters)[0][0]
+    return letter_sizes(config, "")[first] if first in _PADDED else None
+
+
+def pad_params(
+    params: Mapping[str, Any],
+    config: OvisConfig,
+    mesh: Mesh | AbstractMesh,
+    rules: Rules = TENSOR,
+) -> dict[str, Any]:
+    """Parameters in the shapes that `param_shapes` gives for a mesh, to be placed there.
+
+    For plain arrays in memory that are not padded; `load_params` gives them padded and placed. With
+    padding they may be used and saved as without it, on any device.
+    """
+    shapes = param_shapes(config, mesh, rules)
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
+    for path, x in flat.items():
+        if x.shape != shapes[path]:
+            pads = [(0, to - size) for to, size in zip(shapes[path], x.shape, strict=True)]
+            flat[path] = jnp.pad(x, pads)
+    return unflatten_dict(flat, sep="/")
 
 
 def param_shardings(
     config: OvisConfig, mesh: Mesh | AbstractMesh, rules: Rules = TENSOR
 ) -> dict[str, NamedSharding]:
-    """How each parameter lies on a mesh.
+    """How each parameter lies on a mesh, in the shapes of `param_shapes` with that mesh.
 
     A dimension goes where the rules send the first of its letters that they name. Letters without a
     rule, and mesh axes that the mesh does not have, leave a dimension whole.
 
     Raises:
-      OvisError: a letter's size is not a multiple of its mesh axis, or two dimensions of one
-        parameter would lie on the same mesh axis.
+      OvisError: a letter's size is not a multiple of its mesh axis (U and W are padded to one), or
+        two dimensions of one parameter would lie on the same mesh axis.
     """
     return _shardings(param_axes(config), config, mesh, rules)
 
@@ -187,7 +254,10 @@ def _shardings(
     axes: Mapping[str, str], config: OvisConfig, mesh: Mesh | AbstractMesh, rules: Rules
 ) -> dict[str, NamedSharding]:
     return {
-        path: NamedSharding(mesh, _spec(path, letters, letter_sizes(config, path), mesh, rules))
+        path: NamedSharding(
+            mesh,
+            _spec(path, letters, _sizes_on(mesh, rules, letter_sizes(config, path)), mesh, rules),
+        )
         for path, letters in axes.items()
     }
 

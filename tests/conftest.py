@@ -75,6 +75,36 @@ def load_golden():
 
 
 @pytest.fixture(scope="session")
+def random_tiny():
+    """A model of the tiny preset, whose 69 visual rows no mesh divides, with random parameters."""
+    import jax
+
+    from ovis_jax import Ovis, presets
+
+    model = Ovis(presets.tiny())
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def lay():
+    """Lay parameters on a mesh, data x model, of the first devices; gives them and the mesh."""
+    import jax
+    import numpy as np
+    from flax.traverse_util import unflatten_dict
+    from jax.sharding import Mesh
+
+    from ovis_jax.sharding import pad_params, param_shardings
+
+    def lay(params, config, shape, rules):
+        devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
+        mesh = Mesh(devices, ("data", "model"))
+        shardings = unflatten_dict(param_shardings(config, mesh, rules), sep="/")
+        return jax.device_put(pad_params(params, config, mesh, rules), shardings), mesh
+
+    return lay
+
+
+@pytest.fixture(scope="session")
 def change_param():
     """A copy of parameters with one leaf put through a function."""
 

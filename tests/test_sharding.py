@@ -13,8 +13,10 @@ from ovis_jax.sharding import (
     PARAM_AXES,
     TENSOR,
     TENSOR_FSDP,
+    adapter_shapes,
     dimensions,
     letter_sizes,
+    pad_params,
     param_letters,
     param_shapes,
     param_shardings,
@@ -23,13 +25,6 @@ from ovis_jax.sharding import (
 
 def mesh(data: int, model: int) -> Mesh:
     return Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))
-
-
-def divisible():
-    """The tiny config with a visual vocabulary that divides: 72 rows."""
-    tiny = presets.tiny()
-    tokenizer = dataclasses.replace(tiny.visual_tokenizer, vocab_size=72)
-    return dataclasses.replace(tiny, visual_tokenizer=tokenizer)
 
 
 def test_parameters_of_the_published_models():
@@ -84,21 +79,22 @@ def test_every_letter_of_the_table_has_a_size():
 
 
 def test_specs_by_rules():
-    config, grid = divisible(), mesh(4, 2)
+    config, grid = presets.tiny(), mesh(4, 2)
     tensor = param_shardings(config, grid, TENSOR)
     assert tensor.keys() == param_shapes(config).keys()
     assert tensor["decoder/block_0/attn/q"].spec == PartitionSpec("model", None)
     assert tensor["decoder/block_0/attn/o"].spec == PartitionSpec(None, "model")
     assert tensor["vision/block_0/attn/q_bias"].spec == PartitionSpec("model")
     assert tensor["visual_embedding"].spec == PartitionSpec("model", None)
-    assert tensor["visual_tokenizer/head"].spec == PartitionSpec(None, None)
+    assert tensor["visual_tokenizer/head"].spec == PartitionSpec("model", None)
+    assert tensor["visual_tokenizer/norm/scale"].spec == PartitionSpec("model")
     fsdp = param_shardings(config, grid, FSDP)
     assert fsdp["decoder/block_0/attn/q"].spec == PartitionSpec(None, "data")
     assert fsdp["decoder/final_norm"].spec == PartitionSpec("data")
     both = param_shardings(config, grid, TENSOR_FSDP)
     assert both["decoder/block_3/mlp/down"].spec == PartitionSpec("data", "model")
-    # Its first letters, the merged patches, have no rule; its last, the vision width, has.
-    assert both["visual_tokenizer/head"].spec == PartitionSpec(None, "data")
+    # The first letters of its columns, the merged patches, have no rule; the vision width has.
+    assert both["visual_tokenizer/head"].spec == PartitionSpec("model", "data")
     assert both["vision/patch"].spec == PartitionSpec("data", None, None, None)
 
 
@@ -110,16 +106,40 @@ def test_axes_that_the_mesh_lacks_are_ignored():
 
 def test_published_9b_shards_over_eight():
     shardings = param_shardings(presets.ovis1_6_gemma2_9b(), mesh(1, 8), TENSOR)
-    shapes = param_shapes(presets.ovis1_6_gemma2_9b())
+    shapes = param_shapes(presets.ovis1_6_gemma2_9b(), mesh(1, 8), TENSOR)
+    assert shapes["visual_tokenizer/head"] == (65536, 4608)
     local = sum(math.prod(s.shard_shape(shapes[path])) for path, s in shardings.items())
-    head = math.prod(shapes["visual_tokenizer/head"])
-    assert local < head + (sum(map(math.prod, shapes.values())) - head) / 8 * 1.02
+    assert local < sum(map(math.prod, shapes.values())) / 8 * 1.01
+
+
+def test_only_the_visual_vocabulary_is_padded_and_only_where_it_is_cut():
+    config = presets.tiny()
+    plain, rows = param_shapes(config), {"U": 70, "W": 70}
+    for path, shape in param_shapes(config, mesh(4, 2), TENSOR_FSDP).items():
+        first = dimensions(param_letters(path))[0][0]
+        assert shape == (rows.get(first, plain[path][0]), *plain[path][1:]), path
+    assert param_shapes(config, mesh(8, 1), TENSOR_FSDP) == plain
+    assert param_shapes(config, mesh(4, 2), FSDP) == plain
+    line = Mesh(np.array(jax.devices()), ("data",))
+    assert param_shapes(config, line, {"U": "data"})["visual_embedding"] == (72, 64)
+    assert param_shapes(config, line, {"U": "data"})["visual_tokenizer/head"] == (64, 192)
+    halves = adapter_shapes(config, 4, mesh(4, 2), TENSOR)
+    assert halves["visual_tokenizer/head/b"] == (70, 4)
+    assert halves["visual_tokenizer/head/a"] == (4, 192)
+
+
+def test_parameters_in_memory_are_padded_with_zeros():
+    config = presets.tiny()
+    params = {"visual_embedding": np.ones((69, 64), np.float16)}
+    table = pad_params(params, config, mesh(4, 2))["visual_embedding"]
+    assert table.dtype == np.float16
+    np.testing.assert_array_equal(table, np.repeat([[1.0], [0.0]], [69, 1], axis=0) * np.ones(64))
 
 
 def test_letter_that_does_not_divide():
     # 2 heads of 16 make 32 rows, which 4 would divide: it is the heads that must.
     with pytest.raises(OvisError) as error:
-        param_shardings(divisible(), mesh(2, 4), TENSOR)
+        param_shardings(presets.tiny(), mesh(2, 4), TENSOR)
     message = str(error.value)
     assert "decoder/block_0/attn/k" in message
     assert "letter K has size 2" in message
@@ -129,4 +149,4 @@ def test_letter_that_does_not_divide():
 
 def test_two_dimensions_on_one_mesh_axis():
     with pytest.raises(OvisError, match="two dimensions on mesh axis 'model'"):
-        param_shardings(divisible(), mesh(2, 2), {"N": "model", "D": "model"})
+        param_shardings(presets.tiny(), mesh(2, 2), {"N": "model", "D": "model"})

@@ -12,10 +12,11 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from ovis_jax.checkpoint.keymap import tensor_problems
-from ovis_jax.checkpoint.params import list_arrays, place
+from ovis_jax.checkpoint.params import cut_padding, list_arrays, place
 from ovis_jax.checkpoint.problems import CheckpointProblems, Problem
 from ovis_jax.checkpoint.safetensors_files import (
     Header,
+    TensorEntry,
     map_file,
     read_header,
     view_tensor,
@@ -29,6 +30,7 @@ from ovis_jax.sharding import (
     TENSOR,
     Rules,
     adapter_axes,
+    adapter_shapes,
     adapter_shardings,
     letter_sizes,
     shape_of,
@@ -76,6 +78,7 @@ def save_adapters(
     folder = Path(folder)
     if not (math.isfinite(scale) and scale > 0):
         raise OvisError(f"adapters: scale is {scale!r}, expected a number above 0")
+    adapters = cut_padding(adapters, adapter_axes(config), config)
     listing = list_arrays("adapters", adapters)
     shapes = {entry.key: entry.shape for entry in listing.tensors}
     ranks = [shape[0] for key, shape in shapes.items() if key.endswith("/a") and shape]
@@ -126,12 +129,14 @@ def load_adapters(
         header = read_header(path)
     _account(f"adapters {folder}", TENSORS_FILE, header, config, rank)
     shardings = {} if mesh is None else adapter_shardings(config, mesh, rules)
+    shapes = adapter_shapes(config, rank, mesh, rules)
     mapped = map_file(path)
-    halves = {
-        entry.key: place(entry.key, view_tensor(mapped, entry), "F32", shardings.get(entry.key))
-        for entry in sorted(header.tensors, key=lambda entry: entry.key)
-    }
-    return Adapters(halves, rank, scale)
+
+    def load(key: str, entry: TensorEntry) -> jax.Array:
+        return place(key, view_tensor(mapped, entry), "F32", shardings.get(key), shapes[key])
+
+    entries = {entry.key: entry for entry in header.tensors}
+    return Adapters({key: load(key, entries[key]) for key in sorted(entries)}, rank, scale)
 
 
 def _read_record(folder: Path, config: OvisConfig) -> tuple[int, float]:

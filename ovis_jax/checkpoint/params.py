@@ -31,7 +31,14 @@ from ovis_jax.checkpoint.writer import (
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import CheckpointError, ConfigError, OvisError
 from ovis_jax.fields import read_json
-from ovis_jax.sharding import TENSOR, Rules, param_shapes, param_shardings
+from ovis_jax.sharding import (
+    TENSOR,
+    Rules,
+    param_axes,
+    param_shapes,
+    param_shardings,
+    true_rows,
+)
 
 Params = dict[str, Any]
 
@@ -115,9 +122,10 @@ def load_params(
     """Read the parameters of a converted folder or of one in the Hub's layout.
 
     Returns a nested dict of arrays in the shapes of `param_shapes`, of the stored dtype or `dtype`.
-    With a mesh each device reads only its own slice of the mapped files. Without one the arrays are
-    on the default device; a CPU device uses the mapped files where they are (a donated array is
-    copied first), so replace such files by renaming and do not write into them.
+    With a mesh each device reads only its own slice of the mapped files, and has zeros where the
+    mesh's shapes go beyond them. Without one the arrays are on the default device; a CPU device
+    uses the mapped files where they are (a donated array is copied first), so replace such files by
+    renaming and do not write into them.
 
     Raises:
       ConfigError: config.json states no usable dtype and none is given.
@@ -127,28 +135,42 @@ def load_params(
     """
     plan, target = plan_parameters(folder, config, dtype)
     shardings = None if mesh is None else param_shardings(config, mesh, rules)
+    shapes = param_shapes(config, mesh, rules)
     mapped = {path: map_file(path) for path in {entry.path for entry in plan.sources.values()}}
 
     def load(path: str, entry: TensorEntry) -> jax.Array:
         view = view_tensor(mapped[entry.path], entry)
         sharding = None if shardings is None else shardings[path]
-        return place(entry.key, view, target, sharding)
+        return place(entry.key, view, target, sharding, shapes[path])
 
     flat = {path: load(path, entry) for path, entry in plan.sources.items()}
     return unflatten_dict(flat, sep="/")
 
 
-def place(key: str, array: np.ndarray, dtype: str, sharding: NamedSharding | None) -> jax.Array:
+def place(
+    key: str,
+    array: np.ndarray,
+    dtype: str,
+    sharding: NamedSharding | None,
+    shape: tuple[int, ...],
+) -> jax.Array:
     """An array in a dtype on the default device, or each device's slice of it alone.
+
+    With a sharding it gets `shape`, with zeros behind what the array has.
 
     Raises:
       CheckpointError: a number is too large for the dtype.
     """
     if sharding is None:
         return jax.device_put(cast(key, array, dtype))
-    return jax.make_array_from_callback(
-        array.shape, sharding, lambda index: cast(key, array[index], dtype)
-    )
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        part = cast(key, array if index is None else array[index], dtype)
+        local = sharding.shard_shape(shape)
+        pads = [(0, size - there) for size, there in zip(local, part.shape, strict=True)]
+        return np.pad(part, pads) if part.shape != local else part
+
+    return jax.make_array_from_callback(shape, sharding, read)
 
 
 def save_params(
@@ -162,15 +184,16 @@ def save_params(
 ) -> None:
     """Write parameters as a converted folder, which appears only when it is complete.
 
-    All leaves must have one dtype unless `dtype` names the one to cast to. `files` are further
-    files by name, such as those of the tokenizer; without them only weights and configs are there.
+    All leaves must have one dtype unless `dtype` names the one to cast to. The padding that they
+    have on a mesh is not written. `files` are further files by name, such as those of the
+    tokenizer; without them only weights and configs are there.
 
     Raises:
       CheckpointError: `params` are not those of `config`, or are of several dtypes.
       OvisError: the folder exists and is not empty, or a leaf is not all on this host's devices.
       OSError: too little space, or a file cannot be written.
     """
-    leaves: dict[str, Any] = flatten_dict(params, sep="/")
+    leaves = cut_padding(flatten_dict(params, sep="/"), param_axes(config), config)
     listing = list_arrays("params", leaves)
     stored = None if dtype is not None else next((t.dtype for t in listing.tensors), "F32")
     account(listing, config, own_keys(config), stored)
@@ -189,6 +212,25 @@ def save_params(
         for name, content in (files or {}).items():
             (partial / name).write_bytes(content)
         write_json(partial / CONVERSION_FILE, conversion_record(tensors, digests))
+
+
+def cut_padding(
+    leaves: Mapping[str, Any], axes: Mapping[str, str], config: OvisConfig
+) -> dict[str, Any]:
+    """Arrays without the rows of zeros that they have on a mesh beyond those of the config.
+
+    Rows that hold anything else are no padding: they stay, and are then a wrong shape.
+    """
+    cut = dict(leaves)
+    for path, leaf in leaves.items():
+        rows = true_rows(config, axes[path]) if path in axes else None
+        if rows is None or not isinstance(leaf, jax.Array | np.ndarray):
+            continue
+        here = isinstance(leaf, np.ndarray) or leaf.is_fully_addressable
+        if here and leaf.ndim and leaf.shape[0] > rows:
+            whole = np.asarray(leaf)
+            cut[path] = leaf if np.any(whole[rows:]) else whole[:rows]
+    return cut
 
 
 def list_arrays(name: str, leaves: Mapping[str, Any]) -> CheckpointFolder:

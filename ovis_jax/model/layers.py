@@ -126,12 +126,18 @@ def rms_norm(
 
 
 def layer_norm(
-    x: Float[Array, "*rows E"], scale: Float[Array, "E"], bias: Float[Array, "E"], eps: float
+    x: Float[Array, "*rows E"],
+    scale: Float[Array, "E"],
+    bias: Float[Array, "E"],
+    eps: float,
+    width: int | None = None,
 ) -> Float[Array, "*rows E"]:
-    """LayerNorm over the last axis."""
+    """LayerNorm over the last axis; channels from `width` on are padding and do not count."""
+    counted = None if width in (None, x.shape[-1]) else jnp.arange(x.shape[-1]) < width
     y = x.astype(jnp.float32)
-    y -= jnp.mean(y, axis=-1, keepdims=True)
-    y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    y -= jnp.mean(y, axis=-1, keepdims=True, where=counted)
+    variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True, where=counted)
+    y *= jax.lax.rsqrt(variance + eps)
     return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 

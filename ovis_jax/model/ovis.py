@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Key
 
-from ovis_jax.config import NUM_IMAGE_INDICATORS, OvisConfig
+from ovis_jax.config import OvisConfig
 from ovis_jax.errors import RequestError
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.image import IMAGE_SLOT, IMAGE_START
@@ -88,15 +88,22 @@ class Ovis:
         """Turn crops into visual embeddings.
 
         Args:
-          params: of the whole model.
+          params: of the whole model, padded for a mesh or not.
           pixels: normalised crops.
           key: for a checkpoint whose `tokenize_function` is gumbel_argmax; see `tokenize`.
+
+        Returns:
+          The states, with the true words alone. Cutting the padding off costs nothing where logits
+          and probabilities are not read; where they are, it gathers them from a mesh.
         """
         c = self.config
         vision = apply(VisionEncoder(c.vision, remat=self.remat), params["vision"], pixels)
         tokenizer = VisualTokenizer(c.visual_tokenizer)
         tokens = apply(tokenizer, params["visual_tokenizer"], vision[-1], key)
         embeddings = embed_words(tokens.probabilities, params["visual_embedding"])
+        words = c.visual_tokenizer.num_words
+        logits, probabilities = (x[..., :words] for x in (tokens.logits, tokens.probabilities))
+        tokens = VisualTokens(tokens.features, logits, probabilities)
         return ImageStates(vision, tokens, embeddings)
 
     def embed_inputs(
@@ -111,8 +118,8 @@ class Ovis:
         """
         text, table = params["decoder"]["embed"], params["visual_embedding"]
         x = text[jnp.maximum(tokens, 0)]  # [B, T, D]
-        # -301 .. -305 are the last five rows of the table, in that order.
-        row = table.shape[0] - NUM_IMAGE_INDICATORS + (IMAGE_START - tokens)
+        # -301 .. -305 are the last five rows of the table before any padding, in that order.
+        row = self.config.visual_tokenizer.num_words + (IMAGE_START - tokens)
         x = jnp.where((tokens <= IMAGE_START)[..., None], table[jnp.maximum(row, 0)], x)
         if visual is None:
             return x

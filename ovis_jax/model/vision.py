@@ -31,10 +31,11 @@ def patchify(pixels: Float[Array, "I h w C"], patch_size: int) -> Float[Array, "
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with scale and bias."""
+    """LayerNorm with scale and bias; channels from `width` on are padding."""
 
     eps: float
     dtype: DTypeLike
+    width: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:
@@ -42,7 +43,7 @@ class LayerNorm(nn.Module):
         E = x.shape[-1]
         scale = self.param("scale", ones, (E,), self.dtype)
         bias = self.param("bias", zeros, (E,), self.dtype)
-        return layer_norm(x, scale, bias, self.eps)
+        return layer_norm(x, scale, bias, self.eps, self.width)
 
 
 class Attention(nn.Module):

@@ -2,6 +2,9 @@
 
 A word id is an index into the rows of the visual embedding table; every 2 x 2 block of patches
 becomes one visual token, whose embedding is the average of the table's rows under its distribution.
+
+On a mesh the head and the table have rows of padding behind the true ones (see `param_shapes`). The
+config alone says how many are true; a word of padding has probability zero and counts nowhere.
 """
 
 from typing import NamedTuple
@@ -43,32 +46,43 @@ def merge_patches(features: Float[Array, "I P E"], stride: int) -> Float[Array, 
 
 
 def tokenize(
-    logits: Float[Array, "I M W"], function: TokenizeFunction, key: Key[Array, ""] | None = None
+    logits: Float[Array, "I M W"],
+    function: TokenizeFunction,
+    key: Key[Array, ""] | None = None,
+    num_words: int | None = None,
 ) -> Float[Array, "I M W"]:
     """Turn logits into a distribution over the visual words, in the dtype of `logits`.
 
     `softmax` is what the published models use; it is computed in float32. The other two give one
     word all the weight. `st_argmax` takes the likeliest. `gumbel_argmax` draws it, in inference as
     in training, with `key`; without a key it takes the likeliest. (Its temperature `tau` does not
-    change which word is drawn.)
+    change which word is drawn.) Columns from `num_words` on are padding: their weight is zero.
     """
+    scores, columns = logits.astype(jnp.float32), logits.shape[-1]
+    num_words = num_words or columns
+    if num_words < columns:
+        scores = jnp.where(jnp.arange(columns) < num_words, scores, -jnp.inf)
     if function == "softmax":
-        return jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(logits.dtype)
-    scores = logits.astype(jnp.float32)
+        return jax.nn.softmax(scores, axis=-1).astype(logits.dtype)
     if function == "gumbel_argmax" and key is not None:
-        scores += jax.random.gumbel(key, logits.shape)
-    return jax.nn.one_hot(jnp.argmax(scores, axis=-1), logits.shape[-1], dtype=logits.dtype)
+        # Noise for the true words alone, so that the same words are drawn with padding and without.
+        noise = jax.random.gumbel(key, (*logits.shape[:-1], num_words))
+        scores += jnp.pad(noise, ((0, 0), (0, 0), (0, columns - num_words)))
+    return jax.nn.one_hot(jnp.argmax(scores, axis=-1), columns, dtype=logits.dtype)
 
 
 def embed_words(
     probabilities: Float[Array, "I M W"], table: Float[Array, "U D"]
 ) -> Float[Array, "I M D"]:
-    """The mean row of the table under each distribution; the indicator rows have no part in it."""
-    words = table[: probabilities.shape[-1]]  # [W, D]
+    """The mean row of the table under each distribution; the indicator rows have no part in it.
+
+    Where both are padded to the same rows, neither is cut, and so no shard of them is moved.
+    """
+    rows = min(probabilities.shape[-1], table.shape[0])  # at least the words
     return jnp.einsum(
         "IMW,WD->IMD",
-        probabilities,
-        words,
+        probabilities[..., :rows],
+        table[:rows],
         precision=exact(probabilities),
         preferred_element_type=jnp.float32,
     ).astype(probabilities.dtype)
@@ -77,7 +91,8 @@ def embed_words(
 class VisualTokenizer(nn.Module):
     """Merge, head, LayerNorm over the visual words, and softmax.
 
-    `dtype` is that of parameters made by `init`.
+    `dtype` is that of parameters made by `init`. Logits and probabilities have as many columns as
+    the head that is given has rows, padding included.
     """
 
     config: VisualTokenizerConfig
@@ -89,7 +104,13 @@ class VisualTokenizer(nn.Module):
     ) -> VisualTokens:
         """Read vision features of the last block; `key` is for `gumbel_argmax` alone."""
         c = self.config
-        head = self.param("head", matrix, (c.num_words, c.merged_width), self.dtype)
+        rows = c.num_words
+        if self.has_variable("params", "head"):
+            # It may be padded, and it may be a LowRank, whose first leaf is the matrix.
+            rows = max(rows, jax.tree.leaves(self.get_variable("params", "head"))[0].shape[0])
+        head = self.param("head", matrix, (rows, c.merged_width), self.dtype)
         merged = merge_patches(features, c.hidden_stride)  # [I, M, m m E]
-        logits = LayerNorm(c.norm_eps, self.dtype, name="norm")(linear(merged, head))  # [I, M, W]
-        return VisualTokens(merged, logits, tokenize(logits, c.tokenize_function, key))
+        norm = LayerNorm(c.norm_eps, self.dtype, c.num_words, name="norm")
+        logits = norm(linear(merged, head))  # [I, M, W]
+        probabilities = tokenize(logits, c.tokenize_function, key, c.num_words)
+        return VisualTokens(merged, logits, probabilities)

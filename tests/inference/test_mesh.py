@@ -1,45 +1,118 @@
-"""Generation on meshes of 8 CPU devices, placed by the one table of axes."""
+"""The model on meshes of 8 CPU devices, placed by the one table of axes, is that of one device."""
 
-import dataclasses
+from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
+from golden_copies import GOLDEN, read_tensors, same_bits
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ovis_jax import presets
+from ovis_jax import forward, load
+from ovis_jax.checkpoint.params import load_params, save_params
 from ovis_jax.inference.generate import generate
 from ovis_jax.inputs.batch import Inputs
-from ovis_jax.model.ovis import Ovis
-from ovis_jax.sharding import TENSOR, TENSOR_FSDP, param_shardings
+from ovis_jax.model.ovis import apply
+from ovis_jax.model.visual_tokenizer import VisualTokenizer
+from ovis_jax.sharding import FSDP, TENSOR, TENSOR_FSDP
+
+VISUAL = {
+    "visual_embedding": "vte.weight",
+    "visual_tokenizer/head": "visual_tokenizer.head.0.weight",
+    "visual_tokenizer/norm/scale": "visual_tokenizer.head.1.weight",
+    "visual_tokenizer/norm/bias": "visual_tokenizer.head.1.bias",
+}
+"""What has rows for U or W: our path -> the key of the Hub."""
+MESHES = [
+    ((1, 2), TENSOR),
+    ((4, 2), TENSOR),
+    ((2, 2), TENSOR_FSDP),
+    ((8, 1), FSDP),
+]
+
+
+def answer(model, params, inputs):
+    """Greedy tokens, and the logits and states of the prompts."""
+    out = generate(model, params, inputs, max_new_tokens=12, eos_ids=())
+    return out, *forward(model, params, inputs, return_states=True)
 
 
 @pytest.fixture(scope="module")
-def case():
-    """A tiny model whose visual table divides, four rows of one crop each, and their answer."""
-    tiny = presets.tiny()
-    visual = dataclasses.replace(tiny.visual_tokenizer, vocab_size=72)
-    model = Ovis(dataclasses.replace(tiny, visual_tokenizer=visual))
-    params = jax.jit(model.init)(jax.random.key(0))
+def inputs():
+    """Eight rows of one crop each; one of them is shorter, and two have the image's indicators."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(108, 600, (4, 40)).astype(np.int32)
+    tokens = rng.integers(108, 600, (8, 40)).astype(np.int32)
     tokens[:, 1:10] = -300
-    positions = np.tile(np.arange(40, dtype=np.int32), (4, 1))
+    tokens[:2, 0], tokens[:2, 10] = -301, -305
+    positions = np.tile(np.arange(40, dtype=np.int32), (8, 1))
     positions[2, 30:] = -1
-    inputs = Inputs(tokens, positions, rng.normal(size=(4, 70, 70, 3)).astype(np.float32))
-    return model, params, inputs, generate(model, params, inputs, max_new_tokens=12, eos_ids=())
+    return Inputs(tokens, positions, rng.normal(size=(8, 70, 70, 3)).astype(np.float32))
 
 
-@pytest.mark.parametrize("shape, rules", [((4, 2), TENSOR), ((2, 2), TENSOR_FSDP)])
-def test_a_mesh_changes_nothing(case, shape, rules):
-    model, params, inputs, expected = case
-    devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
-    mesh = Mesh(devices, ("data", "model"))
-    shardings = param_shardings(model.config, mesh, rules)
-    flat = flatten_dict(params, sep="/")
-    placed = {path: jax.device_put(value, shardings[path]) for path, value in flat.items()}
+@pytest.fixture(scope="module")
+def expected(random_tiny, inputs):
+    return answer(*random_tiny, inputs)
+
+
+@pytest.mark.parametrize("shape, rules", MESHES)
+def test_a_mesh_changes_nothing(random_tiny, inputs, expected, lay, shape, rules):
+    model, params = random_tiny
+    placed, mesh = lay(params, model.config, shape, rules)
     rows = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec("data")))
-    out = generate(model, unflatten_dict(placed, sep="/"), rows, max_new_tokens=12, eos_ids=())
-    assert out.tokens.tolist() == expected.tokens.tolist()
-    np.testing.assert_allclose(out.log_probs, expected.log_probs, atol=1e-4)
+    same(answer(model, placed, rows), expected)
+
+
+def same(found, expected):
+    (out, logits, states), (right, right_logits, right_states) = found, expected
+    assert out.tokens.tolist() == right.tokens.tolist()
+    np.testing.assert_allclose(out.log_probs, right.log_probs, atol=1e-4)
+    np.testing.assert_allclose(logits, right_logits, atol=1e-4)
+    for name in ("logits", "probabilities"):
+        x, true = (getattr(s.images.tokens, name) for s in (states, right_states))
+        assert x.shape == true.shape and x.shape[-1] == 64
+        np.testing.assert_allclose(x, true, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", ["st_argmax", "gumbel_argmax"])
+def test_padding_is_never_the_likeliest_word(random_tiny, lay, function):
+    """Not even where every true word is less likely than the padding's logit, which is 0."""
+    model, params = random_tiny
+    low = params["visual_tokenizer"]["norm"] | {"bias": jnp.full(64, -100.0)}
+    params = params | {"visual_tokenizer": params["visual_tokenizer"] | {"norm": low}}
+    config = replace(model.config.visual_tokenizer, tokenize_function=function)
+    features = jax.random.normal(jax.random.key(1), (3, 25, 48))
+    placed, _ = lay(params, model.config, (1, 2), TENSOR)
+    whole, padded = (
+        apply(VisualTokenizer(config), x["visual_tokenizer"], features, jax.random.key(2))
+        for x in (params, placed)
+    )
+    assert padded.probabilities.shape == (3, 9, 70)
+    np.testing.assert_array_equal(padded.probabilities[..., :64], whole.probabilities)
+    assert not np.any(padded.probabilities[..., 64:])
+
+
+def test_a_checkpoint_is_padded_as_it_is_read(inputs, load_golden, tmp_path):
+    """Each device gets the bytes of its rows, zeros behind the last; saving cuts them off again."""
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "model"))
+    ovis = load(GOLDEN / "tiny-f32", mesh=mesh)
+    source, flat = read_tensors(GOLDEN / "tiny-f32"), flatten_dict(ovis.params, sep="/")
+    for path, key in VISUAL.items():
+        true, array = source[key], flat[path]
+        whole = np.concatenate([true, np.zeros((70 - len(true), *true.shape[1:]), true.dtype)])
+        assert array.shape == whole.shape and len(array.addressable_shards) == 8
+        for shard in array.addressable_shards:
+            assert shard.data.shape[0] == 35
+            assert same_bits(np.asarray(shard.data), whole[shard.index])
+    rows = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec("data")))
+    single = load_golden("tiny-f32", None)
+    # No further than the embeddings: this decoder makes 1e-3 of what 1e-6 is in its input.
+    embed = jax.jit(ovis.model.embed)
+    found, true = embed(ovis.params, rows)[0], embed(single.params, inputs)[0]
+    np.testing.assert_allclose(found, true, atol=1e-5)
+
+    save_params(tmp_path / "saved", ovis.params, ovis.config)
+    again = flatten_dict(load_params(tmp_path / "saved", ovis.config), sep="/")
+    for path, x in flatten_dict(single.params, sep="/").items():
+        assert same_bits(np.asarray(again[path]), np.asarray(x))

@@ -1,17 +1,12 @@
 """The same run on one device and on eight gives the same losses."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from ovis_jax import presets
 from ovis_jax.inputs.batch import Inputs
-from ovis_jax.model.ovis import Ovis
-from ovis_jax.sharding import FSDP, TENSOR_FSDP, param_shardings
+from ovis_jax.sharding import FSDP, TENSOR_FSDP
 from ovis_jax.training.losses import Batch
 from ovis_jax.training.parts import PARTS, split
 from ovis_jax.training.step import Recipe, stack, start, step
@@ -21,12 +16,9 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def case():
-    """A tiny model whose visual table divides, eight rows of one crop each, and their losses."""
-    tiny = presets.tiny()
-    visual = dataclasses.replace(tiny.visual_tokenizer, vocab_size=72)
-    model = Ovis(dataclasses.replace(tiny, visual_tokenizer=visual))
-    params = jax.jit(model.init)(jax.random.key(0))
+def case(random_tiny):
+    """A tiny model, eight rows of one crop each, and their losses and what they teach."""
+    model, params = random_tiny
     rng = np.random.default_rng(0)
     tokens = rng.integers(108, 600, (8, 24)).astype(np.int32)
     tokens[:, 1:10] = -300
@@ -34,26 +26,33 @@ def case():
     pixels = rng.normal(size=(8, 70, 70, 3)).astype(np.float32)
     labels = np.where(np.arange(24) >= 16, tokens, -100).astype(np.int32)
     batch = Batch(Inputs(tokens, positions, pixels), labels)
-    return model, params, stack([batch]), losses(model, params, stack([batch]))
+    return model, params, stack([batch]), *train(model, params, stack([batch]))
 
 
-def losses(model, params, batches) -> list[float]:
+def train(model, params, batches):
+    """The losses, and the state behind the last."""
     learned, frozen = split(params, list(PARTS))
     state, found = start(RECIPE, learned), []
     for _ in range(STEPS):
         state, metrics = step(model, RECIPE, state, frozen, batches)
         found.append(float(metrics.loss))
-    return found
+    return found, state
 
 
 @pytest.mark.parametrize("shape, rules", [((8, 1), FSDP), ((4, 2), TENSOR_FSDP)])
-def test_eight_devices_change_nothing(case, shape, rules):
-    model, params, batches, expected = case
-    mesh = Mesh(np.array(jax.devices()).reshape(shape), ("data", "model"))
-    shardings = param_shardings(model.config, mesh, rules)
-    flat = flatten_dict(params, sep="/")
-    placed = {path: jax.device_put(value, shardings[path]) for path, value in flat.items()}
+def test_eight_devices_change_nothing(case, lay, shape, rules):
+    model, params, batches, expected, whole = case
+    placed, mesh = lay(params, model.config, shape, rules)
     rows = NamedSharding(mesh, PartitionSpec(None, "data"))
-    found = losses(model, unflatten_dict(placed, sep="/"), jax.device_put(batches, rows))
+    found, state = train(model, placed, jax.device_put(batches, rows))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert expected[-1] < expected[0]
+    for path in ("visual_embedding", "visual_tokenizer/head", "visual_tokenizer/norm/bias"):
+        table, true = state.learned[path], whole.learned[path]
+        np.testing.assert_allclose(table[: len(true)], true, atol=1e-4)
+        assert len(table) == (70 if shape[1] == 2 else len(true))
+        # What pads them takes no part, so it learns nothing; not even decay or a moment.
+        moments = [x for x in jax.tree.leaves(state.optimizer) if x.shape == table.shape]
+        assert len(moments) >= 2
+        for x in (table, *moments):
+            assert not np.any(np.asarray(x)[len(true) :])
