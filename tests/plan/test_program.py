@@ -1,0 +1,47 @@
+"""What is read off the text of a compiled program."""
+
+from ovis_jax.plan.program import all_reduces_a_block, collectives, custom_calls, of_weights
+
+
+def test_collectives_of_a_program():
+    hlo = """
+      %a = bf16[8,4]{1,0} all-gather(%x), dimensions={0}
+      %b = (f32[2]{0}, f32[3]{0}) all-reduce(%y, %z), to_apply=%add
+      %c = (bf16[4]{0}, bf16[4]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x)
+      %d = bf16[4]{0} collective-permute-done(%c)
+      %s = (f32[2]{0}, f32[1]{0}) all-reduce-start(%y, %z), to_apply=%add
+      %d2 = (f32[2]{0}, f32[1]{0}) all-reduce-done(%s)
+      %e = ((bf16[2]{0:T(8,128)}, bf16[1]{0}), (bf16[16]{0}, bf16[8]{0})) all-gather-start(%x, %y)
+    """
+    assert collectives(hlo) == {
+        "all-gather": {"count": 2, "bytes": 64 + 48},
+        "all-reduce": {"count": 2, "bytes": 32},
+        "collective-permute": {"count": 1, "bytes": 8},
+    }
+
+
+WEIGHTS = [(256, 3584), (2048, 3584), (14336, 3584)]
+PROGRAM = """
+  %copy.1 = bf16[3584,256]{1,0:T(8,128)} copy(%p), metadata={op_name="x"}
+  %copy.2 = bf16[8,3584]{1,0} copy(%p)
+  ROOT %t = f32[1,2048,3584]{2,1,0} transpose(%p), dimensions={0,2,1}
+  %c.3 = (bf16[256,3584]{1,0:S(1)}, bf16[256,3584]{1,0}, u32[]{:S(2)}) copy-start(%p)
+  %r.1 = bf16[8,3584]{1,0} all-reduce(%a), metadata={op_name="jit(decode)/Decoder/block_0/attn/d"}
+  %r.2 = bf16[8,3584]{1,0} all-reduce(%a), metadata={op_name="jit(decode)/Decoder/block_0/mlp/d"}
+  %r.3 = bf16[8,3584]{1,0} all-reduce(%a), metadata={op_name="jit(decode)/Decoder/block_1/mlp/d"}
+  %r.4 = bf16[8,3584]{1,0} all-reduce(%a), metadata={op_name="jit(decode)/gather"}
+  %g.1 = bf16[14336,3584]{1,0} all-gather(%w), dimensions={0}
+  %k.1 = bf16[8,256]{1,0} custom-call(%q), custom_call_target="tpu_custom_call", operand_layout={}
+"""
+
+
+def test_what_is_of_weight_size():
+    """Prefetching into fast memory (copy-start) copies no weight anew."""
+    assert of_weights(PROGRAM, WEIGHTS) == {"copies": 2, "all-gathers": 1, "all-reduces": 0}
+    assert of_weights(PROGRAM, [(8, 3584)]) == {"copies": 1, "all-gathers": 0, "all-reduces": 4}
+
+
+def test_all_reduces_and_kernels():
+    assert all_reduces_a_block(PROGRAM) == 2
+    assert all_reduces_a_block("") == 0
+    assert custom_calls(PROGRAM) == {"tpu_custom_call": 1}
