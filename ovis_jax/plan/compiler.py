@@ -9,7 +9,7 @@ import os
 import time
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from ovis_jax.plan.arguments import Case
 from ovis_jax.plan.devices import Topology
 
 Step = Literal["decode", "prefill"]
+STEPS: tuple[Step, ...] = get_args(Step)
 
 _MODULES = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")}
 _PACKAGES = {
@@ -150,7 +151,7 @@ def facts(case: Case, step: Step) -> dict[str, Any]:
     Returns:
       arguments, output, aliased, temp and peak bytes; "cache", the bytes of the cache alone;
       "collectives" by kind, "all_reduces_a_block" and "weight_sized" copies, all-gathers and
-      all-reduces; "custom_calls" by name; "compile_seconds". Or only "error", the compiler's word
+      all-reduces; "kernels" by name; "compile_seconds". Or only "error", the compiler's word
       that it does not fit.
     """
     begun = time.perf_counter()
@@ -168,6 +169,6 @@ def facts(case: Case, step: Step) -> dict[str, Any]:
         "collectives": program.collectives(hlo),
         "all_reduces_a_block": program.all_reduces_a_block(hlo),
         "weight_sized": program.of_weights(hlo, arguments.matrix_shapes(case)),
-        "custom_calls": program.custom_calls(hlo),
+        "kernels": program.kernels(hlo),
         "compile_seconds": took,
     }

@@ -16,7 +16,10 @@ _COLLECTIVE = re.compile(
     r"(?P<start>-start)?\("
 )
 _COPY = re.compile(r" = (\w+)\[([\d,]+)\]\S* (copy|transpose)\(")
-_CUSTOM_CALL = re.compile(r'custom_call_target="([^"]+)"')
+_KERNEL = re.compile(
+    r'custom_call_target="([^"]*(?:tpu_custom_call|mosaic|triton|cu[a-z]+\$)[^"]*)"'
+)
+"""Calls of Pallas kernels on TPU and GPU and of NVIDIA's libraries, without XLA's own marks."""
 
 
 def bytes_a_device(tree: Any) -> int:
@@ -100,6 +103,6 @@ def all_reduces_a_block(hlo: str) -> int:
     return max(counts.values(), default=0)
 
 
-def custom_calls(hlo: str) -> dict[str, int]:
+def kernels(hlo: str) -> dict[str, int]:
     """Kernels and library calls of a program by name, with how often they stand in it."""
-    return dict(Counter(_CUSTOM_CALL.findall(hlo)).most_common())
+    return dict(Counter(_KERNEL.findall(hlo)).most_common())

@@ -1,8 +1,8 @@
 """A plan as one dictionary, from the compiler or by arithmetic, and as tables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -17,13 +17,19 @@ from ovis_jax.plan.estimate import MARGIN, Needs, floors, needs, sums_of_a_step,
 By = Literal["auto", "compiler", "arithmetic"]
 
 
-def make_plan(case: Case, by: By = "auto", tell: Callable[[str], None] = print) -> dict[str, Any]:
+def make_plan(
+    case: Case,
+    by: By = "auto",
+    tell: Callable[[str], None] = print,
+    steps: Sequence[compiler.Step] = compiler.STEPS,
+) -> dict[str, Any]:
     """What a case needs on one device, whether it fits, and how fast it could be.
 
     Args:
       case: what is asked about.
       by: "auto" compiles where the compiler for the topology is installed.
       tell: is given a line before each wait.
+      steps: what to compile.
 
     Returns:
       A dictionary that JSON can hold; sizes are bytes on one device, times are seconds.
@@ -34,15 +40,15 @@ def make_plan(case: Case, by: By = "auto", tell: Callable[[str], None] = print) 
     """
     case.check()
     need = needs(case)
-    source, steps = _compile(case, need, by, tell)
+    source, compiled = _compile(case, need, by, tell, steps)
     activations, peak = need.activations, need.peak
-    measured = [step for step in steps.values() if "error" not in step]
+    measured = [step for step in compiled.values() if "error" not in step]
     if measured:
         activations = max(step["temp"] for step in measured)
-        peak = max(_resident(case, need, name, step) for name, step in steps.items())
+        peak = max(_resident(case, need, name, step) for name, step in compiled.items())
     usable = usable_bytes(case)
     over = max(peak - usable, 0)
-    refused = [step["error"] for step in steps.values() if "error" in step]
+    refused = [step["error"] for step in compiled.values() if "error" in step]
     plan = {
         "topology": case.topology.name,
         "devices": case.topology.num_devices,
@@ -68,7 +74,7 @@ def make_plan(case: Case, by: By = "auto", tell: Callable[[str], None] = print) 
             "peak": need.peak,
             "all_reduces_a_block": min(sums_of_a_step(case), 2),
         },
-        "steps": steps,
+        "steps": compiled,
         "floors": asdict(floors(case, need)),
         "fits": not over and not refused,
         "over_by": over,
@@ -83,7 +89,11 @@ def make_plan(case: Case, by: By = "auto", tell: Callable[[str], None] = print) 
 
 
 def _compile(
-    case: Case, need: Needs, by: By, tell: Callable[[str], None]
+    case: Case,
+    need: Needs,
+    by: By,
+    tell: Callable[[str], None],
+    steps: Sequence[compiler.Step],
 ) -> tuple[str, dict[str, Any]]:
     """Where figures come from, and what the compiler says of each step."""
     platform = case.topology.device.platform
@@ -96,11 +106,11 @@ def _compile(
         return f"arithmetic; to compile: {compiler.INSTALL[platform]}", {}
     if by == "auto" and need.peak - need.activations > usable_bytes(case):
         return "arithmetic; weights and cache alone are too large to compile for", {}
-    steps = {}
-    for step in get_args(compiler.Step):
-        tell(f"compiling {step} for {case.topology.name} with {found}; this takes minutes")
-        steps[step] = compiler.facts(case, step)
-    return found, steps
+    compiled = {}
+    for step in steps:
+        tell(f"compiling {step} for {case.topology.name} with {found}; this may take minutes")
+        compiled[step] = compiler.facts(case, step)
+    return found, compiled
 
 
 def _resident(case: Case, need: Needs, name: str, step: dict[str, Any]) -> int:
@@ -166,7 +176,7 @@ def _step_rows(steps: dict[str, Any]) -> list[tuple[str, ...]]:
         row("all-reduces a block", lambda step: str(step["all_reduces_a_block"])),
         row("collectives", lambda step: _collectives(step["collectives"])),
         row("of weight size", lambda step: _counts(step["weight_sized"])),
-        row("kernels", lambda step: _counts(step["custom_calls"])),
+        row("kernels", lambda step: _counts(step["kernels"])),
         row("compiled in", lambda step: f"{step['compile_seconds']:.0f} s"),
     ]
 

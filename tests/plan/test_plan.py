@@ -160,7 +160,7 @@ def test_without_a_compiler(monkeypatch):
 def step(peak, **more):
     sizes = {"arguments": peak, "output": 0, "aliased": 0, "temp": 7, "peak": peak}
     weight_sized = {"copies": 0, "all-gathers": 0, "all-reduces": 0}
-    hlo = {"collectives": {}, "all_reduces_a_block": 2, "custom_calls": {}}
+    hlo = {"collectives": {}, "all_reduces_a_block": 2, "kernels": {}}
     return {**sizes, **hlo, "weight_sized": weight_sized, "compile_seconds": 1.0, **more}
 
 

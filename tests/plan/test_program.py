@@ -1,6 +1,6 @@
 """What is read off the text of a compiled program."""
 
-from ovis_jax.plan.program import all_reduces_a_block, collectives, custom_calls, of_weights
+from ovis_jax.plan.program import all_reduces_a_block, collectives, kernels, of_weights
 
 
 def test_collectives_of_a_program():
@@ -32,6 +32,8 @@ PROGRAM = """
   %r.4 = bf16[8,3584]{1,0} all-reduce(%a), metadata={op_name="jit(decode)/gather"}
   %g.1 = bf16[14336,3584]{1,0} all-gather(%w), dimensions={0}
   %k.1 = bf16[8,256]{1,0} custom-call(%q), custom_call_target="tpu_custom_call", operand_layout={}
+  %k.2 = (bf16[8,256]{1,0}, s8[4]{0}) custom-call(%q), custom_call_target="__cublas$gemm"
+  %k.3 = bf16[8,256]{1,0} custom-call(%q), custom_call_target="ConcatBitcast"
 """
 
 
@@ -44,4 +46,4 @@ def test_what_is_of_weight_size():
 def test_all_reduces_and_kernels():
     assert all_reduces_a_block(PROGRAM) == 2
     assert all_reduces_a_block("") == 0
-    assert custom_calls(PROGRAM) == {"tpu_custom_call": 1}
+    assert kernels(PROGRAM) == {"tpu_custom_call": 1, "__cublas$gemm": 1}
