@@ -89,6 +89,8 @@ def devices_of(topology: Topology) -> list[Any]:
     Keeps JAX off the accelerators of this machine, so it belongs into a process of its own.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Nothing is executed, so another process may well hold the TPU, or compile too.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.config.update("jax_platforms", "cpu")
     if topology.device.platform == "cuda":
         shape, target = f"1x1x{topology.shape}", gpu_target(topology)
@@ -152,7 +154,7 @@ def facts(case: Case, step: Step) -> dict[str, Any]:
       arguments, output, aliased, temp and peak bytes; "cache", the bytes of the cache alone;
       "collectives" by kind, "all_reduces_a_block" and "weight_sized" copies, all-gathers and
       all-reduces; "kernels" by name; "compile_seconds". Or only "error", the compiler's word
-      that it does not fit.
+      that it does not fit, and "peak", what it would take (None if that is not said).
     """
     begun = time.perf_counter()
     try:
@@ -160,7 +162,7 @@ def facts(case: Case, step: Step) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {"error": str(error).partition("\n")[0]}
+        return {"error": str(error).partition("\n")[0], "peak": program.refused_bytes(str(error))}
     took = time.perf_counter() - begun
     hlo = compiled.as_text() or ""
     return {

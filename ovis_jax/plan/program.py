@@ -17,7 +17,8 @@ _COLLECTIVE = re.compile(
 )
 _COPY = re.compile(r" = (\w+)\[([\d,]+)\]\S* (copy|transpose)\(")
 _KERNEL = re.compile(
-    r'custom_call_target="([^"]*(?:tpu_custom_call|mosaic|triton|cu[a-z]+\$)[^"]*)"'
+    r"%?(?P<name>[\w.-]+) = [^\n]*"
+    r'custom_call_target="(?P<target>[^"]*(?:tpu_custom_call|mosaic|triton|cu[a-z]+\$)[^"]*)"'
 )
 """Calls of Pallas kernels on TPU and GPU and of NVIDIA's libraries, without XLA's own marks."""
 
@@ -104,5 +105,25 @@ def all_reduces_a_block(hlo: str) -> int:
 
 
 def kernels(hlo: str) -> dict[str, int]:
-    """Kernels and library calls of a program by name, with how often they stand in it."""
-    return dict(Counter(_KERNEL.findall(hlo)).most_common())
+    """Kernels and library calls of a program, with how often they stand in it.
+
+    A Pallas kernel has its own name before that of the call, such as "splash_mha_fwd
+    tpu_custom_call". XLA makes kernels, too, and names them after the product that they began as.
+    """
+    found = (
+        f"{re.sub(r'[.][0-9.]+$', '', match['name'])} {match['target']}"
+        for match in _KERNEL.finditer(hlo)
+    )
+    return dict(Counter(found).most_common())
+
+
+def refused_bytes(message: str) -> int | None:
+    """What a program would take of a device's memory, where the compiler says that it is too much.
+
+    None where it says no such thing, as of memory other than the large one.
+    """
+    sizes = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])\b", message)
+    if "hbm" not in message.lower() or not sizes:
+        return None
+    number, unit = sizes[0]
+    return int(float(number) * 1024 ** ("KMGT".index(unit) + 1))

@@ -82,7 +82,7 @@ def make_plan(
         "change": None,
     }
     if not plan["fits"]:
-        change = smallest_change(case)
+        change = smallest_change(case, max(peak - need.peak, 0))
         if change is not None:
             plan["change"] = {"options": change[0], "peak": needs(change[1]).peak}
     return plan
@@ -115,11 +115,12 @@ def _compile(
 
 def _resident(case: Case, need: Needs, name: str, step: dict[str, Any]) -> int:
     """A program's peak, and the weights that stay beside it because it does not read them."""
+    if step["peak"] is None:
+        return need.peak
     read = {"decoder"}
     if name == "prefill":
         read = set(need.weights) if case.crops else {"decoder", "visual_embedding"}
-    beside = sum(size for part, size in need.weights.items() if part not in read)
-    return beside + (step["peak"] if "error" not in step else need.peak - beside)
+    return step["peak"] + sum(size for part, size in need.weights.items() if part not in read)
 
 
 def verdict(plan: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ def test_decode_of_the_9b_on_v5e(tmp_path):
         cwd=ROOT,
         env=environment,
         check=True,
-        timeout=600,
+        timeout=1800,
     )
     (plan,) = json.loads(output.read_text())["plans"]
     assert len(plan["checks"]) == 7 and all(plan["checks"].values())

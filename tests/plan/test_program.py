@@ -1,6 +1,14 @@
 """What is read off the text of a compiled program."""
 
-from ovis_jax.plan.program import all_reduces_a_block, collectives, kernels, of_weights
+import pytest
+
+from ovis_jax.plan.program import (
+    all_reduces_a_block,
+    collectives,
+    kernels,
+    of_weights,
+    refused_bytes,
+)
 
 
 def test_collectives_of_a_program():
@@ -32,7 +40,8 @@ PROGRAM = """
   %r.4 = bf16[8,3584]{1,0} all-reduce(%a), metadata={op_name="jit(decode)/gather"}
   %g.1 = bf16[14336,3584]{1,0} all-gather(%w), dimensions={0}
   %k.1 = bf16[8,256]{1,0} custom-call(%q), custom_call_target="tpu_custom_call", operand_layout={}
-  %k.2 = (bf16[8,256]{1,0}, s8[4]{0}) custom-call(%q), custom_call_target="__cublas$gemm"
+  ROOT %k = bf16[8,256]{1,0} custom-call(%q), custom_call_target="tpu_custom_call", metadata={}
+  %cublas-gemm.2.1 = (bf16[8]{0}, s8[4]{0}) custom-call(%q), custom_call_target="__cublas$gemm"
   %k.3 = bf16[8,256]{1,0} custom-call(%q), custom_call_target="ConcatBitcast"
 """
 
@@ -46,4 +55,25 @@ def test_what_is_of_weight_size():
 def test_all_reduces_and_kernels():
     assert all_reduces_a_block(PROGRAM) == 2
     assert all_reduces_a_block("") == 0
-    assert kernels(PROGRAM) == {"tpu_custom_call": 1, "__cublas$gemm": 1}
+    assert kernels(PROGRAM) == {"k tpu_custom_call": 2, "cublas-gemm __cublas$gemm": 1}
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
+            " temporaries (1.88T) exceeds available HBM (15.75G).",
+            1.88 * 2**40,
+        ),
+        (
+            "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.02G of"
+            " 15.75G hbm. Exceeded hbm capacity by 1.27G.",
+            17.02 * 2**30,
+        ),
+        ("Ran out of memory in memory space vmem. Used 17.02M of 16M.", None),
+        ("RESOURCE_EXHAUSTED: out of HBM", None),
+    ],
+)
+def test_what_a_compiler_refuses(message, size):
+    assert refused_bytes(message) == (size and int(size))
