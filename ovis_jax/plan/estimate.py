@@ -17,6 +17,10 @@ COMPILER = 64 * 2**20
 
 FLOAT32 = 4
 
+SCORES = {"tpu": 2, "cuda": 4}
+"""Float32 arrays of attention scores that are there at once: up to so many were seen in what XLA
+compiles for each."""
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -96,14 +100,15 @@ def prefill_temp(case: Case) -> int:
     The larger of what the images and what the decoder takes at its fullest. With b = B / data rows,
     m = model and s bytes an item, the decoder's is s b T (3 D + (2N + 4K) H / m + 3 F / m), for the
     residual, input and output of a half; queries, keys, values and the answer, with one block's
-    keys and values once more on their way into the cache; the gated MLP.
-    Attention is taken to hold no array of scores [T, S], as the kernels for accelerators do not.
+    keys and values once more on their way into the cache; the gated MLP. To it come `SCORES` times
+    4 b N/m T T, the scores of one block, as plain attention holds them for all queries together.
     The images' is `vision_temp`; their embeddings, s I M D, stay until the decoder has read them.
     """
     n = arguments.head_sizes(case.config)
     s, positions = case.item_bytes, case.batch // case.data * case.max_length
     heads = (2 * n["N"] + 4 * n["K"]) * n["H"]
     decoder = s * positions * (3 * n["D"] + (heads + 3 * n["F"]) // case.model)
+    decoder += _scores(case, n["N"] * positions * case.max_length)
     embedded = s * case.crops * case.config.visual_tokenizer.tokens_per_crop * n["D"]
     return max(vision_temp(case), decoder) + embedded + COMPILER
 
@@ -112,17 +117,22 @@ def vision_temp(case: Case) -> int:
     """Estimate of the temporary arrays of all crops' features and visual words, in bytes.
 
     With I crops, m = model and s bytes an item, the larger of I P (3 s E + 4 E + s (4E + 2F) / m),
-    a SigLIP block beside its residual, with scores 4 I A/m P P in float32, and of I M W/m (4 + s),
+    a SigLIP block beside its residual, with scores 4 I A/m P P as above, and of I M W/m (4 + s),
     logits and probabilities of the visual words; and the pixels, 4 I h w C.
     """
     tokenizer, vision = case.config.visual_tokenizer, case.config.vision
     s, m, crops = case.item_bytes, case.model, case.crops
     E, P = vision.width, vision.num_patches
     block = P * ((3 * s + FLOAT32) * E + s * (4 * E + 2 * vision.mlp_width) // m)
-    block += FLOAT32 * vision.num_heads // m * P * P
+    block += _scores(case, vision.num_heads * P * P)
     words = tokenizer.tokens_per_crop * tokenizer.vocab_size // m * (FLOAT32 + s)
     pixels = FLOAT32 * vision.image_size**2 * vision.num_channels
     return crops * (max(block, words) + pixels)
+
+
+def _scores(case: Case, count: int) -> int:
+    """Bytes of scores, heads over "model"."""
+    return SCORES[case.topology.device.platform] * FLOAT32 * count // case.model
 
 
 def floors(case: Case, need: Needs) -> Floors:

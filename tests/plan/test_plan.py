@@ -41,6 +41,26 @@ def test_arguments_of_decode_are_those_of_the_compiler(topology, batch, max_leng
     assert found["fits"] and found["bytes"]["peak"] < found["bytes"]["usable"]
 
 
+@pytest.mark.parametrize(
+    ("topology", "batch", "max_length", "gib"),
+    [
+        ("v5e:2x4", 8, 1024, 0.2594),
+        ("v5e:2x4", 8, 8192, 9.6731),
+        ("h100:1", 1, 4096, 4.5840),
+        ("h100:8", 8, 8192, 8.1875),
+    ],
+)
+def test_temporary_arrays_of_prefill_are_about_those_of_the_compiler(
+    topology, batch, max_length, gib
+):
+    """An estimate, of what XLA made of plain attention: never below, and not three times as much.
+
+    So much because it makes less of eight rows on eight GPUs than of one row on one.
+    """
+    found = needs(case(topology, batch, max_length)).prefill_temp / GIB
+    assert gib <= found <= 2.5 * gib
+
+
 def test_weights_are_cut_over_model_and_the_cache_over_both_axes():
     whole, cut = needs(case("h100:1", 8)), needs(case(mesh="data=2,model=4"))
     size = 2 * sum(map(math.prod, param_shapes(NINE).values()))
