@@ -17,6 +17,7 @@ from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.image import IMAGE_SLOT, IMAGE_START
 from ovis_jax.model import kv_cache
 from ovis_jax.model.decoder import Decoder
+from ovis_jax.model.kernels import Setting
 from ovis_jax.model.kv_cache import Cache
 from ovis_jax.model.vision import VisionEncoder
 from ovis_jax.model.visual_tokenizer import VisualTokenizer, VisualTokens, embed_words
@@ -54,11 +55,13 @@ class Ovis:
     """The model as pure functions of (params, arrays). It holds no array.
 
     With `remat`, which is for training, each block's gradient computes the block again instead of
-    keeping what was inside it.
+    keeping what was inside it. `attention` is the kernel that reads prompts and crops, or the
+    platform to choose for; `ovis_jax.model.kernels.attention_report` says what is chosen.
     """
 
     config: OvisConfig
     remat: bool = False
+    attention: Setting = "auto"
 
     def init(self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters, such as `jax.eval_shape` can take the shapes from."""
@@ -97,7 +100,8 @@ class Ovis:
           and probabilities are not read; where they are, it gathers them from a mesh.
         """
         c = self.config
-        vision = apply(VisionEncoder(c.vision, remat=self.remat), params["vision"], pixels)
+        encoder = VisionEncoder(c.vision, remat=self.remat, attention=self.attention)
+        vision = apply(encoder, params["vision"], pixels)
         tokenizer = VisualTokenizer(c.visual_tokenizer)
         tokens = apply(tokenizer, params["visual_tokenizer"], vision[-1], key)
         embeddings = embed_words(tokens.probabilities, params["visual_embedding"])
@@ -146,7 +150,7 @@ class Ovis:
         """Float32 logits at every position, without a cache, and the states on the way there."""
         x, images = self.embed(params, inputs, key)
         positions = jnp.asarray(inputs.positions)
-        decoder = Decoder(self.config.decoder, remat=self.remat)
+        decoder = Decoder(self.config.decoder, remat=self.remat, attention=self.attention)
         out = apply(decoder, params["decoder"], x, positions)
         return out.logits, States(images, x, out.hidden_states)
 
@@ -180,7 +184,8 @@ class Ovis:
         positions = jnp.asarray(inputs.positions)
         x, _ = self.embed(params, inputs, key)
         columns = jnp.argmax(positions, axis=1)
-        out = apply(Decoder(c), params["decoder"], x, positions, None, columns)
+        decoder = Decoder(c, attention=self.attention)
+        out = apply(decoder, params["decoder"], x, positions, None, columns)
         blocks = tuple(
             kv_cache.fill(k, v, positions, kv_cache.num_slots(c, i, max_length))
             for i, (k, v) in enumerate(out.key_values)
