@@ -17,6 +17,7 @@ from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.image import IMAGE_SLOT, IMAGE_START
 from ovis_jax.model import kv_cache
 from ovis_jax.model.decoder import Decoder
+from ovis_jax.model.kernels import Setting
 from ovis_jax.model.kv_cache import Cache
 from ovis_jax.model.vision import VisionEncoder
 from ovis_jax.model.visual_tokenizer import (
@@ -66,11 +67,13 @@ class Ovis:
     """The model as pure functions of (params, arrays). It holds no array.
 
     With `remat`, which is for training, each block's gradient computes the block again instead of
-    keeping what was inside it.
+    keeping what was inside it. `attention` is the kernel that reads prompts and crops, or the
+    platform to choose for; `ovis_jax.model.kernels.attention_report` says what is chosen.
     """
 
     config: OvisConfig
     remat: bool = False
+    attention: Setting = "auto"
 
     def init(self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters, such as `jax.eval_shape` can take the shapes from."""
@@ -109,7 +112,8 @@ class Ovis:
           and probabilities are not read; where they are, it gathers them from a mesh.
         """
         c = self.config
-        vision = apply(VisionEncoder(c.vision, remat=self.remat), params["vision"], pixels)
+        encoder = VisionEncoder(c.vision, remat=self.remat, attention=self.attention)
+        vision = apply(encoder, params["vision"], pixels)
         merged = merge_patches(vision[-1], c.visual_tokenizer.hidden_stride)
         tokenizer = VisualTokenizer(c.visual_tokenizer)
         tokens = apply(tokenizer, params["visual_tokenizer"], merged, key)
@@ -132,7 +136,8 @@ class Ovis:
         Under gumbel_argmax each part draws with a key of its own.
         """
         c = self.config
-        encoder, tokenizer = VisionEncoder(c.vision), VisualTokenizer(c.visual_tokenizer)
+        encoder = VisionEncoder(c.vision, attention=self.attention)
+        tokenizer = VisualTokenizer(c.visual_tokenizer)
         features = apply(encoder, params["vision"], pixels)[-1]
         merged = merge_patches(features, c.visual_tokenizer.hidden_stride)
         crops, M, width = merged.shape
@@ -180,7 +185,7 @@ class Ovis:
         visual = None if images is None else images.embeddings
         x = self.embed_inputs(params, jnp.asarray(inputs.tokens), visual)
         positions = jnp.asarray(inputs.positions)
-        decoder = Decoder(self.config.decoder, remat=self.remat)
+        decoder = Decoder(self.config.decoder, remat=self.remat, attention=self.attention)
         out = apply(decoder, params["decoder"], x, positions)
         return out.logits, States(images, x, out.hidden_states)
 
@@ -216,7 +221,8 @@ class Ovis:
         visual = self.embed_crops(params, pixels, key) if len(pixels) else None
         x = self.embed_inputs(params, jnp.asarray(inputs.tokens), visual)
         columns = jnp.argmax(positions, axis=1)
-        out = apply(Decoder(c), params["decoder"], x, positions, None, columns)
+        decoder = Decoder(c, attention=self.attention)
+        out = apply(decoder, params["decoder"], x, positions, None, columns)
         blocks = tuple(
             kv_cache.fill(k, v, positions, kv_cache.num_slots(c, i, max_length))
             for i, (k, v) in enumerate(out.key_values)
