@@ -23,6 +23,7 @@ from ovis_jax.inputs.image import IMAGE_SLOT
 
 PRESETS = {
     "tiny": presets.tiny,
+    "bench": presets.bench,
     "9b": presets.ovis1_6_gemma2_9b,
     "27b": presets.ovis1_6_gemma2_27b,
 }
