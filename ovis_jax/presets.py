@@ -1,4 +1,4 @@
-"""The configs of the published models, and a tiny one for tests."""
+"""The configs of the published models, one for benchmarks, and a tiny one for tests."""
 
 from typing import Any
 
@@ -61,28 +61,55 @@ def tiny() -> OvisConfig:
     return _whole(VisualTokenizerConfig(vision, 69, 2, "softmax"), decoder)
 
 
+def bench() -> OvisConfig:
+    """A model to measure on a small machine: the 9B's proportions in 410 million parameters.
+
+    Vision has the 9B's sizes but for the depth. Decoder and vocabularies are a quarter as wide or
+    nearly so; heads keep their size, so that scores and products stand to each other as in the 9B.
+    """
+    decoder = DecoderConfig(
+        vocab_size=64000,
+        width=1024,
+        depth=12,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=256,
+        mlp_width=4096,
+        query_pre_attn_scalar=256,
+        **_SHARED,
+    )
+    return _whole(VisualTokenizerConfig(_siglip(depth=4), 16384, 2, "softmax"), decoder)
+
+
 def _published(**decoder: Any) -> OvisConfig:
     """What the published models share; `decoder` holds the sizes in which they differ."""
-    vision = VisionConfig(
+    return _whole(
+        VisualTokenizerConfig(_siglip(depth=27), 65536, 2, "softmax"),
+        DecoderConfig(vocab_size=256000, **_SHARED, **decoder),
+    )
+
+
+_SHARED: dict[str, Any] = {
+    "sliding_window": 4096,
+    "attn_softcap": 50.0,
+    "final_softcap": 30.0,
+    "rope_theta": 10000.0,
+    "norm_eps": 1e-6,
+}
+"""What every Gemma2 decoder has."""
+
+
+def _siglip(depth: int) -> VisionConfig:
+    """SigLIP so400m at 384 pixels, of `depth` blocks."""
+    return VisionConfig(
         width=1152,
-        depth=27,
+        depth=depth,
         num_heads=16,
         mlp_width=4304,
         image_size=384,
         patch_size=14,
         num_channels=3,
         norm_eps=1e-6,
-    )
-    shared = {
-        "vocab_size": 256000,
-        "sliding_window": 4096,
-        "attn_softcap": 50.0,
-        "final_softcap": 30.0,
-        "rope_theta": 10000.0,
-        "norm_eps": 1e-6,
-    }
-    return _whole(
-        VisualTokenizerConfig(vision, 65536, 2, "softmax"), DecoderConfig(**shared, **decoder)
     )
 
 

@@ -10,7 +10,7 @@ from ovis_jax.config import OvisConfig
 from ovis_jax.errors import ConfigError
 from ovis_jax.fields import read_json
 
-PRESETS = [presets.tiny, presets.ovis1_6_gemma2_9b, presets.ovis1_6_gemma2_27b]
+PRESETS = [presets.tiny, presets.bench, presets.ovis1_6_gemma2_9b, presets.ovis1_6_gemma2_27b]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
