@@ -6,11 +6,7 @@ are those of one device, as the compiler counts them.
 """
 
 import json
-import math
-import os
-import re
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -20,30 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 from flax.traverse_util import flatten_dict
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, KeyPath
 from rich.console import Console
 from rich.table import Column, Table
 
-from ovis_jax import Ovis, presets
+from ovis_jax import Ovis
 from ovis_jax.config import OvisConfig
 from ovis_jax.inputs.batch import Inputs
+from ovis_jax.plan.command import CONFIGS
+from ovis_jax.plan.compiler import devices_of
+from ovis_jax.plan.devices import GIB, find_topology
+from ovis_jax.plan.program import bytes_a_device, collectives, memory_of
 from ovis_jax.sharding import RULES, adapter_shardings, pad_params, param_shardings
 from ovis_jax.training.losses import Batch
 from ovis_jax.training.parts import PARTS, Flat, add_adapters, split
 from ovis_jax.training.step import Recipe, State, start, step
-
-PRESETS = {"9b": presets.ovis1_6_gemma2_9b, "27b": presets.ovis1_6_gemma2_27b}
-HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 192}
-"""Memory of one device, by the first part of a topology's name."""
-GIB = 2**30
-ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-COLLECTIVE = re.compile(
-    r" = (?P<result>\(.*?\)|\S+)"
-    r" (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
-    r"(?P<start>-start)?\("
-)
 
 
 @dataclass(frozen=True)
@@ -113,12 +101,6 @@ def shape(
     )
 
 
-def bytes_a_device(tree: Any) -> int:
-    """Bytes of placed shapes on one device, without the padding of its memory's tiles."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-
-
 def measure(config: OvisConfig, mesh: Mesh, case: Case) -> dict[str, Any]:
     """Compile the step of a case.
 
@@ -130,45 +112,20 @@ def measure(config: OvisConfig, mesh: Mesh, case: Case) -> dict[str, Any]:
     begun = time.perf_counter()
     compiled = step.lower(model, recipe, state, frozen, data).compile()
     took = time.perf_counter() - begun
-    memory = cast(Any, compiled.memory_analysis())
     return {
         "state": bytes_a_device(state),
         "frozen": bytes_a_device(frozen),
-        "arguments": memory.argument_size_in_bytes,
-        "output": memory.output_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
-        "temp": memory.temp_size_in_bytes,
-        "peak": memory.peak_memory_in_bytes,
+        **memory_of(compiled),
         "collectives": collectives(compiled.as_text() or ""),
         "compile_seconds": took,
     }
-
-
-def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """Collectives of a compiled program by kind: how many, and the bytes of their results.
-
-    Those in the body of a loop count once, as they stand in the program.
-    """
-    counts, sizes = Counter(), Counter()
-    for match in COLLECTIVE.finditer(hlo):
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", match["result"])
-        if match["start"]:
-            # What an asynchronous start gives: operands, results and, of a permute, two flags.
-            arrays = [array for array in arrays if array != ("u32", "")]
-            arrays = arrays[len(arrays) // 2 :]
-        counts[match["kind"]] += 1
-        for dtype, axes in arrays:
-            sizes[match["kind"]] += ITEM_BYTES[dtype] * math.prod(
-                map(int, axes.split(",") if axes else [])
-            )
-    return {kind: {"count": counts[kind], "bytes": sizes[kind]} for kind in sorted(counts)}
 
 
 def main(
     topology: Annotated[str, typer.Option(help="Chips, as libtpu names them.")] = "v5p:2x2x2",
     model_axis: Annotated[int, typer.Option(help='Size of mesh axis "model".')] = 1,
     rules: Annotated[str, typer.Option(help=", ".join(RULES))] = "fsdp",
-    preset: Annotated[str, typer.Option(help=", ".join(PRESETS))] = "9b",
+    preset: Annotated[str, typer.Option(help=", ".join(CONFIGS))] = "9b",
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
     rows: Annotated[int, typer.Option(help="Rows a micro-batch and device of axis data.")] = 1,
     length: Annotated[int, typer.Option(help="Positions of a row.")] = 2048,
@@ -179,30 +136,33 @@ def main(
     output: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
 ) -> None:
     """Compile training steps for a TPU topology and say what they need."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    jax.config.update("jax_platforms", "cpu")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = Mesh(np.array(devices).reshape(-1, model_axis), ("data", "model"))
+    place = find_topology(topology)
+    mesh = Mesh(np.array(devices_of(place)).reshape(-1, model_axis), ("data", "model"))
     case = Case(False, rank, rules, rows, length, crops, micro_batches)
-    hbm = HBM_GIB[topology.partition(":")[0]]
+    hbm = place.device.hbm_bytes
     console, found = Console(), []
     for wanted, name in ((full, "full"), (adapters, f"adapters, rank {rank}")):
         if not wanted:
             continue
         case = replace(case, adapters=name != "full")
         try:
-            result: dict[str, Any] = measure(PRESETS[preset](), mesh, case)
+            result: dict[str, Any] = measure(CONFIGS[preset](), mesh, case)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             result = {"error": str(error)}
-        fits = "error" not in result and result["peak"] <= hbm * GIB
+        fits = "error" not in result and result["peak"] <= hbm
         found.append({"name": name, **asdict(case), "fits": fits, **result})
-    shape_text = f"{topology} as {dict(mesh.shape)}, {rules}, {hbm} GiB a device"
+    shape_text = f"{topology} as {dict(mesh.shape)}, {rules}, {hbm / GIB:.2f} GiB a device"
     console.print(f"{preset}, {shape_text}; {rows} x {length} positions, {crops} crops a row")
     console.print(table(found))
     if output is not None:
-        text = {"topology": topology, "mesh": dict(mesh.shape), "hbm_gib": hbm, "steps": found}
+        text = {
+            "topology": topology,
+            "mesh": dict(mesh.shape),
+            "hbm_gib": hbm / GIB,
+            "steps": found,
+        }
         output.write_text(json.dumps(text, indent=2))
 
 

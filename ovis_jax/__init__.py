@@ -8,8 +8,13 @@ from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.loading import LoadedOvis, load
 from ovis_jax.model.ovis import Ovis, forward
+from ovis_jax.processes import start_processes
+from ovis_jax.sharding import FSDP, TENSOR, TENSOR_FSDP
 
 __all__ = [
+    "FSDP",
+    "TENSOR",
+    "TENSOR_FSDP",
     "Generation",
     "Inputs",
     "LoadedOvis",
@@ -21,5 +26,6 @@ __all__ = [
     "forward",
     "generate",
     "load",
+    "start_processes",
     "stream",
 ]

@@ -1,4 +1,4 @@
-"""The command line: generate, chat, train, inspect, verify."""
+"""The command line: generate, chat, train, inspect, verify, plan."""
 
 import json
 import sys
@@ -25,6 +25,7 @@ from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.conversation import IMAGE_TEXT, Prompt, Turn
 from ovis_jax.inputs.image import open_image
 from ovis_jax.loading import LoadedOvis, load
+from ovis_jax.plan.command import plan
 
 app = typer.Typer(
     help="Ovis1.6-Gemma2 vision-language models in JAX.",
@@ -32,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(plan)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Model = Annotated[

@@ -14,6 +14,7 @@ from ovis_jax.checkpoint.source import find_source
 from ovis_jax.config import OvisConfig
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.model.ovis import Ovis, Params
+from ovis_jax.sharding import TENSOR, Rules
 from ovis_jax.training.parts import Flat, join
 
 
@@ -32,6 +33,7 @@ def load(
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
+    rules: Rules = TENSOR,
     adapters: str | Path | None = None,
 ) -> LoadedOvis:
     """Load a checkpoint.
@@ -42,7 +44,9 @@ def load(
       dtype: of parameters and activations (float32, bfloat16 or float16); None for that of the
         checkpoint.
       mesh: where the parameters are to lie, each device reading only its own slice; None for the
-        default device.
+        default device. Of several processes each reads only what its devices hold.
+      rules: which axes of the mesh cut which letters: `TENSOR`, `FSDP`, `TENSOR_FSDP` or a table of
+        your own from letters to "data", "model" or other axes of the mesh.
       adapters: a folder of low-rank adapters made by `save_adapters`; the matrices that they are of
         become `LowRank` in the parameters.
 
@@ -57,8 +61,8 @@ def load(
     config = OvisConfig.from_folder(folder)
     processor = Processor.from_folder(folder, config)
     # Before the weights: they are small, and may be those of another model.
-    added = None if adapters is None else load_adapters(adapters, config, mesh=mesh)
-    params = load_params(folder, config, dtype=dtype, mesh=mesh)
+    added = None if adapters is None else load_adapters(adapters, config, mesh=mesh, rules=rules)
+    params = load_params(folder, config, dtype=dtype, mesh=mesh, rules=rules)
     if added is not None:
         flat = cast(Flat, flatten_dict(params, sep="/"))
         matrix = {path: flat[path.rpartition("/")[0]] for path in added.halves}

@@ -11,12 +11,12 @@ FILES = sorted([*ROOT.glob("ovis_jax/**/*.py"), *ROOT.glob("convert/**/*.py")])
 # Lowest first. A module may import from its own level and from those below it.
 LEVELS = [
     {"ovis_jax.errors"},
-    {"ovis_jax.fields"},
+    {"ovis_jax.fields", "ovis_jax.processes"},
     {"ovis_jax.config"},
     {"ovis_jax.presets", "ovis_jax.sharding", "ovis_jax.inputs"},
     {"ovis_jax.checkpoint", "ovis_jax.model"},
     {"ovis_jax.inference", "ovis_jax.console"},
-    {"ovis_jax.loading", "ovis_jax.verify", "ovis_jax.training"},
+    {"ovis_jax.loading", "ovis_jax.verify", "ovis_jax.training", "ovis_jax.plan"},
     {"ovis_jax.cli", "ovis_jax"},
     {"convert"},
 ]

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from ovis_jax.config import DecoderConfig
 from ovis_jax.model import kv_cache
 from ovis_jax.model.attention import attend, visible
+from ovis_jax.model.kernels import Setting, attend_prompt
 from ovis_jax.model.kv_cache import Cache, KeyValue
 from ovis_jax.model.layers import LowRank, gelu, linear, rms_norm, rope, softcap
 from ovis_jax.model.vision import matrix, zeros
@@ -23,6 +24,7 @@ class Attention(nn.Module):
     config: DecoderConfig
     window: int | None
     dtype: DTypeLike
+    attention: Setting = "auto"
 
     @nn.compact
     def __call__(
@@ -40,13 +42,15 @@ class Attention(nn.Module):
         v = linear(x, self.param("v", matrix, (K * H, D), self.dtype)).reshape(B, T, K, H)
         q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
         keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
-        key_positions = positions
-        if cache is not None:
+        how = {"scale": c.query_pre_attn_scalar**-0.5, "cap": c.attn_softcap}
+        if cache is None:
+            how |= {"window": self.window, "setting": self.attention}
+            out = attend_prompt(q, keys, values, positions, **how)  # [B, T, N, H]
+        else:
             keys, values = kv_cache.write(cache, keys, values, positions[:, 0])
             key_positions = kv_cache.slot_positions(positions[:, 0] + 1, keys.shape[2])
-        mask = visible(positions, key_positions, self.window)
-        scale = c.query_pre_attn_scalar**-0.5
-        out = attend(q, keys, values, mask, scale=scale, cap=c.attn_softcap)  # [B, T, N, H]
+            mask = visible(positions, key_positions, self.window)
+            out = attend(q, keys, values, mask, **how)  # [B, T, N, H]
         o = self.param("o", matrix, (D, N * H), self.dtype)
         return linear(out.reshape(B, T, N * H), o), (keys, values)
 
@@ -73,6 +77,7 @@ class Block(nn.Module):
     config: DecoderConfig
     window: int | None
     dtype: DTypeLike
+    attention: Setting = "auto"
 
     @nn.compact
     def __call__(
@@ -87,7 +92,7 @@ class Block(nn.Module):
         def norm(name: str, x: Array) -> Array:
             return rms_norm(x, self.param(name, zeros, (c.width,), self.dtype), c.norm_eps)
 
-        attn = Attention(c, self.window, self.dtype, name="attn")
+        attn = Attention(c, self.window, self.dtype, self.attention, name="attn")
         y, key_value = attn(norm("pre_attn_norm", x), positions, cache)
         x += norm("post_attn_norm", y)
         y = MLP(c, self.dtype, name="mlp")(norm("pre_mlp_norm", x))
@@ -124,11 +129,13 @@ class Decoder(nn.Module):
 
     `dtype` is that of parameters made by `init`; applied, the decoder computes in the dtype of its
     input. With `remat` a block's gradient computes the block again instead of keeping it.
+    `attention` is the kernel that reads prompts; see `ovis_jax.model.kernels`.
     """
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    attention: Setting = "auto"
 
     @nn.compact
     def __call__(
@@ -157,7 +164,7 @@ class Decoder(nn.Module):
         make_block = nn.remat(Block) if self.remat else Block
         key_values, hidden_states = [], []
         for i in range(c.depth):
-            block = make_block(c, c.window(i), self.dtype, name=f"block_{i}")
+            block = make_block(c, c.window(i), self.dtype, self.attention, name=f"block_{i}")
             x, key_value = block(x, positions, None if cache is None else cache.blocks[i])
             key_values.append(key_value)
             hidden_states.append(x)

@@ -17,12 +17,25 @@ from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.image import IMAGE_SLOT, IMAGE_START
 from ovis_jax.model import kv_cache
 from ovis_jax.model.decoder import Decoder
+from ovis_jax.model.kernels import Setting
 from ovis_jax.model.kv_cache import Cache
 from ovis_jax.model.vision import VisionEncoder
-from ovis_jax.model.visual_tokenizer import VisualTokenizer, VisualTokens, embed_words
+from ovis_jax.model.visual_tokenizer import (
+    VisualTokenizer,
+    VisualTokens,
+    embed_words,
+    merge_patches,
+)
 
 Params = dict[str, Any]
 """Nested dict of arrays; `ovis_jax.sharding.PARAM_AXES` lists the paths."""
+
+VISUAL_TOKENS_AT_ONCE = 512
+"""Visual tokens whose distributions `embed_crops` holds at a time.
+
+In float32 one over 65536 words takes 256 KiB, several times over. So many rows are enough for the
+visual head and the table to be worth reading once more.
+"""
 
 
 def apply(module: nn.Module, params: Params, *arguments: Any) -> Any:
@@ -54,11 +67,13 @@ class Ovis:
     """The model as pure functions of (params, arrays). It holds no array.
 
     With `remat`, which is for training, each block's gradient computes the block again instead of
-    keeping what was inside it.
+    keeping what was inside it. `attention` is the kernel that reads prompts and crops, or the
+    platform to choose for; `ovis_jax.model.kernels.attention_report` says what is chosen.
     """
 
     config: OvisConfig
     remat: bool = False
+    attention: Setting = "auto"
 
     def init(self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters, such as `jax.eval_shape` can take the shapes from."""
@@ -69,12 +84,12 @@ class Ovis:
         keys = jax.random.split(key, 4)
         side, D = c.vision.image_size, c.decoder.width
         pixels = jnp.zeros((1, side, side, c.vision.num_channels))
-        features = jnp.zeros((1, c.vision.num_patches, c.vision.width), dtype)
+        merged = jnp.zeros((1, 1, c.visual_tokenizer.merged_width), dtype)
         embeds, positions = jnp.zeros((1, 1, D), dtype), jnp.zeros((1, 1), jnp.int32)
         table = jax.random.normal(keys[3], (c.visual_tokenizer.vocab_size, D), dtype)
         return {
             "vision": vision.init(keys[0], pixels)["params"],
-            "visual_tokenizer": visual_tokenizer.init(keys[1], features)["params"],
+            "visual_tokenizer": visual_tokenizer.init(keys[1], merged)["params"],
             "visual_embedding": table * jnp.asarray(D**-0.5, dtype),
             "decoder": decoder.init(keys[2], embeds, positions)["params"],
         }
@@ -97,14 +112,47 @@ class Ovis:
           and probabilities are not read; where they are, it gathers them from a mesh.
         """
         c = self.config
-        vision = apply(VisionEncoder(c.vision, remat=self.remat), params["vision"], pixels)
+        encoder = VisionEncoder(c.vision, remat=self.remat, attention=self.attention)
+        vision = apply(encoder, params["vision"], pixels)
+        merged = merge_patches(vision[-1], c.visual_tokenizer.hidden_stride)
         tokenizer = VisualTokenizer(c.visual_tokenizer)
-        tokens = apply(tokenizer, params["visual_tokenizer"], vision[-1], key)
+        tokens = apply(tokenizer, params["visual_tokenizer"], merged, key)
         embeddings = embed_words(tokens.probabilities, params["visual_embedding"])
         words = c.visual_tokenizer.num_words
         logits, probabilities = (x[..., :words] for x in (tokens.logits, tokens.probabilities))
         tokens = VisualTokens(tokens.features, logits, probabilities)
         return ImageStates(vision, tokens, embeddings)
+
+    def embed_crops(
+        self,
+        params: Params,
+        pixels: Float[Array, "I h w C"],
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "I M D"]:
+        """The visual embeddings of `embed_images` alone, in bounded memory.
+
+        The visual words of a part of every crop's tokens are looked at together, so that crops that
+        are spread over devices stay where they are. The parts divide the tokens: none is padded.
+        Under gumbel_argmax each part draws with a key of its own.
+        """
+        c = self.config
+        encoder = VisionEncoder(c.vision, attention=self.attention)
+        tokenizer = VisualTokenizer(c.visual_tokenizer)
+        features = apply(encoder, params["vision"], pixels)[-1]
+        merged = merge_patches(features, c.visual_tokenizer.hidden_stride)
+        crops, M, width = merged.shape
+        enough = -(crops * M // -VISUAL_TOKENS_AT_ONCE)
+        parts = next(n for n in range(min(enough, M), M + 1) if M % n == 0)
+
+        def embed(part: tuple[Array, Array]) -> Float[Array, "I m D"]:
+            number, x = part
+            part_key = None if key is None or parts == 1 else jax.random.fold_in(key, number)
+            tokens = apply(tokenizer, params["visual_tokenizer"], x, part_key)
+            return embed_words(tokens.probabilities, params["visual_embedding"])
+
+        x = merged.reshape(crops, parts, M // parts, width).swapaxes(0, 1)
+        x = jax.lax.map(embed, (jnp.arange(parts), x))  # [parts, I, m, D]
+        return x.swapaxes(0, 1).reshape(crops, M, -1)
 
     def embed_inputs(
         self,
@@ -128,25 +176,16 @@ class Ovis:
         visual = visual.reshape(-1, visual.shape[-1])  # [I M, D]
         return jnp.where(slots[..., None], visual[jnp.maximum(order, 0)], x)
 
-    def embed(
-        self, params: Params, inputs: Inputs, key: Key[Array, ""] | None = None
-    ) -> tuple[Float[Array, "B T D"], ImageStates | None]:
-        """Input embeddings of a batch, and what was made of its images (None without crops)."""
-        images = (
-            self.embed_images(params, jnp.asarray(inputs.pixels), key)
-            if len(inputs.pixels)
-            else None
-        )
-        visual = None if images is None else images.embeddings
-        return self.embed_inputs(params, jnp.asarray(inputs.tokens), visual), images
-
     def forward(
         self, params: Params, inputs: Inputs, key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "B T V"], States]:
         """Float32 logits at every position, without a cache, and the states on the way there."""
-        x, images = self.embed(params, inputs, key)
+        pixels = jnp.asarray(inputs.pixels)
+        images = self.embed_images(params, pixels, key) if len(pixels) else None
+        visual = None if images is None else images.embeddings
+        x = self.embed_inputs(params, jnp.asarray(inputs.tokens), visual)
         positions = jnp.asarray(inputs.positions)
-        decoder = Decoder(self.config.decoder, remat=self.remat)
+        decoder = Decoder(self.config.decoder, remat=self.remat, attention=self.attention)
         out = apply(decoder, params["decoder"], x, positions)
         return out.logits, States(images, x, out.hidden_states)
 
@@ -178,9 +217,12 @@ class Ovis:
             )
         c = self.config.decoder
         positions = jnp.asarray(inputs.positions)
-        x, _ = self.embed(params, inputs, key)
+        pixels = jnp.asarray(inputs.pixels)
+        visual = self.embed_crops(params, pixels, key) if len(pixels) else None
+        x = self.embed_inputs(params, jnp.asarray(inputs.tokens), visual)
         columns = jnp.argmax(positions, axis=1)
-        out = apply(Decoder(c), params["decoder"], x, positions, None, columns)
+        decoder = Decoder(c, attention=self.attention)
+        out = apply(decoder, params["decoder"], x, positions, None, columns)
         blocks = tuple(
             kv_cache.fill(k, v, positions, kv_cache.num_slots(c, i, max_length))
             for i, (k, v) in enumerate(out.key_values)

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from ovis_jax.config import VisionConfig
-from ovis_jax.model.attention import attend
+from ovis_jax.model.kernels import Setting, attend_crops
 from ovis_jax.model.layers import gelu, layer_norm, linear
 
 matrix = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
@@ -51,6 +51,7 @@ class Attention(nn.Module):
 
     config: VisionConfig
     dtype: DTypeLike
+    attention: Setting = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "I P E"]) -> Float[Array, "I P E"]:
@@ -65,7 +66,7 @@ class Attention(nn.Module):
 
         q, k, v = (project(name, x).reshape(I, P, A, H) for name in "qkv")
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [I, A, P, H]
-        out = attend(q, k, v, None, scale=H**-0.5)  # [I, P, A, H]
+        out = attend_crops(q, k, v, scale=H**-0.5, setting=self.attention)  # [I, P, A, H]
         return project("o", out.reshape(I, P, E))
 
 
@@ -91,13 +92,14 @@ class Block(nn.Module):
 
     config: VisionConfig
     dtype: DTypeLike
+    attention: Setting = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "I P E"]) -> Float[Array, "I P E"]:
         """Attention, then MLP, each added to what came in."""
         eps = self.config.norm_eps
         attn, mlp = (
-            Attention(self.config, self.dtype, name="attn"),
+            Attention(self.config, self.dtype, self.attention, name="attn"),
             MLP(self.config, self.dtype, name="mlp"),
         )
         x += attn(LayerNorm(eps, self.dtype, name="attn_norm")(x))
@@ -110,12 +112,13 @@ class VisionEncoder(nn.Module):
 
     `dtype` is that of parameters made by `init`; applied, the encoder computes in the dtype of the
     parameters that it is given. With `remat` a block's gradient computes the block again instead of
-    keeping it.
+    keeping it. `attention` is the kernel; see `ovis_jax.model.kernels`.
     """
 
     config: VisionConfig
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    attention: Setting = "auto"
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "I h w C"]) -> tuple[Float[Array, "I P E"], ...]:
@@ -135,6 +138,6 @@ class VisionEncoder(nn.Module):
         make_block = nn.remat(Block) if self.remat else Block
         states = [x]
         for i in range(c.depth):
-            x = make_block(c, self.dtype, name=f"block_{i}")(x)
+            x = make_block(c, self.dtype, self.attention, name=f"block_{i}")(x)
             states.append(x)
         return tuple(states)

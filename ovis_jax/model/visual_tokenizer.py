@@ -76,20 +76,20 @@ def embed_words(
 ) -> Float[Array, "I M D"]:
     """The mean row of the table under each distribution; the indicator rows have no part in it.
 
-    Where both are padded to the same rows, neither is cut, and so no shard of them is moved.
+    The table is never cut, which would copy it: what has no probability gets zero.
     """
-    rows = min(probabilities.shape[-1], table.shape[0])  # at least the words
+    missing = table.shape[0] - probabilities.shape[-1]
     return jnp.einsum(
         "IMW,WD->IMD",
-        probabilities[..., :rows],
-        table[:rows],
+        jnp.pad(probabilities, ((0, 0), (0, 0), (0, missing))),
+        table,
         precision=exact(probabilities),
         preferred_element_type=jnp.float32,
     ).astype(probabilities.dtype)
 
 
 class VisualTokenizer(nn.Module):
-    """Merge, head, LayerNorm over the visual words, and softmax.
+    """Head, LayerNorm over the visual words, and softmax, for each merged block of patches.
 
     `dtype` is that of parameters made by `init`. Logits and probabilities have as many columns as
     the head that is given has rows, padding included.
@@ -100,16 +100,15 @@ class VisualTokenizer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: Float[Array, "I P E"], key: Key[Array, ""] | None = None
+        self, merged: Float[Array, "I M merged"], key: Key[Array, ""] | None = None
     ) -> VisualTokens:
-        """Read vision features of the last block; `key` is for `gumbel_argmax` alone."""
+        """Read what `merge_patches` gives; `key` is for `gumbel_argmax` alone."""
         c = self.config
         rows = c.num_words
         if self.has_variable("params", "head"):
             # It may be padded, and it may be a LowRank, whose first leaf is the matrix.
             rows = max(rows, jax.tree.leaves(self.get_variable("params", "head"))[0].shape[0])
         head = self.param("head", matrix, (rows, c.merged_width), self.dtype)
-        merged = merge_patches(features, c.hidden_stride)  # [I, M, m m E]
         norm = LayerNorm(c.norm_eps, self.dtype, c.num_words, name="norm")
         logits = norm(linear(merged, head))  # [I, M, W]
         probabilities = tokenize(logits, c.tokenize_function, key, c.num_words)

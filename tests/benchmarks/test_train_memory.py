@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from benchmarks.train_memory import Case, arguments, collectives, measure, table
+from benchmarks.train_memory import Case, arguments, measure, table
 from ovis_jax import presets
 from ovis_jax.sharding import param_shapes
 from ovis_jax.training.step import Recipe
@@ -51,18 +51,3 @@ def test_the_state_is_given_away_whole(mesh, adapters):
     assert result["collectives"]["all-gather"]["count"] > 0
     assert (result["frozen"] > 0) is adapters
     assert table([{"name": "full", "fits": True, **result}]).row_count > 9
-
-
-def test_collectives_of_a_program():
-    hlo = """
-      %a = bf16[8,4]{1,0} all-gather(%x), dimensions={0}
-      %b = (f32[2]{0}, f32[3]{0}) all-reduce(%y, %z), to_apply=%add
-      %c = (bf16[4]{0}, bf16[4]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x)
-      %d = bf16[4]{0} collective-permute-done(%c)
-      %e = ((bf16[2]{0:T(8,128)}, bf16[1]{0}), (bf16[16]{0}, bf16[8]{0})) all-gather-start(%x, %y)
-    """
-    assert collectives(hlo) == {
-        "all-gather": {"count": 2, "bytes": 64 + 48},
-        "all-reduce": {"count": 1, "bytes": 20},
-        "collective-permute": {"count": 1, "bytes": 8},
-    }

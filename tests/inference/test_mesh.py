@@ -82,10 +82,10 @@ def test_padding_is_never_the_likeliest_word(random_tiny, lay, function):
     low = params["visual_tokenizer"]["norm"] | {"bias": jnp.full(64, -100.0)}
     params = params | {"visual_tokenizer": params["visual_tokenizer"] | {"norm": low}}
     config = replace(model.config.visual_tokenizer, tokenize_function=function)
-    features = jax.random.normal(jax.random.key(1), (3, 25, 48))
+    merged = jax.random.normal(jax.random.key(1), (3, 9, 192))
     placed, _ = lay(params, model.config, (1, 2), TENSOR)
     whole, padded = (
-        apply(VisualTokenizer(config), x["visual_tokenizer"], features, jax.random.key(2))
+        apply(VisualTokenizer(config), x["visual_tokenizer"], merged, jax.random.key(2))
         for x in (params, placed)
     )
     assert padded.probabilities.shape == (3, 9, 70)
@@ -108,8 +108,10 @@ def test_a_checkpoint_is_padded_as_it_is_read(inputs, load_golden, tmp_path):
     rows = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec("data")))
     single = load_golden("tiny-f32", None)
     # No further than the embeddings: this decoder makes 1e-3 of what 1e-6 is in its input.
-    embed = jax.jit(ovis.model.embed)
-    found, true = embed(ovis.params, rows)[0], embed(single.params, inputs)[0]
+    found, true = (
+        forward(ovis.model, params, x, return_states=True)[1].inputs_embeds
+        for params, x in ((ovis.params, rows), (single.params, inputs))
+    )
     np.testing.assert_allclose(found, true, atol=1e-5)
 
     save_params(tmp_path / "saved", ovis.params, ovis.config)

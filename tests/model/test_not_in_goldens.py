@@ -86,13 +86,13 @@ def test_vision_norms_with_eps_1e_6():
 
 def test_visual_head_norms_with_eps_1e_5():
     c = TINY.visual_tokenizer
-    features, head = normal(1, 25, 48, scale=1e-3), normal(64, 192, scale=192**-0.5)
+    merged, head = normal(1, 9, 192, scale=1e-3), normal(64, 192, scale=192**-0.5)
     scale, bias = normal(64), normal(64, scale=0.1)
     params = {
         "head": jnp.array(head),
         "norm": {"scale": jnp.array(scale), "bias": jnp.array(bias)},
     }
-    got = apply(VisualTokenizer(c), params, jnp.array(features))
+    got = apply(VisualTokenizer(c), params, jnp.array(merged))
     projected = np.asarray(got.features, np.float64) @ head.astype(np.float64).T
     right, wrong = (
         relative_error(got.logits, layer_norm64(projected, scale, bias, eps))
@@ -261,9 +261,9 @@ def test_key_is_for_gumbel_alone(function: TokenizeFunction):
 @pytest.mark.parametrize("function", ["gumbel_argmax", "st_argmax"])
 def test_a_hard_token_is_a_row_of_the_table(function: TokenizeFunction):
     c = replace(TINY.visual_tokenizer, tokenize_function=function)
-    module, features = VisualTokenizer(c), jnp.array(normal(2, 25, 48))
-    params = module.init(jax.random.key(0), features)["params"]
-    tokens, table = apply(module, params, features), jnp.array(normal(69, 64))
+    module, merged = VisualTokenizer(c), jnp.array(normal(2, 9, 192))
+    params = module.init(jax.random.key(0), merged)["params"]
+    tokens, table = apply(module, params, merged), jnp.array(normal(69, 64))
     rows = np.asarray(table)[np.argmax(tokens.logits, -1)]
     np.testing.assert_array_equal(embed_words(tokens.probabilities, table), rows)
 

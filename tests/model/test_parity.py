@@ -234,7 +234,8 @@ def vision_part(part: str) -> Module:
 def head(both: Sides, part: str) -> tuple[Any, Any]:
     features = both.patches()
     tokenizer = VisualTokenizer(both.config.visual_tokenizer)
-    got = jax.jit(tokenizer.apply)({"params": both.params["visual_tokenizer"]}, features)
+    ours = merge_patches(features, both.config.visual_tokenizer.hidden_stride)
+    got = jax.jit(tokenizer.apply)({"params": both.params["visual_tokenizer"]}, ours)
     merged = both.torch.merge(torch.tensor(features))
     logits = both.torch.head(merged)
     probabilities = logits.softmax(-1)

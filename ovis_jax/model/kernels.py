@@ -1,0 +1,135 @@
+"""Which attention kernel runs where.
+
+Every kernel offered here does soft cap and window, so that no choice can lose one of them; what
+else a kernel cannot do, `why_not` says. A decode step has a single query and is always plain.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, cast, get_args
+
+import jax
+from jax import Array
+from jaxtyping import Float, Int
+
+from ovis_jax.config import OvisConfig
+from ovis_jax.errors import RequestError
+from ovis_jax.model import blockwise
+from ovis_jax.model.attention import attend, visible
+
+Kernel = Literal["plain", "blockwise"]
+Call = Literal["prefill", "vision", "decode"]
+Setting = Literal["auto", "cpu", "gpu", "tpu", "plain", "blockwise"]
+"""The name of a kernel forces it, for prompts and crops; that of a platform stands for its choice,
+in a program that is compiled elsewhere; "auto" is the platform that JAX runs on."""
+
+PREFERRED: Mapping[tuple[str, Call], Kernel] = {
+    ("cpu", "prefill"): "blockwise",
+    ("cpu", "vision"): "blockwise",
+    ("gpu", "prefill"): "blockwise",
+    # One head after the other is for the caches of a CPU.
+    ("gpu", "vision"): "plain",
+    ("tpu", "prefill"): "blockwise",
+    ("tpu", "vision"): "plain",
+}
+"""What serves a call of more than one block."""
+
+
+def choose_kernel(setting: str, call: Call, T: int, *, backend: str | None = None) -> Kernel:
+    """The kernel that serves a call.
+
+    Args:
+      setting: of the model.
+      call: what attends.
+      T: queries of a row: positions of a prompt, or patches of a crop.
+      backend: the platform of "auto"; None for the one that JAX runs on.
+
+    Returns:
+      The kernel that was forced, or the platform's; plain for what fits in one block.
+
+    Raises:
+      RequestError: the setting is unknown.
+    """
+    if setting not in get_args(Setting):
+        known = ", ".join(get_args(Setting))
+        raise RequestError(f"attention is {setting!r}, expected one of {known}")
+    if call == "decode":
+        return "plain"
+    if setting in get_args(Kernel):
+        return cast(Kernel, setting)
+    if T <= blockwise.BLOCK:
+        return "plain"
+    platform = setting if setting != "auto" else backend or jax.default_backend()
+    return PREFERRED.get((platform, call), "plain")
+
+
+class Choice(NamedTuple):
+    """A line of `attention_report`."""
+
+    call: Call
+    T: int
+    """Queries of a row."""
+    heads: int
+    head_dim: int
+    kernel: Kernel
+
+
+def attention_report(
+    config: OvisConfig, T: int, setting: str = "auto", *, backend: str | None = None
+) -> list[Choice]:
+    """Which kernels a model runs for crops, for prompts of T positions, and for a decode step.
+
+    Raises:
+      RequestError: as `choose_kernel`.
+    """
+    vision, decoder = config.vision, config.decoder
+    E, A, P = vision.width, vision.num_heads, vision.num_patches
+    calls: list[tuple[Call, int, int, int]] = [
+        ("vision", P, A, E // A),
+        ("prefill", T, decoder.num_heads, decoder.head_dim),
+        ("decode", 1, decoder.num_heads, decoder.head_dim),
+    ]
+    return [
+        Choice(call, T, heads, H, choose_kernel(setting, call, T, backend=backend))
+        for call, T, heads, H in calls
+    ]
+
+
+def attend_prompt(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    positions: Int[Array, "B T"],
+    *,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+    setting: Setting,
+) -> Float[Array, "B T N H"]:
+    """Attention of whole prompts over themselves, by the kernel chosen for them.
+
+    See `blockwise.attend_prompt` for the arguments.
+
+    Raises:
+      RequestError: as `choose_kernel`.
+    """
+    if choose_kernel(setting, "prefill", q.shape[1]) == "plain":
+        return attend(q, k, v, visible(positions, positions, window), scale=scale, cap=cap)
+    return blockwise.attend_prompt(q, k, v, positions, window=window, scale=scale, cap=cap)
+
+
+def attend_crops(
+    q: Float[Array, "I P A H"],
+    k: Float[Array, "I A P H"],
+    v: Float[Array, "I A P H"],
+    *,
+    scale: float,
+    setting: Setting,
+) -> Float[Array, "I P A H"]:
+    """Attention of every patch of a crop over all of them, by the kernel chosen for it.
+
+    Raises:
+      RequestError: as `choose_kernel`.
+    """
+    if choose_kernel(setting, "vision", q.shape[1]) == "plain":
+        return attend(q, k, v, None, scale=scale)
+    return blockwise.attend_crops(q, k, v, scale=scale)

@@ -1,0 +1,213 @@
+"""Every kernel against the plain attention, what it holds in memory, and which is chosen."""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import measured
+import numpy as np
+import pytest
+
+from ovis_jax import Ovis, presets
+from ovis_jax.errors import RequestError
+from ovis_jax.inputs.batch import Inputs
+from ovis_jax.model import blockwise
+from ovis_jax.model.attention import attend, visible
+from ovis_jax.model.kernels import attention_report, choose_kernel
+
+B, N, K = 2, 4, 2
+HOW = {"scale": 0.3, "cap": 5.0}
+TOLERANCE = 1e-5
+"""Of a module, relative to the largest value."""
+
+
+def arrays(T: int, H: int, dtype=jnp.float32) -> list[jax.Array]:
+    """Queries, keys, values and a cotangent."""
+    shapes = (B, T, N, H), (B, K, T, H), (B, K, T, H), (B, T, N, H)
+    keys = jax.random.split(jax.random.key(T), 4)
+    return [jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=True)]
+
+
+def padded(T: int) -> jax.Array:
+    """A row with padding on the left, and one with padding on the right."""
+    columns = np.arange(T)
+    return jnp.array([np.maximum(columns - 37, -1), np.where(columns < T - 50, columns, -1)])
+
+
+def plain(q, k, v, positions, window, scale, cap):
+    return attend(q, k, v, visible(positions, positions, window), scale=scale, cap=cap)
+
+
+def results(attention, q, k, v, weights, positions):
+    """Outputs, zero at padding, and the gradients that they send back."""
+
+    def run(q, k, v):
+        out = attention(q, k, v, positions)
+        assert out.shape == q.shape and out.dtype == q.dtype
+        return jnp.sum(out * weights * (positions >= 0)[:, :, None, None]), out
+
+    gradients, out = jax.jit(jax.grad(run, (0, 1, 2), has_aux=True))(q, k, v)
+    assert all(np.all(np.isfinite(x)) for x in (out, *gradients))
+    return out * (positions >= 0)[:, :, None, None], *gradients
+
+
+PARTS = ("output", "dq", "dk", "dv")
+
+
+def check(name: str, got, expected, tolerance: float = TOLERANCE) -> None:
+    for part, x, true in zip(PARTS, got, expected, strict=True):
+        x, true = (np.asarray(a, np.float64) for a in (x, true))
+        difference = np.abs(x - true).max() / np.abs(true).max()
+        measured.record(f"{name}: {part}", difference, tolerance)
+        assert difference <= tolerance, f"{part}: {difference:.1e}"
+
+
+# ----- blockwise
+
+
+@pytest.mark.parametrize("T, window", [(128, 100), (129, None), (520, 300), (1100, 100)])
+def test_blockwise_prompts(T: int, window: int | None):
+    *inputs, positions = *arrays(T, 16), padded(T)
+    got, true = (
+        results(lambda *x, f=f: f(*x, window=window, **HOW), *inputs, positions)
+        for f in (blockwise.attend_prompt, plain)
+    )
+    check("blockwise prompts", got, true)
+
+
+def test_blockwise_prompts_without_cap():
+    *inputs, positions = *arrays(300, 16), padded(300)
+    how = {"window": None, "scale": 0.3, "cap": None}
+    got, true = (
+        results(lambda *x, f=f: f(*x, **how), *inputs, positions)
+        for f in (blockwise.attend_prompt, plain)
+    )
+    check("blockwise prompts", got, true)
+
+
+@pytest.mark.parametrize("P", [128, 300])
+def test_blockwise_crops(P: int):
+    q, k, v, weights = arrays(P, 24)
+    k, v = (jnp.concatenate([x, -x], axis=1) for x in (k, v))
+    got, true = (
+        results(lambda q, k, v, _, f=f: f(q, k, v), q, k, v, weights, jnp.zeros((B, P), int))
+        for f in (
+            lambda *x: blockwise.attend_crops(*x, scale=0.3),
+            lambda *x: attend(*x, None, scale=0.3),
+        )
+    )
+    check("blockwise crops", got, true)
+
+
+def test_blockwise_under_vmap():
+    q, k, v, _ = arrays(300, 16)
+    inputs, positions = [jnp.stack([x, 2 * x]) for x in (q, k, v)], padded(300)
+
+    def run(q, k, v):
+        return blockwise.attend_prompt(q, k, v, positions, window=100, **HOW)
+
+    got = jax.jit(jax.vmap(run))(*inputs)
+    for x, one in zip(got, ([x[i] for x in inputs] for i in range(2)), strict=True):
+        np.testing.assert_allclose(x, jax.jit(run)(*one), atol=TOLERANCE)
+
+
+def shapes(compiled) -> set[tuple[int, ...]]:
+    """Every float32 shape of a compiled program."""
+    found = re.findall(r"\bf32\[([\d,]+)\]", compiled.as_text())
+    return {tuple(map(int, dims.split(","))) for dims in found}
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+def test_blockwise_holds_no_scores_of_a_whole_prompt(gradient: bool):
+    """Nothing that is compiled has a score of every query and key; plain attention has."""
+    T, held = 2048, {}
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays(T, 16)[:3], padded(T))]
+    for name, attention in {"plain": plain, "blockwise": blockwise.attend_prompt}.items():
+
+        def run(q, k, v, positions, attention=attention):
+            return jnp.sum(attention(q, k, v, positions, window=None, **HOW) ** 2)
+
+        function = jax.grad(run, (0, 1, 2)) if gradient else run
+        compiled = jax.jit(function).lower(*like).compile()
+        scores = max(np.prod(s) for s in shapes(compiled))
+        held[name] = scores, compiled.memory_analysis().temp_size_in_bytes
+    whole = B * N * T * T
+    assert held["plain"][0] >= whole and held["plain"][1] >= 4 * whole
+    assert held["blockwise"][0] <= whole / 8
+    assert held["blockwise"][1] <= 4 * whole / 3
+
+
+# ----- the choice
+
+
+@pytest.mark.parametrize(
+    "setting, backend, call, T, expected",
+    [
+        ("auto", "cpu", "prefill", 128, "plain"),
+        ("auto", "cpu", "prefill", 129, "blockwise"),
+        ("auto", "cpu", "vision", 36, "plain"),
+        ("auto", "cpu", "vision", 729, "blockwise"),
+        ("auto", "cpu", "decode", 1, "plain"),
+        ("auto", "gpu", "prefill", 2048, "blockwise"),
+        ("auto", "gpu", "vision", 729, "plain"),
+        ("auto", "gpu", "decode", 1, "plain"),
+        ("gpu", "cpu", "vision", 729, "plain"),
+        ("auto", "METAL", "prefill", 2048, "plain"),
+        ("plain", "cpu", "prefill", 2048, "plain"),
+        ("plain", "cpu", "vision", 729, "plain"),
+        ("blockwise", "gpu", "vision", 729, "blockwise"),
+        ("blockwise", "cpu", "decode", 1, "plain"),
+    ],
+)
+def test_choice(setting, backend, call, T, expected):
+    assert choose_kernel(setting, call, T, backend=backend) == expected
+
+
+def test_unknown_setting():
+    with pytest.raises(RequestError, match="attention is 'flash', expected one of auto, cpu, "):
+        choose_kernel("flash", "prefill", 300)  # pyright: ignore
+
+
+def test_report_of_the_9b():
+    config = presets.ovis1_6_gemma2_9b()
+    assert attention_report(config, 2048, backend="cpu") == [
+        ("vision", 729, 16, 72, "blockwise"),
+        ("prefill", 2048, 16, 256, "blockwise"),
+        ("decode", 1, 16, 256, "plain"),
+    ]
+
+
+def test_a_model_hands_its_setting_down(monkeypatch):
+    """Each setting gives the same answer, and each kernel is really run."""
+    config = presets.tiny()
+    visual_tokenizer = replace(  # 144 patches, more than a block
+        config.visual_tokenizer, vision=replace(config.vision, image_size=168)
+    )
+    config = replace(config, visual_tokenizer=visual_tokenizer)
+    params = jax.jit(Ovis(config).init)(jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(108, 600, (2, 140))
+    tokens[0, 1:37] = -300
+    positions = np.tile(np.arange(140), (2, 1))
+    positions[1, 100:] = -1
+    pixels = np.random.default_rng(1).normal(size=(1, 168, 168, 3)).astype(np.float32)
+    inputs = Inputs(tokens.astype(np.int32), positions.astype(np.int32), pixels)
+
+    run = []
+    for name in ("attend_prompt", "attend_crops"):
+        true = getattr(blockwise, name)
+        monkeypatch.setattr(
+            blockwise, name, lambda *x, n=name, f=true, **y: run.append(n) or f(*x, **y)
+        )
+    logits = {}
+    for setting in ("plain", "auto", "blockwise"):
+        model = Ovis(config, attention=setting)
+        last, cache = jax.jit(model.prefill, static_argnums=2)(params, inputs, 150)
+        following, _ = jax.jit(model.decode)(params, jnp.argmax(last, -1), cache)
+        every = jax.jit(model.forward)(params, inputs)[0]
+        assert set(run) == (set() if setting == "plain" else {"attend_prompt", "attend_crops"})
+        logits[setting] = last, following, every[positions >= 0]
+        run.clear()
+    for setting in ("auto", "blockwise"):
+        for got, true in zip(logits[setting], logits["plain"], strict=True):
+            np.testing.assert_allclose(got, true, atol=1e-4)

@@ -1,0 +1,93 @@
+"""One of two processes with four CPU devices each; run by test_processes.py."""
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import ovis_jax
+from ovis_jax.checkpoint import params as reading
+from ovis_jax.sharding import param_shapes
+
+
+def inputs() -> ovis_jax.Inputs:
+    """Eight rows of one crop each, one of them shorter."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(108, 600, (8, 24)).astype(np.int32)
+    tokens[:, 1:10] = -300
+    positions = np.tile(np.arange(24, dtype=np.int32), (8, 1))
+    positions[2, 20:] = -1
+    return ovis_jax.Inputs(tokens, positions, rng.normal(size=(8, 70, 70, 3)).astype(np.float32))
+
+
+def watch_reading() -> set[tuple[str, int, int]]:
+    """From now on, what is read of the files: key, address and bytes of each piece."""
+    pieces: set[tuple[str, int, int]] = set()
+    cast = reading.cast
+
+    def watched(key, array, dtype):
+        pieces.add((key, array.__array_interface__["data"][0], array.nbytes))
+        return cast(key, array, dtype)
+
+    reading.cast = watched
+    return pieces
+
+
+def bytes_held(ovis: ovis_jax.LoadedOvis) -> tuple[int, int]:
+    """Bytes of the checkpoint that this process's devices hold, each once; and of all of it."""
+    held = whole = 0
+    shapes = param_shapes(ovis.config)
+    for path, array in flatten_dict(ovis.params, sep="/").items():
+        stored = np.broadcast_to(np.float32(0), shapes[path])
+        whole += stored.nbytes
+        held += sum(
+            stored[i].nbytes
+            for i in {str(s.index): s.index for s in array.addressable_shards}.values()
+        )
+    return held, whole
+
+
+def lay(sharding: NamedSharding, x: np.ndarray) -> jax.Array:
+    """An array that every process has, across the devices of all."""
+    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+
+def main() -> None:
+    """Load onto a mesh of both processes, answer, and let process 0 write down what came out."""
+    address, index, checkpoint, folder = sys.argv[1:]
+    ovis_jax.start_processes(address, 2, int(index), timeout=120)
+    assert (jax.process_count(), jax.local_device_count(), jax.device_count()) == (2, 4, 8)
+    whole = inputs()
+    found = dict(whole._asdict())
+    for name, shape, rules in (
+        ("tensor", (4, 2), ovis_jax.TENSOR),
+        ("tensor_fsdp", (4, 2), ovis_jax.TENSOR_FSDP),
+    ):
+        mesh = Mesh(np.array(jax.devices()).reshape(shape), ("data", "model"))
+        pieces = watch_reading()
+        ovis = ovis_jax.load(checkpoint, mesh=mesh, rules=rules)
+        held, all_bytes = bytes_held(ovis)
+        read = {"read": sum(size for *_, size in pieces), "held": held, "whole": all_bytes}
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        placed = jax.tree.map(partial(lay, rows), whole)
+        logits = ovis_jax.forward(ovis.model, ovis.params, placed)
+        out = ovis_jax.generate(ovis.model, ovis.params, placed, max_new_tokens=8, eos_ids=())
+        found[f"{name} logits"] = process_allgather(logits, tiled=True)
+        found[f"{name} answer"] = process_allgather(out.tokens, tiled=True)
+    Path(folder, f"read {index}.json").write_text(json.dumps(read))  # of the last mesh
+    if index == "0":
+        np.savez(Path(folder, "found.npz"), **found)
+
+
+if __name__ == "__main__":
+    main()
