@@ -98,8 +98,9 @@ class Bench:
 
         @jax.jit
         def see(params: Any, pixels: jax.Array) -> jax.Array:
-            states = model.embed_images(params, pixels)
-            return states.embeddings if whole else states.vision[-1]
+            if whole:
+                return model.embed_crops(params, pixels)
+            return model.embed_images(params, pixels).vision[-1]
 
         on_device, theirs = jax.device_put(pixels), self.theirs.pixels(pixels)
 
