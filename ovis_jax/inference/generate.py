@@ -182,6 +182,15 @@ def _write(
     end: int | Array,
 ) -> tuple[_State, Generation]:
     """Fill columns `first` to `end` of `out`, or fewer when every row is done."""
+    single = state.last.shape[0] == 1
+
+    # The axis of a single row is not carried: XLA's CPU backend leaves it out of products, and what
+    # is carried in one shape and multiplied in another it copies, four times a step.
+    def narrow(cache: Cache) -> Cache:
+        return cache._replace(blocks=jax.tree.map(lambda x: x[0] if single else x, cache.blocks))
+
+    def widen(cache: Cache) -> Cache:
+        return cache._replace(blocks=jax.tree.map(lambda x: x[None] if single else x, cache.blocks))
 
     def more(carry: tuple[_State, Generation, Array]) -> Array:
         state, _, column = carry
@@ -189,12 +198,13 @@ def _write(
 
     def step(carry: tuple[_State, Generation, Array]) -> tuple[_State, Generation, Array]:
         state, out, column = carry
-        logits, cache = model.decode(params, state.last, state.cache)
+        logits, cache = model.decode(params, state.last, widen(state.cache))
         state, out = _choose(model, logits, state._replace(cache=cache), out, request, column)
-        return state, out, column + 1
+        return state._replace(cache=narrow(cache)), out, column + 1
 
+    state = state._replace(cache=narrow(state.cache))
     state, out, _ = jax.lax.while_loop(more, step, (state, out, jnp.int32(first)))
-    return state, out
+    return state._replace(cache=widen(state.cache)), out
 
 
 def _choose(

@@ -58,10 +58,24 @@ def write(
     positions: Int[Array, "B"],
 ) -> KeyValue:
     """Put one more position a row in its slot, over the position that leaves."""
-    slots = block[0].shape[2]
+    slots = positions % block[0].shape[2]
 
-    def put(row: Array, value: Array, slot: Array) -> Array:
+    def put(rows: Array, values: Array) -> Array:
+        if rows.shape[0] == 1:  # without an axis of rows, every backend does it in place
+            return _put(rows[0], values[0], slots[0])[None]
+        return jax.vmap(_put)(rows, values, slots)
+
+    return put(block[0], k), put(block[1], v)
+
+
+def _put(row: Float[Array, "K S H"], value: Float[Array, "K 1 H"], slot: Array) -> Array:
+    def update(row: Array, value: Array, slot: Array) -> Array:
         return jax.lax.dynamic_update_slice(row, value, (0, slot, 0))
 
-    put_rows = jax.vmap(put)
-    return put_rows(block[0], k, positions % slots), put_rows(block[1], v, positions % slots)
+    def choose(row: Array, value: Array, slot: Array) -> Array:
+        here = jnp.arange(row.shape[1]) == slot  # [S]
+        return jnp.where(here[:, None], value, row)
+
+    # XLA's CPU backend updates bfloat16 in a float32 copy of the whole; to choose is one pass.
+    cpu = update if row.dtype == jnp.float32 else choose
+    return jax.lax.platform_dependent(row, value, slot, cpu=cpu, default=update)

@@ -70,16 +70,15 @@ def _matmul_cpu(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
     """The same product, and its gradients, as XLA's CPU backend computes them fast.
 
     In bfloat16 it is 5-7 times slower unless the result is float32, and 10-15 times slower with a
-    single row than with two.
+    single row than with two. Rows are one axis: with two, XLA transposes a bfloat16 weight, and
+    before a loop over tokens it does so to a copy of them all.
     """
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 1 and x.dtype != jnp.float32:
-        return (
-            _matmul(jnp.broadcast_to(rows, (2, rows.shape[1])), w, jnp.float32)[:1]
-            .reshape(*x.shape[:-1], w.shape[0])
-            .astype(out_dtype)
-        )
-    return _matmul(x, w, jnp.float32).astype(out_dtype)
+        y = _matmul(jnp.broadcast_to(rows, (2, rows.shape[1])), w, jnp.float32)[:1]
+    else:
+        y = _matmul(rows, w, jnp.float32)
+    return y.reshape(*x.shape[:-1], w.shape[0]).astype(out_dtype)
 
 
 def _matmul_cpu_forward(

@@ -233,10 +233,26 @@ class Ovis:
         self, params: Params, tokens: Int[Array, "B"], cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Read one more text token a row; float32 logits of what follows, and the new cache."""
-        x = params["decoder"]["embed"][tokens][:, None]  # [B, 1, D]
+        x = _rows(params["decoder"]["embed"], tokens)[:, None]  # [B, 1, D]
         positions = cache.lengths[:, None]  # [B, 1]
         out = apply(Decoder(self.config.decoder), params["decoder"], x, positions, cache)
         return out.logits[:, 0], Cache(out.key_values, cache.lengths + 1)
+
+
+def _rows(table: Float[Array, "V D"], tokens: Int[Array, "B"]) -> Float[Array, "B D"]:
+    """The rows of a table, in a loop over tokens.
+
+    XLA's CPU backend reads bfloat16 by way of float32, and would widen the whole table before the
+    loop if what is read did not seem to change from step to step.
+    """
+
+    def read(table: Array, tokens: Array) -> Array:
+        return table[tokens]
+
+    def read_anew(table: Array, tokens: Array) -> Array:
+        return read(*jax.lax.optimization_barrier((table, tokens)))
+
+    return jax.lax.platform_dependent(table, tokens, cpu=read_anew, default=read)
 
 
 @partial(jax.jit, static_argnames=("model", "return_states"))
