@@ -12,7 +12,8 @@ PYENV_PYTHONS := $(sort $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.*/
 PYTHON ?= $(call python,python3 python3.11 python3.12 python3.13 python3.14 $(PYENV_PYTHONS),11)
 PYTHON_NEWEST ?= $(call python,python3.14 python3.13 python3 $(PYENV_PYTHONS),13)
 
-.PHONY: demo test test-newest lint format bench bench-train bench-train-memory ovis-tiny pink short clean
+.PHONY: demo test test-newest lint format bench bench-parts bench-train bench-train-memory \
+	bench-accelerators ovis-tiny pink short clean
 
 demo: $(VENV)/run
 	rm -rf checkpoints/demo
@@ -42,8 +43,15 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Beside PyTorch, stage by stage, on random weights with the 9B's proportions.
 bench: $(VENV)/test
+	$(BIN)/python -m benchmarks.against_torch
+
+# Apart from PyTorch: generation, the visual path, compiling.
+bench-parts: $(VENV)/test
 	$(BIN)/python -m benchmarks.generate --model ovis-tiny
+	$(BIN)/python -m benchmarks.vision --model ovis-tiny
+	$(BIN)/python -m benchmarks.compile --model ovis-tiny
 
 # One training step beside PyTorch's.
 bench-train: $(VENV)/test
@@ -54,6 +62,10 @@ bench-train: $(VENV)/test
 # Ten minutes.
 bench-train-memory: $(VENV_TPU)/tpu
 	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m benchmarks.train_memory
+
+# The 9B's decode step and prefill compiled for TPU slices; the rows for GPUs by arithmetic.
+bench-accelerators: $(VENV_TPU)/tpu
+	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m benchmarks.accelerators
 
 # Makes the checkpoint that comes with the library again, from nothing: drawing, tokenizer, training,
 # export and scores. About an hour and a half on two cores. Huge pages spare a fifth of the time.

@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_python_examples_run(capsys, monkeypatch):
     examples = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(examples) == 2
+    assert len(examples) == 3
     monkeypatch.chdir(ROOT)
     found = {}
     exec(compile("\n".join(examples), "README.md", "exec"), found)
@@ -24,6 +24,8 @@ def test_the_python_examples_run(capsys, monkeypatch):
     assert found["logits"].shape == (1, length, config.decoder.vocab_size)
     assert found["draws"].tokens.shape == (4, 1, 16)
     assert found["words"].shape[1:] == (9, config.visual_tokenizer.num_words)
+    assert [warm.bucket for warm in found["warm"]] == list(found["buckets"])
+    assert found["processor"](["Hi"]).tokens.shape == (1, 64)
     assert found["metrics"].loss > 1.0 and found["params"].keys() == found["ovis"].params.keys()
     assert capsys.readouterr().out.startswith(found["texts"][0][:5])
 

@@ -1,6 +1,6 @@
 """How often does a model answer exactly as expected? Greedy answers to held-out rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -67,9 +67,14 @@ def answer_rows(
             yield Answer(row, expected, text, tokens[n, : lengths[n]])
 
 
-def scores(answers: Sequence[Answer]) -> dict[str, float]:
+def scores(answers: Iterable[Answer]) -> dict[str, float]:
     """The share of right answers of each kind of row, in the order of their names."""
-    kinds: dict[str, list[bool]] = {}
-    for answer in answers:
-        kinds.setdefault(answer.row.kind or "all", []).append(answer.right)
-    return {kind: float(np.mean(kinds[kind])) for kind in sorted(kinds)}
+    return shares((answer.row.kind or "all", answer.right) for answer in answers)
+
+
+def shares(named: Iterable[tuple[str, bool]]) -> dict[str, float]:
+    """The share of each name's values that are true, in the order of the names."""
+    values: dict[str, list[bool]] = {}
+    for name, value in named:
+        values.setdefault(name, []).append(value)
+    return {name: float(np.mean(values[name])) for name in sorted(values)}

@@ -61,6 +61,7 @@ def train(config: TrainConfig, console: Console) -> bool:
         highlight=False,
     )
     facts = {"config": _facts(config), "model": run.model.config.to_hf()[0]}
+    facts["padded"] = run.padded(learned)
     store = Store(config.output, config.run.keep, facts)
     maker = run.example_maker()
     data = batches(run.train, maker, run.batch_shape(), config.run.seed)
@@ -92,10 +93,11 @@ def _go_on(
 ) -> State:
     """Make the steps that are left, or those until somebody asks to stop."""
     settings, done = run.config.run, int(state.step)
+    saved = done
     metrics = Metrics(run.config.output, done)
     reported: set[str] = set()
     with Bar(console, done, settings.steps) as bar:
-        while done < settings.steps and not stop.asked:
+        while done < settings.steps:
             batch = _on_devices(run, next(data))
             state, measured = step(run.model, run.recipe, state, run.frozen, batch)
             done += 1
@@ -106,18 +108,29 @@ def _go_on(
             for name in maker.faults.keys() - reported:
                 bar.say(f"left out: {maker.faults[name]}")
                 reported.add(name)
-            if last or stop.asked or done % settings.save_every == 0:
-                _numbers(measured, done)  # what is no number must not push a good checkpoint out
-                store.save(state, data.get_state())
+            if last or done % settings.save_every == 0:
+                saved = _save(store, state, data, measured)
             if run.validation and (last or done % settings.evaluate_every == 0):
                 found = evaluate(run, state.learned)
                 accuracy = float(np.mean(list(found.values())))
                 metrics.write(done, {"accuracy": accuracy, "accuracy_by_kind": found})
                 bar.say(f"step {done}: {accuracy:.1%} of the held-out answers are exact")
+            if stop.asked:
+                if saved < done:
+                    _save(store, state, data, measured)
+                break
     store.close()
     data.close()
     metrics.close()
     return state
+
+
+def _save(store: Store, state: State, data: grain.DatasetIterator, measured: StepMetrics) -> int:
+    """Begin to save a checkpoint of a step that measured numbers; which step it was."""
+    done = int(state.step)
+    _numbers(measured, done)  # what is no number must not push a good checkpoint out
+    store.save(state, data.get_state())
+    return done
 
 
 def evaluate(run: Run, learned: Flat) -> dict[str, float]:

@@ -15,7 +15,7 @@ from ovis_jax.config import OvisConfig
 from ovis_jax.errors import ConfigError, DataError
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.model.ovis import Ovis, Params
-from ovis_jax.sharding import RULES, TENSOR, adapter_shardings
+from ovis_jax.sharding import RULES, TENSOR, adapter_shardings, param_shapes
 from ovis_jax.training.config import MeshSection, TrainConfig
 from ovis_jax.training.data import BatchShape, ExampleMaker
 from ovis_jax.training.parts import Flat, add_adapters, join, split
@@ -62,6 +62,15 @@ class Run:
         if self.mesh is None:
             return arrays
         return jax.device_put(arrays, NamedSharding(self.mesh, PartitionSpec(*axes)))
+
+    def padded(self, learned: Flat) -> dict[str, list[int]]:
+        """The shapes of what learns, by path, where the mesh asks for more rows than there are."""
+        true = param_shapes(self.model.config)
+        return {
+            path: list(x.shape)
+            for path, x in learned.items()
+            if path in true and x.shape != true[path]
+        }
 
     def example_maker(self) -> ExampleMaker:
         """How a row becomes an example."""

@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from ovis_jax.loading import LoadedOvis, load
-from ovis_jax.training.evaluation import Answer, answer_rows
+from ovis_jax.training.evaluation import Answer, answer_rows, shares
 from ovis_jax.training.rows import read_rows
 
 Shares = dict[str, dict[str, float]]
@@ -41,21 +41,19 @@ def answers(ovis: LoadedOvis, path: Path) -> Iterator[tuple[Answer, Mapping[str,
         yield answer, by_name[answer.row.name]
 
 
-def shares(found: Sequence[tuple[Answer, Mapping[str, Any]]], *, short: bool = False) -> Shares:
+def shares_by_kind(
+    found: Sequence[tuple[Answer, Mapping[str, Any]]], *, short: bool = False
+) -> Shares:
     """The share of right answers of each kind, and the mean of the kinds.
 
     With `short`, the short form of the right answer is right too.
     """
-    right: dict[str, dict[str, list[bool]]] = {}
+    columns: dict[str, list[tuple[str, bool]]] = {}
     for answer, line in found:
-        columns = [ALL, line["language"], *([NEW] if line["paraphrase"] else [])]
-        same = answer.right or (short and answer.text.strip() == line["short"])
-        for column in columns:
-            right.setdefault(line["kind"], {}).setdefault(column, []).append(same)
-    result = {
-        kind: {column: float(np.mean(values)) for column, values in sorted(columns.items())}
-        for kind, columns in sorted(right.items())
-    }
+        right = answer.right or (short and answer.text.strip() == line["short"])
+        names = [ALL, line["language"], *([NEW] if line["paraphrase"] else [])]
+        columns.setdefault(line["kind"], []).extend((name, right) for name in names)
+    result = {kind: shares(columns[kind]) for kind in sorted(columns)}
     names = sorted({column for columns in result.values() for column in columns})
     kinds = list(result.values())
     result[MEAN] = {
@@ -97,7 +95,7 @@ def main() -> None:
         disable=not sys.stderr.isatty(),
     )
     found = list(progress)
-    result = shares(found, short=args.short)
+    result = shares_by_kind(found, short=args.short)
     Console().print(table(result))
     print(f"{np.mean([len(answer.tokens) for answer, _ in found]):.2f} tokens an answer")
     for answer, line in [pair for pair in found if not pair[0].right][: args.wrong]:

@@ -43,7 +43,7 @@ def test_it_gives_true_answers(ovis, draw_test):
     """The card has 100 questions a kind; here are 20, so that a kind at 85 % may come out lower."""
     found = list(score.answers(ovis, draw_test(rounds=10)))
     assert len(found) == 260
-    shares = {kind: columns[score.ALL] for kind, columns in score.shares(found).items()}
+    shares = {kind: columns[score.ALL] for kind, columns in score.shares_by_kind(found).items()}
     mean = shares.pop(score.MEAN)
     assert len(shares) == 13
     assert mean >= 0.95 and min(shares.values()) >= 0.75, shares

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,21 @@ def assert_same_end(one, other):
     assert all(same_bits(one[key], other[key]) for key in one)
 
 
+def ask_to_stop(monkeypatch, *at: int) -> list[int]:
+    """Send SIGTERM while these steps are made; gives a list that grows with every step."""
+    made: list[int] = []
+    real_step = loop.step
+
+    def step_and_stop(*arguments):
+        made.append(len(made) + 1)
+        if made[-1] in at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(*arguments)
+
+    monkeypatch.setattr(loop, "step", step_and_stop)
+    return made
+
+
 def test_asked_to_stop_it_goes_on_to_the_same_end(write_config, tmp_path, monkeypatch):
     path = write_config()
     assert run(path)
@@ -111,23 +127,28 @@ def test_asked_to_stop_it_goes_on_to_the_same_end(write_config, tmp_path, monkey
     expected_losses = [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "run")]
     shutil.rmtree(tmp_path / "run")
 
-    steps_made = 0
-    real_step = loop.step
-
-    def step_and_stop(*arguments):
-        nonlocal steps_made
-        steps_made += 1
-        if steps_made in (3, 4, 9):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real_step(*arguments)
-
-    monkeypatch.setattr(loop, "step", step_and_stop)
+    steps_made = ask_to_stop(monkeypatch, 3, 4, 9)
     assert [run(path) for _ in range(4)] == [False, False, False, True]
-    assert steps_made == STEPS
+    assert len(steps_made) == STEPS
     assert_same_end(final_params(tmp_path), expected)
     losses = [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "run")]
     assert losses == expected_losses
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_asked_to_stop_behind_a_save_no_step_is_made_twice(write_config, tmp_path, monkeypatch):
+    path = write_config("data.validation = ['none.json']")
+    path.write_text(path.read_text().replace("none.json", str(tmp_path / "train.jsonl")))
+    steps_made = ask_to_stop(monkeypatch)
+
+    def evaluate(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"all": 1.0}
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    overrides = ("run.evaluate_every=3", "run.steps=6")  # a checkpoint is due at 4 alone
+    assert [run(path, *overrides) for _ in range(2)] == [False, True]
+    assert len(steps_made) == 6
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_end(write_config, tmp_path):
@@ -226,6 +247,16 @@ def test_another_run_in_the_same_folder(write_config, tmp_path):
     assert len(read_metrics(tmp_path / "run")) == 2
 
 
+def test_a_mesh_that_pads_otherwise_cannot_resume(write_config, monkeypatch):
+    path = write_config()
+    ask_to_stop(monkeypatch, 1)
+    assert not run(path, "mesh.model=2", "mesh.rules=tensor")  # 69 visual words and 1 of padding
+    complaint = r"padded.visual_embedding was \[70, 64\] and is None; set them back"
+    with pytest.raises(CheckpointError, match=complaint):
+        run(path)
+    assert run(path, "mesh.model=2", "mesh.rules=tensor")
+
+
 def test_a_loss_that_is_no_number_ends_the_run(write_config, tmp_path):
     with pytest.raises(TrainingError, match="the loss of step .* smaller optimizer.learning_rate"):
         run(write_config(), "optimizer.learning_rate=1e30", "optimizer.clip_norm=1e30")
@@ -250,3 +281,21 @@ def test_a_full_disk_leaves_the_last_checkpoint(write_config, tmp_path, monkeypa
     monkeypatch.undo()
     assert run(path)
     assert (tmp_path / "run/model").exists()
+
+
+def test_a_write_that_fails_leaves_the_last_checkpoint(write_config, tmp_path, monkeypatch):
+    path = write_config()
+    assert run(path)
+    expected = final_params(tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    ask_to_stop(monkeypatch, 2)
+    assert not run(path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="could not be written.*the last good one is of step 2"):
+            run(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert run(path)
+    assert_same_end(final_params(tmp_path), expected)
