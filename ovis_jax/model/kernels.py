@@ -13,28 +13,50 @@ from jaxtyping import Float, Int
 
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import RequestError
-from ovis_jax.model import blockwise
+from ovis_jax.model import blockwise, splash
 from ovis_jax.model.attention import attend, visible
 
-Kernel = Literal["plain", "blockwise"]
+Kernel = Literal["plain", "blockwise", "splash"]
 Call = Literal["prefill", "vision", "decode"]
-Setting = Literal["auto", "cpu", "gpu", "tpu", "plain", "blockwise"]
+Setting = Literal["auto", "cpu", "gpu", "tpu", "plain", "blockwise", "splash"]
 """The name of a kernel forces it, for prompts and crops; that of a platform stands for its choice,
 in a program that is compiled elsewhere; "auto" is the platform that JAX runs on."""
 
-PREFERRED: Mapping[tuple[str, Call], Kernel] = {
-    ("cpu", "prefill"): "blockwise",
-    ("cpu", "vision"): "blockwise",
-    ("gpu", "prefill"): "blockwise",
-    # One head after the other is for the caches of a CPU.
-    ("gpu", "vision"): "plain",
-    ("tpu", "prefill"): "blockwise",
-    ("tpu", "vision"): "plain",
+PREFERRED: Mapping[tuple[str, Call], tuple[Kernel, ...]] = {
+    ("cpu", "prefill"): ("blockwise",),
+    ("cpu", "vision"): ("blockwise",),
+    ("gpu", "prefill"): ("blockwise",),
+    # One head after the other, as blockwise takes crops, is for the caches of a CPU.
+    ("gpu", "vision"): ("plain",),
+    ("tpu", "prefill"): ("splash", "blockwise"),
+    ("tpu", "vision"): ("splash", "plain"),
 }
-"""What serves a call of more than one block."""
+"""What serves a call of more than one block: the first kernel that can."""
 
 
-def choose_kernel(setting: str, call: Call, T: int, *, backend: str | None = None) -> Kernel:
+def why_not(kernel: Kernel, platform: str, spread: bool) -> str | None:
+    """Why a kernel cannot serve prompts and crops; None where it can.
+
+    Args:
+      kernel: the kernel.
+      platform: what the program runs on.
+      spread: whether arrays may lie on several devices while no mesh is in scope.
+    """
+    if kernel == "splash" and platform != "tpu":
+        return f"cannot run on {platform}: it is a kernel for TPUs"
+    if kernel == "splash" and spread:
+        return "cannot be split over several devices without the mesh in scope (jax.set_mesh)"
+    return None
+
+
+def choose_kernel(
+    setting: str,
+    call: Call,
+    T: int,
+    *,
+    backend: str | None = None,
+    spread: bool | None = None,
+) -> Kernel:
     """The kernel that serves a call.
 
     Args:
@@ -42,24 +64,40 @@ def choose_kernel(setting: str, call: Call, T: int, *, backend: str | None = Non
       call: what attends.
       T: queries of a row: positions of a prompt, or patches of a crop.
       backend: the platform of "auto"; None for the one that JAX runs on.
+      spread: see `why_not`; None to look at JAX's devices and mesh.
 
     Returns:
       The kernel that was forced, or the platform's; plain for what fits in one block.
 
     Raises:
-      RequestError: the setting is unknown.
+      RequestError: the setting is unknown, or forces a kernel that cannot run here.
     """
     if setting not in get_args(Setting):
         known = ", ".join(get_args(Setting))
         raise RequestError(f"attention is {setting!r}, expected one of {known}")
     if call == "decode":
         return "plain"
+    backend = backend or jax.default_backend()
     if setting in get_args(Kernel):
+        # Where the arrays lie is for whoever forces a kernel to know.
+        reason = why_not(cast(Kernel, setting), backend, spread=False)
+        if reason is not None:
+            can = [x for x in get_args(Kernel) if why_not(x, backend, spread=False) is None]
+            raise RequestError(
+                f"attention is {setting!r}, which {reason}; use {' or '.join(can)}, or 'tpu' for a"
+                " program that is compiled for a TPU elsewhere"
+            )
         return cast(Kernel, setting)
     if T <= blockwise.BLOCK:
         return "plain"
-    platform = setting if setting != "auto" else backend or jax.default_backend()
-    return PREFERRED.get((platform, call), "plain")
+    if setting != "auto":
+        backend, split = setting, False
+    elif spread is None:
+        split = jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty
+    else:
+        split = spread
+    kernels = PREFERRED.get((backend, call), ("plain",))
+    return next(kernel for kernel in kernels if why_not(kernel, backend, split) is None)
 
 
 class Choice(NamedTuple):
@@ -74,7 +112,12 @@ class Choice(NamedTuple):
 
 
 def attention_report(
-    config: OvisConfig, T: int, setting: str = "auto", *, backend: str | None = None
+    config: OvisConfig,
+    T: int,
+    setting: str = "auto",
+    *,
+    backend: str | None = None,
+    spread: bool | None = None,
 ) -> list[Choice]:
     """Which kernels a model runs for crops, for prompts of T positions, and for a decode step.
 
@@ -89,7 +132,7 @@ def attention_report(
         ("decode", 1, decoder.num_heads, decoder.head_dim),
     ]
     return [
-        Choice(call, T, heads, H, choose_kernel(setting, call, T, backend=backend))
+        Choice(call, T, heads, H, choose_kernel(setting, call, T, backend=backend, spread=spread))
         for call, T, heads, H in calls
     ]
 
@@ -112,9 +155,11 @@ def attend_prompt(
     Raises:
       RequestError: as `choose_kernel`.
     """
-    if choose_kernel(setting, "prefill", q.shape[1]) == "plain":
+    kernel = choose_kernel(setting, "prefill", q.shape[1])
+    if kernel == "plain":
         return attend(q, k, v, visible(positions, positions, window), scale=scale, cap=cap)
-    return blockwise.attend_prompt(q, k, v, positions, window=window, scale=scale, cap=cap)
+    module = splash if kernel == "splash" else blockwise
+    return module.attend_prompt(q, k, v, positions, window=window, scale=scale, cap=cap)
 
 
 def attend_crops(
@@ -130,6 +175,8 @@ def attend_crops(
     Raises:
       RequestError: as `choose_kernel`.
     """
-    if choose_kernel(setting, "vision", q.shape[1]) == "plain":
+    kernel = choose_kernel(setting, "vision", q.shape[1])
+    if kernel == "plain":
         return attend(q, k, v, None, scale=scale)
-    return blockwise.attend_crops(q, k, v, scale=scale)
+    module = splash if kernel == "splash" else blockwise
+    return module.attend_crops(q, k, v, scale=scale)

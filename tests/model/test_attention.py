@@ -1,6 +1,7 @@
 """Every kernel against the plain attention, what it holds in memory, and which is chosen."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import jax
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 import measured
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from ovis_jax import Ovis, presets
 from ovis_jax.errors import RequestError
 from ovis_jax.inputs.batch import Inputs
-from ovis_jax.model import blockwise
+from ovis_jax.model import blockwise, kernels, splash
 from ovis_jax.model.attention import attend, visible
 from ovis_jax.model.kernels import attention_report, choose_kernel
 
@@ -138,6 +140,57 @@ def test_blockwise_holds_no_scores_of_a_whole_prompt(gradient: bool):
     assert held["blockwise"][1] <= 4 * whole / 3
 
 
+# ----- splash, interpreted
+
+
+@pytest.mark.parametrize("window, cap, tensor", [(100, 5.0, False), (None, None, True)])
+def test_splash_prompts(window: int | None, cap: float | None, tensor: bool):
+    """On one device, and with rows and heads over a mesh in scope."""
+    *inputs, positions = *arrays(250, 128), padded(250)
+    how = {"window": window, "scale": 0.1, "cap": cap}
+    true = results(lambda *x: plain(*x, **how), *inputs, positions)
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+    with jax.set_mesh(mesh) if tensor else nullcontext():
+        got = results(lambda *x: splash.attend_prompt(*x, **how), *inputs, positions)
+    if tensor:
+        assert got[0].sharding.spec == PartitionSpec("data", None, "model")
+    check("splash prompts", got, true)
+
+
+def test_splash_crops_of_heads_of_72():
+    q, k, v, weights = arrays(150, 72)
+    k, v = (jnp.concatenate([x, -x], axis=1) for x in (k, v))
+    got, true = (
+        results(lambda q, k, v, _, f=f: f(q, k, v), q, k, v, weights, jnp.zeros((B, 150), int))
+        for f in (
+            lambda *x: splash.attend_crops(*x, scale=0.3),
+            lambda *x: attend(*x, None, scale=0.3),
+        )
+    )
+    check("splash crops", got, true)
+
+
+def run_by(attention, *inputs) -> str:
+    """The kernel that a function really calls."""
+    program = str(jax.make_jaxpr(attention)(*inputs))
+    if "splash_mha_fwd" in program:
+        return "splash"
+    return "blockwise" if "scan" in program else "plain"
+
+
+@pytest.mark.parametrize("setting", ["cpu", "gpu", "tpu", "plain"])
+def test_the_kernel_that_is_chosen_is_run(setting):
+    q, k, v, _ = arrays(250, 128)
+    how = {"scale": 0.1, "setting": setting}
+    prompt = run_by(
+        lambda *x: kernels.attend_prompt(*x, window=None, cap=None, **how), q, k, v, padded(250)
+    )
+    k = jnp.concatenate([k, k], axis=1)
+    crops = run_by(lambda *x: kernels.attend_crops(*x, **how), q, k, k)
+    assert prompt == choose_kernel(setting, "prefill", 250)
+    assert crops == choose_kernel(setting, "vision", 250)
+
+
 # ----- the choice
 
 
@@ -153,6 +206,13 @@ def test_blockwise_holds_no_scores_of_a_whole_prompt(gradient: bool):
         ("auto", "gpu", "vision", 729, "plain"),
         ("auto", "gpu", "decode", 1, "plain"),
         ("gpu", "cpu", "vision", 729, "plain"),
+        ("auto", "tpu", "prefill", 128, "plain"),
+        ("auto", "tpu", "prefill", 2048, "splash"),
+        ("auto", "tpu", "vision", 729, "splash"),
+        ("auto", "tpu", "decode", 1, "plain"),
+        ("tpu", "cpu", "prefill", 2048, "splash"),
+        ("splash", "tpu", "prefill", 300, "splash"),
+        ("splash", "tpu", "decode", 1, "plain"),
         ("auto", "METAL", "prefill", 2048, "plain"),
         ("plain", "cpu", "prefill", 2048, "plain"),
         ("plain", "cpu", "vision", 729, "plain"),
@@ -161,7 +221,26 @@ def test_blockwise_holds_no_scores_of_a_whole_prompt(gradient: bool):
     ],
 )
 def test_choice(setting, backend, call, T, expected):
-    assert choose_kernel(setting, call, T, backend=backend) == expected
+    assert choose_kernel(setting, call, T, backend=backend, spread=False) == expected
+
+
+def test_splash_is_not_chosen_where_it_would_have_to_be_split_without_a_mesh():
+    def chosen(spread=None):
+        return [
+            choose_kernel("auto", call, 729, backend="tpu", spread=spread)
+            for call in ("prefill", "vision")
+        ]
+
+    assert chosen(spread=True) == chosen() == ["blockwise", "plain"]  # 8 devices
+    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+        assert chosen() == ["splash", "splash"]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_forcing_a_kernel_that_cannot_run(backend):
+    message = f"attention is 'splash', which cannot run on {backend}: .*; use plain or blockwise"
+    with pytest.raises(RequestError, match=message):
+        choose_kernel("splash", "prefill", 300, backend=backend)
 
 
 def test_unknown_setting():
