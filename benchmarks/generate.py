@@ -1,103 +1,160 @@
-"""How long until the first token, and how many tokens a second after it?
+"""How long until the first token, what takes that long, and how many tokens a second after it?
 
-`python -m benchmarks.generate --model FOLDER` or `--preset tiny` with random weights. Times are of
-this machine in this minute: compare figures of one run only.
+`python -m benchmarks.generate --model FOLDER` or `--preset tiny` with random weights. Stages are
+timed apart, in turn, warm: `preprocess` is from PIL images (one a crop) and text to arrays, without
+a checkpoint the images alone; `vision` from pixels to visual embeddings; `prefill` reads prompts of
+the same length without crops; `first token` is the whole of them. A step's floor is all weights and
+the cache over the memory bandwidth that a copy reached in the same run. Times are of this machine
+in this minute: compare figures of one run only.
 """
 
-import json
-import statistics
-import time
+import resource
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Column, Table
+from PIL import Image
 
-from ovis_jax import Inputs, Ovis, generate, load, presets
-from ovis_jax.config import OvisConfig
-from ovis_jax.inputs.image import IMAGE_SLOT
+from benchmarks import floors, measure
+from benchmarks.models import PRESETS as PRESETS  # others take it from here
+from benchmarks.models import Checkpoint, Dtype, Measured, Preset, open_model, prompts
+from ovis_jax import generate
+from ovis_jax.inputs.image import ImageSettings
+from ovis_jax.inputs.image import crops as cut
 
-PRESETS = {
-    "tiny": presets.tiny,
-    "bench": presets.bench,
-    "9b": presets.ovis1_6_gemma2_9b,
-    "27b": presets.ovis1_6_gemma2_27b,
-}
+PICTURE = (640, 480)
 
 
-def prompts(config: OvisConfig, batch: int, length: int, crops: int) -> Inputs:
-    """Random text rows of `length` positions, of which `crops` crops a row are visual slots."""
-    slots = crops * config.visual_tokenizer.tokens_per_crop
-    length = max(length, slots + 2)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(108, config.decoder.vocab_size, (batch, length)).astype(np.int32)
-    tokens[:, 1 : 1 + slots] = IMAGE_SLOT
-    positions = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
-    side = config.vision.image_size
-    pixels = rng.normal(size=(batch * crops, side, side, 3)).astype(np.float32)
-    return Inputs(tokens, positions, pixels)
+def preprocess(measured: Measured, batch: int, crops: int) -> Callable[[], Any]:
+    """A call that makes the arrays of a batch."""
+    noise = np.random.default_rng(0).integers(0, 256, (*PICTURE[::-1], 3), np.uint8)
+    images = [[Image.fromarray(noise)] * crops for _ in range(batch)]
+    processor = measured.processor
+    if processor is not None:
+        texts = ["Describe the image."] * batch
+        return lambda: processor(texts, images, max_partition=1)
+    half = (0.5, 0.5, 0.5)
+    settings = ImageSettings(measured.model.config.vision.image_size, half, half, 1 / 255)
+    return lambda: [cut(image, settings, 1)[0] for row in images for image in row]
 
 
-def seconds(model: Ovis, params, inputs: Inputs, tokens: int, repeats: int) -> list[float]:
-    """Times of whole warm calls of `generate`; the call that compiles is not among them."""
+def peak_memory() -> dict[str, Any]:
+    """The most bytes held so far: by the first device where it counts them, else by the process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return {"bytes": stats["peak_bytes_in_use"], "of": "device"}
+    return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "of": "process"}
 
-    def call() -> float:
-        start = time.perf_counter()
-        out = generate(model, params, inputs, max_new_tokens=tokens, eos_ids=())
-        jax.block_until_ready(out)
-        return time.perf_counter() - start
 
-    call()
-    return [call() for _ in range(repeats)]
+def request(
+    measured: Measured,
+    dtype: str,
+    shape: tuple[int, int, int],
+    new_tokens: int,
+    repeats: int,
+    bandwidth: float,
+) -> dict[str, Any]:
+    """Measure requests of one shape: rows, positions, crops a row."""
+    batch, _, crops = shape
+    model, params = measured.model, measured.params
+    inputs = prompts(model.config, *shape)
+    length = inputs.tokens.shape[1]
+    text = prompts(model.config, batch, length, 0)
+    prefill, embed = jax.jit(model.prefill, static_argnums=2), jax.jit(model.embed_crops)
+    calls: dict[str, Callable[[], Any]] = {
+        "preprocess": preprocess(measured, batch, crops),
+        "vision": lambda: embed(params, inputs.pixels),
+        "prefill": lambda: prefill(params, text, length + 1),
+        "first": lambda: generate(model, params, inputs, max_new_tokens=1, eos_ids=()),
+        "whole": lambda: generate(model, params, inputs, max_new_tokens=new_tokens + 1, eos_ids=()),
+    }
+    if not crops:
+        del calls["vision"]
+    times = measure.alternate(calls, repeats)
+    first = [
+        a + b for a, b in zip(times["preprocess"].seconds, times["first"].seconds, strict=True)
+    ]
+    steps = [
+        max(whole - one, 1e-9) / new_tokens
+        for whole, one in zip(times["whole"].seconds, times["first"].seconds, strict=True)
+    ]
+    step = measure.Times(tuple(steps))
+    # In the middle of the answer, when half of its tokens are cached.
+    work = floors.decode(model.config, batch, length + new_tokens // 2, jnp.dtype(dtype).itemsize)
+    return {
+        "batch": batch,
+        "positions": length,
+        "crops": crops,
+        "first_token": measure.Times(tuple(first)).to_json(),
+        "preprocess": times["preprocess"].to_json(),
+        "vision": times["vision"].to_json() if crops else None,
+        "prefill": times["prefill"].to_json(),
+        "step": step.to_json(),
+        "tokens_per_second": batch / step.median,
+        "step_bytes": work.bytes,
+        "bandwidth_share": work.bytes / step.median / bandwidth,
+        "peak_memory": peak_memory(),
+    }
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="A checkpoint.")] = None,
-    preset: Annotated[str, typer.Option(help="Random weights: " + ", ".join(PRESETS))] = "tiny",
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "bfloat16",
-    batch: Annotated[list[int] | None, typer.Option(help="Rows; may be repeated.")] = None,
-    length: Annotated[int, typer.Option(help="Prompt positions.")] = 256,
-    crops: Annotated[int, typer.Option(help="Crops a row.")] = 1,
-    new_tokens: Annotated[int, typer.Option(help="Tokens written after the first.")] = 32,
-    repeats: Annotated[int, typer.Option()] = 5,
+    model: Checkpoint = None,
+    preset: Preset = "tiny",
+    dtype: Dtype = "bfloat16",
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; may be repeated.")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, help="Prompt positions; may be repeated.")
+    ] = None,
+    crops: Annotated[int, typer.Option(min=0, help="Crops a row.")] = 1,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Written after the first.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
     output: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG here.")] = None,
 ) -> None:
-    """Measure `generate` end to end, warm."""
-    if model is not None:
-        loaded = load(model, dtype=dtype)
-        ovis, params = loaded.model, loaded.params
-    else:
-        ovis = Ovis(PRESETS[preset]())
-        params = jax.jit(ovis.init, static_argnums=1)(jax.random.key(0), jnp.dtype(dtype))
-    names = ["batch", "first token s", "tokens/s", "spread"]
-    table = Table(*(Column(name, justify="right") for name in names))
-    rows = []
-    for rows_a_batch in batch or [1, 4]:
-        inputs = prompts(ovis.config, rows_a_batch, length, crops)
-        first = statistics.median(seconds(ovis, params, inputs, 1, repeats))
-        whole = seconds(ovis, params, inputs, new_tokens + 1, repeats)
-        rates = [rows_a_batch * new_tokens / max(time - first, 1e-9) for time in whole]
-        rate = statistics.median(rates)
-        rows.append(
-            {
-                "batch": rows_a_batch,
-                "first_token_seconds": first,
-                "tokens_per_second": rate,
-                "slowest": min(rates),
-                "fastest": max(rates),
-            }
-        )
-        spread = f"{min(rates):.1f} - {max(rates):.1f}"
-        table.add_row(str(rows_a_batch), f"{first:.3f}", f"{rate:.1f}", spread)
-    device = jax.devices()[0].device_kind
-    Console().print(f"{model or preset}, {dtype}, {length} positions, {crops} crop(s), {device}")
-    Console().print(table)
+    """Measure `generate` stage by stage, warm."""
+    measured = open_model(model, preset, dtype)
+    bandwidth = measure.copy_bandwidth()
+    rows = [
+        request(measured, dtype, (b, n, crops), new_tokens, repeats, bandwidth)
+        for n in length or [256]
+        for b in batch or [1, 4]
+    ]
+    names = ("preprocess", "vision", "prefill", "first_token", "step")
+    measure.print_table(
+        f"{measured.name}, {dtype}, {crops} crop(s) a row, {jax.devices()[0].device_kind}; copies "
+        f"reach {bandwidth / 1e9:.1f} GB/s; ms",
+        ["rows x positions", *names, "tokens/s", "of bandwidth", "peak MiB"],
+        [
+            (
+                f"{r['batch']} x {r['positions']}",
+                *(1e3 * r[name]["median"] if r[name] else "-" for name in names),
+                r["tokens_per_second"],
+                f"{r['bandwidth_share']:.1%}",
+                f"{r['peak_memory']['bytes'] / 2**20:.0f}",
+            )
+            for r in rows
+        ],
+    )
     if output is not None:
-        output.write_text(json.dumps({"device": device, "dtype": dtype, "rows": rows}, indent=2))
+        settings = {
+            "name": measured.name,
+            "dtype": dtype,
+            "new_tokens": new_tokens,
+            "copy_bytes_per_second": bandwidth,
+        }
+        measure.write_json(output, machine=measure.machine(), **settings, rows=rows)
+    if picture is not None:
+        labels = [f"{r['batch']} x {r['positions']}" for r in rows]
+        series = {
+            name: [1e3 * r[name]["median"] if r[name] else 0.0 for r in rows] for name in names
+        }
+        measure.plot(
+            picture, f"{measured.name}: generate, by rows x positions", labels, series, "ms"
+        )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from benchmarks.generate import prompts
+from benchmarks.models import prompts
 from ovis_jax import Ovis
 from ovis_jax.config import DecoderConfig, OvisConfig, VisionConfig, VisualTokenizerConfig
 from ovis_jax.inputs.conversation import IGNORED

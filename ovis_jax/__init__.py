@@ -4,7 +4,9 @@ from ovis_jax.config import OvisConfig
 from ovis_jax.errors import OvisError
 from ovis_jax.inference.generate import Generation, generate, stream
 from ovis_jax.inference.sampling import Sampling
+from ovis_jax.inference.warmup import warmup
 from ovis_jax.inputs.batch import Inputs
+from ovis_jax.inputs.buckets import Bucket
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.loading import LoadedOvis, load
 from ovis_jax.model.ovis import Ovis, forward
@@ -12,6 +14,7 @@ from ovis_jax.processes import start_processes
 from ovis_jax.sharding import FSDP, TENSOR, TENSOR_FSDP
 
 __all__ = [
+    "Bucket",
     "FSDP",
     "TENSOR",
     "TENSOR_FSDP",
@@ -28,4 +31,5 @@ __all__ = [
     "load",
     "start_processes",
     "stream",
+    "warmup",
 ]

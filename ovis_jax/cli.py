@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from ovis_jax import verify as golden_files
 from ovis_jax.checkpoint.params import plan_parameters
 from ovis_jax.checkpoint.source import find_source
+from ovis_jax.compile_cache import keep_compiled
 from ovis_jax.config import OvisConfig
 from ovis_jax.console import print_error
 from ovis_jax.errors import OvisError
@@ -248,6 +249,7 @@ def _read_line() -> str | None:
 
 def main() -> None:
     """Run the command line; bad input is one line on stderr and exit code 2."""
+    keep_compiled()
     try:
         app()
     except (OvisError, OSError) as error:

@@ -20,6 +20,8 @@ WIDE = str(GOLDEN / "images" / "wide.png")
 def run(*arguments: object, cwd: Path, text: str | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-W", "error", "-m", "ovis_jax", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    # One for all tests of a run: what one has compiled the next one reads.
+    environment |= {"XDG_CACHE_HOME": str(cwd.parent / "cache")}
     return subprocess.run(
         command, cwd=cwd, env=environment, input=text, capture_output=True, text=True, timeout=300
     )

@@ -155,7 +155,7 @@ def _begin(
     state = _State(
         cache=cache,
         last=jnp.full((B,), model.config.pad_id, jnp.int32),
-        done=jnp.zeros((B,), bool),
+        done=jnp.max(jnp.asarray(inputs.positions), axis=1) < 0,  # a row of padding
         seen=jnp.zeros(logits.shape, bool) if penalty else None,
         step=jnp.int32(0),
     )

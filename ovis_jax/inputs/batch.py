@@ -6,14 +6,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ovis_jax.config import OvisConfig
 from ovis_jax.errors import PromptError
+from ovis_jax.inputs.buckets import CROP_BUCKET, TOKEN_BUCKET, Bucket, bucket, choose
 from ovis_jax.inputs.conversation import IGNORED
 from ovis_jax.inputs.image import IMAGE_SLOT
-
-TOKEN_BUCKET = 64
-"""Rows are padded to 64, 128, ... 512, 640, 768, 896, 1024, 1280, ... positions."""
-CROP_BUCKET = 1
-"""Crops are padded to 0, 1, ... 8, 10, 12, 14, 16, 20, ... crops."""
 
 PADDING = -1
 """The position of what pads a row."""
@@ -47,17 +44,6 @@ class Example(NamedTuple):
     pixels: np.ndarray
 
 
-def bucket(n: int, unit: int) -> int:
-    """The smallest length >= n of a fixed ladder: 8 steps of `unit`, then 4 steps an octave.
-
-    What it adds to n is less than `unit`, or less than a quarter of n. Zero stays zero.
-    """
-    step = unit
-    while 8 * step < n:
-        step *= 2
-    return -(-n // step) * step
-
-
 def last_positions(example: Example, limit: int, tokens_per_crop: int) -> Example:
     """Keep the last `limit` positions; a crop that would lose some of its slots goes as a whole."""
     tokens, labels = example.tokens[-limit:], example.labels[-limit:]
@@ -85,22 +71,33 @@ def first_positions(example: Example, limit: int) -> Example:
 
 
 def pad_batch(
-    rows: Sequence[np.ndarray], pixels: np.ndarray, *, pad_id: int, max_length: int
+    rows: Sequence[np.ndarray],
+    pixels: np.ndarray,
+    config: OvisConfig,
+    buckets: Sequence[Bucket] = (),
 ) -> Inputs:
     """Pad rows int [t] and crops float32 [i, H, W, C] to their buckets.
 
     Args:
       rows: the ids of each row, every crop expanded to its slots.
       pixels: the crops of all rows, in order of appearance.
-      pad_id: the id that pads a row.
-      max_length: no row is padded beyond this.
+      config: names the id that pads a row, and the length beyond which none is padded.
+      buckets: the shapes to choose from, rows of padding included; none for those of the ladder.
+
+    Raises:
+      RequestError: none of `buckets` holds the batch.
     """
     longest = max(len(row) for row in rows)
-    length = max(longest, min(bucket(longest, TOKEN_BUCKET), max_length))
-    padded = np.zeros((bucket(len(pixels), CROP_BUCKET), *pixels.shape[1:]), np.float32)
+    if buckets:
+        shape = choose(buckets, len(rows), longest, len(pixels))
+    else:
+        length = max(longest, min(bucket(longest, TOKEN_BUCKET), config.multimodal_max_length))
+        shape = Bucket(len(rows), length, bucket(len(pixels), CROP_BUCKET))
+    padded = np.zeros((shape.crops, *pixels.shape[1:]), np.float32)
     padded[: len(pixels)] = pixels
-    positions = pad_rows([np.arange(len(row)) for row in rows], length, PADDING)
-    return Inputs(pad_rows(rows, length, pad_id), positions, padded)
+    rows = [*rows, *[np.zeros(0, np.int32)] * (shape.rows - len(rows))]
+    positions = pad_rows([np.arange(len(row)) for row in rows], shape.length, PADDING)
+    return Inputs(pad_rows(rows, shape.length, config.pad_id), positions, padded)
 
 
 def pad_rows(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from ovis_jax.inputs.batch import (
     last_positions,
     pad_batch,
 )
+from ovis_jax.inputs.buckets import Bucket
 from ovis_jax.inputs.conversation import (
     IGNORED,
     Formatted,
@@ -50,6 +51,7 @@ class Processor:
     config: OvisConfig
     tokenizer: Tokenizer
     image_settings: ImageSettings
+    buckets: tuple[Bucket, ...] = ()  # that batches are padded to; none: inputs/buckets.py's ladder
 
     @classmethod
     def from_folder(cls, folder: Path, config: OvisConfig) -> Self:
@@ -104,6 +106,7 @@ class Processor:
         Raises:
           PromptError: a prompt is empty, malformed, too long, or does not go with its images.
           ImageError: an image cannot be decoded or cut into crops.
+          RequestError: none of the processor's `buckets` holds the batch.
         """
         if isinstance(prompts, str) or not prompts:
             raise PromptError("prompts must be a list of at least one prompt")
@@ -126,7 +129,7 @@ class Processor:
             formatted = format_prompt(turns, self.tokenizer, beginning, control=control, name=name)
             examples.append(self._example(formatted, row_images, partition, name, keep))
         pixels = np.concatenate([example.pixels for example in examples])
-        return self._pad([example.tokens for example in examples], pixels)
+        return pad_batch([e.tokens for e in examples], pixels, self.config, self.buckets)
 
     def training_example(
         self,
@@ -197,7 +200,8 @@ class Processor:
                 f"pixel_values has the shape {list(pixels.shape)}, expected "
                 f"{[num_crops, 3, side, side]}: one crop for each {IMAGE_SLOT} in input_ids"
             )
-        return self._pad([self._expand(row, row) for row in rows], pixels.transpose(0, 2, 3, 1))
+        rows = [self._expand(row, row) for row in rows]
+        return pad_batch(rows, pixels.transpose(0, 2, 3, 1), self.config, self.buckets)
 
     def decode(self, tokens: ArrayLike) -> str | list[str]:
         """Decode generated ids up to the first stop id, special ids left out.
@@ -286,10 +290,6 @@ class Processor:
             )
         if not len(row):
             raise PromptError(f"{name} is nothing but padding")
-
-    def _pad(self, rows: Sequence[np.ndarray], pixels: np.ndarray) -> Inputs:
-        limit = self.config.multimodal_max_length
-        return pad_batch(rows, pixels, pad_id=self.config.pad_id, max_length=limit)
 
 
 def _one_each(values: Sequence[Entry], batch: int, name: str) -> Sequence[Entry]:

@@ -17,6 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ovis_jax.inputs.batch import Inputs
+from ovis_jax.model.kernels import Setting
 from ovis_jax.model.kv_cache import Cache
 from ovis_jax.model.ovis import Ovis, Params
 from ovis_jax.plan import arguments, program
@@ -125,7 +126,9 @@ def compile_step(case: Case, step: Step) -> Any:
     """
     devices = devices_of(case.topology)
     mesh = Mesh(np.array(devices).reshape(case.data, case.model), ("data", "model"))
-    model, params = Ovis(case.config), arguments.nested(arguments.params(case, mesh))
+    attention: Setting = "tpu" if case.topology.device.platform == "tpu" else "gpu"
+    model = Ovis(case.config, attention=attention)
+    params = arguments.nested(arguments.params(case, mesh))
     cache = arguments.cache(case, mesh)
     logits = NamedSharding(mesh, PartitionSpec("data", "model"))
     places = (logits, jax.tree.map(lambda x: x.sharding, cache))

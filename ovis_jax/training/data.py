@@ -13,7 +13,8 @@ import grain
 import numpy as np
 
 from ovis_jax.errors import DataError, OvisError
-from ovis_jax.inputs.batch import PADDING, Example, Inputs, bucket, pad_rows
+from ovis_jax.inputs.batch import PADDING, Example, Inputs, pad_rows
+from ovis_jax.inputs.buckets import bucket
 from ovis_jax.inputs.conversation import IGNORED
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.training.losses import Batch, Pairs

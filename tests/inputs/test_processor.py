@@ -7,13 +7,11 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import ConfigError, ImageError, PromptError
-from ovis_jax.inputs.batch import bucket
+from ovis_jax.inputs.buckets import bucket
 from ovis_jax.inputs.conversation import from_original
 from ovis_jax.inputs.image import open_image
 from ovis_jax.inputs.processor import Processor
@@ -146,23 +144,6 @@ def test_control_marks_in_a_text():
 def test_spelled_out_padding_has_no_position():
     for a, b in zip(processor()(["ab<pad>\t"]), processor()(["ab\t"]), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_ladder():
-    steps = sorted({bucket(n, 64) for n in range(1, 2000)})
-    assert steps[:8] == [64, 128, 192, 256, 320, 384, 448, 512]
-    assert steps[8:] == [640, 768, 896, 1024, 1280, 1536, 1792, 2048]
-    crops = sorted({bucket(n, 1) for n in range(30)})
-    assert crops == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32]
-
-
-@given(st.integers(0, 10**6), st.integers(1, 256))
-def test_buckets_waste_little(n, unit):
-    length = bucket(n, unit)
-    assert n <= length and length % unit == 0
-    assert length - n < unit or 4 * (length - n) < n
-    assert bucket(length, unit) == length
-    assert n == 0 or bucket(n - 1, unit) <= length
 
 
 def test_no_bucket_is_longer_than_the_longest_prompt():

@@ -1,0 +1,139 @@
+"""After `warmup` the shapes that it was told of compile nothing."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import jax
+import jax.monitoring
+import jaxtyping
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ovis_jax import presets
+from ovis_jax.errors import RequestError
+from ovis_jax.inference.generate import generate, stream
+from ovis_jax.inference.sampling import Sampling
+from ovis_jax.inference.warmup import warmup
+from ovis_jax.inputs.batch import Inputs
+from ovis_jax.inputs.buckets import Bucket
+from ovis_jax.model.ovis import Ovis
+from ovis_jax.sharding import TENSOR
+
+
+def small() -> Ovis:
+    """One vision block and two of the decoder: every program has to be compiled."""
+    c = presets.tiny()
+    vision = replace(c.visual_tokenizer.vision, depth=1)
+    tokenizer = replace(c.visual_tokenizer, vision=vision)
+    return Ovis(replace(c, visual_tokenizer=tokenizer, decoder=replace(c.decoder, depth=2)))
+
+
+@pytest.fixture(scope="module")
+def ovis():
+    model = small()
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
+def batch(bucket: Bucket, seed: int) -> Inputs:
+    """Prompts of that shape: visual slots, text, and a shorter last row."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(108, 600, (bucket.rows, bucket.length)).astype(np.int32)
+    tokens[0, : 9 * bucket.crops] = -300
+    positions = np.tile(np.arange(bucket.length, dtype=np.int32), (bucket.rows, 1))
+    positions[-1, -3:] = -1
+    pixels = rng.normal(size=(bucket.crops, 70, 70, 3)).astype(np.float32)
+    return Inputs(tokens, positions, pixels)
+
+
+@contextmanager
+def compilations():
+    """The compilations (or reads of a compiled program) within the block."""
+    found = []
+
+    def count(event: str, seconds: float, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+
+
+def test_a_warm_shape_compiles_nothing(ovis):
+    model, params = ovis
+    buckets = [Bucket(1, 30, 1), Bucket(2, 24, 0)]
+    limits = dict(max_new_tokens=7, eos_ids=())
+    with compilations() as found:
+        warm = warmup(model, params, buckets, chunk=3, **limits)
+    assert [w.bucket for w in warm] == buckets and all(w.seconds > 0 for w in warm)
+    assert len(found) >= 6  # of each: generate, the first chunk, the others
+    with compilations() as found:
+        for bucket in buckets:
+            inputs = batch(bucket, 1)
+            whole = np.asarray(generate(model, params, inputs, **limits).tokens)
+            pieces = [
+                np.asarray(p.tokens) for p in stream(model, params, inputs, chunk=3, **limits)
+            ]
+            assert np.concatenate(pieces, axis=1)[:, :7].tolist() == whole.tolist()
+        assert found == []
+        generate(model, params, batch(Bucket(1, 31, 1), 1), **limits)
+        assert len(found) > 0
+
+
+def test_sampling_values_need_no_other_program(ovis, monkeypatch):
+    # Lowering makes a Sampling of descriptions of arrays, which is none to the checks of the tests.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    model, params = ovis
+    shape = Bucket(1, 20, 0)
+    limits = dict(max_new_tokens=4, eos_ids=[1, 107])
+    tried = Sampling(1.0, top_k=1, repetition_penalty=1.0)
+    warmup(model, params, [shape], jax.random.key(0), sampling=tried, **limits)
+    key, sampling = jax.random.key(3), Sampling(0.5, top_k=9, repetition_penalty=1.3)
+    with compilations() as found:
+        limits["eos_ids"] = [5, 6]
+        generate(model, params, batch(shape, 2), key, sampling=sampling, **limits)
+    assert found == []
+
+
+def test_on_a_mesh(ovis, lay):
+    """Parameters cut over two devices, the inputs on both."""
+    model, params = ovis
+    placed, mesh = lay(params, model.config, (1, 2), TENSOR)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    shape, limits = Bucket(1, 20, 1), dict(max_new_tokens=5, eos_ids=())
+    warmup(model, placed, [shape], chunk=1, sharding=sharding, **limits)
+    inputs = jax.device_put(batch(shape, 3), sharding)
+    with compilations() as found:
+        out = generate(model, placed, inputs, **limits)
+        pieces = list(stream(model, placed, inputs, **limits))
+    assert found == []
+    assert [int(p.tokens[0, 0]) for p in pieces] == out.tokens[0].tolist()
+
+
+def test_a_row_of_padding_is_done_from_the_start(ovis):
+    model, params = ovis
+    inputs = batch(Bucket(2, 24, 0), 4)
+    inputs.positions[1] = -1
+    out = generate(model, params, inputs, max_new_tokens=7, eos_ids=())
+    assert out.lengths.tolist() == [7, 0]
+    assert out.tokens[1].tolist() == [0] * 7 and not out.log_probs[1].any()
+
+
+@pytest.mark.parametrize(
+    "buckets, more, message",
+    [
+        ([], {}, "there is no bucket"),
+        ([Bucket(1, 64), (1, 9000)], {}, "at most 8192 positions"),
+        ([Bucket(1, 64, 50)], {}, "hold 0 to 7 crops"),
+        ([(64,)], {}, r"buckets\[0\] is \(64,\), expected a Bucket"),
+        ([Bucket(1, 64)], dict(max_new_tokens=0), "max_new_tokens is 0"),
+        ([Bucket(1, 64)], dict(chunk=0), "chunk is 0"),
+        ([Bucket(1, 64)], dict(sampling=Sampling(1.0)), "needs a key"),
+    ],
+)
+def test_bad_requests(ovis, buckets, more, message):
+    with pytest.raises(RequestError, match=message):
+        warmup(*ovis, buckets, **dict(max_new_tokens=4) | more)
