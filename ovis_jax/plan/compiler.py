@@ -126,14 +126,16 @@ def compile_step(case: Case, step: Step) -> Any:
     """
     devices = devices_of(case.topology)
     mesh = Mesh(np.array(devices).reshape(case.data, case.model), ("data", "model"))
-    attention: Setting = "tpu" if case.topology.device.platform == "tpu" else "gpu"
-    model = Ovis(case.config, attention=attention)
+    tpu = case.topology.device.platform == "tpu"
+    setting: Setting = "tpu" if tpu else "gpu"
+    model = Ovis(case.config, attention=setting)
     params = arguments.nested(arguments.params(case, mesh))
     cache = arguments.cache(case, mesh)
     logits = NamedSharding(mesh, PartitionSpec("data", "model"))
     places = (logits, jax.tree.map(lambda x: x.sharding, cache))
-    # Without a default device of the platform, GPU kernels are left out without a word.
-    with jax.default_device(devices[0]) if case.topology.device.platform == "cuda" else _nothing():
+    # The attention kernel of TPUs is cut by the mesh in scope; without a default device of the
+    # platform, GPU kernels are left out without a word.
+    with jax.set_mesh(mesh) if tpu else jax.default_device(devices[0]):
         if step == "decode":
             jitted = jax.jit(model.decode, donate_argnums=2, out_shardings=places)
             lowered = jitted.lower(params, arguments.tokens(case, mesh, (case.batch,)), cache)
@@ -141,9 +143,6 @@ def compile_step(case: Case, step: Step) -> Any:
             jitted = jax.jit(partial(_prefill, model, case.max_length), out_shardings=places)
             lowered = jitted.lower(params, arguments.inputs(case, mesh))
         return lowered.compile()
-
-
-_nothing = contextlib.nullcontext
 
 
 def _prefill(model: Ovis, max_length: int, params: Params, inputs: Inputs) -> tuple[Any, Cache]:
