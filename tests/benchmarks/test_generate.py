@@ -30,7 +30,6 @@ def test_every_stage_of_every_shape(small, monkeypatch, tmp_path):
     for stage in STAGES:
         assert 0 < row[stage]["fastest"] <= row[stage]["median"] <= row[stage]["slowest"]
         assert row[stage]["repeats"] == 2
-    assert row["first_token"]["fastest"] > row["preprocess"]["fastest"]
     assert row["tokens_per_second"] == pytest.approx(2 / row["step"]["median"])
     assert row["step_bytes"] == floors.decode(small, 2, 24 + 1, 4).bytes
     floor = row["step_bytes"] / found["copy_bytes_per_second"]
