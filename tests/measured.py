@@ -7,7 +7,8 @@ _found: list[tuple[str, float, float]] = []
 
 def record(name: str, difference: float, allowed: float) -> None:
     """Note a difference that the running test has found and what it may be."""
-    _found.append((name, difference, allowed))
+    # Numbers of numpy's own kind cannot pass from a worker to the table.
+    _found.append((name, float(difference), float(allowed)))
 
 
 def take() -> list[tuple[str, float, float]]:
