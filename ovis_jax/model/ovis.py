@@ -146,7 +146,7 @@ class Ovis:
 
         def embed(part: tuple[Array, Array]) -> Float[Array, "I m D"]:
             number, x = part
-            part_key = None if key is None or parts == 1 else jax.random.fold_in(key, number)
+            part_key = key if key is None or parts == 1 else jax.random.fold_in(key, number)
             tokens = apply(tokenizer, params["visual_tokenizer"], x, part_key)
             return embed_words(tokens.probabilities, params["visual_embedding"])
 
