@@ -16,7 +16,6 @@ import typer
 from rich.console import Console
 
 from benchmarks.checkpoints import make
-from benchmarks.generate import PRESETS
 from benchmarks.measure import (
     Times,
     alternate,
@@ -26,8 +25,10 @@ from benchmarks.measure import (
     pin,
     plot,
     print_table,
+    spread,
     write_json,
 )
+from benchmarks.models import PRESETS
 from benchmarks.torch_cases import STAGES, Bench, Case
 from benchmarks.torch_side import TorchSide
 from ovis_jax import load
@@ -65,11 +66,6 @@ def name(row: dict[str, Any]) -> str:
 
 def report(rows: list[dict[str, Any]], title: str) -> None:
     """Print all rows."""
-
-    def milliseconds(times: dict[str, Any]) -> str:
-        low, middle, high = (times[key] * 1e3 for key in ("fastest", "median", "slowest"))
-        return f"{middle:.4g} ({low:.4g}-{high:.4g})"
-
     print_table(
         title,
         ["stage", "dtype", "ours ms", "PyTorch ms", "ratio", "in a round", "floor ms"],
@@ -77,8 +73,8 @@ def report(rows: list[dict[str, Any]], title: str) -> None:
             [
                 name(row),
                 row["dtype"],
-                milliseconds(row["ours"]),
-                milliseconds(row["torch"]),
+                spread(row["ours"]),
+                spread(row["torch"]),
                 f"{row['ratio']:.2f}",
                 f"{row['ratio_lowest']:.2f}-{row['ratio_highest']:.2f}",
                 f"{row['floor_seconds'] * 1e3:.4g}",

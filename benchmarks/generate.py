@@ -20,7 +20,6 @@ import typer
 from PIL import Image
 
 from benchmarks import floors, measure
-from benchmarks.models import PRESETS as PRESETS  # others take it from here
 from benchmarks.models import Checkpoint, Dtype, Measured, Preset, open_model, prompts
 from ovis_jax import generate
 from ovis_jax.inputs.image import ImageSettings

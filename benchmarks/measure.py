@@ -46,8 +46,13 @@ class Times:
 
     def text(self, unit: float = 1e3) -> str:
         """Median and spread, in milliseconds unless `unit` (of a second) says otherwise."""
-        low, high = min(self.seconds) * unit, max(self.seconds) * unit
-        return f"{self.median * unit:.4g} ({low:.4g} - {high:.4g})"
+        return spread(self.to_json(), unit)
+
+
+def spread(times: Mapping[str, Any], unit: float = 1e3) -> str:
+    """What `Times.to_json` gave as `Times.text` says it."""
+    low, middle, high = (times[key] * unit for key in ("fastest", "median", "slowest"))
+    return f"{middle:.4g} ({low:.4g} - {high:.4g})"
 
 
 def alternate(

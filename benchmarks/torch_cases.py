@@ -13,8 +13,8 @@ from PIL import Image
 
 from benchmarks import floors
 from benchmarks.floors import Work
-from benchmarks.generate import prompts
 from benchmarks.measure import alternate, nbytes
+from benchmarks.models import prompts
 from benchmarks.torch_side import CacheKind, TorchSide
 from ovis_jax import Inputs, LoadedOvis, generate, stream
 
