@@ -16,7 +16,7 @@ from golden_copies import GOLDEN
 from ovis_jax import Inputs, OvisError, forward, generate
 from ovis_jax.processes import start_processes
 
-WORKER = Path(__file__).parent / "two_processes.py"
+ROOT = Path(__file__).parents[1]
 
 
 def free_port() -> int:
@@ -111,9 +111,9 @@ def test_what_cannot_be_started(started, address, index, complaint):
 
 def test_two_processes_answer_as_one(load_golden, tmp_path):
     address = f"localhost:{free_port()}"
-    command = [sys.executable, str(WORKER), address]
+    command = [sys.executable, "-m", "tests.two_processes", address]
     running = [
-        subprocess.Popen([*command, str(index), str(GOLDEN / "tiny-f32"), str(tmp_path)])
+        subprocess.Popen([*command, str(index), str(GOLDEN / "tiny-f32"), str(tmp_path)], cwd=ROOT)
         for index in (0, 1)
     ]
     assert [process.wait() for process in running] == [0, 0]

@@ -4,10 +4,10 @@ import dataclasses
 from functools import partial
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 
 from ovis_jax import presets
 from ovis_jax.errors import RequestError
@@ -215,21 +215,12 @@ def test_a_known_shape_compiles_nothing(tiny, golden):
     assert not np.array_equal(second.tokens, first.tokens)
     key = jax.random.key(1)
     arguments |= dict(sampling=Sampling(1, 7, 0.5, 2), eos_ids=[1, 108])
-    compiled = []
-
-    def count(event: str, seconds: float, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
+    with compilations() as compiled:
         generate(tiny.model, tiny.params, second, key, **arguments)
         list(stream(tiny.model, tiny.params, second, key, **arguments))
         assert compiled == []
         generate(tiny.model, tiny.params, second, key, max_new_tokens=9)
         assert compiled  # the counter counts
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)
 
 
 def test_decode_gives_its_cache_away(tiny):

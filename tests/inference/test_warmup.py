@@ -1,13 +1,12 @@
 """After `warmup` the shapes that it was told of compile nothing."""
 
-from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
-import jax.monitoring
 import jaxtyping
 import numpy as np
 import pytest
+from compilations import compilations
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ovis_jax import presets
@@ -44,22 +43,6 @@ def batch(bucket: Bucket, seed: int) -> Inputs:
     positions[-1, -3:] = -1
     pixels = rng.normal(size=(bucket.crops, 70, 70, 3)).astype(np.float32)
     return Inputs(tokens, positions, pixels)
-
-
-@contextmanager
-def compilations():
-    """The compilations (or reads of a compiled program) within the block."""
-    found = []
-
-    def count(event: str, seconds: float, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)
 
 
 def test_a_warm_shape_compiles_nothing(ovis):
