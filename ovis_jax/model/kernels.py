@@ -5,7 +5,7 @@ else a kernel cannot do, `why_not` says. A decode step has a single query and is
 """
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 from jax import Array
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import RequestError
-from ovis_jax.model import blockwise, splash
+from ovis_jax.model import blockwise
 from ovis_jax.model.attention import attend, visible
 
 Kernel = Literal["plain", "blockwise", "splash"]
@@ -158,8 +158,7 @@ def attend_prompt(
     kernel = choose_kernel(setting, "prefill", q.shape[1])
     if kernel == "plain":
         return attend(q, k, v, visible(positions, positions, window), scale=scale, cap=cap)
-    module = splash if kernel == "splash" else blockwise
-    return module.attend_prompt(q, k, v, positions, window=window, scale=scale, cap=cap)
+    return _module(kernel).attend_prompt(q, k, v, positions, window=window, scale=scale, cap=cap)
 
 
 def attend_crops(
@@ -178,5 +177,13 @@ def attend_crops(
     kernel = choose_kernel(setting, "vision", q.shape[1])
     if kernel == "plain":
         return attend(q, k, v, None, scale=scale)
-    module = splash if kernel == "splash" else blockwise
-    return module.attend_crops(q, k, v, scale=scale)
+    return _module(kernel).attend_crops(q, k, v, scale=scale)
+
+
+def _module(kernel: Kernel) -> Any:
+    """The module of a kernel; Pallas, which is slow to import, only where it is chosen."""
+    if kernel == "blockwise":
+        return blockwise
+    from ovis_jax.model import splash
+
+    return splash

@@ -112,9 +112,7 @@ class Ovis:
           and probabilities are not read; where they are, it gathers them from a mesh.
         """
         c = self.config
-        encoder = VisionEncoder(c.vision, remat=self.remat, attention=self.attention)
-        vision = apply(encoder, params["vision"], pixels)
-        merged = merge_patches(vision[-1], c.visual_tokenizer.hidden_stride)
+        vision, merged = self._see(params, pixels)
         tokenizer = VisualTokenizer(c.visual_tokenizer)
         tokens = apply(tokenizer, params["visual_tokenizer"], merged, key)
         embeddings = embed_words(tokens.probabilities, params["visual_embedding"])
@@ -135,11 +133,8 @@ class Ovis:
         are spread over devices stay where they are. The parts divide the tokens: none is padded.
         Under gumbel_argmax each part draws with a key of its own.
         """
-        c = self.config
-        encoder = VisionEncoder(c.vision, attention=self.attention)
-        tokenizer = VisualTokenizer(c.visual_tokenizer)
-        features = apply(encoder, params["vision"], pixels)[-1]
-        merged = merge_patches(features, c.visual_tokenizer.hidden_stride)
+        tokenizer = VisualTokenizer(self.config.visual_tokenizer)
+        _, merged = self._see(params, pixels)
         crops, M, width = merged.shape
         enough = -(crops * M // -VISUAL_TOKENS_AT_ONCE)
         parts = next(n for n in range(min(enough, M), M + 1) if M % n == 0)
@@ -153,6 +148,15 @@ class Ovis:
         x = merged.reshape(crops, parts, M // parts, width).swapaxes(0, 1)
         x = jax.lax.map(embed, (jnp.arange(parts), x))  # [parts, I, m, D]
         return x.swapaxes(0, 1).reshape(crops, M, -1)
+
+    def _see(
+        self, params: Params, pixels: Float[Array, "I h w C"]
+    ) -> tuple[tuple[Float[Array, "I P E"], ...], Float[Array, "I M merged"]]:
+        """The states of the vision encoder, and the merged patches of the last."""
+        c = self.config
+        encoder = VisionEncoder(c.vision, remat=self.remat, attention=self.attention)
+        vision = apply(encoder, params["vision"], pixels)
+        return vision, merge_patches(vision[-1], c.visual_tokenizer.hidden_stride)
 
     def embed_inputs(
         self,

@@ -13,7 +13,7 @@ from ovis_jax.errors import OvisError
 from ovis_jax.inputs.batch import CROP_BUCKET, Inputs, bucket
 from ovis_jax.model.kv_cache import Cache, num_slots
 from ovis_jax.plan.devices import Topology
-from ovis_jax.sharding import TENSOR, letter_sizes, param_shapes, param_shardings
+from ovis_jax.sharding import TENSOR, param_shapes, param_shardings
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,3 @@ def matrix_shapes(case: Case) -> list[tuple[int, ...]]:
         if path.startswith("decoder/") and len(shape) == 2:
             found += [shape, places[path].shard_shape(shape)]
     return found
-
-
-def head_sizes(config: OvisConfig) -> dict[str, int]:
-    """The decoder's letters."""
-    return letter_sizes(config, "decoder/")

@@ -7,6 +7,7 @@ from ovis_jax.model.kv_cache import num_slots
 from ovis_jax.plan import arguments
 from ovis_jax.plan.arguments import Case
 from ovis_jax.plan.program import bytes_a_device
+from ovis_jax.sharding import letter_sizes
 
 MARGIN = 0.05
 """The share of a device's memory that a plan leaves free: for the code of programs, memory in
@@ -88,7 +89,7 @@ def decode_temp(case: Case) -> int:
     With b = B / data rows and m = model, in float32: logits b V/m twice, scores and weights of one
     block b N/m S twice, the residual b D three times and a gated MLP b F/m twice.
     """
-    n = arguments.head_sizes(case.config)
+    n = letter_sizes(case.config, "decoder/")
     rows = case.batch // case.data
     split = n["V"] + n["N"] * case.max_length + n["F"]
     return rows * (2 * split // case.model + 3 * n["D"]) * FLOAT32 + COMPILER
@@ -104,7 +105,7 @@ def prefill_temp(case: Case) -> int:
     4 b N/m T T, the scores of one block, as plain attention holds them for all queries together.
     The images' is `vision_temp`; their embeddings, s I M D, stay until the decoder has read them.
     """
-    n = arguments.head_sizes(case.config)
+    n = letter_sizes(case.config, "decoder/")
     s, positions = case.item_bytes, case.batch // case.data * case.max_length
     heads = (2 * n["N"] + 4 * n["K"]) * n["H"]
     decoder = s * positions * (3 * n["D"] + (heads + 3 * n["F"]) // case.model)
@@ -142,7 +143,7 @@ def floors(case: Case, need: Needs) -> Floors:
     as the output matrix; where it is a matrix of its own, looking up rows reads next to nothing.
     Each block sums twice over "model": with n devices a device sends 2 (n - 1) / n of the sum.
     """
-    device, n = case.topology.device, arguments.head_sizes(case.config)
+    device, n = case.topology.device, letter_sizes(case.config, "decoder/")
     decoder = case.config.decoder
     weights = need.weights["decoder"]
     if not decoder.tie_embeddings:
@@ -175,7 +176,7 @@ def prefill_flops(case: Case) -> float:
     each position sees; the vision encoder's matrices at every patch and its attention, the visual
     head and the product with the visual table at every visual token.
     """
-    c, n = case.config, arguments.head_sizes(case.config)
+    c, n = case.config, letter_sizes(case.config, "decoder/")
     T, B = case.max_length, case.batch
     matrices = 2 * (n["N"] + n["K"]) * n["H"] * n["D"] + 3 * n["F"] * n["D"]
     pairs = sum(_seen(T, num_slots(c.decoder, i, T)) for i in range(c.decoder.depth))

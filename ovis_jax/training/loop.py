@@ -60,8 +60,11 @@ def train(config: TrainConfig, console: Console) -> bool:
         f"{len(run.train):,} rows to learn from, {len(run.validation):,} to score answers on",
         highlight=False,
     )
-    facts = {"config": _facts(config), "model": run.model.config.to_hf()[0]}
-    facts["padded"] = run.padded(learned)
+    facts = {
+        "config": _facts(config),
+        "model": run.model.config.to_hf()[0],
+        "padded": run.padded(learned),
+    }
     store = Store(config.output, config.run.keep, facts)
     maker = run.example_maker()
     data = batches(run.train, maker, run.batch_shape(), config.run.seed)
