@@ -73,9 +73,12 @@ TINY := checkpoints/ovis-tiny
 TINY_DATA := data/ovis-tiny
 ovis-tiny: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 ovis-tiny: $(VENV)/train
-	rm -rf $(TINY) $(TINY_DATA) $(TINY_DATA)-hard
+	rm -rf $(TINY) $(TINY_DATA) $(TINY_DATA)-hard $(TINY_DATA)-places
 	$(BIN)/python -m recipes.ovis_tiny.draw_data $(TINY_DATA)
-	$(BIN)/python -m recipes.ovis_tiny.draw_data $(TINY_DATA)-hard --seed 1 --hard --validation 0 --test 0
+	$(BIN)/python -m recipes.ovis_tiny.draw_data $(TINY_DATA)-hard --seed 1 --validation 0 --test 0 \
+		--more count=2 count_colour=2 exists=2 where=2 follow_up=2
+	$(BIN)/python -m recipes.ovis_tiny.draw_data $(TINY_DATA)-places --seed 4 --validation 0 --test 0 \
+		--more where=5 follow_up=3 count_colour=2
 	$(BIN)/python -m recipes.ovis_tiny.tokenizer $(TINY_DATA)/train.jsonl $(TINY)/tokenizer
 	$(BIN)/python -m recipes.ovis_tiny.start $(TINY)/tokenizer $(TINY)/start
 	$(BIN)/python -m recipes.ovis_tiny.sight $(TINY)/start $(TINY)/sight
@@ -85,7 +88,8 @@ ovis-tiny: $(VENV)/train
 	$(BIN)/ovis-jax train recipes/ovis_tiny/stage3.toml
 	$(BIN)/python -m recipes.ovis_tiny.sight $(TINY)/stage3/model $(TINY)/aligned-again --words --hold 6 --steps 300 --seed 2
 	$(BIN)/ovis-jax train recipes/ovis_tiny/stage4.toml
-	$(BIN)/python -m convert.to_hf $(TINY)/stage4/model $(TINY)/hub --dtype bfloat16
+	$(BIN)/ovis-jax train recipes/ovis_tiny/stage5.toml
+	$(BIN)/python -m convert.to_hf $(TINY)/stage5/model $(TINY)/hub --dtype bfloat16
 	$(BIN)/python -m recipes.ovis_tiny.score $(TINY)/hub $(TINY_DATA)/test.jsonl --json $(TINY)/scores.json
 	$(BIN)/python -m recipes.ovis_tiny.card $(TINY)/hub $(TINY)/scores.json $(TINY_DATA)/test.jsonl
 	rm -rf ovis_jax/assets/ovis-tiny

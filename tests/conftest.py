@@ -27,6 +27,18 @@ install_import_hook(
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
 
+AS_USERS_COMPILE = {
+    "test_parity.py",
+    "test_reference.py",
+    "test_verify.py",
+    "test_not_in_goldens.py",
+    "test_attention.py",
+    "test_loop_memory.py",
+    "test_ovis_tiny.py",
+    "test_readme.py",
+}
+"""Tests of numbers, answers and memory. All others' programs take half the time to compile."""
+
 GOLDEN = Path(__file__).parent / "golden"
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -36,6 +48,18 @@ collect_ignore_glob = [] if HAS_TORCH else ["reference/*", "*/test_parity.py", "
 def pytest_report_header() -> str:
     against = "PyTorch and the golden files" if HAS_TORCH else "the golden files alone"
     return f"compared with {against}"
+
+
+@pytest.hookimpl(tryfirst=True)  # before any fixture compiles
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    wanted = str(item.path.name not in AS_USERS_COMPILE).lower()
+    if os.environ.get(name) != wanted:
+        import jax
+
+        os.environ[name] = wanted  # for processes under test
+        jax.config.update(name.lower(), wanted == "true")
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
@@ -75,14 +99,23 @@ def load_golden():
 
 
 @pytest.fixture(scope="session")
-def random_tiny():
-    """A model of the tiny preset, whose 69 visual rows no mesh divides, with random parameters."""
+def shallow():
+    """A shallow model, whose 69 visual rows no mesh divides, with random parameters."""
     import jax
+    from shallow import shallow_config
 
-    from ovis_jax import Ovis, presets
+    from ovis_jax import Ovis
 
-    model = Ovis(presets.tiny())
+    model = Ovis(shallow_config())
     return model, jax.jit(model.init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def shallow_checkpoint(tmp_path_factory) -> Path:
+    """The golden float32 checkpoint with its first blocks alone; not to be changed."""
+    from shallow import copy_shallow
+
+    return copy_shallow(tmp_path_factory.mktemp("checkpoint") / "shallow")
 
 
 @pytest.fixture(scope="session")

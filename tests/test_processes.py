@@ -11,9 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from golden_copies import GOLDEN
 
-from ovis_jax import Inputs, OvisError, forward, generate
+from ovis_jax import Inputs, OvisError, forward, generate, load
 from ovis_jax.processes import start_processes
 
 ROOT = Path(__file__).parents[1]
@@ -109,15 +108,15 @@ def test_what_cannot_be_started(started, address, index, complaint):
     assert not started
 
 
-def test_two_processes_answer_as_one(load_golden, tmp_path):
+def test_two_processes_answer_as_one(shallow_checkpoint, tmp_path):
     address = f"localhost:{free_port()}"
     command = [sys.executable, "-m", "tests.two_processes", address]
     running = [
-        subprocess.Popen([*command, str(index), str(GOLDEN / "tiny-f32"), str(tmp_path)], cwd=ROOT)
+        subprocess.Popen([*command, str(index), str(shallow_checkpoint), str(tmp_path)], cwd=ROOT)
         for index in (0, 1)
     ]
     assert [process.wait() for process in running] == [0, 0]
-    ovis = load_golden("tiny-f32", None)
+    ovis = load(shallow_checkpoint)
     found = np.load(tmp_path / "found.npz")
     inputs = Inputs(found["tokens"], found["positions"], found["pixels"])
     expected = generate(ovis.model, ovis.params, inputs, max_new_tokens=8, eos_ids=())

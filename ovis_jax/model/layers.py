@@ -50,13 +50,19 @@ def linear(
     if isinstance(w, LowRank):
         y = linear(x, w.w, bias, out_dtype=out_dtype)
         return y + linear(linear(x, w.a), w.b, out_dtype=out_dtype)
-    y = jax.lax.platform_dependent(
+    y = _product(x, w, np.dtype(out_dtype))
+    return y if bias is None else y + bias.astype(out_dtype)
+
+
+# Jitted so that a shape is traced once, not in every block; inlined, it leaves no trace itself.
+@partial(jax.jit, static_argnums=2, inline=True)
+def _product(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
+    return jax.lax.platform_dependent(
         x,
         w,
         cpu=partial(_matmul_cpu, out_dtype=out_dtype),
         default=partial(_matmul, out_dtype=out_dtype),
     )
-    return y if bias is None else y + bias.astype(out_dtype)
 
 
 def _matmul(x: Array, w: Array, out_dtype: DTypeLike) -> Array:

@@ -44,6 +44,8 @@ class LearnSection(Section):
     """Of DPO."""
     label_smoothing: Fraction = 0.0
     """Of DPO."""
+    chosen_weight: Number = 0.0
+    """Of the preferred answers' own cross-entropy beside DPO's loss."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "LearnSection":
@@ -134,6 +136,7 @@ class TrainConfig(Section):
             adapter_scale=1.0 if lora is None else lora.scale,
             beta=self.learn.beta,
             label_smoothing=self.learn.label_smoothing,
+            chosen_weight=self.learn.chosen_weight,
         )
 
 

@@ -44,6 +44,7 @@ English and German. It knows nothing else of the world: it is for demonstrations
    there is one.
 6. {stage3}: the hard kinds of questions more often.
 7. `sight --words` again, for places; then {stage4}.
+8. {stage5}: where things are more often.
 
 ## What it scores
 
@@ -85,7 +86,7 @@ def card(model: Path, scores: Path, test: Path) -> str:
         colours=len(COLOURS),
         words=len(WORDS),
         vocabulary=config.decoder.vocab_size,
-        **{name: stage(name) for name in ("stage1", "stage2", "stage3", "stage4")},
+        **{name: stage(name) for name in map("stage{}".format, range(1, 6))},
         test=len(test.read_text(encoding="utf-8").splitlines()),
         table=table(json.loads(scores.read_text())),
     )

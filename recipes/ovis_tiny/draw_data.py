@@ -11,7 +11,7 @@ import argparse
 import json
 import multiprocessing
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 from recipes.ovis_tiny.languages import LANGUAGES
 from recipes.ovis_tiny.questions import COLOUR_KINDS, KINDS
 from recipes.ovis_tiny.rows import (
+    NO_MORE,
+    WEIGHTS,
     Row,
     listing_row,
     preference_row,
@@ -37,11 +39,16 @@ Lines = dict[str, list[dict[str, Any]]]
 
 
 def train_lines(
-    folder: Path, index: int, *, seed: int, colour: str = "", hard: bool = False
+    folder: Path,
+    index: int,
+    *,
+    seed: int,
+    colour: str = "",
+    more: Mapping[str, float] = NO_MORE,
 ) -> Lines:
     """Draw training row `index` and give its lines; with a colour, every other row is about it."""
     rng = random.Random(f"{seed} train {colour} {index}")
-    row = training_row(rng, colour if index % 2 else "", hard)
+    row = training_row(rng, colour if index % 2 else "", more)
     line, names = _finish(row, folder, "train", index)
     listed = [
         {"id": f"describe-{index}-{number}", "image": name, **listing_row(rng, scene).entry}
@@ -121,6 +128,13 @@ def _drawn(make: Callable[[int], Lines], number: int, workers: int) -> Iterator[
             yield from pool.imap(make, range(number), chunksize=100)
 
 
+def _factor(argument: str) -> tuple[str, float]:
+    kind, _, times = argument.partition("=")
+    if kind not in WEIGHTS:
+        raise argparse.ArgumentTypeError(f"{kind} is not a kind of {', '.join(WEIGHTS)}")
+    return kind, float(times)
+
+
 def main() -> None:
     """Read the command line and write the data sets."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -137,12 +151,19 @@ def main() -> None:
         default="",
         help="ask about things of this colour: in every other training row, and in all that score",
     )
-    parser.add_argument("--hard", action="store_true", help="ask hard kinds more in training")
+    parser.add_argument(
+        "--more",
+        type=_factor,
+        nargs="+",
+        default=[],
+        metavar="KIND=TIMES",
+        help="how many times as often as usual a kind is asked in training",
+    )
     args = parser.parse_args()
     shared = {"seed": args.seed, "colour": args.colour}
     counts: dict[str, int] = {}
     for make, number in (
-        (partial(train_lines, **shared, hard=args.hard), args.train),
+        (partial(train_lines, **shared, more=dict(args.more)), args.train),
         (partial(scored_lines, split="validation", **shared), args.validation),
         (partial(scored_lines, split="test", **shared), args.test),
         (partial(pair_lines, seed=args.seed), args.pairs),

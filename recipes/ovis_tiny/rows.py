@@ -4,8 +4,9 @@ A row names its pictures by where they are to be written; `Row.scenes` says what
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from recipes.ovis_tiny import questions
@@ -43,9 +44,8 @@ WEIGHTS = {
 }
 """How often a kind is asked about a training picture; hard kinds more."""
 
-HARD_KINDS = ("count", "count_colour", "exists", "where", "follow_up")
-HARD_FACTOR = 2
-"""How much more often the hard kinds are asked in rows for the last stage of training."""
+NO_MORE: Mapping[str, float] = MappingProxyType({})
+"""No kind is asked more often than WEIGHTS says."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Row:
     entry: dict[str, Any]
 
 
-def training_row(rng: random.Random, colour: str = "", hard: bool = False) -> Row:
+def training_row(rng: random.Random, colour: str = "", more: Mapping[str, float] = NO_MORE) -> Row:
     """Make a row of one to four questions, mostly three or four, about the same picture.
 
-    With a `colour`, the picture has things of that colour, and every question names it. With
-    `hard`, the hard kinds are asked more.
+    With a `colour`, the picture has things of that colour, and every question names it. `more`
+    says how many times as often as WEIGHTS has it a kind is asked.
     """
     kind = rng.random()
     if colour:
@@ -80,7 +80,7 @@ def training_row(rng: random.Random, colour: str = "", hard: bool = False) -> Ro
         asked = [questions.compare(first, second), questions.count_one(first, second, rng)]
         return _row((first, second), rng.sample(asked, 2), rng)
     scene = _single(rng, "train", columns=_columns(rng))
-    return _row((scene,), _about(scene, rng, hard=hard), rng)
+    return _row((scene,), _about(scene, rng, more=more), rng)
 
 
 def listing_row(rng: random.Random, scene: Scene) -> Row:
@@ -173,11 +173,11 @@ def _pair(rng: random.Random, split: str) -> tuple[Scene, Scene]:
 
 
 def _about(
-    scene: Scene, rng: random.Random, colour: str = "", hard: bool = False
+    scene: Scene, rng: random.Random, colour: str = "", more: Mapping[str, float] = NO_MORE
 ) -> list[Question]:
     """One to four different questions about a scene; a description comes last."""
     number = rng.choices((1, 2, 3, 4), (1, 1, 4, 4))[0]
-    weights = [w * (HARD_FACTOR if hard and k in HARD_KINDS else 1) for k, w in WEIGHTS.items()]
+    weights = [weight * more.get(kind, 1) for kind, weight in WEIGHTS.items()]
     found: list[Question] = []
     if scene.text and not colour:
         kind = "digit" if scene.digit else "word"

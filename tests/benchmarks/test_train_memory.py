@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from shallow import shallow_config
 
 from benchmarks.train_memory import Case, arguments, measure, table
 from ovis_jax import presets
@@ -45,7 +46,7 @@ def test_adapters_of_the_9b(mesh):
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "adapters"])
 def test_the_state_is_given_away_whole(mesh, adapters):
-    result = measure(presets.tiny(), mesh, dataclasses.replace(TINY, adapters=adapters))
+    result = measure(shallow_config(), mesh, dataclasses.replace(TINY, adapters=adapters))
     assert result["state"] <= result["aliased"] < result["arguments"]
     assert result["arguments"] >= result["state"] + result["frozen"]
     assert result["collectives"]["all-gather"]["count"] > 0

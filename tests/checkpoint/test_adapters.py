@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from golden_copies import GOLDEN, rewrite_shard, same_bits
 from jax.sharding import Mesh, PartitionSpec
 from random_adapters import random_adapters
+from shallow import shallow_config
 
 from ovis_jax import presets
 from ovis_jax.checkpoint import writer
@@ -113,9 +114,10 @@ def test_they_change_answers_as_their_sum_does(folder, load_golden, golden):
 
 def test_on_a_mesh(tmp_path):
     """A model whose sizes divide, untied so that the output matrix has an adapter too."""
-    tokenizer = dataclasses.replace(CONFIG.visual_tokenizer, vocab_size=72)
-    decoder = dataclasses.replace(CONFIG.decoder, tie_embeddings=False)
-    config = dataclasses.replace(CONFIG, visual_tokenizer=tokenizer, decoder=decoder)
+    shallow = shallow_config()
+    tokenizer = dataclasses.replace(shallow.visual_tokenizer, vocab_size=72)
+    decoder = dataclasses.replace(shallow.decoder, tie_embeddings=False)
+    config = dataclasses.replace(shallow, visual_tokenizer=tokenizer, decoder=decoder)
     params = jax.jit(Ovis(config).init)(jax.random.key(0))
     adapters = random_adapters(config)
     assert "decoder/unembed/a" in adapters

@@ -52,13 +52,13 @@ def inputs():
 
 
 @pytest.fixture(scope="module")
-def expected(random_tiny, inputs):
-    return answer(*random_tiny, inputs)
+def expected(shallow, inputs):
+    return answer(*shallow, inputs)
 
 
 @pytest.mark.parametrize("shape, rules", MESHES)
-def test_a_mesh_changes_nothing(random_tiny, inputs, expected, lay, shape, rules):
-    model, params = random_tiny
+def test_a_mesh_changes_nothing(shallow, inputs, expected, lay, shape, rules):
+    model, params = shallow
     placed, mesh = lay(params, model.config, shape, rules)
     rows = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec("data")))
     same(answer(model, placed, rows), expected)
@@ -76,9 +76,9 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("function", ["st_argmax", "gumbel_argmax"])
-def test_padding_is_never_the_likeliest_word(random_tiny, lay, function):
+def test_padding_is_never_the_likeliest_word(shallow, lay, function):
     """Not even where every true word is less likely than the padding's logit, which is 0."""
-    model, params = random_tiny
+    model, params = shallow
     low = params["visual_tokenizer"]["norm"] | {"bias": jnp.full(64, -100.0)}
     params = params | {"visual_tokenizer": params["visual_tokenizer"] | {"norm": low}}
     config = replace(model.config.visual_tokenizer, tokenize_function=function)

@@ -1,7 +1,5 @@
 """After `warmup` the shapes that it was told of compile nothing."""
 
-from dataclasses import replace
-
 import jax
 import jaxtyping
 import numpy as np
@@ -9,29 +7,13 @@ import pytest
 from compilations import compilations
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ovis_jax import presets
 from ovis_jax.errors import RequestError
 from ovis_jax.inference.generate import generate, stream
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inference.warmup import warmup
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.buckets import Bucket
-from ovis_jax.model.ovis import Ovis
 from ovis_jax.sharding import TENSOR
-
-
-def small() -> Ovis:
-    """One vision block and two of the decoder: every program has to be compiled."""
-    c = presets.tiny()
-    vision = replace(c.visual_tokenizer.vision, depth=1)
-    tokenizer = replace(c.visual_tokenizer, vision=vision)
-    return Ovis(replace(c, visual_tokenizer=tokenizer, decoder=replace(c.decoder, depth=2)))
-
-
-@pytest.fixture(scope="module")
-def ovis():
-    model = small()
-    return model, jax.jit(model.init)(jax.random.key(0))
 
 
 def batch(bucket: Bucket, seed: int) -> Inputs:
@@ -45,8 +27,8 @@ def batch(bucket: Bucket, seed: int) -> Inputs:
     return Inputs(tokens, positions, pixels)
 
 
-def test_a_warm_shape_compiles_nothing(ovis):
-    model, params = ovis
+def test_a_warm_shape_compiles_nothing(shallow):
+    model, params = shallow
     buckets = [Bucket(1, 30, 1), Bucket(2, 24, 0)]
     limits = dict(max_new_tokens=7, eos_ids=())
     with compilations() as found:
@@ -66,10 +48,10 @@ def test_a_warm_shape_compiles_nothing(ovis):
         assert len(found) > 0
 
 
-def test_sampling_values_need_no_other_program(ovis, monkeypatch):
+def test_sampling_values_need_no_other_program(shallow, monkeypatch):
     # Lowering makes a Sampling of descriptions of arrays, which is none to the checks of the tests.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    model, params = ovis
+    model, params = shallow
     shape = Bucket(1, 20, 0)
     limits = dict(max_new_tokens=4, eos_ids=[1, 107])
     tried = Sampling(1.0, top_k=1, repetition_penalty=1.0)
@@ -81,9 +63,9 @@ def test_sampling_values_need_no_other_program(ovis, monkeypatch):
     assert found == []
 
 
-def test_on_a_mesh(ovis, lay):
+def test_on_a_mesh(shallow, lay):
     """Parameters cut over two devices, the inputs on both."""
-    model, params = ovis
+    model, params = shallow
     placed, mesh = lay(params, model.config, (1, 2), TENSOR)
     sharding = NamedSharding(mesh, PartitionSpec())
     shape, limits = Bucket(1, 20, 1), dict(max_new_tokens=5, eos_ids=())
@@ -96,8 +78,8 @@ def test_on_a_mesh(ovis, lay):
     assert [int(p.tokens[0, 0]) for p in pieces] == out.tokens[0].tolist()
 
 
-def test_a_row_of_padding_is_done_from_the_start(ovis):
-    model, params = ovis
+def test_a_row_of_padding_is_done_from_the_start(shallow):
+    model, params = shallow
     inputs = batch(Bucket(2, 24, 0), 4)
     inputs.positions[1] = -1
     out = generate(model, params, inputs, max_new_tokens=7, eos_ids=())
@@ -117,6 +99,6 @@ def test_a_row_of_padding_is_done_from_the_start(ovis):
         ([Bucket(1, 64)], dict(sampling=Sampling(1.0)), "needs a key"),
     ],
 )
-def test_bad_requests(ovis, buckets, more, message):
+def test_bad_requests(shallow, buckets, more, message):
     with pytest.raises(RequestError, match=message):
-        warmup(*ovis, buckets, **dict(max_new_tokens=4) | more)
+        warmup(*shallow, buckets, **dict(max_new_tokens=4) | more)

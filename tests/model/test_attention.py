@@ -10,6 +10,7 @@ import measured
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
+from shallow import shallow_config
 
 from ovis_jax import Ovis, presets
 from ovis_jax.errors import RequestError
@@ -259,7 +260,7 @@ def test_report_of_the_9b():
 
 def test_a_model_hands_its_setting_down(monkeypatch):
     """Each setting gives the same answer, and each kernel is really run."""
-    config = presets.tiny()
+    config = shallow_config()
     visual_tokenizer = replace(  # 144 patches, more than a block
         config.visual_tokenizer, vision=replace(config.vision, image_size=168)
     )

@@ -17,9 +17,9 @@ def crops(number: int) -> jax.Array:
 
 
 @pytest.mark.parametrize("at_once", [1, 5, 12, 27])
-def test_parts_change_nothing(random_tiny, monkeypatch, at_once):
+def test_parts_change_nothing(shallow, monkeypatch, at_once):
     """Three crops of nine tokens: nine parts, nine again, three, and one."""
-    model, params = random_tiny
+    model, params = shallow
     monkeypatch.setattr(ovis, "VISUAL_TOKENS_AT_ONCE", at_once)
     found = jax.jit(model.embed_crops)(params, crops(3))
     expected = model.embed_images(params, crops(3)).embeddings
@@ -46,8 +46,8 @@ def test_memory_does_not_grow_with_the_crops():
     assert temporary(model.embed_crops, 160) < 0.7 * distributions
 
 
-def test_crops_on_many_devices_stay_where_they_are(random_tiny, monkeypatch):
-    model, params = random_tiny
+def test_crops_on_many_devices_stay_where_they_are(shallow, monkeypatch):
+    model, params = shallow
     monkeypatch.setattr(ovis, "VISUAL_TOKENS_AT_ONCE", 24)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     pixels = jax.device_put(crops(8), NamedSharding(mesh, PartitionSpec("data")))

@@ -1,4 +1,5 @@
 import json
+import random
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from ovis_jax.inputs.processor import Processor
 from recipes.ovis_tiny import draw_data
 from recipes.ovis_tiny.languages import LANGUAGES
 from recipes.ovis_tiny.questions import COLOUR_KINDS, KINDS
+from recipes.ovis_tiny.rows import training_row
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "tiny-f32"
@@ -170,3 +172,12 @@ def test_the_new_colour_is_kept_for_where_it_is_asked_for(data, tmp_path):
     ]
     assert {row["kind"] for row in test} == {*COLOUR_KINDS, "follow_up"}
     assert all(PINK.search(" ".join(said(row))) for row in test)
+
+
+def test_a_kind_is_asked_more_often():
+    def asked(**more: float) -> int:
+        rows = [training_row(random.Random(seed), more=more) for seed in range(300)]
+        turns = [turn for row in rows for turn in row.entry["conversations"]]
+        return sum(" where " in f" {turn['value'].lower()} " for turn in turns)
+
+    assert asked(where=5) > 1.5 * asked() > 0

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from golden_copies import GOLDEN, read_tensors, same_bits
+from golden_copies import read_tensors, same_bits
 from rich.console import Console
 
 from ovis_jax.checkpoint.writer import write_json
@@ -32,18 +31,19 @@ QUIET = Console(quiet=True)
 
 
 @pytest.fixture
-def write_config(tmp_path, write_rows):
-    """Write a config of a short run on the golden checkpoint; gives its path."""
+def write_config(tmp_path, write_rows, shallow_checkpoint):
+    """Write a config of a short run on the shallow checkpoint; gives its path."""
 
-    def write(*lines: str, model=GOLDEN / "tiny-f32", rows=None):
+    def write(*lines: str, rows=None):
         data = rows or write_rows("train.jsonl", 12)
         text = f"""
-            model = "{model}"
+            model = "{shallow_checkpoint}"
             output = "{tmp_path / "run"}"
             learn.parts = ["llm", "visual_embedding"]
             data.train = ["{data}"]
             data.rows = 2
             data.length_unit = 128
+            data.max_partition = 1
             optimizer.learning_rate = 3e-3
             run.steps = {STEPS}
             run.log_every = 2
@@ -60,7 +60,7 @@ def run(path, *overrides: str) -> bool:
     return loop.train(read_config(path, overrides), QUIET)
 
 
-def test_a_run_learns_and_leaves_a_model(write_config, write_rows, tmp_path):
+def test_a_run_learns_and_leaves_a_model(write_config, write_rows, tmp_path, shallow_checkpoint):
     held_out = write_rows("validation.jsonl", 5)
     # The rate falls to 0, so that no processor's last bit decides what the rarest row has learned.
     decay = "optimizer.decay_steps = 30"
@@ -88,7 +88,7 @@ def test_a_run_learns_and_leaves_a_model(write_config, write_rows, tmp_path):
     assert b"accuracy_by_kind/square" in events.read_bytes()
 
     ovis = load(tmp_path / "run/model")
-    before = flatten_dict(load(GOLDEN / "tiny-f32").params, sep="/")
+    before = flatten_dict(load(shallow_checkpoint).params, sep="/")
     for name, value in flatten_dict(ovis.params, sep="/").items():
         changed = not np.array_equal(value, before[name])
         assert changed == name.startswith(("decoder", "visual_embedding")), name
@@ -170,12 +170,12 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(write_config, tmp_path)
     assert_same_end(final_params(tmp_path), expected)
 
 
-def test_adapters_are_left_apart(write_config, tmp_path):
+def test_adapters_are_left_apart(write_config, tmp_path, shallow_checkpoint):
     path = write_config()
     path.write_text(path.read_text().replace("learn.parts", "#"))
     assert run(path, "learn.lora.rank=2", "learn.lora.scale=2.0")
-    plain = load(GOLDEN / "tiny-f32")
-    adapted = load(GOLDEN / "tiny-f32", adapters=tmp_path / "run/adapters")
+    plain = load(shallow_checkpoint)
+    adapted = load(shallow_checkpoint, adapters=tmp_path / "run/adapters")
     inputs = plain.processor(["Hi"])
     logits = [np.asarray(forward(o.model, o.params, inputs)) for o in (plain, adapted)]
     assert np.abs(logits[0] - logits[1]).max() > 0.1
@@ -233,12 +233,12 @@ def test_bad_rows_are_fatal_or_left_out_by_name(write_config, write_rows, tmp_pa
     assert "row 8: no turn from gpt" in said and re.search(r"row 9: .*gone\.png", said)
 
 
-def test_another_run_in_the_same_folder(write_config, tmp_path):
+def test_another_run_in_the_same_folder(write_config, tmp_path, shallow_checkpoint):
     path = write_config()
     assert run(path, "run.steps=4")
     with pytest.raises(CheckpointError, match=r"config\.optimizer\.learning_rate was 0\.003 and"):
         run(path, "run.steps=4", "optimizer.learning_rate=1e-3")
-    model = shutil.copytree(GOLDEN / "tiny-f32", tmp_path / "other")
+    model = shutil.copytree(shallow_checkpoint, tmp_path / "other")
     config = json.loads((model / "config.json").read_text())
     config["llm_config"]["sliding_window"] = 8
     write_json(model / "config.json", config)
@@ -290,12 +290,15 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(write_config, tmp_path, m
     shutil.rmtree(tmp_path / "run")
     ask_to_stop(monkeypatch, 2)
     assert not run(path)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    try:
-        with pytest.raises(OSError, match="could not be written.*the last good one is of step 2"):
-            run(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    # In a process of its own, where no file may grow beyond 100 blocks.
+    limited = ["sh", "-c", 'ulimit -f 100; exec "$0" "$@"']
+    ended = subprocess.run(
+        [*limited, sys.executable, "-m", "ovis_jax", "train", str(path)],
+        env=os.environ | {"COLUMNS": "1000", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2
+    assert re.search("could not be written.*the last good one is of step 2", ended.stderr)
     assert run(path)
     assert_same_end(final_params(tmp_path), expected)

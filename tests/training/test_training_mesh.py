@@ -16,9 +16,9 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def case(random_tiny):
+def case(shallow):
     """A tiny model, eight rows of one crop each, and their losses and what they teach."""
-    model, params = random_tiny
+    model, params = shallow
     rng = np.random.default_rng(0)
     tokens = rng.integers(108, 600, (8, 24)).astype(np.int32)
     tokens[:, 1:10] = -300

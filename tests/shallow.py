@@ -1,0 +1,42 @@
+"""The tiny model with few blocks: compiling them is most of what tests cost."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from golden_copies import copy_golden, read_tensors, rewrite_shard
+
+from ovis_jax import presets
+from ovis_jax.config import OvisConfig
+
+VISION_DEPTH, DECODER_DEPTH = 1, 2
+"""The decoder's two blocks: one sees a window, one everything."""
+
+
+def shallow_config() -> OvisConfig:
+    """The preset `tiny`, with these blocks."""
+    c = presets.tiny()
+    vision = replace(c.visual_tokenizer.vision, depth=VISION_DEPTH)
+    return replace(
+        c,
+        visual_tokenizer=replace(c.visual_tokenizer, vision=vision),
+        decoder=replace(c.decoder, depth=DECODER_DEPTH),
+    )
+
+
+def copy_shallow(destination: Path) -> Path:
+    """A copy of the golden float32 checkpoint with its first blocks alone."""
+    folder = copy_golden("tiny-f32", destination)
+    config = json.loads((folder / "config.json").read_text())
+    config["llm_config"]["num_hidden_layers"] = DECODER_DEPTH
+    config["visual_tokenizer_config"]["backbone_config"]["num_hidden_layers"] = VISION_DEPTH
+    (folder / "config.json").write_text(json.dumps(config))
+    gone = {}
+    for key in read_tensors(folder):
+        block = re.search(r"(llm|encoder).*\.layers\.(\d+)\.", key)
+        depth = {"llm": DECODER_DEPTH, "encoder": VISION_DEPTH}
+        if block and int(block[2]) >= depth[block[1]]:
+            gone[key] = None
+    rewrite_shard(folder / "model.safetensors", gone)
+    return folder
