@@ -13,7 +13,7 @@ PYTHON ?= $(call python,python3 python3.11 python3.12 python3.13 python3.14 $(PY
 PYTHON_NEWEST ?= $(call python,python3.14 python3.13 python3 $(PYENV_PYTHONS),13)
 
 .PHONY: demo test test-newest lint format bench bench-parts bench-train bench-train-memory \
-	bench-accelerators ovis-tiny pink short clean
+	bench-accelerators bench-conversion ovis-tiny pink short clean
 
 demo: $(VENV)/run
 	rm -rf checkpoints/demo
@@ -62,6 +62,11 @@ bench-train: $(VENV)/test
 # Ten minutes.
 bench-train-memory: $(VENV_TPU)/tpu
 	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m benchmarks.train_memory
+
+# Conversions of a checkpoint as large as the published one beside `cp -r`; needs 62 GB of disk.
+bench-conversion: $(VENV)/test
+	test -d checkpoints/random-9b || $(BIN)/python -m benchmarks.make_checkpoint --config 9b checkpoints/random-9b
+	$(BIN)/python -m benchmarks.conversion checkpoints/random-9b --folder checkpoints
 
 # The 9B's decode step and prefill compiled for TPU slices; the rows for GPUs by arithmetic.
 bench-accelerators: $(VENV_TPU)/tpu

@@ -36,5 +36,5 @@ def exits(dst: Path) -> Iterator[Console]:
         print_error(errors, error)
         raise typer.Exit(3) from None
     except KeyboardInterrupt:
-        print_error(errors, f"interrupted; {dst} was not written")
+        print_error(errors, f"interrupted; {dst} was not written; the same command goes on with it")
         raise typer.Exit(4) from None

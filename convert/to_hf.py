@@ -17,9 +17,19 @@ from rich.console import Console
 from convert.exits import exits
 from convert.peft import export_adapters
 from convert.report import progress_bar
-from convert.transfer import Dtype, OnProgress, copy_small_files, counted, merged_pieces, pieces
+from convert.transfer import (
+    Dtype,
+    OnProgress,
+    check_unchanged,
+    copy_small_files,
+    counted,
+    merged_pieces,
+    pieces,
+    result_facts,
+)
 from ovis_jax.checkpoint.adapters import Adapters, load_adapters
 from ovis_jax.checkpoint.folder import ADVICE, locate, open_checkpoint
+from ovis_jax.checkpoint.journal import left_behind, unfinished
 from ovis_jax.checkpoint.keymap import UNUSED, hub_keys, unused_shapes
 from ovis_jax.checkpoint.params import is_converted, plan_parameters
 from ovis_jax.checkpoint.problems import CheckpointProblems, Problem
@@ -32,7 +42,6 @@ from ovis_jax.checkpoint.writer import (
     check_destination,
     check_space,
     tensor_bytes,
-    whole_or_absent,
     write_tensors,
 )
 from ovis_jax.config import OvisConfig
@@ -74,7 +83,8 @@ def export(
     tensor; otherwise the parameters stay as they are and only those of `source` are cast to match.
     The low-rank adapters of the folder `merge` are added into their matrices in float32, one whole
     matrix at a time in memory; `src` may then be in the Hub's layout, and is its own `source`.
-    Returns how many tensors were written.
+    What an interrupted export has left in `dst`.partial is kept as far as it is sound. Returns how
+    many tensors were written.
 
     Raises:
       ConfigError: a config is missing or not supported.
@@ -82,14 +92,17 @@ def export(
         not in `source` as they should be, or `merge` belongs to another config; with a row for
         every fault.
       OvisError: `src` is not a converted folder, `merge` holds no adapters, `source` is not in the
-        Hub's layout, `dtype` is not one of the three, or `dst` exists and is not an empty folder.
+        Hub's layout, `dtype` is not one of the three, `dst` exists and is not an empty folder,
+        another process is writing it, or `dst`.partial was begun with something else.
       OSError: a file cannot be read or written, or the disk is too small.
     """
     src, dst = Path(src), Path(dst)
     check_destination(dst)
     plan = _prepare(src, None if source is None else Path(source), merge, dtype)
     total = sum(tensor_bytes(*tensor) for tensor in plan.tensors.values())
-    check_space(dst, total)
+    added = [] if merge is None else [path.stat() for path in sorted(Path(merge).iterdir())]
+    settings = [max_shard_bytes, *((found.st_size, found.st_mtime_ns) for found in added)]
+    facts = result_facts(plan.entries, plan.tensors, *settings)
 
     def chunks(key: str) -> Iterator[memoryview]:
         if key not in plan.entries:
@@ -100,10 +113,12 @@ def export(
             return merged_pieces(entry, a, b, added.scale, plan.dtype)
         return pieces(entry, plan.dtype)
 
-    with whole_or_absent(dst) as partial:
-        stream = counted(chunks, total, progress)
-        write_tensors(partial, plan.tensors, stream, max_shard_bytes, _METADATA)
+    check_space(dst, total - left_behind(dst))
+    with unfinished(dst, facts, checksums=False) as (partial, journal):
+        stream = counted(chunks, total, progress, journal)
+        write_tensors(partial, plan.tensors, stream, max_shard_bytes, _METADATA, journal)
         copy_small_files(src, partial, plan.files, None if dtype is None else plan.dtype)
+        check_unchanged(plan.entries.values(), facts["sources"])
     return len(plan.tensors)
 
 

@@ -1,16 +1,22 @@
 """What a conversion moves in either direction: tensors in pieces, small files as they are."""
 
+import hashlib
+import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ovis_jax.checkpoint.journal import Journal
+from ovis_jax.checkpoint.problems import printable
 from ovis_jax.checkpoint.safetensors_files import DTYPES, TensorEntry, read_chunks
-from ovis_jax.checkpoint.writer import array_pieces, cast, with_dtype, write_json
+from ovis_jax.checkpoint.writer import Tensors, array_pieces, cast, with_dtype, write_json
+from ovis_jax.errors import CheckpointError
 from ovis_jax.fields import read_json
 from ovis_jax.model.layers import LowRank
 
@@ -50,8 +56,53 @@ def merged_pieces(
     return array_pieces(cast(entry.key, np.asarray(LowRank(w, a * scale, b).merged()), dtype))
 
 
-def counted(chunks: Chunks, total: int, progress: OnProgress | None) -> Chunks:
-    """The same pieces, of which `progress` is told one by one; `total` is the bytes of them all."""
+def result_facts(
+    entries: Mapping[str, TensorEntry], tensors: Tensors, *settings: Hashable
+) -> dict[str, Any]:
+    """What a result depends on: the files read, where in them each tensor stands, and settings.
+
+    Raises:
+      OSError: a file is not there.
+    """
+    layout = [(name, str(x.path), x.dtype, x.start, x.stop) for name, x in entries.items()]
+    written = hashlib.sha256(json.dumps([layout, [*tensors.items()], settings]).encode())
+    versions = {name: version(name) for name in ("ovis-jax", "numpy")}
+    facts = {"sources": _sources(entries.values()), "tensors and options": written.hexdigest()}
+    return facts | {"versions": versions}
+
+
+def _sources(entries: Iterable[TensorEntry]) -> dict[str, Any]:
+    """Size and time of change, in nanoseconds, of the files that tensors are read from.
+
+    Raises:
+      OSError: one is not there.
+    """
+    stats = {str(path): path.stat() for path in {entry.path for entry in entries}}
+    return {path: [found.st_size, found.st_mtime_ns] for path, found in sorted(stats.items())}
+
+
+def check_unchanged(entries: Iterable[TensorEntry], before: Mapping[str, Any]) -> None:
+    """Refuse a result of files that were written to while they were read.
+
+    Raises:
+      CheckpointError: one is not what it was.
+      OSError: one is not there any more.
+    """
+    for name, found in _sources(entries).items():
+        if found != before[name]:
+            raise CheckpointError(
+                f"{printable(name)} has changed while it was read; see that nothing writes to it"
+                " and start again"
+            )
+
+
+def counted(
+    chunks: Chunks, total: int, progress: OnProgress | None, journal: Journal | None = None
+) -> Chunks:
+    """The same pieces, of which `progress` is told one by one; `total` is the bytes of them all.
+
+    What the `journal` keeps counts as done.
+    """
     done = 0
 
     def count(name: str) -> Iterator[memoryview]:
@@ -60,7 +111,8 @@ def counted(chunks: Chunks, total: int, progress: OnProgress | None) -> Chunks:
             yield piece
             done += len(piece)
             if progress is not None:
-                progress(name, done, total)
+                kept = 0 if journal is None else journal.kept  # headers too
+                progress(name, min(done + kept, total), total)
 
     return count
 

@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ovis_jax import verify as golden_files
+from ovis_jax.checkpoint import checksums
 from ovis_jax.checkpoint.params import plan_parameters
+from ovis_jax.checkpoint.problems import CheckpointProblems
 from ovis_jax.checkpoint.source import find_source
 from ovis_jax.compile_cache import keep_compiled
 from ovis_jax.config import OvisConfig
@@ -188,10 +190,16 @@ def train(
 
 
 @app.command()
-def inspect(folder: Folder) -> None:
+def inspect(
+    folder: Folder,
+    check: Annotated[
+        bool, typer.Option("--check", help="Also hash the weights; exit code 1 if one is wrong.")
+    ] = False,
+) -> None:
     """Show a checkpoint's config, parameters and bytes by part; reads headers only."""
     path = find_source(folder).folder
     config = OvisConfig.from_folder(path)
+    digests = checksums.recorded(path) if check else {}
     plan, dtype = plan_parameters(path, config)
     parts: dict[str, list[int]] = {}
     tensors = [(name.partition("/")[0], entry) for name, entry in plan.sources.items()]
@@ -207,6 +215,13 @@ def inspect(folder: Folder) -> None:
     console = Console(highlight=False)
     console.print_json(data=asdict(config))
     console.print(table)
+    if check:
+        try:
+            checksums.check(path, digests)
+        except CheckpointProblems as problems:
+            print_error(Console(stderr=True, highlight=False), problems)
+            raise typer.Exit(1) from None
+        console.print(f"{len(digests)} file(s) hash to what conversion.json says")
 
 
 @app.command()

@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ovis_jax.checkpoint.journal import MARK_BYTES, Journal, Written
 from ovis_jax.checkpoint.problems import Problem, printable
 from ovis_jax.errors import CheckpointError
 
@@ -224,16 +225,19 @@ def write_file(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     chunks: Callable[[str], Iterable[memoryview]],
     metadata: Mapping[str, str] | None = None,
+    journal: Journal | None = None,
 ) -> str:
-    """Write a file as a stream, header first, and return its sha256 in hexadecimal.
+    """Write a file as a stream, header first, and return its digest in hexadecimal.
 
     `tensors` gives each key's dtype (one of `DTYPES`) and shape, `chunks` its bytes in pieces. The
     data begins at a multiple of 64 bytes and tensors of whole multiples of 64 bytes come first, so
     that those, which are nearly all, can be used where they are mapped. (The format has no gaps.)
-    `metadata` goes into the header beside the tensors.
+    `metadata` goes into the header beside the tensors. With a `journal` what it says of the file is
+    kept, as far as it is true, and the rest is written; the digest is then the journal's, otherwise
+    sha256.
 
     Raises:
-      OSError: the file exists or cannot be written.
+      OSError: the file exists, without a journal, or cannot be written.
     """
 
     def num_bytes(key: str) -> int:
@@ -252,17 +256,32 @@ def write_file(
         header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    digest = hashlib.sha256()
-    with path.open("xb") as file:
-        for head in (len(text).to_bytes(8, "little"), text):
-            file.write(head)
-            digest.update(head)
+    written = Written(0, hashlib.sha256()) if journal is None else journal.standing(path.name)
+    mode = "xb" if journal is None else "r+b" if written.size else "wb"
+    with path.open(mode) as file:
+        file.truncate(written.size)
+        file.seek(written.size)
+
+        def write(piece: bytes | memoryview) -> None:
+            file.write(piece)
+            written.digest.update(piece)
+            written.size += len(piece)
+
+        if not written.size:
+            write(len(text).to_bytes(8, "little"))
+            write(text)
+        marked, end = written.size, 8 + len(text)
         for key in keys:
-            written = 0
+            start, end = end, end + num_bytes(key)
+            if written.size >= end:
+                continue  # kept
             for piece in chunks(key):
-                file.write(piece)
-                digest.update(piece)
-                written += len(piece)
-            if written != num_bytes(key):
-                raise ValueError(f"{key}: {written} bytes written, {num_bytes(key)} promised")
-    return digest.hexdigest()
+                write(piece)
+            if written.size != end:
+                found = written.size - start
+                raise ValueError(f"{key}: {found} bytes written, {num_bytes(key)} promised")
+            if journal is not None and (written.size - marked >= MARK_BYTES or key == keys[-1]):
+                file.flush()
+                journal.mark(path.name, written)
+                marked = written.size
+    return written.digest.hexdigest()

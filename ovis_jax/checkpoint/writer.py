@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ovis_jax.checkpoint.folder import INDEX_FILE
+from ovis_jax.checkpoint.journal import Journal
 from ovis_jax.checkpoint.problems import printable
 from ovis_jax.checkpoint.safetensors_files import CHUNK, DTYPES, write_file
 from ovis_jax.errors import CheckpointError, OvisError
@@ -107,18 +108,21 @@ def write_tensors(
     chunks: Callable[[str], Iterable[memoryview]],
     max_shard_bytes: int = MAX_SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, str]:
-    """Write every shard and the index as a stream; returns file name -> sha256.
+    """Write every shard and the index as a stream; returns file name -> digest, see `write_file`.
 
-    `chunks` gives the bytes of a path in pieces; it is called once a path, shard by shard.
-    `metadata` goes into the header of every shard.
+    `chunks` gives the bytes of a path in pieces; it is called once a path, shard by shard, or not
+    at all for what the `journal` says is there. `metadata` goes into the header of every shard.
 
     Raises:
       OSError: a file cannot be written.
     """
     shards = plan_shards(tensors, max_shard_bytes)
     digests = {
-        name: write_file(folder / name, {path: tensors[path] for path in paths}, chunks, metadata)
+        name: write_file(
+            folder / name, {path: tensors[path] for path in paths}, chunks, metadata, journal
+        )
         for name, paths in shards.items()
     }
     total = sum(tensor_bytes(*tensor) for tensor in tensors.values())

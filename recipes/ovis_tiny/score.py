@@ -26,6 +26,8 @@ Shares = dict[str, dict[str, float]]
 ALL = "all"
 NEW = "new phrasing"
 MEAN = "mean of kinds"
+BATCH = 64
+"""Rows answered at once: large, so that few shapes are compiled."""
 
 
 def answers(ovis: LoadedOvis, path: Path) -> Iterator[tuple[Answer, Mapping[str, Any]]]:
@@ -37,7 +39,7 @@ def answers(ovis: LoadedOvis, path: Path) -> Iterator[tuple[Answer, Mapping[str,
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rows = read_rows([path]).rows
     by_name = {row.name: line for row, line in zip(rows, lines, strict=True)}
-    for answer in answer_rows(ovis.processor, ovis.model, ovis.params, rows):
+    for answer in answer_rows(ovis.processor, ovis.model, ovis.params, rows, batch=BATCH):
         yield answer, by_name[answer.row.name]
 
 

@@ -22,7 +22,7 @@ def test_both_sides_give_the_same_answers(reference, draw_test):
     rows = read_rows([draw_test(rounds=2)]).rows
     assert len(rows) == 52
     compared = 0
-    for answer in answer_rows(ovis.processor, ovis.model, ovis.params, rows):
+    for answer in answer_rows(ovis.processor, ovis.model, ovis.params, rows, batch=52):
         turns, images = list(answer.row.turns[:-1]), answer.row.open_images()
         tokens, positions, pixels = ovis.processor([turns], [images])
         ids = one_slot_a_crop(tokens[0][positions[0] >= 0])

@@ -1,0 +1,185 @@
+"""Conversions that are stopped, and everything that may have changed before they go on."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from golden_copies import GOLDEN, copy_golden, read_tensors, shard_with
+
+from convert import to_hf, transfer
+from convert.from_hf import convert
+from convert.to_hf import export
+from ovis_jax.checkpoint import checksums, safetensors_files
+from ovis_jax.checkpoint.journal import JOURNAL_FILE, unfinished
+from ovis_jax.checkpoint.problems import CheckpointProblems
+from ovis_jax.checkpoint.source import Source
+from ovis_jax.errors import CheckpointError, OvisError
+
+ROOT = Path(__file__).parents[2]
+SOURCE = GOLDEN / "tiny-bf16-sharded"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Let reading a tensor raise an error; gives the keys that were read, to the end."""
+    read: list[str] = []
+
+    def stop(key: str, error: BaseException | None) -> list[str]:
+        read.clear()
+        true = safetensors_files.read_chunks
+
+        def read_chunks(entry, *more):
+            if entry.key == key and error is not None:
+                raise error
+            yield from true(entry, *more)
+            read.append(entry.key)
+
+        monkeypatch.setattr(transfer, "read_chunks", read_chunks)
+        return read
+
+    monkeypatch.setattr(safetensors_files, "MARK_BYTES", 1)
+    return stop
+
+
+def test_killed_at_any_moment_it_ends_the_same(tmp_path):
+    command = [sys.executable, "-m", "tests.convert.killed", str(SOURCE), str(tmp_path), "60"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    equal, kept = map(int, done.stdout.split())
+    assert equal == 60 and kept > 0
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_it_goes_on_where_it_stopped(tmp_path, stop, error):
+    convert(SOURCE, tmp_path / "alone")
+    before = stop("vte.weight", error)
+    with pytest.raises(type(error)):
+        convert(SOURCE, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and len(before) > 10
+    first = set(before)
+    told = []
+    read = stop("vte.weight", None)
+    convert(SOURCE, tmp_path / "out", progress=lambda *x: told.append(x[1:]))
+    assert "vte.weight" in read and not first & set(read)
+    assert told[-1][0] == told[-1][1] and told == sorted(told)
+    assert files(tmp_path / "out") == files(tmp_path / "alone")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
+
+
+def test_an_export_goes_on_too(tmp_path, stop):
+    convert(SOURCE, tmp_path / "own")
+    export(tmp_path / "own", tmp_path / "alone")
+    first = set(stop("decoder/block_3/mlp/up", KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        export(tmp_path / "own", tmp_path / "out")
+    read = stop("", None)
+    export(tmp_path / "own", tmp_path / "out")
+    assert "decoder/block_3/mlp/up" in read and not first & set(read)
+    assert files(tmp_path / "out") == files(tmp_path / "alone")
+    assert to_hf.export is export
+
+
+def test_a_file_that_may_not_grow(tmp_path):
+    """As on a full disk: the system refuses to write, and what was written is kept."""
+    command = [sys.executable, "-m", "convert.from_hf", str(SOURCE), str(tmp_path / "out")]
+    limited = ["sh", "-c", 'ulimit -f 300; exec "$0" "$@"', *command]
+    ended = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 3 and "File too large" in ended.stderr
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    convert(SOURCE, tmp_path / "alone")
+    assert files(tmp_path / "out") == files(tmp_path / "alone")
+
+
+def test_a_second_converter_is_refused(tmp_path):
+    with unfinished(tmp_path / "out", {}):
+        with pytest.raises(
+            OvisError, match="another process is writing .*out.partial; wait for it"
+        ):
+            convert(SOURCE, tmp_path / "out")
+    assert (tmp_path / "out").is_dir()
+
+
+def test_what_was_begun_with_something_else_is_left(tmp_path, stop):
+    stop("vte.weight", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        convert(SOURCE, tmp_path / "out")
+    partial = files(tmp_path / "out.partial")
+    with pytest.raises(OvisError, match="other input: not the same are tensors and options; give"):
+        convert(SOURCE, tmp_path / "out", dtype="float32")
+    assert files(tmp_path / "out.partial") == partial and JOURNAL_FILE in partial
+
+
+def test_a_source_that_changes(tmp_path):
+    source = copy_golden("tiny-bf16-sharded", tmp_path / "source")
+    shard = shard_with(source, "vte.weight")
+
+    def touch(_: str, done: int, total: int) -> None:
+        os.utime(shard, ns=(done, done))
+
+    with pytest.raises(CheckpointError, match=f"{shard.name} has changed while it was read"):
+        convert(source, tmp_path / "out", progress=touch)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    convert(source, tmp_path / "out")
+    assert len(read_tensors(tmp_path / "out")) == 85
+
+
+def test_checksums_of_the_result(tmp_path):
+    record = convert(SOURCE, tmp_path / "out")
+    command = [sys.executable, "-m", "ovis_jax", "inspect", "--check", str(tmp_path / "out")]
+    sound = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert sound.returncode == 0 and "1 file(s) hash to what conversion.json says" in sound.stdout
+    (shard,) = record["sha256"]
+    content = bytearray((tmp_path / "out" / shard).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "out" / shard).write_bytes(content)
+    broken = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert broken.returncode == 1 and "wrong sha256" in broken.stderr and shard in broken.stderr
+
+
+def test_without_checksums(tmp_path, stop):
+    stop("vte.weight", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        convert(SOURCE, tmp_path / "out", checksums=False)
+    stop("", None)
+    assert convert(SOURCE, tmp_path / "out", checksums=False)["sha256"] == {}
+    convert(SOURCE, tmp_path / "alone")
+    plain, alone = files(tmp_path / "out"), files(tmp_path / "alone")
+    record, expected = (json.loads(x.pop("conversion.json")) for x in (plain, alone))
+    assert plain == alone and record == expected | {"sha256": {}}
+    with pytest.raises(OvisError, match="has no checksums: convert.from_hf writes them"):
+        checksums.recorded(tmp_path / "out")
+
+
+def test_a_source_is_held_to_what_is_published(tmp_path, monkeypatch):
+    digests = {path.name: checksums.sha256(path) for path in SOURCE.glob("*.safetensors")}
+    monkeypatch.setattr(checksums, "PUBLISHED", {"AIDC-AI/tiny": digests})
+    convert(SOURCE, tmp_path / "out", verify=True)
+    source = copy_golden("tiny-bf16-sharded", tmp_path / "source")
+    shard = shard_with(source, "vte.weight")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointProblems) as caught:
+        convert(source, tmp_path / "other", verify=True)
+    (problem,) = caught.value.problems
+    assert problem.file == shard.name and problem.expected == digests[shard.name]
+    assert not (tmp_path / "other.partial").exists()
+    with pytest.raises(OvisError, match="no published checksums are known of tiny-f32"):
+        convert(GOLDEN / "tiny-f32", tmp_path / "other", verify=True)
+
+
+def test_the_9b_is_known_by_its_files(tmp_path):
+    (repo,) = checksums.PUBLISHED
+    for name in checksums.PUBLISHED[repo]:
+        (tmp_path / name).touch()
+    assert checksums.published(Source(tmp_path, "copy", None)) is checksums.PUBLISHED[repo]
+    assert all(len(digest) == 64 for digest in checksums.PUBLISHED[repo].values())
