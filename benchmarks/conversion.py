@@ -49,7 +49,7 @@ def run_killed(command: list[str], result: Path, at_bytes: int) -> float:
         if left_behind(result) >= at_bytes:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        time.sleep(0.01)
+        time.sleep(0.001)
     if process.returncode != -signal.SIGKILL:
         raise SystemExit(f"{' '.join(command)}: ended before it could be killed")
     return time.perf_counter() - began

@@ -1,6 +1,7 @@
 """Checkpoints of the real layout, and what the benchmark of conversions writes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from golden_copies import read_tensors
@@ -32,7 +33,10 @@ def test_a_seed_makes_the_same_bytes_and_they_load(tmp_path):
 
 
 def test_there_and_back(tmp_path):
-    make(presets.tiny(), tmp_path / "source")
+    shallow = shallow_config()
+    # 128 MB, so that it can be killed while it is being written.
+    large = replace(shallow, decoder=replace(shallow.decoder, vocab_size=1_000_000))
+    make(large, tmp_path / "source")
     conversion.main(tmp_path / "source", folder=tmp_path, output=tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["machine"]["tensors_that_differ"] == []
