@@ -35,7 +35,6 @@ AS_USERS_COMPILE = {
     "test_attention.py",
     "test_loop_memory.py",
     "test_ovis_tiny.py",
-    "test_readme.py",
 }
 """Tests of numbers, answers and memory. All others' programs take half the time to compile."""
 
