@@ -1,8 +1,8 @@
 """How a conversion compares with copying the same folder: `python -m benchmarks.conversion SRC`.
 
 In turn `cp -r`, `convert.from_hf` with and without checksums, a conversion that is killed half-way
-and goes on, and the way back; every result is held to the source, and each process's peak of
-resident memory is told (mapped pages count). DIR must have room for the source twice.
+and goes on, and from that the way back, which must give the source's tensors again. Each process's
+peak of resident memory is told (mapped pages count). There must be room for the source twice.
 """
 
 import os

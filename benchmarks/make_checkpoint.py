@@ -5,9 +5,7 @@ one pool of random numbers, so that it is made as fast as the disk writes, and t
 the same bytes. Its tokenizer is that of a golden checkpoint.
 """
 
-import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -17,23 +15,21 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from benchmarks.checkpoints import write_small_files
 from benchmarks.models import PRESETS
 from ovis_jax.checkpoint.keymap import hub_keys, unused_shapes
 from ovis_jax.checkpoint.safetensors_files import CHUNK
-from ovis_jax.checkpoint.source import TOKENIZER_FILES
 from ovis_jax.checkpoint.writer import (
     MAX_SHARD_BYTES,
     Tensors,
     check_space,
     tensor_bytes,
     whole_or_absent,
-    write_json,
     write_tensors,
 )
 from ovis_jax.config import OvisConfig
 from ovis_jax.sharding import param_shapes
 
-GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "tiny-f32"
 MODULES = ("llm.model.embed", "llm.model.layers", "llm.", "visual_tokenizer.backbone", "visual", "")
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "")
 POOL_BYTES = 1 << 26
@@ -78,17 +74,9 @@ def make(
             yield pool[start : start + size]
             left -= size
 
-    ovis, generation = config.to_hf()
-    preprocessor = json.loads((GOLDEN / "preprocessor_config.json").read_text())
-    side = config.vision.image_size
-    preprocessor["size"] = {"height": side, "width": side}
     with whole_or_absent(folder) as partial:
         write_tensors(partial, tensors, chunks, max_shard_bytes, {"format": "pt"})
-        write_json(partial / "config.json", ovis | {"torch_dtype": "bfloat16"})
-        write_json(partial / "generation_config.json", generation)
-        write_json(partial / "preprocessor_config.json", preprocessor)
-        for name in TOKENIZER_FILES:
-            shutil.copyfile(GOLDEN / name, partial / name)
+        write_small_files(partial, config, "bfloat16")
     return total
 
 

@@ -128,7 +128,7 @@ def convert(
         provenance = _provenance(conversion)
         record = conversion_record(conversion.tensors, digests if checksums else {}, **provenance)
         write_json(partial / CONVERSION_FILE, record)
-        check_unchanged(entries.values(), facts["sources"])
+        check_unchanged(facts["sources"])
         if verify:
             check(partial, digests)
     return record
@@ -173,7 +173,7 @@ def command(
             record = convert(src, dst, revision=revision, progress=show, **settings)
         Console().print(
             f"{dst}: {record['source_keys']} source keys, {record['parameters']:,} parameters"
-            f" as {record['dtype']}",
+            f" as {record['dtype']} in {len(list(dst.glob('*.safetensors')))} shard(s)",
             soft_wrap=True,
         )
 

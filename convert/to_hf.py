@@ -23,6 +23,7 @@ from convert.transfer import (
     check_unchanged,
     copy_small_files,
     counted,
+    file_facts,
     merged_pieces,
     pieces,
     result_facts,
@@ -100,9 +101,8 @@ def export(
     check_destination(dst)
     plan = _prepare(src, None if source is None else Path(source), merge, dtype)
     total = sum(tensor_bytes(*tensor) for tensor in plan.tensors.values())
-    added = [] if merge is None else [path.stat() for path in sorted(Path(merge).iterdir())]
-    settings = [max_shard_bytes, *((found.st_size, found.st_mtime_ns) for found in added)]
-    facts = result_facts(plan.entries, plan.tensors, *settings)
+    merged = None if merge is None else file_facts(Path(merge).iterdir())
+    facts = result_facts(plan.entries, plan.tensors, max_shard_bytes, merged)
 
     def chunks(key: str) -> Iterator[memoryview]:
         if key not in plan.entries:
@@ -118,7 +118,7 @@ def export(
         stream = counted(chunks, total, progress, journal)
         write_tensors(partial, plan.tensors, stream, max_shard_bytes, _METADATA, journal)
         copy_small_files(src, partial, plan.files, None if dtype is None else plan.dtype)
-        check_unchanged(plan.entries.values(), facts["sources"])
+        check_unchanged(facts["sources"])
     return len(plan.tensors)
 
 

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,14 @@ from jax import Array
 from ovis_jax.checkpoint.journal import Journal
 from ovis_jax.checkpoint.problems import printable
 from ovis_jax.checkpoint.safetensors_files import DTYPES, TensorEntry, read_chunks
-from ovis_jax.checkpoint.writer import Tensors, array_pieces, cast, with_dtype, write_json
+from ovis_jax.checkpoint.writer import (
+    Tensors,
+    array_pieces,
+    cast,
+    versions,
+    with_dtype,
+    write_json,
+)
 from ovis_jax.errors import CheckpointError
 from ovis_jax.fields import read_json
 from ovis_jax.model.layers import LowRank
@@ -57,38 +63,42 @@ def merged_pieces(
 
 
 def result_facts(
-    entries: Mapping[str, TensorEntry], tensors: Tensors, *settings: Hashable
+    entries: Mapping[str, TensorEntry], tensors: Tensors, *settings: Any
 ) -> dict[str, Any]:
     """What a result depends on: the files read, where in them each tensor stands, and settings.
+
+    The settings are JSON.
 
     Raises:
       OSError: a file is not there.
     """
     layout = [(name, str(x.path), x.dtype, x.start, x.stop) for name, x in entries.items()]
     written = hashlib.sha256(json.dumps([layout, [*tensors.items()], settings]).encode())
-    versions = {name: version(name) for name in ("ovis-jax", "numpy")}
-    facts = {"sources": _sources(entries.values()), "tensors and options": written.hexdigest()}
-    return facts | {"versions": versions}
+    return {
+        "sources": file_facts(entry.path for entry in entries.values()),
+        "tensors and options": written.hexdigest(),
+        "versions": versions(),
+    }
 
 
-def _sources(entries: Iterable[TensorEntry]) -> dict[str, Any]:
-    """Size and time of change, in nanoseconds, of the files that tensors are read from.
+def file_facts(paths: Iterable[Path]) -> dict[str, Any]:
+    """Size and time of change, in nanoseconds, of files.
 
     Raises:
       OSError: one is not there.
     """
-    stats = {str(path): path.stat() for path in {entry.path for entry in entries}}
+    stats = {str(path): path.stat() for path in set(paths)}
     return {path: [found.st_size, found.st_mtime_ns] for path, found in sorted(stats.items())}
 
 
-def check_unchanged(entries: Iterable[TensorEntry], before: Mapping[str, Any]) -> None:
-    """Refuse a result of files that were written to while they were read.
+def check_unchanged(before: Mapping[str, Any]) -> None:
+    """Refuse a result of files that are not what `file_facts` said before they were read.
 
     Raises:
       CheckpointError: one is not what it was.
       OSError: one is not there any more.
     """
-    for name, found in _sources(entries).items():
+    for name, found in file_facts(map(Path, before)).items():
         if found != before[name]:
             raise CheckpointError(
                 f"{printable(name)} has changed while it was read; see that nothing writes to it"

@@ -32,11 +32,12 @@ def copy_shallow(destination: Path) -> Path:
     config["llm_config"]["num_hidden_layers"] = DECODER_DEPTH
     config["visual_tokenizer_config"]["backbone_config"]["num_hidden_layers"] = VISION_DEPTH
     (folder / "config.json").write_text(json.dumps(config))
-    gone = {}
-    for key in read_tensors(folder):
+    depths = {"llm": DECODER_DEPTH, "encoder": VISION_DEPTH}
+
+    def is_kept(key: str) -> bool:
         block = re.search(r"(llm|encoder).*\.layers\.(\d+)\.", key)
-        depth = {"llm": DECODER_DEPTH, "encoder": VISION_DEPTH}
-        if block and int(block[2]) >= depth[block[1]]:
-            gone[key] = None
+        return block is None or int(block[2]) < depths[block[1]]
+
+    gone = {key: None for key in read_tensors(folder) if not is_kept(key)}
     rewrite_shard(folder / "model.safetensors", gone)
     return folder

@@ -1,13 +1,12 @@
 """sha256 of files: what the Hub publishes, and whether a folder still holds it."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
 from ovis_jax.checkpoint.problems import CheckpointProblems, Problem
-from ovis_jax.checkpoint.safetensors_files import CHUNK
 from ovis_jax.checkpoint.source import Source
 from ovis_jax.checkpoint.writer import CONVERSION_FILE
 from ovis_jax.errors import OvisError
@@ -29,9 +28,6 @@ PUBLISHED: Mapping[str, Mapping[str, str]] = {
     }
 }
 """Repo id -> file -> sha256, as the Hub shows it of the first published revision."""
-
-OnBytes = Callable[[int], None]
-"""Called with the bytes hashed since the last call."""
 
 
 def published(source: Source) -> Mapping[str, str]:
@@ -79,22 +75,17 @@ def recorded(folder: Path) -> Mapping[str, str]:
     return digests
 
 
-def sha256(path: Path, progress: OnBytes | None = None) -> str:
+def sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal.
 
     Raises:
       OSError: it cannot be read.
     """
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
-            if progress is not None:
-                progress(size)
-    return digest.hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check(folder: Path, expected: Mapping[str, str], progress: OnBytes | None = None) -> None:
+def check(folder: Path, expected: Mapping[str, str]) -> None:
     """Hold the files of a folder to their checksums.
 
     Raises:
@@ -104,7 +95,7 @@ def check(folder: Path, expected: Mapping[str, str], progress: OnBytes | None = 
     problems = []
     for name, digest in sorted(expected.items()):
         path = folder / name
-        found = sha256(path, progress) if path.is_file() else "no such file"
+        found = sha256(path) if path.is_file() else "no such file"
         if found != digest:
             problems.append(Problem(name, "", "wrong sha256", digest, found))
     if problems:

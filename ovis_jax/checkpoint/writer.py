@@ -173,12 +173,17 @@ def conversion_record(
     return {
         "format": FORMAT,
         **source,
-        "versions": {name: _version(name) for name in ("ovis-jax", "jax", "numpy", "ml-dtypes")},
+        "versions": versions(),
         "dtype": DTYPES[next(iter(tensors.values()))[0]].name,
         "tensors": len(tensors),
         "parameters": sum(math.prod(shape) for _, shape in tensors.values()),
         "sha256": dict(digests),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what writes: this library and those that it writes with."""
+    return {name: _version(name) for name in ("ovis-jax", "jax", "numpy", "ml-dtypes")}
 
 
 def _version(name: str) -> str:

@@ -163,7 +163,7 @@ def _loss(
         beta=recipe.beta,
         label_smoothing=recipe.label_smoothing,
     )
-    lengths = jnp.sum(batch.chosen.labels != IGNORED, axis=1)
+    lengths = jnp.maximum(jnp.sum(batch.chosen.labels != IGNORED, axis=1), 1)
     losses -= recipe.chosen_weight * chosen / lengths
     return jnp.sum(losses), jnp.float32(losses.shape[0])
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -22,16 +23,16 @@ ROOT = Path(__file__).parents[2]
 SMALL = ["--length", "20", "--batch", "2", "--crops", "1"]
 
 
-def test_every_stage(shallow_checkpoint, tmp_path):
+def test_every_stage_in_both_dtypes(shallow_checkpoint, tmp_path):
     command = [sys.executable, "-m", "benchmarks.against_torch", "--model", shallow_checkpoint]
-    command += [*SMALL, "--dtype", "bfloat16", "--repeats", "1", "--new-tokens", "4"]
-    command += ["--threads", "1"]
+    command += [*SMALL, "--repeats", "1", "--new-tokens", "4", "--threads", "1"]
     command += ["--json", str(tmp_path / "found.json"), "--plot", str(tmp_path / "found.png")]
     subprocess.run(command, cwd=ROOT, check=True)
     found = json.loads((tmp_path / "found.json").read_text())
     rows = {(r["stage"], r["dtype"], r["batch"], r["positions"]): r for r in found["rows"]}
     assert len(rows) == len(found["rows"])
-    assert {key[:2] for key in rows} == {(stage, "bfloat16") for stage in STAGES}
+    seen = {key[:2] for key in rows}
+    assert seen == set(product(STAGES, ("float32", "bfloat16")))
     for row in rows.values():
         assert 0 < row["ratio_lowest"] <= row["ratio"] <= row["ratio_highest"]
         assert row["ratio"] == pytest.approx(row["torch"]["median"] / row["ours"]["median"])

@@ -9,16 +9,15 @@ import random
 import signal
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
+from convert import transfer
 from convert.from_hf import convert
 from ovis_jax.checkpoint import journal, safetensors_files
+from tests.golden_copies import read_files
 
 SHARD_BYTES = 150_000
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def attempt(source: Path, result: Path, die_at: float) -> bool:
@@ -41,9 +40,9 @@ def attempt(source: Path, result: Path, die_at: float) -> bool:
     return ended == 0
 
 
-def damage(partial: Path, rng: random.Random) -> None:
+def damage(folder: Path, rng: random.Random) -> None:
     """What a disk may do to an unfinished folder: a bit turned, a line or a file cut short."""
-    path = rng.choice([path for path in partial.iterdir() if path.stat().st_size > 100])
+    path = rng.choice([path for path in folder.iterdir() if path.stat().st_size > 100])
     if path.name == journal.JOURNAL_FILE or rng.random() < 0.5:
         first = path.read_bytes().index(b"\n") + 1 if path.suffix == ".jsonl" else 0
         os.truncate(path, rng.randint(first, path.stat().st_size))
@@ -58,9 +57,9 @@ def main() -> None:
     source, folder, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     warnings.simplefilter("ignore")  # JAX warns of forks; nothing here computes
     safetensors_files.MARK_BYTES = 10_000
-    safetensors_files.CHUNK = 4096
+    transfer.read_chunks = partial(safetensors_files.read_chunks, size=4096)
     convert(source, folder / "alone", max_shard_bytes=SHARD_BYTES)
-    expected, equal, kept = files(folder / "alone"), 0, 0
+    expected, equal, kept = read_files(folder / "alone"), 0, 0
     for seed in range(number):
         rng, result = random.Random(seed), folder / f"result{seed}"
         while not attempt(source, result, rng.random() * 1.5):
@@ -68,7 +67,7 @@ def main() -> None:
             if seed % 2:
                 damage(folder / f"{result.name}.partial", rng)
             kept += journal.left_behind(result)
-        equal += files(result) == expected
+        equal += read_files(result) == expected
     print(equal, kept)
 
 

@@ -8,9 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from golden_copies import GOLDEN, copy_golden, read_tensors, shard_with
+from golden_copies import (
+    GOLDEN,
+    copy_golden,
+    flip_last_bit,
+    read_files,
+    read_tensors,
+    shard_with,
+)
 
-from convert import to_hf, transfer
+from convert import transfer
 from convert.from_hf import convert
 from convert.to_hf import export
 from ovis_jax.checkpoint import checksums, safetensors_files
@@ -21,10 +28,6 @@ from ovis_jax.errors import CheckpointError, OvisError
 
 ROOT = Path(__file__).parents[2]
 SOURCE = GOLDEN / "tiny-bf16-sharded"
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -70,7 +73,7 @@ def test_it_goes_on_where_it_stopped(tmp_path, stop, error):
     convert(SOURCE, tmp_path / "out", progress=lambda *x: told.append(x[1:]))
     assert "vte.weight" in read and not first & set(read)
     assert told[-1][0] == told[-1][1] and told == sorted(told)
-    assert files(tmp_path / "out") == files(tmp_path / "alone")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "alone")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
 
 
@@ -83,8 +86,7 @@ def test_an_export_goes_on_too(tmp_path, stop):
     read = stop("", None)
     export(tmp_path / "own", tmp_path / "out")
     assert "decoder/block_3/mlp/up" in read and not first & set(read)
-    assert files(tmp_path / "out") == files(tmp_path / "alone")
-    assert to_hf.export is export
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "alone")
 
 
 def test_a_file_that_may_not_grow(tmp_path):
@@ -96,7 +98,7 @@ def test_a_file_that_may_not_grow(tmp_path):
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
     assert subprocess.run(command, cwd=ROOT).returncode == 0
     convert(SOURCE, tmp_path / "alone")
-    assert files(tmp_path / "out") == files(tmp_path / "alone")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "alone")
 
 
 def test_a_second_converter_is_refused(tmp_path):
@@ -112,10 +114,10 @@ def test_what_was_begun_with_something_else_is_left(tmp_path, stop):
     stop("vte.weight", KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         convert(SOURCE, tmp_path / "out")
-    partial = files(tmp_path / "out.partial")
+    partial = read_files(tmp_path / "out.partial")
     with pytest.raises(OvisError, match="other input: not the same are tensors and options; give"):
         convert(SOURCE, tmp_path / "out", dtype="float32")
-    assert files(tmp_path / "out.partial") == partial and JOURNAL_FILE in partial
+    assert read_files(tmp_path / "out.partial") == partial and JOURNAL_FILE in partial
 
 
 def test_a_source_that_changes(tmp_path):
@@ -138,9 +140,7 @@ def test_checksums_of_the_result(tmp_path):
     sound = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert sound.returncode == 0 and "1 file(s) hash to what conversion.json says" in sound.stdout
     (shard,) = record["sha256"]
-    content = bytearray((tmp_path / "out" / shard).read_bytes())
-    content[-1] ^= 1
-    (tmp_path / "out" / shard).write_bytes(content)
+    flip_last_bit(tmp_path / "out" / shard)
     broken = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert broken.returncode == 1 and "wrong sha256" in broken.stderr and shard in broken.stderr
 
@@ -152,7 +152,7 @@ def test_without_checksums(tmp_path, stop):
     stop("", None)
     assert convert(SOURCE, tmp_path / "out", checksums=False)["sha256"] == {}
     convert(SOURCE, tmp_path / "alone")
-    plain, alone = files(tmp_path / "out"), files(tmp_path / "alone")
+    plain, alone = read_files(tmp_path / "out"), read_files(tmp_path / "alone")
     record, expected = (json.loads(x.pop("conversion.json")) for x in (plain, alone))
     assert plain == alone and record == expected | {"sha256": {}}
     with pytest.raises(OvisError, match="has no checksums: convert.from_hf writes them"):
@@ -165,9 +165,7 @@ def test_a_source_is_held_to_what_is_published(tmp_path, monkeypatch):
     convert(SOURCE, tmp_path / "out", verify=True)
     source = copy_golden("tiny-bf16-sharded", tmp_path / "source")
     shard = shard_with(source, "vte.weight")
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+    flip_last_bit(shard)
     with pytest.raises(CheckpointProblems) as caught:
         convert(source, tmp_path / "other", verify=True)
     (problem,) = caught.value.problems
