@@ -6,15 +6,16 @@ is executed. Bytes are those of one device.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 
 from benchmarks.measure import machine, plot, print_table, write_json
 from ovis_jax.plan.command import find_config, make_case
-from ovis_jax.plan.compiler import STEPS, Step
+from ovis_jax.plan.compiler import STEPS, Step, facts, find_compiler
 from ovis_jax.plan.devices import GIB
 from ovis_jax.plan.report import By, make_plan, verdict
 
@@ -34,6 +35,9 @@ ATTENTION = re.compile("splash|mosaic|triton")
 DECODE_TEMP = 0.02
 """Temporary arrays of a decode step may take this share of its arguments."""
 
+IMAGES_TEMP = GIB
+"""Bytes that the temporary arrays of one image, ten crops, may take."""
+
 
 def checks(plan: dict[str, Any]) -> dict[str, bool]:
     """What must hold of a plan, by name; of steps that were not compiled nothing is said."""
@@ -46,6 +50,8 @@ def checks(plan: dict[str, Any]) -> dict[str, bool]:
             found["decode: cache fully aliased"] = step["aliased"] >= step["cache"]
             temp = step["temp"] < DECODE_TEMP * step["arguments"]
             found[f"decode: temp under {DECODE_TEMP:.0%} of arguments"] = temp
+        elif name == "images":
+            found["images: temp under 1 GiB"] = step["temp"] < IMAGES_TEMP
         else:
             attention = any(ATTENTION.search(kernel) for kernel in step["kernels"])
             found["prefill: attention kernel is there"] = attention
@@ -69,7 +75,13 @@ def main(
     for name in topology or TARGETS:
         batch, max_length = TARGETS.get(name, (1, 4096))
         case = make_case(find_config(config), name, batch, max_length, images=images)
-        plans.append(make_plan(case, by, notes.print, (step,) if step else STEPS))
+        wanted = (step,) if step else get_args(Step)
+        plan = make_plan(case, by, notes.print, [one for one in STEPS if one in wanted])
+        compiler = find_compiler(case.topology.device.platform)
+        if "images" in wanted and by != "arithmetic" and compiler is not None:
+            notes.print(f"compiling one image for {name}")
+            plan["steps"]["images"] = facts(replace(case, batch=1, images=1), "images")
+        plans.append(plan)
     print_table(f"{config}, bfloat16, GiB a device", *sizes(plans))
     print_table("compiled, GiB a device", *compiled(plans))
     failed = report(plans)

@@ -146,6 +146,7 @@ class Bench:
             jax.block_until_ready([x for x in jax.live_arrays() if not x.is_deleted()])
 
         go_on()
+        go_on()  # computes two pieces, the one ahead for the first time
         kind, tried = self.best_cache(inputs.tokens, room)
         their_go_on = self.theirs.answering(inputs.tokens, kind, room)
         middle = length + room // 2

@@ -13,6 +13,7 @@ from ovis_jax.checkpoint.params import load_params
 from ovis_jax.checkpoint.source import find_source
 from ovis_jax.config import OvisConfig
 from ovis_jax.inputs.processor import Processor
+from ovis_jax.mesh_axes import automatic
 from ovis_jax.model.ovis import Ovis, Params
 from ovis_jax.sharding import TENSOR, Rules
 from ovis_jax.training.parts import Flat, join
@@ -57,6 +58,7 @@ def load(
         laid on the mesh.
       OSError: the Hub cannot be reached, or a file cannot be read.
     """
+    mesh = mesh and automatic(mesh)
     folder = find_source(path).folder
     config = OvisConfig.from_folder(folder)
     processor = Processor.from_folder(folder, config)

@@ -13,7 +13,7 @@ LEVELS = [
     {"ovis_jax.errors"},
     {"ovis_jax.fields", "ovis_jax.processes"},
     {"ovis_jax.config"},
-    {"ovis_jax.presets", "ovis_jax.sharding", "ovis_jax.inputs"},
+    {"ovis_jax.presets", "ovis_jax.sharding", "ovis_jax.mesh_axes", "ovis_jax.inputs"},
     {"ovis_jax.checkpoint", "ovis_jax.model"},
     {"ovis_jax.inference", "ovis_jax.console", "ovis_jax.compile_cache"},
     {"ovis_jax.loading", "ovis_jax.verify", "ovis_jax.training", "ovis_jax.plan"},

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, Key
 from ovis_jax.errors import RequestError
 from ovis_jax.inference.sampling import Sampling, pick
 from ovis_jax.inputs.batch import Inputs
+from ovis_jax.mesh_axes import replicated, with_automatic_axes
 from ovis_jax.model.kv_cache import Cache
 from ovis_jax.model.ovis import Ovis, Params
 
@@ -78,7 +79,8 @@ def generate(
         key.
     """
     request = _request(model, inputs, key, max_new_tokens, sampling, eos_ids)
-    return _begin(model, params, inputs, request, max_new_tokens, max_new_tokens)[1]
+    _, out = _begin(model, params, inputs, request, max_new_tokens, max_new_tokens)
+    return replicated(out)
 
 
 def stream(
@@ -95,7 +97,8 @@ def stream(
     """Like `generate`, but yield the tokens as they come, `chunk` of them at a time.
 
     Each yield is a `Generation` of the new columns alone ([B, chunk]; the last one may hold fewer
-    that count). The next chunk is already being computed while the caller looks at one.
+    that count). While the caller looks at one, the next is already being computed, but for the
+    first, which comes as soon as the prompts are read.
     """
     request = _request(model, inputs, key, max_new_tokens, sampling, eos_ids)
     if chunk < 1:
@@ -108,12 +111,15 @@ def _stream(
     model: Ovis, params: Params, inputs: Inputs, request: _Request, total: int, width: int
 ) -> Iterator[Generation]:
     state, piece = _begin(model, params, inputs, request, total, width)
-    for start in range(0, total, width):
-        done = state.done
-        ahead = None
-        if start + width < total:
-            columns = min(width, total - start - width)
+    yield piece  # at once: what goes on may have to be compiled first
+    if width == total or bool(state.done.all()):
+        return
+    state, piece = _continue(model, params, state, request, min(width, total - width), width)
+    for start in range(2 * width, total + width, width):
+        done, ahead = state.done, None
+        if start < total:
             done = jnp.copy(done)  # the state itself is given away
+            columns = min(width, total - start)
             state, ahead = _continue(model, params, state, request, columns, width)
         yield piece
         if ahead is None or bool(done.all()):
@@ -145,6 +151,7 @@ def _request(
 
 
 @partial(jax.jit, static_argnums=(0, 4, 5))
+@with_automatic_axes
 def _begin(
     model: Ovis, params: Params, inputs: Inputs, request: _Request, max_new_tokens: int, width: int
 ) -> tuple[_State, Generation]:
@@ -160,10 +167,13 @@ def _begin(
         step=jnp.int32(0),
     )
     state, out = _choose(model, logits, state, _empty(model, B, width), request, 0)
+    if width == 1:  # no loop that writes nothing: it would be half of what is compiled
+        return state, out
     return _write(model, params, state, out, request, 1, width)
 
 
 @partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
+@with_automatic_axes
 def _continue(
     model: Ovis, params: Params, state: _State, request: _Request, columns: Array, width: int
 ) -> tuple[_State, Generation]:

@@ -1,4 +1,4 @@
-"""The decode step and the reading of prompts, compiled for devices that are not there.
+"""The decode step, prompts and images, compiled for devices that are not there.
 
 Nothing is executed and no accelerator is needed, only the package that has its compiler.
 """
@@ -9,7 +9,7 @@ import os
 import time
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -24,8 +24,9 @@ from ovis_jax.plan import arguments, program
 from ovis_jax.plan.arguments import Case
 from ovis_jax.plan.devices import Topology
 
-Step = Literal["decode", "prefill"]
-STEPS: tuple[Step, ...] = get_args(Step)
+Step = Literal["decode", "prefill", "images"]
+STEPS: tuple[Step, ...] = ("decode", "prefill")
+"""What requests run; "images" is the part of prefill that turns crops into embeddings."""
 
 _MODULES = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")}
 _PACKAGES = {
@@ -119,7 +120,7 @@ def gpu_target(topology: Topology) -> str:
 
 
 def compile_step(case: Case, step: Step) -> Any:
-    """Compile one decode step, or reading prompts, for the devices of a case.
+    """Compile a step for the devices of a case.
 
     Raises:
       jax.errors.JaxRuntimeError: the compiler found that it does not fit, among other reasons.
@@ -139,6 +140,8 @@ def compile_step(case: Case, step: Step) -> Any:
         if step == "decode":
             jitted = jax.jit(model.decode, donate_argnums=2, out_shardings=places)
             lowered = jitted.lower(params, arguments.tokens(case, mesh, (case.batch,)), cache)
+        elif step == "images":
+            lowered = jax.jit(model.embed_crops).lower(params, arguments.inputs(case, mesh).pixels)
         else:
             jitted = jax.jit(partial(_prefill, model, case.max_length), out_shardings=places)
             lowered = jitted.lower(params, arguments.inputs(case, mesh))

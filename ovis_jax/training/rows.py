@@ -3,10 +3,11 @@
 A file is a JSON list, or JSON lines, of
 
     {"image": PATHS, "conversations": [{"from": "human" | "gpt", "value": TEXT}, ...]}
-    {"image": PATHS, "prompt": TEXT, "chosen": TEXT, "rejected": TEXT}
+    {"image": PATHS, "prompt": PROMPT, "chosen": TEXT, "rejected": TEXT}
 
-PATHS is a path or a list of them, relative to the file; `image` may be left out. `kind` names the
-group that a row is counted in when answers are scored. Images are opened by who uses a row.
+PATHS is a path or a list of them, relative to the file; `image` may be left out. PROMPT is a text,
+or turns as in conversations of which the last is the human's. `kind` names the group that a row is
+counted in when answers are scored. Images are opened by who uses a row.
 """
 
 import json
@@ -122,15 +123,17 @@ def _row(value: Any, name: str, folder: str) -> Row:
     kind = str(value.get("kind", ""))
     answers = None
     if "conversations" in value:
-        turns = from_original(_turns(value["conversations"]))
+        turns = from_original(_turns(value["conversations"], "conversations"))
         if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
             raise DataError("no turn from gpt holds an answer, so there is nothing to learn")
     elif {"prompt", "chosen", "rejected"} <= value.keys():
-        for field in ("prompt", "chosen", "rejected"):
-            if not isinstance(value[field], str) or not value[field].strip():
-                raise DataError(f"{field} is {value[field]!r}, expected a text")
-        turns = [{"role": "user", "content": value["prompt"]}]
-        answers = (value["chosen"], value["rejected"])
+        prompt = value["prompt"]
+        if not isinstance(prompt, list):
+            prompt = [{"from": "human", "value": _text(value, "prompt")}]
+        turns = from_original(_turns(prompt, "prompt"))
+        if turns[-1]["role"] != "user":
+            raise DataError("the last turn of prompt is from gpt, expected one from human")
+        answers = (_text(value, "chosen"), _text(value, "rejected"))
     else:
         raise DataError(
             f"the keys are {sorted(value)}, expected conversations, or prompt, chosen and rejected"
@@ -142,10 +145,18 @@ def _row(value: Any, name: str, folder: str) -> Row:
     return Row(name, paths, tuple(turns), answers, kind)
 
 
-def _turns(turns: Any) -> list[Turn]:
+def _text(value: Mapping[str, Any], field: str) -> str:
+    if not isinstance(value[field], str) or not value[field].strip():
+        raise DataError(f"{field} is {value[field]!r}, expected a text")
+    return value[field]
+
+
+def _turns(turns: Any, field: str) -> list[Turn]:
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"conversations is {turns!r}, expected a list of turns")
+        raise DataError(f"{field} is {turns!r}, expected a list of turns")
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping) or not all(isinstance(x, str) for x in turn.values()):
-            raise DataError(f"turn {number} is {turn!r}, expected from and value, both texts")
+            raise DataError(
+                f"turn {number} of {field} is {turn!r}, expected from and value, both texts"
+            )
     return turns

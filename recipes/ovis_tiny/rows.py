@@ -44,6 +44,10 @@ WEIGHTS = {
 }
 """How often a kind is asked about a training picture; hard kinds more."""
 
+PAIR_WEIGHTS = {"where": 3, "size": 2, "count_colour": 2}
+"""How often a preference pair is of a kind, others once; more where what the short answer begins
+with is hard to see."""
+
 NO_MORE: Mapping[str, float] = MappingProxyType({})
 """No kind is asked more often than WEIGHTS says."""
 
@@ -118,11 +122,17 @@ def scored_row(
 
 def preference_row(rng: random.Random) -> Row:
     """Make a row that prefers the short answer to the full sentence."""
-    kind = rng.choice([kind for kind in questions.KINDS if kind != "follow_up"])
+    weights = [PAIR_WEIGHTS.get(kind, 1) for kind in questions.KINDS]
+    (kind,) = rng.choices(questions.KINDS, weights)
     scenes, question = _scored(rng, "train", kind, "")
-    (said,) = say(question, rng.choice(list(LANGUAGES)), rng)
-    (asked, _) = _conversation(scenes, [said])
-    return Row(scenes, {"prompt": asked["value"], "chosen": said.short, "rejected": said.answer})
+    said = say(question, rng.choice(list(LANGUAGES)), rng)
+    *prompt, _ = _conversation(scenes, said)
+    entry = {
+        "prompt": prompt if len(prompt) > 1 else prompt[0]["value"],
+        "chosen": said[-1].short,
+        "rejected": said[-1].answer,
+    }
+    return Row(scenes, entry)
 
 
 def _scored(

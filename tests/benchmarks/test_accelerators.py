@@ -50,8 +50,8 @@ def plan(**steps):
 
 
 def test_checks_hold():
-    found = checks(plan(decode=STEP, prefill=STEP))
-    assert len(found) == 12 and all(found.values())
+    found = checks(plan(decode=STEP, prefill=STEP, images=STEP))
+    assert len(found) == 17 and all(found.values())
     assert report([plan(decode=STEP)]) == 0
 
 
@@ -68,6 +68,7 @@ def test_checks_hold():
             {"kernels": {"dot tpu_custom_call": 9}},
             "prefill: attention kernel is there",
         ),
+        ("images", {"temp": 2**30}, "images: temp under 1 GiB"),
         ("prefill", {"error": "RESOURCE_EXHAUSTED", "peak": None}, "prefill: compiles"),
     ],
 )

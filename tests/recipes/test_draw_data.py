@@ -43,7 +43,9 @@ def pictures(row):
 
 
 def said(row):
-    return [turn["value"] for turn in row["conversations"]]
+    """What a row's turns say; of a pair, those of the prompt."""
+    turns = row["conversations"] if "conversations" in row else row["prompt"]
+    return [turns] if isinstance(turns, str) else [turn["value"] for turn in turns]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def test_pictures_are_where_rows_say_and_come_first(data):
     for rows in found.values():
         assert len({row["id"] for row in rows}) == len(rows)
         for row in rows:
-            first, *rest = said(row) if "conversations" in row else [row["prompt"]]
+            first, *rest = said(row)
             named = pictures(row)
             assert first.startswith("<image>\n" * len(named))
             assert sum(text.count("<image>") for text in (first, *rest)) == len(named)
@@ -143,7 +145,7 @@ def test_phrasings_of_the_test_are_not_learned(data):
         text
         for name in ("train", "describe", "validation", "pairs")
         for row in found[name]
-        for text in (said(row)[::2] if "conversations" in row else [row["prompt"]])
+        for text in said(row)[::2]
     }
     for row in found["test"]:
         if row["paraphrase"]:

@@ -80,3 +80,21 @@ def test_an_image_is_opened_late_and_named(tmp_path):
     (row,) = read_rows(write(tmp_path / "a.jsonl", GOOD)).rows
     with pytest.raises(DataError, match=r"a\.jsonl: row 1: .*dot\.png"):
         row.open_images()
+
+
+def test_a_prompt_may_be_turns(tmp_path):
+    turns = [
+        {"from": "human", "value": "Who?"},
+        {"from": "gpt", "value": "A dot."},
+        {"from": "human", "value": "Where?"},
+    ]
+    pair = {"chosen": "Left.", "rejected": "It is on the left."}
+    path = tmp_path / "pairs.jsonl"
+    lines = [{"prompt": turns, **pair}, {"prompt": turns[:2], **pair}, {"prompt": [], **pair}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    found = read_rows([path])
+    (row,) = found.rows
+    assert [turn["content"] for turn in row.turns] == ["Who?", "A dot.", "Where?"]
+    assert row.answers == ("Left.", "It is on the left.")
+    assert "row 2: the last turn of prompt is from gpt" in found.faults[0]
+    assert "row 3: prompt is [], expected a list of turns" in found.faults[1]

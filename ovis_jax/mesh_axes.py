@@ -1,0 +1,58 @@
+"""Meshes whose axes JAX calls explicit, as those of `jax.make_mesh` are unless told otherwise.
+
+The model leaves it to the compiler how arrays between parameters lie ("automatic" axes). So under a
+mesh with explicit axes it steps into the same mesh with automatic ones, and out of it again.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """The same devices and axes, all of them automatic."""
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def with_automatic_axes(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Run a function of arrays with all axes of the mesh in scope automatic.
+
+    Arrays among its positional arguments are taken over as they lie; what it returns is to be given
+    to another such function, or to `replicated`.
+    """
+
+    @wraps(function)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        mesh = jax.sharding.get_abstract_mesh()
+        if not _explicit(mesh):
+            return function(*args, **kwargs)
+        types = dict.fromkeys(mesh.axis_names, AxisType.Auto)
+        with jax.sharding.use_abstract_mesh(mesh.update_axis_types(types)):
+            return function(*jax.tree.map(_taken_over, args), **kwargs)
+
+    return run
+
+
+def replicated(results: Result) -> Result:
+    """Results that the caller's own program can go on with: whole on every device, if it must be.
+
+    They are left as they lie unless the mesh in scope has explicit axes, which want that said.
+    """
+    if not _explicit(jax.sharding.get_abstract_mesh()):
+        return results
+    return jax.sharding.reshard(results, PartitionSpec())
+
+
+def _explicit(mesh: AbstractMesh) -> bool:
+    return not mesh.empty and AxisType.Explicit in mesh.axis_types
+
+
+def _taken_over(x: Any) -> Any:
+    if isinstance(x, jax.Array) and _explicit(jax.typeof(x).sharding.mesh):
+        return jax.sharding.reshard(x, PartitionSpec())
+    return x

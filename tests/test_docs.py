@@ -1,0 +1,71 @@
+"""Every block of code in docs/ runs as it is printed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ovis_jax.training.config import read_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
+
+
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+WITH_COMMANDS = [page for page in PAGES if blocks(page, "sh")]
+
+
+def name(page: Path) -> str:
+    return page.name
+
+
+def test_pages_are_found():
+    assert len(WITH_PYTHON) >= 4 and len(WITH_COMMANDS) >= 3
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
+def test_python_runs(page, monkeypatch):
+    """The blocks of a page are one program."""
+    monkeypatch.chdir(ROOT)
+    exec(compile("\n".join(blocks(page, "python")), page.name, "exec"), {})
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=name)
+def test_commands_run(page, tmp_path):
+    """The blocks of a page are one session, which ends at the first command that fails."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(blocks(page, "sh"))],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_training_config_is_one(tmp_path):
+    (text,) = blocks(ROOT / "docs" / "training.md", "toml")
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    config = read_config(path)
+    assert config.mesh is not None and config.mesh.data * config.mesh.model == 8
+    lora = re.search(r"^# (lora = .*)$", text, re.M)
+    assert lora
+    path.write_text(re.sub(r"^parts = .*$", lora[1], text, flags=re.M))
+    assert read_config(path).learn.lora is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / link).exists(), link
