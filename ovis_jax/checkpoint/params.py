@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from ovis_jax.checkpoint.folder import CheckpointFolder, open_checkpoint
+from ovis_jax.checkpoint.folder import CheckpointFolder, ReadHeader, header_there, open_checkpoint
 from ovis_jax.checkpoint.keymap import Plan, account, hub_keys, own_keys
 from ovis_jax.checkpoint.problems import Problem
 from ovis_jax.checkpoint.safetensors_files import DTYPES, TensorEntry, map_file, view_tensor
@@ -44,12 +44,16 @@ Params = dict[str, Any]
 
 
 def plan_parameters(
-    folder: Path, config: OvisConfig, dtype: DTypeLike | None = None
+    folder: Path,
+    config: OvisConfig,
+    dtype: DTypeLike | None = None,
+    read: ReadHeader = header_there,
 ) -> tuple[Plan, str]:
     """Where each parameter stands in a folder of either layout, and the dtype it is to have.
 
     That dtype ("F32", "F16", "BF16") is `dtype`, to which any of the three is then cast, or the one
-    that config.json states, which every parameter must then have.
+    that config.json states, which every parameter must then have. `read` is as in
+    `open_checkpoint`.
 
     Raises:
       ConfigError: config.json states no dtype that parameters may have, and none was given.
@@ -57,7 +61,7 @@ def plan_parameters(
     """
     stored = None if dtype is not None else declared_dtype(folder)
     keys = own_keys(config) if is_converted(folder) else hub_keys(config)
-    plan = account(open_checkpoint(folder), config, keys, stored)
+    plan = account(open_checkpoint(folder, read), config, keys, stored)
     return plan, stored or dtype_name(dtype)
 
 

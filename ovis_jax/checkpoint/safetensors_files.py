@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -69,23 +69,28 @@ def read_header(path: Path) -> Header:
       OSError: the file cannot be opened or read.
     """
     with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8:
-            return _unreadable(path, "truncated file", "at least 8 bytes", f"{size} bytes")
-        if length > _MAX_HEADER:
-            limit = f"a header of at most {_MAX_HEADER} bytes"
-            return _unreadable(path, "header length", limit, f"{length} bytes")
-        if 8 + length > size:
-            return _unreadable(
-                path,
-                "truncated file",
-                f"at least {8 + length} bytes for the header",
-                f"{size} bytes",
-            )
-        raw = file.read(length)
+        return parse_header(path, file)
+
+
+def parse_header(path: Path, file: BinaryIO) -> Header:
+    """The same of an open file, of which only the header is read; it will stand at `path`.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    size = file.seek(0, 2)
+    file.seek(0)
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8:
+        return _unreadable(path, "truncated file", "at least 8 bytes", f"{size} bytes")
+    if length > _MAX_HEADER:
+        limit = f"a header of at most {_MAX_HEADER} bytes"
+        return _unreadable(path, "header length", limit, f"{length} bytes")
+    if 8 + length > size:
+        least = f"at least {8 + length} bytes for the header"
+        return _unreadable(path, "truncated file", least, f"{size} bytes")
+    raw = file.read(length)
     repeated: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

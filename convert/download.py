@@ -1,0 +1,161 @@
+"""The shards of a repo while it is converted: each is fetched while the one before it is read."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import tqdm
+
+from convert.transfer import check_unchanged, file_facts
+from ovis_jax.checkpoint.checksums import sha256
+from ovis_jax.checkpoint.hub import fetch_file, remove_from_cache
+from ovis_jax.checkpoint.problems import Problem, ShardProblems
+from ovis_jax.checkpoint.safetensors_files import Header, read_header
+from ovis_jax.checkpoint.source import Source
+from ovis_jax.errors import OvisError
+
+_STOP_SECONDS = 10  # a client that is slow to stop does not keep a user waiting for longer
+
+
+class _Task(threading.Thread):
+    """Work in the background, whose error is raised where its end is waited for."""
+
+    def __init__(self, work: Callable[[], None]):
+        super().__init__(daemon=True)
+        self._work = work
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
+class Shards:
+    """Fetches shards one ahead and, where asked to, removes them behind; see `fetched_ahead`.
+
+    Args:
+      source: the repo at a commit.
+      order: the shards in the order of their use. When one is asked for, all that comes from those
+        before it must stand in the result.
+      headers: what was read of each before it was fetched.
+      expected: sha256 by name, where they are to be held to it.
+      delete: remove each when the next one is asked for. Never more than two are then there.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: Sequence[Path],
+        headers: Mapping[Path, Header],
+        *,
+        expected: Mapping[str, str] | None = None,
+        delete: bool = False,
+    ):
+        self._source, self._order, self._headers = source, list(order), headers
+        self._expected, self._delete = expected, delete
+        self._tasks: dict[Path, _Task] = {}
+        self._facts: dict[Path, dict[str, Any]] = {}
+        self._stopped = threading.Event()
+        self._current: Path | None = None
+        unknown = [name for name in map(self._name, order) if name not in (expected or {name: ""})]
+        if unknown:
+            raise OvisError(
+                f"{source.name}: the Hub states no sha256 of {', '.join(unknown)}; leave out"
+                " --verify"
+            )
+
+    def need(self, path: Path) -> None:
+        """Wait until a shard is there, and begin to fetch the one after it.
+
+        Raises:
+          CheckpointError: it is not what its header or its checksum said, or the one before it has
+            changed while it was read.
+          OvisError: the repo may not be read any more.
+          OSError: it cannot be fetched, read or removed.
+        """
+        if path == self._current:
+            return
+        number = self._order.index(path)
+        self._finish(self._order[:number])
+        self._fetch(path).wait()
+        self._current = path
+        for ahead in self._order[number + 1 : number + 2]:
+            self._fetch(ahead)
+
+    def finish(self) -> None:
+        """Hold the last shard to what it was; the result has all.
+
+        Raises:
+          CheckpointError: it has changed while it was read.
+          OSError: it cannot be read or removed.
+        """
+        self._finish(self._order)
+
+    def stop(self) -> None:
+        """Give up what is being fetched."""
+        self._stopped.set()
+        for task in self._tasks.values():
+            task.join(_STOP_SECONDS)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._source.folder).as_posix()
+
+    def _fetch(self, path: Path) -> _Task:
+        if path not in self._tasks:
+            self._tasks[path] = _Task(lambda: self._bring(path))
+        return self._tasks[path]
+
+    def _bring(self, path: Path) -> None:
+        """Fetch a shard and hold it to what is known of it; a wrong one is not kept."""
+        stopped = self._stopped
+
+        class Bar(tqdm):
+            def update(self, n: float | None = 1) -> bool | None:
+                if stopped.is_set():
+                    raise OSError("stopped")
+                return super().update(n)
+
+        name = self._name(path)
+        fetch_file(self._source.name, str(self._source.revision), name, Bar)
+        facts = file_facts([path])
+        problems = []
+        if read_header(path) != self._headers[path]:
+            what = "what the Hub said of it"
+            problems.append(Problem(name, "", "another header", what, "other tensors"))
+        elif self._expected is not None and (found := sha256(path)) != self._expected[name]:
+            problems.append(Problem(name, "", "wrong sha256", self._expected[name], found))
+        if problems:
+            remove_from_cache(path)
+            advice = "it was removed from the cache: the same command fetches it again"
+            raise ShardProblems(self._source.name, problems, advice)
+        self._facts[path] = facts
+
+    def _finish(self, paths: Sequence[Path]) -> None:
+        for path in paths:
+            if (facts := self._facts.pop(path, None)) is not None:
+                check_unchanged(facts)
+            if self._delete:
+                remove_from_cache(path)
+
+
+@contextmanager
+def fetched_ahead(shards: Shards | None) -> Iterator[Callable[[Path], None]]:
+    """Gives what waits for a shard to be there; nothing is fetched any more when the block ends."""
+    if shards is None:
+        yield lambda path: None
+        return
+    try:
+        yield shards.need
+        shards.finish()
+    finally:
+        shards.stop()
