@@ -1,7 +1,7 @@
 """The shards of a repo while it is converted: each is fetched while the one before it is read."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,14 @@ from huggingface_hub.utils import tqdm
 from convert.transfer import check_unchanged, file_facts
 from ovis_jax.checkpoint.checksums import sha256
 from ovis_jax.checkpoint.hub import fetch_file, remove_from_cache
+from ovis_jax.checkpoint.journal import left_behind
 from ovis_jax.checkpoint.problems import Problem, ShardProblems
 from ovis_jax.checkpoint.safetensors_files import Header, read_header
 from ovis_jax.checkpoint.source import Source
+from ovis_jax.checkpoint.writer import check_space
 from ovis_jax.errors import OvisError
+
+Headers = Mapping[Path, Header]
 
 _STOP_SECONDS = 10  # a client that is slow to stop does not keep a user waiting for longer
 
@@ -26,6 +30,8 @@ class _Task(threading.Thread):
         super().__init__(daemon=True)
         self._work = work
         self._error: BaseException | None = None
+        # Waited for instead of `join`, which an interruption can make believe that it has ended.
+        self.ended = threading.Event()
         self.start()
 
     def run(self) -> None:
@@ -33,9 +39,10 @@ class _Task(threading.Thread):
             self._work()
         except BaseException as error:
             self._error = error
+        self.ended.set()
 
     def wait(self) -> None:
-        self.join()
+        self.ended.wait()
         if self._error is not None:
             raise self._error
 
@@ -56,7 +63,7 @@ class Shards:
         self,
         source: Source,
         order: Sequence[Path],
-        headers: Mapping[Path, Header],
+        headers: Headers,
         *,
         expected: Mapping[str, str] | None = None,
         delete: bool = False,
@@ -105,7 +112,7 @@ class Shards:
         """Give up what is being fetched."""
         self._stopped.set()
         for task in self._tasks.values():
-            task.join(_STOP_SECONDS)
+            task.ended.wait(_STOP_SECONDS)
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._source.folder).as_posix()
@@ -146,6 +153,31 @@ class Shards:
                 check_unchanged(facts)
             if self._delete:
                 remove_from_cache(path)
+
+
+def check_room(
+    dst: Path, total: int, source: Source, order: Iterable[Path], headers: Headers, delete: bool
+) -> None:
+    """Refuse to begin what the disks cannot hold: a result of `total` bytes, and what is fetched.
+
+    Of shards that are removed behind never more than two are there. What an earlier attempt has
+    left of the result need not be written again, nor fetched.
+
+    Raises:
+      OSError: a disk has less free.
+    """
+    need = max(0, total - left_behind(dst))
+    sizes = {path: max(entry.stop for entry in headers[path].tensors) for path in order}
+    missing = sorted(size for path, size in sizes.items() if not path.exists())
+    fetched = min(sum(missing[-2:] if delete else missing), sum(sizes.values()) * need // total)
+    there = dst.resolve()
+    while not there.exists():
+        there = there.parent
+    if there.stat().st_dev == source.folder.stat().st_dev:
+        check_space(dst, need + fetched)
+    else:
+        check_space(dst, need)
+        check_space(source.folder, fetched)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from convert.download import Shards, fetched_ahead
+from convert.download import Shards, check_room, fetched_ahead
 from convert.exits import exits
 from convert.report import print_plan, progress_bar
 from convert.transfer import (
@@ -150,21 +150,21 @@ def convert(
     conversion = prepare(src, revision=revision, dtype=dtype)
     source = conversion.source
     expected = published(source) if verify else None
-    shards = None
-    if source.revision is not None:
-        order = list(dict.fromkeys(conversion.origins.values()))
-        shards = Shards(
-            source, order, conversion.headers, expected=expected, delete=delete_source_shards
-        )
-    elif expected is not None:
-        check(source.folder, expected)
     total = sum(tensor_bytes(*tensor) for tensor in conversion.tensors.values())
+    if source.revision is None:
+        shards = None
+        check_space(dst, total - left_behind(dst))
+        if expected is not None:
+            check(source.folder, expected)
+    else:
+        order, headers = list(dict.fromkeys(conversion.origins.values())), conversion.headers
+        check_room(dst, total, source, order, headers, delete_source_shards)
+        shards = Shards(source, order, headers, expected=expected, delete=delete_source_shards)
     entries = conversion.plan.sources
     origin = {"repo": source.name, "revision": source.revision} if source.revision else None
     settings = (max_shard_bytes, checksums)
     facts = result_facts(entries, conversion.tensors, *settings, origin=origin)
 
-    check_space(dst, total - left_behind(dst))
     with (
         unfinished(dst, facts, checksums=checksums) as (partial, journal),
         fetched_ahead(shards) as need,

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,12 +41,13 @@ class Repo:
 class Fault:
     """What goes wrong with a request whose method and path fit, so many times.
 
-    `does` is a status, or a share of the answer, after which the connection is closed.
+    `does` is a status, or a share of the answer, after which the connection is closed, or what is
+    called in the middle of the answer.
     """
 
     method: str
     path: str
-    does: int | float
+    does: int | float | Callable[[], None]
     times: int = 10**6
 
 
@@ -64,7 +65,7 @@ class Hub(ThreadingHTTPServer):
         self.lock = Lock()
         self.address = f"http://127.0.0.1:{self.server_port}"
 
-    def fault(self, method: str, path: str) -> int | float | None:
+    def fault(self, method: str, path: str) -> int | float | Callable[[], None] | None:
         with self.lock:
             for fault in self.faults:
                 if fault.times and method == fault.method and re.search(fault.path, path):
@@ -73,7 +74,7 @@ class Hub(ThreadingHTTPServer):
         return None
 
     def fetched(self, suffix: str = "") -> list[str]:
-        """The names of files whose content, not the beginning alone, was asked for, in order."""
+        """The names of files whose content, not a range of it, was asked for, in order."""
         whole = [path for method, path, part in self.asked if method == "GET" and not part]
         names = [path.rpartition("/")[2] for path in whole if "/resolve/" in path]
         return [name for name in names if name.endswith(suffix)]
@@ -116,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._serve(path, does)
         self.server.after(self.command, path)
 
-    def _serve(self, path: str, share: float | None) -> None:
+    def _serve(self, path: str, does: float | Callable[[], None] | None) -> None:
         found = re.fullmatch(
             r"/(?:api/models/)?([^/]+/[^/]+?)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?", path
         )
@@ -148,19 +149,31 @@ class _Handler(BaseHTTPRequestHandler):
             end = min(int(part[2] or size), size - 1)
             content, status = content[start : end + 1], 206
             headers["Content-Range"] = f"bytes {start}-{end}/{size}"
-        self._send(status, content, headers, share)
+        self._send(status, content, headers, does)
 
     def _send(
-        self, status: int, content: bytes, headers: dict[str, str], share: float | None = None
+        self,
+        status: int,
+        content: bytes,
+        headers: dict[str, str],
+        does: float | Callable[[], None] | None = None,
     ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content if share is None else content[: int(share * len(content))])
-        self.close_connection = share is not None
+        if self.command == "HEAD":
+            return
+        part = int((does if isinstance(does, float) else 0.5) * len(content))
+        self.wfile.write(content[:part])
+        if isinstance(does, float):
+            self.close_connection = True
+            return
+        if does is not None:
+            does()
+        with suppress(ConnectionError):  # whoever asked may have gone
+            self.wfile.write(content[part:])
 
 
 def _entry(repo: Repo, commit: str, name: str) -> dict:

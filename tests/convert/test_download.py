@@ -2,60 +2,23 @@
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from golden_copies import GOLDEN, copy_golden, flip_last_bit, read_files
-from hub_server import Fault, Hub, Repo, hub_server
+from hub_server import Fault, Repo
 
+from convert.download import check_room
 from convert.from_hf import convert
+from ovis_jax.checkpoint import writer
+from ovis_jax.checkpoint.safetensors_files import Header, TensorEntry
+from ovis_jax.checkpoint.source import Source
 
-ROOT = Path(__file__).parents[2]
 SOURCE = GOLDEN / "tiny-bf16-sharded"
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
-TOKEN = "hf_" + "secret" * 5
-
-
-@dataclass
-class Ended:
-    """How a command ended, and what it printed."""
-
-    code: int
-    said: str
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    with hub_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """Where huggingface_hub has its cache."""
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def forks(hub, home):
-    """Processes that run convert.from_hf against the server."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(home)}
-    environment["SSL_CERT_DIR"] = str(home)  # reading the certificates of all would take a while
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.convert.forked"],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        yield process
-        process.stdin.close()
 
 
 @pytest.fixture
@@ -69,24 +32,6 @@ def repo(hub, tmp_path) -> str:
     return name
 
 
-@pytest.fixture
-def run(forks, tmp_path):
-    """Run the command with arguments; `environment` is added to it."""
-
-    def run(*arguments: object, **environment: str) -> Ended:
-        output = tmp_path / "printed"
-        output.unlink(missing_ok=True)
-        what = {"arguments": [*map(str, arguments)], "environment": environment}
-        forks.stdin.write(json.dumps(what | {"output": str(output)}) + "\n")
-        forks.stdin.flush()
-        code = int(forks.stdout.readline())
-        said = output.read_text()
-        assert "Traceback" not in said and TOKEN not in said and "secret" not in said
-        return Ended(code, said)
-
-    return run
-
-
 def cached(home: Path, repo: str) -> list[str]:
     """The shards of a repo that the cache holds; each link must lead to its content."""
     folder = home / "hub" / f"models--{repo.replace('/', '--')}"
@@ -98,14 +43,6 @@ def cached(home: Path, repo: str) -> list[str]:
         set(names)
     )
     return names
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> dict[str, bytes]:
-    """The files of a conversion of the same checkpoint from a folder."""
-    folder = tmp_path_factory.mktemp("alone") / "out"
-    convert(SOURCE, folder)
-    return read_files(folder)
 
 
 def assert_same(folder: Path, alone: dict[str, bytes], repo: str, commit: str = "a" * 40) -> None:
@@ -185,8 +122,40 @@ def test_a_folder_of_your_own_is_not_deleted(run, tmp_path):
 
 
 def test_a_connection_that_is_dropped(run, hub, repo, tmp_path, alone):
-    hub.faults.append(Fault("GET", rf"{SHARDS[0]}$", 0.5, times=2))
+    hub.faults += [Fault("GET", SHARDS[1], 0.5, times=1)]  # its header
+
+    def fail(method: str, path: str) -> None:
+        if method == "GET" and path.endswith(SHARDS[2]) and len(hub.faults) == 1:
+            hub.faults.append(Fault("GET", SHARDS[0], 0.5, times=2))
+
+    hub.after = fail
     assert run(repo, tmp_path / "out").code == 0
+    assert_same(tmp_path / "out", alone, repo)
+    # What had come was not fetched again.
+    parts = [part for _, path, part in hub.asked if path.endswith(SHARDS[0])]
+    starts = [int(part[6:-1]) for part in parts if part.endswith("-")]
+    assert len(starts) == 2 and 0 < starts[0] < starts[1]
+
+
+def test_an_interruption_while_a_shard_is_fetched(run, hub, home, repo, tmp_path, alone):
+    def interrupt() -> None:
+        os.kill(run.child, signal.SIGINT)
+        time.sleep(0.1)  # until it is noticed; else the shard would be there before
+
+    def fail(method: str, path: str) -> None:
+        # Its header is read before the first shard is fetched.
+        if SHARDS[0] in hub.fetched() and not hub.faults:
+            hub.faults.append(Fault("GET", SHARDS[1], interrupt, times=1))
+
+    hub.after = fail
+    ended = run(repo, tmp_path / "out")
+    assert ended.code == 4 and "the same command goes on with it" in ended.said
+    assert not (tmp_path / "out").exists() and SHARDS[0] in cached(home, repo)
+    left = home / "hub" / f"models--{repo.replace('/', '--')}" / "blobs"
+    assert not list(left.glob("*.incomplete"))
+    hub.asked.clear()
+    assert run(repo, tmp_path / "out").code == 0
+    assert SHARDS[0] not in hub.fetched() and SHARDS[1] in hub.fetched()
     assert_same(tmp_path / "out", alone, repo)
 
 
@@ -237,6 +206,21 @@ def test_a_shard_with_another_checksum(run, hub, home, repo, tmp_path, alone):
     assert_same(tmp_path / "out", alone, repo)
 
 
+def test_a_shard_that_is_not_what_its_header_was(run, hub, home, repo, tmp_path):
+    files = hub.repos[repo].commits["a" * 40]
+    changed = bytearray(files[SHARDS[0]])
+    changed[8 + changed[8:].index(b"[")] = ord(" ")
+
+    def change(method: str, path: str) -> None:
+        if method == "GET" and path.endswith(SHARDS[2]):  # the last header
+            files[SHARDS[0]] = bytes(changed)
+
+    hub.after = change
+    ended = run(repo, tmp_path / "out")
+    assert ended.code == 1 and "another header" in ended.said and SHARDS[0] in ended.said
+    assert SHARDS[0] not in cached(home, repo) and not (tmp_path / "out").exists()
+
+
 def test_a_revision_that_moves_between_two_files(run, hub, repo, tmp_path, alone):
     moved = {**hub.repos[repo].commits["a" * 40], SHARDS[1]: wrong(tmp_path / "new", SHARDS[1])}
     hub.repos[repo].commits["b" * 40] = moved
@@ -265,8 +249,8 @@ def test_a_revision_that_moved_since_it_was_begun(run, hub, repo, tmp_path, alon
     assert_same(tmp_path / "out", alone, repo)
 
 
-def test_a_repo_that_does_not_exist(run, hub, repo, tmp_path):
-    ended = run("test/nowhere", tmp_path / "out", HF_TOKEN=TOKEN)
+def test_a_repo_that_does_not_exist(run, hub, repo, tmp_path, token):
+    ended = run("test/nowhere", tmp_path / "out", HF_TOKEN=token)
     assert ended.code == 2 and len(ended.said.splitlines()) == 1
     assert "was not found; check its name, and if it is private log in with" in ended.said
     ended = run(repo, tmp_path / "out", "--revision", "v9")
@@ -274,25 +258,25 @@ def test_a_repo_that_does_not_exist(run, hub, repo, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("private", "token", "message"),
+    ("private", "wrong_token", "message"),
     [
         (False, "", "is gated: ask for access on its page of the Hub, then log in with"),
         (False, "hf_other", "is gated: ask for access on its page of the Hub, then log in with"),
         (True, "", "was not found; check its name, and if it is private log in with"),
     ],
 )
-def test_a_gated_repo(run, hub, repo, tmp_path, alone, private, token, message):
-    hub.repos[repo].token, hub.repos[repo].private = TOKEN, private
-    ended = run(repo, tmp_path / "out", HF_TOKEN=token)
+def test_a_gated_repo(run, hub, repo, tmp_path, alone, token, private, wrong_token, message):
+    hub.repos[repo].token, hub.repos[repo].private = token, private
+    ended = run(repo, tmp_path / "out", HF_TOKEN=wrong_token)
     assert ended.code == 2 and message in ended.said and "hf auth login" in ended.said
     assert ended.said.count("error:") == 1 and "hf_other" not in ended.said
-    assert run(repo, tmp_path / "out", HF_TOKEN=TOKEN, HF_DEBUG="").code == 0
+    assert run(repo, tmp_path / "out", HF_TOKEN=token).code == 0
     assert_same(tmp_path / "out", alone, repo)
 
 
-def test_a_token_that_is_refused(run, hub, repo, tmp_path):
+def test_a_token_that_is_refused(run, hub, repo, tmp_path, token):
     hub.faults.append(Fault("GET", "/api/models/", 401))
-    ended = run(repo, tmp_path / "out", HF_TOKEN=TOKEN)
+    ended = run(repo, tmp_path / "out", HF_TOKEN=token)
     assert ended.code == 2 and "may not be read, says the Hub (401); log in with" in ended.said
 
 
@@ -311,6 +295,23 @@ def test_faults_of_a_header_are_told_before_anything_is_fetched(run, hub, repo, 
     assert ended.code == 1 and "header length" in ended.said and SHARDS[2] in ended.said
     assert not hub.fetched(".safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["printed"]
+
+
+@pytest.mark.parametrize(("delete", "there", "need"), [(False, 0, 7), (True, 0, 6), (False, 2, 5)])
+def test_a_disk_that_is_too_small(tmp_path, monkeypatch, delete, there, need):
+    """A result of 1 GB of three shards of 1, 2 and 3 GB."""
+    source = Source(tmp_path / "hub/models--a--b/snapshots/c", "a/b", "c")
+    source.folder.mkdir(parents=True)
+    order = [source.folder / name for name in ("x", "y", "z")]
+    headers = {
+        path: Header((TensorEntry(path, "key", "U8", (), 8, number * 10**9),))
+        for number, path in enumerate(order, start=1)
+    }
+    if there:
+        order[there - 1].touch()
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    with pytest.raises(OSError, match=f"{need}.00 GB are needed and 1.00 GB are free"):
+        check_room(tmp_path / "out", 10**9, source, order, headers, delete)
 
 
 def test_a_cache_is_enough_without_a_network(run, hub, repo, tmp_path, alone):
