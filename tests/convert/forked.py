@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import os
+import resource
 import signal
 import sys
 import warnings
@@ -27,7 +28,9 @@ APP.command()(command)
 
 
 def happens(key: str, what: str) -> None:
-    """Let something happen when the first piece of a tensor has been read."""
+    """Let something happen when the first piece of a tensor has been read; or limit files."""
+    if key == "limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(what), int(what)))
     true = transfer.read_chunks
 
     def read_chunks(entry: transfer.TensorEntry, *more: int) -> Iterator[memoryview]:

@@ -89,18 +89,6 @@ def test_an_export_goes_on_too(tmp_path, stop):
     assert read_files(tmp_path / "out") == read_files(tmp_path / "alone")
 
 
-def test_a_file_that_may_not_grow(tmp_path):
-    """As on a full disk: the system refuses to write, and what was written is kept."""
-    command = [sys.executable, "-m", "convert.from_hf", str(SOURCE), str(tmp_path / "out")]
-    limited = ["sh", "-c", 'ulimit -f 300; exec "$0" "$@"', *command]
-    ended = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 3 and "File too large" in ended.stderr
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
-    assert subprocess.run(command, cwd=ROOT).returncode == 0
-    convert(SOURCE, tmp_path / "alone")
-    assert read_files(tmp_path / "out") == read_files(tmp_path / "alone")
-
-
 def test_a_second_converter_is_refused(tmp_path):
     with unfinished(tmp_path / "out", {}):
         with pytest.raises(
