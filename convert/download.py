@@ -74,8 +74,8 @@ class Shards:
         self._facts: dict[Path, dict[str, Any]] = {}
         self._stopped = threading.Event()
         self._current: Path | None = None
-        unknown = [name for name in map(self._name, order) if name not in (expected or {name: ""})]
-        if unknown:
+        names = {self._name(path) for path in order}
+        if expected is not None and (unknown := sorted(names - expected.keys())):
             raise OvisError(
                 f"{source.name}: the Hub states no sha256 of {', '.join(unknown)}; leave out"
                 " --verify"

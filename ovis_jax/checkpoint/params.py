@@ -1,6 +1,7 @@
 """Parameters from a folder, straight onto a mesh, and back into one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ from ovis_jax.sharding import (
 )
 
 Params = dict[str, Any]
+
+OnRead = Callable[[str, int], None]
+"""Called with a tensor's key and the bytes of each slice of it that this process reads."""
 
 
 def plan_parameters(
@@ -122,6 +126,7 @@ def load_params(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: Rules = TENSOR,
+    on_read: OnRead | None = None,
 ) -> Params:
     """Read the parameters of a converted folder or of one in the Hub's layout.
 
@@ -129,7 +134,8 @@ def load_params(
     With a mesh each device reads only its own slice of the mapped files, and has zeros where the
     mesh's shapes go beyond them. Without one the arrays are on the default device; a CPU device
     uses the mapped files where they are (a donated array is copied first), so replace such files by
-    renaming and do not write into them.
+    renaming and do not write into them. `on_read` is told of every slice, once where several
+    devices hold the same.
 
     Raises:
       ConfigError: config.json states no usable dtype and none is given.
@@ -145,7 +151,8 @@ def load_params(
     def load(path: str, entry: TensorEntry) -> jax.Array:
         view = view_tensor(mapped[entry.path], entry)
         sharding = None if shardings is None else shardings[path]
-        return place(entry.key, view, target, sharding, shapes[path])
+        told = None if on_read is None else partial(on_read, entry.key)
+        return place(entry.key, view, target, sharding, shapes[path], told)
 
     flat = {path: load(path, entry) for path, entry in plan.sources.items()}
     return unflatten_dict(flat, sep="/")
@@ -157,19 +164,30 @@ def place(
     dtype: str,
     sharding: NamedSharding | None,
     shape: tuple[int, ...],
+    on_read: Callable[[int], None] | None = None,
 ) -> jax.Array:
     """An array in a dtype on the default device, or each device's slice of it alone.
 
-    With a sharding it gets `shape`, with zeros behind what the array has.
+    With a sharding it gets `shape`, with zeros behind what the array has. `on_read` is called with
+    the bytes of each slice of `array` that is used.
 
     Raises:
       CheckpointError: a number is too large for the dtype.
     """
+    slices: set[str] = set()
+
+    def use(index: tuple[slice, ...] | None) -> np.ndarray:
+        part = array if index is None else array[index]
+        if on_read is not None and str(index) not in slices:
+            slices.add(str(index))
+            on_read(part.nbytes)
+        return cast(key, part, dtype)
+
     if sharding is None:
-        return jax.device_put(cast(key, array, dtype))
+        return jax.device_put(use(None))
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        part = cast(key, array if index is None else array[index], dtype)
+        part = use(index)
         local = sharding.shard_shape(shape)
         pads = [(0, size - there) for size, there in zip(local, part.shape, strict=True)]
         return np.pad(part, pads) if part.shape != local else part

@@ -33,16 +33,19 @@ def repo(hub, tmp_path) -> str:
 
 
 def cached(home: Path, repo: str) -> list[str]:
-    """The shards of a repo that the cache holds; each link must lead to its content."""
-    folder = home / "hub" / f"models--{repo.replace('/', '--')}"
-    links = [path for path in folder.glob("snapshots/*/*") if path.suffix == ".safetensors"]
+    """The shards of a repo that the cache links to; each link must lead to its content."""
+    links = sorted(folder_of(home, repo).glob("snapshots/*/*.safetensors"))
     assert all(path.exists() for path in links)
-    large = [path for path in (folder / "blobs").iterdir() if path.stat().st_size > 50_000]
-    names = sorted(path.name for path in links)
-    assert len([path for path in large if path.resolve() in {x.resolve() for x in links}]) == len(
-        set(names)
-    )
-    return names
+    return [path.name for path in links]
+
+
+def folder_of(home: Path, repo: str) -> Path:
+    return home / "hub" / f"models--{repo.replace('/', '--')}"
+
+
+def content_of(home: Path, repo: str) -> int:
+    """The bytes that a repo takes in the cache."""
+    return sum(path.stat().st_size for path in (folder_of(home, repo) / "blobs").iterdir())
 
 
 def assert_same(folder: Path, alone: dict[str, bytes], repo: str, commit: str = "a" * 40) -> None:
@@ -91,6 +94,8 @@ def test_shards_are_removed_behind(run, hub, home, repo, tmp_path, alone):
     # When the third is asked for the first is gone.
     assert SHARDS[0] not in there[-1] and max(map(len, there)) <= 2
     assert hub.fetched(".safetensors") == SHARDS
+    small = [path for path in SOURCE.iterdir() if path.suffix != ".safetensors"]
+    assert content_of(home, repo) == sum(path.stat().st_size for path in small)
 
 
 def test_shards_that_are_removed_are_not_needed_again(run, hub, home, repo, tmp_path, alone):
@@ -151,8 +156,7 @@ def test_an_interruption_while_a_shard_is_fetched(run, hub, home, repo, tmp_path
     ended = run(repo, tmp_path / "out")
     assert ended.code == 4 and "the same command goes on with it" in ended.said
     assert not (tmp_path / "out").exists() and SHARDS[0] in cached(home, repo)
-    left = home / "hub" / f"models--{repo.replace('/', '--')}" / "blobs"
-    assert not list(left.glob("*.incomplete"))
+    assert not list(folder_of(home, repo).glob("blobs/*.incomplete"))
     hub.asked.clear()
     assert run(repo, tmp_path / "out").code == 0
     assert SHARDS[0] not in hub.fetched() and SHARDS[1] in hub.fetched()
@@ -285,6 +289,17 @@ def test_checksums_of_a_repo_that_states_none(run, hub, repo, tmp_path):
     ended = run(repo, tmp_path / "out", "--verify")
     assert ended.code == 2 and "no published checksums are known" in ended.said
     assert not (tmp_path / "out").exists()
+
+
+def test_checksums_that_cannot_be_fetched(run, hub, repo, tmp_path):
+    def fail(method: str, path: str) -> None:
+        if path.endswith(SHARDS[2]) and not hub.faults:  # the last header
+            hub.faults.append(Fault("GET", "/api/models/", 429))
+
+    hub.after = fail
+    ended = run(repo, tmp_path / "out", "--verify")
+    assert ended.code == 3 and "could not be fetched: 429" in ended.said
+    assert not hub.fetched(".safetensors") and not list(tmp_path.glob("out*"))
 
 
 def test_faults_of_a_header_are_told_before_anything_is_fetched(run, hub, repo, tmp_path):
