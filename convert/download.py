@@ -188,6 +188,6 @@ def fetched_ahead(shards: Shards | None) -> Iterator[Callable[[Path], None]]:
         return
     try:
         yield shards.need
-        shards.finish()
     finally:
         shards.stop()
+    shards.finish()

@@ -94,9 +94,10 @@ def prepare(
     headers: dict[Path, Header] = {}
 
     def read(path: Path) -> Header | None:
-        commit = source.revision
-        known = header_on_hub(source.name, commit, source.folder, path) if commit else None
-        header = known or header_there(path)
+        if source.revision is None:
+            header = header_there(path)
+        else:
+            header = header_on_hub(source.name, source.revision, source.folder, path)
         if header is not None:
             headers[path] = header
         return header

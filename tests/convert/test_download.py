@@ -98,7 +98,10 @@ def test_shards_are_removed_behind(run, hub, home, repo, tmp_path, alone):
     assert content_of(home, repo) == sum(path.stat().st_size for path in small)
 
 
-def test_shards_that_are_removed_are_not_needed_again(run, hub, home, repo, tmp_path, alone):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_shards_that_are_removed_are_not_needed_again(
+    run, hub, home, repo, tmp_path, alone, damaged
+):
     def fail(method: str, path: str) -> None:
         # Its header is read before the first shard is fetched.
         if SHARDS[0] in hub.fetched() and not hub.faults:
@@ -112,8 +115,12 @@ def test_shards_that_are_removed_are_not_needed_again(run, hub, home, repo, tmp_
     hub.after = lambda method, path: None
     hub.faults.clear()
     hub.asked.clear()
+    if damaged:
+        flip_last_bit(tmp_path / "out.partial" / SHARDS[0])
     assert run(repo, tmp_path / "out", "--delete-source-shards").code == 0
-    assert hub.fetched(".safetensors") == SHARDS[2:]
+    fetched = hub.fetched(".safetensors")
+    assert SHARDS[2] in fetched and (SHARDS[0] in fetched) == damaged
+    assert fetched == SHARDS[2:] or damaged
     assert_same(tmp_path / "out", alone, repo)
     assert cached(home, repo) == []
 
