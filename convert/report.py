@@ -42,9 +42,9 @@ def print_plan(console: Console, plan: Plan, tensors: Tensors, shards: Mapping[s
 
 
 @contextmanager
-def progress_bar(console: Console, title: str) -> Iterator[OnProgress]:
+def progress_bar(console: Console, title: str, *, shown: bool = True) -> Iterator[OnProgress]:
     """A bar of the bytes written, on a terminal only; the block calls what it is given."""
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task(title, total=None)
         yield lambda _, done, total: bar.update(task, completed=done, total=total)

@@ -63,19 +63,25 @@ def merged_pieces(
 
 
 def result_facts(
-    entries: Mapping[str, TensorEntry], tensors: Tensors, *settings: Any
+    entries: Mapping[str, TensorEntry],
+    tensors: Tensors,
+    *settings: Any,
+    origin: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a result depends on: the files read, where in them each tensor stands, and settings.
 
-    The settings are JSON.
+    The settings are JSON. `origin` says which files were read where they need not be there; without
+    it their sizes and times of change do.
 
     Raises:
       OSError: a file is not there.
     """
     layout = [(name, str(x.path), x.dtype, x.start, x.stop) for name, x in entries.items()]
     written = hashlib.sha256(json.dumps([layout, [*tensors.items()], settings]).encode())
+    if origin is None:
+        origin = {"sources": file_facts(entry.path for entry in entries.values())}
     return {
-        "sources": file_facts(entry.path for entry in entries.values()),
+        **origin,
         "tensors and options": written.hexdigest(),
         "versions": versions(),
     }

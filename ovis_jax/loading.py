@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ovis_jax.checkpoint.adapters import load_adapters
-from ovis_jax.checkpoint.params import load_params
+from ovis_jax.checkpoint.params import OnRead, load_params
 from ovis_jax.checkpoint.source import find_source
 from ovis_jax.config import OvisConfig
 from ovis_jax.inputs.processor import Processor
@@ -36,6 +36,7 @@ def load(
     mesh: Mesh | None = None,
     rules: Rules = TENSOR,
     adapters: str | Path | None = None,
+    on_read: OnRead | None = None,
 ) -> LoadedOvis:
     """Load a checkpoint.
 
@@ -50,6 +51,7 @@ def load(
         your own from letters to "data", "model" or other axes of the mesh.
       adapters: a folder of low-rank adapters made by `save_adapters`; the matrices that they are of
         become `LowRank` in the parameters.
+      on_read: called with the key and the bytes of each slice of a tensor that this process reads.
 
     Raises:
       ConfigError: a config or tokenizer file is missing or asks for what is not supported.
@@ -64,7 +66,7 @@ def load(
     processor = Processor.from_folder(folder, config)
     # Before the weights: they are small, and may be those of another model.
     added = None if adapters is None else load_adapters(adapters, config, mesh=mesh, rules=rules)
-    params = load_params(folder, config, dtype=dtype, mesh=mesh, rules=rules)
+    params = load_params(folder, config, dtype=dtype, mesh=mesh, rules=rules, on_read=on_read)
     if added is not None:
         flat = cast(Flat, flatten_dict(params, sep="/"))
         matrix = {path: flat[path.rpartition("/")[0]] for path in added.halves}

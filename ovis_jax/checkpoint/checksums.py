@@ -4,8 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import HfApi
-
+from ovis_jax.checkpoint.hub import digests
 from ovis_jax.checkpoint.problems import CheckpointProblems, Problem
 from ovis_jax.checkpoint.source import Source
 from ovis_jax.checkpoint.writer import CONVERSION_FILE
@@ -36,22 +35,17 @@ def published(source: Source) -> Mapping[str, str]:
     A folder is taken for the known repo whose files have the same names.
 
     Raises:
-      OvisError: no checksums are known of it.
+      OvisError: no checksums are known of it, or the repo may not be read.
       OSError: the Hub cannot be reached.
     """
     if source.revision is not None and source.name not in PUBLISHED:
-        try:
-            info = HfApi().model_info(source.name, revision=source.revision, files_metadata=True)
-        except Exception as error:  # of whichever HTTP library the client is built on
-            raise OSError(f"{source.name}: no checksums could be fetched: {error}") from error
-        found = {x.rfilename: x.lfs.sha256 for x in info.siblings or () if x.lfs is not None}
-        shards = {k: digest for k, digest in found.items() if k.endswith(".safetensors")}
+        shards = digests(source.name, source.revision)
         if shards:
             return shards
     names = {path.name for path in source.folder.glob("*.safetensors")}
-    for repo, digests in PUBLISHED.items():
-        if source.name == repo or names == digests.keys():
-            return digests
+    for repo, known in PUBLISHED.items():
+        if source.name == repo or names == known.keys():
+            return known
     raise OvisError(
         f"no published checksums are known of {source.name}; leave out --verify, or give the id of"
         " the repo that it is of"

@@ -1,11 +1,11 @@
 """A folder of safetensors files: which tensors it holds, where, and what is wrong with it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ovis_jax.checkpoint.problems import CheckpointProblems, Problem
-from ovis_jax.checkpoint.safetensors_files import TensorEntry, read_header
+from ovis_jax.checkpoint.safetensors_files import Header, TensorEntry, read_header
 from ovis_jax.errors import CheckpointError, ConfigError
 from ovis_jax.fields import read_json
 
@@ -29,8 +29,23 @@ class CheckpointFolder:
     problems: tuple[Problem, ...]
 
 
-def open_checkpoint(folder: Path) -> CheckpointFolder:
+ReadHeader = Callable[[Path], Header | None]
+"""The header of a file, or None where there is no such file."""
+
+
+def header_there(path: Path) -> Header | None:
+    """The header of a file on this machine.
+
+    Raises:
+      OSError: the file cannot be opened or read.
+    """
+    return read_header(path) if path.is_file() else None
+
+
+def open_checkpoint(folder: Path, read: ReadHeader = header_there) -> CheckpointFolder:
     """Read the index and every header of a folder; no tensor is read.
+
+    `read` gives the headers: those of files that are not there yet may come from elsewhere.
 
     Raises:
       CheckpointError: no weights in the folder, an index that cannot be read, or a single file
@@ -38,16 +53,8 @@ def open_checkpoint(folder: Path) -> CheckpointFolder:
       OSError: a file cannot be opened or read.
     """
     single, index_path = folder / SINGLE_FILE, folder / INDEX_FILE
-    if not index_path.exists():
-        if not single.exists():
-            raise CheckpointError(
-                f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; give a folder that"
-                " holds the weights"
-            )
-        index, names = {}, [SINGLE_FILE]
-    else:
-        index = _read_index(index_path)
-        names = sorted(set(index.values()))
+    index = _read_index(index_path) if index_path.exists() else {}
+    names = sorted(set(index.values())) or [SINGLE_FILE]
     tensors: list[TensorEntry] = []
     problems: list[Problem] = []
     unusable: set[str] = set()
@@ -60,10 +67,14 @@ def open_checkpoint(folder: Path) -> CheckpointFolder:
         if path is None:
             found = "a path that leaves it"
             problems.append(Problem(name, "", "refused file", "a file inside the folder", found))
-        elif not path.is_file():
+        elif (header := read(path)) is None:
+            if not index:
+                raise CheckpointError(
+                    f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; give a folder that"
+                    " holds the weights"
+                )
             problems.append(Problem(name, "", "missing file", "a file", "none of that name"))
         else:
-            header = read_header(path)
             tensors += header.tensors
             problems += header.problems
             unusable |= header.unusable
@@ -78,12 +89,14 @@ def open_checkpoint(folder: Path) -> CheckpointFolder:
 def locate(folder: Path, name: str) -> Path | None:
     """The file of that name in a folder, or None where the name or a link leads out of it.
 
-    The cache of the Hub is a folder of links into its own `blobs`, which is let through.
+    The cache of the Hub is a folder of links into its own `blobs`, which is let through, and these
+    may be links into the `blobs` that its repos share.
     """
     root = folder.resolve()
     allowed = [root]
     if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
+        repo = root.parent.parent
+        allowed += [repo / "blobs", repo.parent / "blobs"]
     try:
         # Of the name alone first: "../here/x" may not leave the folder and come back.
         if Path(name).is_absolute() or ".." in Path(name).parts:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from ovis_jax.checkpoint.problems import ShardProblems
 from ovis_jax.errors import CheckpointError, OvisError
 
 JOURNAL_FILE = "journal.jsonl"
@@ -82,7 +83,11 @@ class Journal:
         facts = json.loads(json.dumps(facts))
         lines = self._lines() or [facts]
         if lines[0] != facts:
-            changed = [key for key in facts if lines[0].get(key) != facts[key]]
+            changed = [
+                f"{key} (it was {found})" if isinstance(found, str) and len(found) <= 40 else key
+                for key in facts
+                if (found := lines[0].get(key)) != facts[key]
+            ]
             raise OvisError(
                 f"{self._folder} is an unfinished result of other input: not the same are"
                 f" {', '.join(changed)}; give what it was begun with, or remove it to start again"
@@ -151,7 +156,8 @@ def unfinished(
     """A folder to write into, `<name>.partial`, which takes its name when the block ends well.
 
     When the block does not end, or ends in an interruption or an OSError, it stays, and the same
-    call goes on with it. A CheckpointError says that what was read is wrong: it is then removed.
+    call goes on with it. A CheckpointError says that what was read is wrong: it is then removed,
+    unless what it was made of so far is right.
 
     Args:
       folder: what is to be made; it must not exist, or be empty.
@@ -169,8 +175,9 @@ def unfinished(
         journal.begin(facts)
         try:
             yield partial, journal
-        except CheckpointError:
-            shutil.rmtree(partial, ignore_errors=True)
+        except CheckpointError as error:
+            if not isinstance(error, ShardProblems):
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         (partial / JOURNAL_FILE).unlink()
         if folder.exists():

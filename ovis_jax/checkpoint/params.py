@@ -1,6 +1,7 @@
 """Parameters from a folder, straight onto a mesh, and back into one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from ovis_jax.checkpoint.folder import CheckpointFolder, open_checkpoint
+from ovis_jax.checkpoint.folder import CheckpointFolder, ReadHeader, header_there, open_checkpoint
 from ovis_jax.checkpoint.keymap import Plan, account, hub_keys, own_keys
 from ovis_jax.checkpoint.problems import Problem
 from ovis_jax.checkpoint.safetensors_files import DTYPES, TensorEntry, map_file, view_tensor
@@ -42,14 +43,21 @@ from ovis_jax.sharding import (
 
 Params = dict[str, Any]
 
+OnRead = Callable[[str, int], None]
+"""Called with a tensor's key and the bytes of each slice of it that this process reads."""
+
 
 def plan_parameters(
-    folder: Path, config: OvisConfig, dtype: DTypeLike | None = None
+    folder: Path,
+    config: OvisConfig,
+    dtype: DTypeLike | None = None,
+    read: ReadHeader = header_there,
 ) -> tuple[Plan, str]:
     """Where each parameter stands in a folder of either layout, and the dtype it is to have.
 
     That dtype ("F32", "F16", "BF16") is `dtype`, to which any of the three is then cast, or the one
-    that config.json states, which every parameter must then have.
+    that config.json states, which every parameter must then have. `read` is as in
+    `open_checkpoint`.
 
     Raises:
       ConfigError: config.json states no dtype that parameters may have, and none was given.
@@ -57,7 +65,7 @@ def plan_parameters(
     """
     stored = None if dtype is not None else declared_dtype(folder)
     keys = own_keys(config) if is_converted(folder) else hub_keys(config)
-    plan = account(open_checkpoint(folder), config, keys, stored)
+    plan = account(open_checkpoint(folder, read), config, keys, stored)
     return plan, stored or dtype_name(dtype)
 
 
@@ -118,6 +126,7 @@ def load_params(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: Rules = TENSOR,
+    on_read: OnRead | None = None,
 ) -> Params:
     """Read the parameters of a converted folder or of one in the Hub's layout.
 
@@ -125,7 +134,8 @@ def load_params(
     With a mesh each device reads only its own slice of the mapped files, and has zeros where the
     mesh's shapes go beyond them. Without one the arrays are on the default device; a CPU device
     uses the mapped files where they are (a donated array is copied first), so replace such files by
-    renaming and do not write into them.
+    renaming and do not write into them. `on_read` is told of every slice, once where several
+    devices hold the same.
 
     Raises:
       ConfigError: config.json states no usable dtype and none is given.
@@ -141,7 +151,8 @@ def load_params(
     def load(path: str, entry: TensorEntry) -> jax.Array:
         view = view_tensor(mapped[entry.path], entry)
         sharding = None if shardings is None else shardings[path]
-        return place(entry.key, view, target, sharding, shapes[path])
+        told = None if on_read is None else partial(on_read, entry.key)
+        return place(entry.key, view, target, sharding, shapes[path], told)
 
     flat = {path: load(path, entry) for path, entry in plan.sources.items()}
     return unflatten_dict(flat, sep="/")
@@ -153,19 +164,30 @@ def place(
     dtype: str,
     sharding: NamedSharding | None,
     shape: tuple[int, ...],
+    on_read: Callable[[int], None] | None = None,
 ) -> jax.Array:
     """An array in a dtype on the default device, or each device's slice of it alone.
 
-    With a sharding it gets `shape`, with zeros behind what the array has.
+    With a sharding it gets `shape`, with zeros behind what the array has. `on_read` is called with
+    the bytes of each slice of `array` that is used.
 
     Raises:
       CheckpointError: a number is too large for the dtype.
     """
+    slices: set[str] = set()
+
+    def use(index: tuple[slice, ...] | None) -> np.ndarray:
+        part = array if index is None else array[index]
+        if on_read is not None and str(index) not in slices:
+            slices.add(str(index))
+            on_read(part.nbytes)
+        return cast(key, part, dtype)
+
     if sharding is None:
-        return jax.device_put(cast(key, array, dtype))
+        return jax.device_put(use(None))
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        part = cast(key, array if index is None else array[index], dtype)
+        part = use(index)
         local = sharding.shard_shape(shape)
         pads = [(0, size - there) for size, there in zip(local, part.shape, strict=True)]
         return np.pad(part, pads) if part.shape != local else part

@@ -31,6 +31,10 @@ class CheckpointProblems(CheckpointError):
         super().__init__("\n".join([self.summary, *(f"  {problem}" for problem in problems)]))
 
 
+class ShardProblems(CheckpointProblems):
+    """Faults of a file that was fetched; what was made of the files before it is right."""
+
+
 def printable(text: str) -> str:
     """Text from a file, escaped where a terminal would not show it as it is."""
     return text if text.isprintable() else ascii(text)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +33,7 @@ _BYTES: Mapping[str, int] = {
     "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # the official library reads none that is longer
+_MAX_ELEMENTS = 1 << 60  # an array of more has no size in bytes, even where a length of it is 0
 _ALIGNMENT = 64  # where a CPU device can use mapped memory as it is
 CHUNK = 1 << 23
 
@@ -69,23 +70,28 @@ def read_header(path: Path) -> Header:
       OSError: the file cannot be opened or read.
     """
     with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8:
-            return _unreadable(path, "truncated file", "at least 8 bytes", f"{size} bytes")
-        if length > _MAX_HEADER:
-            limit = f"a header of at most {_MAX_HEADER} bytes"
-            return _unreadable(path, "header length", limit, f"{length} bytes")
-        if 8 + length > size:
-            return _unreadable(
-                path,
-                "truncated file",
-                f"at least {8 + length} bytes for the header",
-                f"{size} bytes",
-            )
-        raw = file.read(length)
+        return parse_header(path, file)
+
+
+def parse_header(path: Path, file: BinaryIO) -> Header:
+    """The same of an open file, of which only the header is read; it will stand at `path`.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    size = file.seek(0, 2)
+    file.seek(0)
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8:
+        return _unreadable(path, "truncated file", "at least 8 bytes", f"{size} bytes")
+    if length > _MAX_HEADER:
+        limit = f"a header of at most {_MAX_HEADER} bytes"
+        return _unreadable(path, "header length", limit, f"{length} bytes")
+    if 8 + length > size:
+        least = f"at least {8 + length} bytes for the header"
+        return _unreadable(path, "truncated file", least, f"{size} bytes")
+    raw = file.read(length)
     repeated: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -93,8 +99,12 @@ def read_header(path: Path) -> Header:
         repeated.extend(name for name, count in counts.items() if count > 1)
         return dict(pairs)
 
+    def refuse(name: str) -> float:
+        raise ValueError(f"{name} is no number")
+
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        text = raw.decode("utf-8")
+        header = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         return _unreadable(path, "header", "JSON", f"{type(error).__name__}: {error}")
     if not isinstance(header, dict):
@@ -135,6 +145,8 @@ def _entry_fault(value: Any) -> tuple[str, str, str] | None:
         return "header entry", "a dtype such as " + ", ".join(DTYPES), _short(dtype)
     if not _is_counts(shape):
         return "header entry", "a shape of whole numbers", _short(shape)
+    if math.prod(length for length in shape if length) >= _MAX_ELEMENTS:
+        return "header entry", f"a shape of fewer than {_MAX_ELEMENTS} elements", _short(shape)
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return "data offsets", "[start, stop] with start <= stop", _short(offsets)
     # A dtype that is not known here is refused later, by its name.

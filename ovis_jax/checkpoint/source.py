@@ -4,14 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from ovis_jax.checkpoint.folder import INDEX_FILE, SINGLE_FILE, locate
+from ovis_jax.checkpoint.hub import fetch_files
 from ovis_jax.errors import ConfigError, OvisError
 
 CONFIG_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
@@ -36,11 +30,13 @@ class Source:
     revision: str | None
 
 
-def find_source(source: str | Path, revision: str | None = None) -> Source:
+def find_source(source: str | Path, revision: str | None = None, *, weights: bool = True) -> Source:
     """Take an existing folder, a checkpoint that is built in, or fetch what is needed of a repo id.
 
+    Without `weights` all of a repo is fetched but the tensors.
+
     Raises:
-      OvisError: it is none of them, or a revision is asked of a folder.
+      OvisError: it is none of them, a revision is asked of a folder, or the repo may not be read.
       OSError: the Hub cannot be reached.
     """
     folder = Path(source)
@@ -56,15 +52,10 @@ def find_source(source: str | Path, revision: str | None = None) -> Source:
             f"{source} is neither a folder nor a repo id of the form name/name, nor"
             f" {', '.join(BUILT_IN)}; give one of these"
         )
-    tried = f"{repo}: there is no such folder, and as a repo id of the Hub"
-    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, SINGLE_FILE, INDEX_FILE, "model-*.safetensors"]
-    try:
-        fetched = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise OvisError(f"{tried} it was not found: {_first_line(error)}") from error
-    # The client lets through the errors of whichever HTTP library its version is built on.
-    except Exception as error:
-        raise OSError(f"{tried} it could not be fetched: {_first_line(error)}") from error
+    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, INDEX_FILE]
+    if weights:
+        patterns += [SINGLE_FILE, "model-*.safetensors"]
+    fetched = fetch_files(repo, revision, patterns)
     return Source(fetched, repo, fetched.name)
 
 
@@ -90,8 +81,3 @@ def small_files(folder: Path) -> dict[str, Path]:
         if locate(folder, name) is None:
             raise ConfigError(f"{folder}: {name} is a link that leads out of the folder; {advice}")
     return found
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

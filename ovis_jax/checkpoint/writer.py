@@ -32,13 +32,21 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
-def plan_shards(tensors: Tensors, max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:
-    """File name -> paths: filled in order, none above the limit unless one tensor alone is."""
+def plan_shards(
+    tensors: Tensors,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    origins: Mapping[str, Path] | None = None,
+) -> dict[str, list[str]]:
+    """File name -> paths: filled in order, none above the limit unless one tensor alone is.
+
+    With `origins`, the file that each path comes from, none holds tensors of two of these.
+    """
     groups: list[list[str]] = [[]]
     filled = 0
     for path, (dtype, shape) in tensors.items():
         size = tensor_bytes(dtype, shape)
-        if groups[-1] and filled + size > max_shard_bytes:
+        moved = bool(origins and groups[-1] and origins[groups[-1][-1]] != origins[path])
+        if groups[-1] and (moved or filled + size > max_shard_bytes):
             groups.append([])
             filled = 0
         groups[-1].append(path)
@@ -109,16 +117,18 @@ def write_tensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
     journal: Journal | None = None,
+    origins: Mapping[str, Path] | None = None,
 ) -> dict[str, str]:
     """Write every shard and the index as a stream; returns file name -> digest, see `write_file`.
 
     `chunks` gives the bytes of a path in pieces; it is called once a path, shard by shard, or not
-    at all for what the `journal` says is there. `metadata` goes into the header of every shard.
+    at all for what the `journal` says is there. `metadata` goes into the header of every shard;
+    `origins` are as in `plan_shards`.
 
     Raises:
       OSError: a file cannot be written.
     """
-    shards = plan_shards(tensors, max_shard_bytes)
+    shards = plan_shards(tensors, max_shard_bytes, origins)
     digests = {
         name: write_file(
             folder / name, {path: tensors[path] for path in paths}, chunks, metadata, journal

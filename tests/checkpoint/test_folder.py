@@ -12,6 +12,7 @@ from golden_copies import GOLDEN, copy_golden, rewrite_shard
 
 from ovis_jax import presets
 from ovis_jax.checkpoint.folder import locate, open_checkpoint
+from ovis_jax.checkpoint.hub import remove_from_cache
 from ovis_jax.checkpoint.params import load_params
 from ovis_jax.checkpoint.problems import CheckpointProblems
 from ovis_jax.errors import CheckpointError
@@ -62,6 +63,42 @@ def test_links_of_the_hub_cache_are_followed(sharded):
         (snapshot / path.name).symlink_to(os.path.join("..", "..", "blobs", str(number)))
     assert load_params(snapshot, CONFIG)
     assert locate(snapshot, "../../blobs/0") is None
+
+
+def shared_cache(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    """Repos of a cache that all have one shard, whose content stands where repos share it."""
+    store = folder / "hub" / "blobs" / "ab" / "abcd"
+    store.parent.mkdir(parents=True)
+    store.write_bytes(b"content")
+    shards = []
+    for name in names:
+        repo = folder / "hub" / name
+        for place in ("blobs", "snapshots/one", "snapshots/two"):
+            (repo / place).mkdir(parents=True)
+        (repo / "blobs" / "etag").symlink_to("../../blobs/ab/abcd")
+        for commit in ("one", "two"):
+            (repo / "snapshots" / commit / SHARD).symlink_to("../../blobs/etag")
+        shards.append(repo / "snapshots" / "one" / SHARD)
+    return shards
+
+
+def test_what_repos_share_in_the_cache_of_the_hub(tmp_path):
+    first, second = shared_cache(tmp_path, ("models--a--b", "models--c--d"))
+    for shard in (first, second):
+        assert locate(shard.parent, SHARD) == shard
+    for path in (first, second):
+        remove_from_cache(path)
+        assert not path.is_symlink() and not (path.parents[2] / "blobs" / "etag").is_symlink()
+        assert not list(path.parents[1].glob("*/*.safetensors"))
+        # The content stays as long as another repo has it.
+        assert (tmp_path / "hub/blobs/ab/abcd").exists() == (path == first)
+    remove_from_cache(first)
+
+
+def test_nothing_but_the_cache_is_removed(tmp_path):
+    (tmp_path / "mine").write_bytes(b"content")
+    remove_from_cache(tmp_path / "mine")
+    assert (tmp_path / "mine").exists()
 
 
 def test_shard_that_is_missing(sharded):

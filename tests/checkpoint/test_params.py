@@ -139,6 +139,26 @@ def test_hub_folder_onto_a_mesh_with_a_cast():
     assert same_bits(np.asarray(params["visual_embedding"]), source)
 
 
+@pytest.mark.parametrize("devices", [0, 1, 8])
+def test_bytes_that_are_read_of_a_hub_folder_are_told(devices):
+    """Each once, whether a tensor is cut, is the same on all devices, or there is no mesh."""
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",)) if devices else None
+    slices: dict[str, list[int]] = {}
+    load_params(
+        GOLDEN / "tiny-bf16-sharded",
+        CONFIG,
+        dtype="float32",
+        mesh=mesh,
+        rules=FSDP,
+        on_read=lambda key, size: slices.setdefault(key, []).append(size),
+    )
+    stored = read_tensors(GOLDEN / "tiny-bf16-sharded")
+    assert {key: sum(sizes) for key, sizes in slices.items()} == {
+        key: stored[key].nbytes for key in hub_keys(CONFIG).parameters
+    }
+    assert max(map(len, slices.values())) == max(devices, 1)
+
+
 def test_mesh_that_does_not_divide():
     mesh = Mesh(np.array(jax.devices()[:4]), ("model",))
     with pytest.raises(OvisError, match="letter K has size 2"):

@@ -9,11 +9,9 @@ import pytest
 from golden_copies import CHECKPOINTS, DTYPES, GOLDEN, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ovis_jax.checkpoint.safetensors_files import (
-    Header,
     map_file,
     read_chunks,
     read_header,
@@ -68,7 +66,8 @@ def test_reads_what_the_official_library_reads(name):
         ({"a": entry("F32", [True], 0, 4)}, b"1234", "header entry", "[True]"),
         ({"a": entry("F32", [1], 4, 0)}, b"1234", "data offsets", "[4, 0]"),
         ({"a": entry("F32", [1], 0, 2)}, b"12", "data offsets", "2 bytes"),
-        ({"a": entry("F32", [2**62, 2**62], 0, 4)}, b"1234", "data offsets", "4 bytes"),
+        ({"a": entry("F32", [2**62, 2**62], 0, 4)}, b"1234", "header entry", "[46116860184"),
+        ({"a": entry("F32", [2**62, 0], 0, 0)}, b"", "header entry", "[4611686018427387904, 0]"),
         ({"a": entry("F32", [1], 2**60, 2**60 + 4)}, b"1234", "truncated file", "bytes"),
         ({"a": entry("F32", [1], 0, 4)}, b"123", "truncated file", "bytes"),
         ({"a": entry("F32", [1], 0, 4)}, b"12345", "bytes after the data", "bytes"),
@@ -188,34 +187,3 @@ def test_written_tensors_are_aligned_and_mapped_by_a_cpu_device(tmp_path):
 def test_writer_refuses_pieces_of_another_size(tmp_path):
     with pytest.raises(ValueError, match="a: 3 bytes written, 4 promised"):
         write_file(tmp_path / "x", {"a": ("F32", (1,))}, lambda key: [memoryview(b"123")])
-
-
-@pytest.fixture(scope="module")
-def small_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("small") / "small.safetensors"
-    arrays = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(5, np.float16)}
-    save_file(arrays, path, metadata={"format": "pt"})
-    return path
-
-
-@given(data=st.data())
-@settings(deadline=None, max_examples=300)
-def test_corrupt_headers_give_rows_or_a_correct_read(small_file, data):
-    raw = bytearray(small_file.read_bytes())
-    end = 8 + int.from_bytes(raw[:8], "little")
-    for _ in range(data.draw(st.integers(1, 3))):
-        raw[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
-    raw = raw[: data.draw(st.sampled_from([len(raw), len(raw) - 1, end - 1, 9]))]
-    path = small_file.with_name("corrupt.safetensors")
-    path.write_bytes(raw)
-    header = read_header(path)
-    assert isinstance(header, Header)
-    for tensor in header.tensors:
-        if tensor.dtype in DTYPES and not header.problems:
-            assert view_tensor(map_file(path), tensor).shape == tensor.shape
-    if not header.problems and all(tensor.dtype in DTYPES for tensor in header.tensors):
-        # Whatever is found sound here is sound for the official library too, and reads alike.
-        with safe_open(path, "np") as official:
-            for tensor in header.tensors:
-                view = view_tensor(map_file(path), tensor)
-                assert same_bits(view, official.get_tensor(tensor.key))

@@ -1,7 +1,6 @@
 import hashlib
 import json
 import os
-import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from safetensors.numpy import save_file
 
 from convert.from_hf import convert, prepare
 from ovis_jax import presets
-from ovis_jax.checkpoint import source
+from ovis_jax.checkpoint import hub, source
 from ovis_jax.checkpoint.keymap import hub_keys
 from ovis_jax.checkpoint.params import load_params
 from ovis_jax.checkpoint.problems import CheckpointProblems
@@ -189,17 +188,17 @@ def test_converted_folder_is_not_converted_again(tmp_path):
         convert(tmp_path / "a", tmp_path / "b")
 
 
-def test_repo_id_is_fetched_with_only_the_needed_files(tmp_path, monkeypatch):
+def test_repo_id_is_loaded_with_only_the_needed_files(tmp_path, monkeypatch):
     asked = {}
 
     def snapshot_download(repo, *, revision, allow_patterns):
         asked.update(repo=repo, revision=revision, patterns=allow_patterns)
-        return str(shutil.copytree(GOLDEN / "tiny-f32", tmp_path / "snapshots" / "abc123"))
+        return str(tmp_path / "snapshots" / "abc123")
 
-    monkeypatch.setattr(source, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
-    record = convert("some/model", tmp_path / "out", revision="main")
-    assert record["source"] == {"name": "some/model", "revision": "abc123"}
+    found = source.find_source("some/model", "main")
+    assert (found.name, found.revision, found.folder.name) == ("some/model", "abc123", "abc123")
     assert (asked["repo"], asked["revision"]) == ("some/model", "main")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(asked["patterns"])
     assert not any(pattern in ("*", "*.py", "*.bin") for pattern in asked["patterns"])
