@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ovis_jax.checkpoint.folder import INDEX_FILE, SINGLE_FILE, locate
-from ovis_jax.checkpoint.hub import fetch_files
 from ovis_jax.errors import ConfigError, OvisError
 
 CONFIG_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
@@ -52,6 +51,9 @@ def find_source(source: str | Path, revision: str | None = None, *, weights: boo
             f"{source} is neither a folder nor a repo id of the form name/name, nor"
             f" {', '.join(BUILT_IN)}; give one of these"
         )
+    # The Hub's client is slow to import, and most checkpoints are folders.
+    from ovis_jax.checkpoint.hub import fetch_files
+
     patterns = [*CONFIG_FILES, *TOKENIZER_FILES, INDEX_FILE]
     if weights:
         patterns += [SINGLE_FILE, "model-*.safetensors"]

@@ -3,7 +3,10 @@
 import math
 from dataclasses import dataclass
 
+from ovis_jax.model.blockwise import BLOCK
+from ovis_jax.model.kernels import Call, choose_kernel
 from ovis_jax.model.kv_cache import num_slots
+from ovis_jax.model.ovis import VISUAL_TOKENS_AT_ONCE
 from ovis_jax.plan import arguments
 from ovis_jax.plan.arguments import Case
 from ovis_jax.plan.program import bytes_a_device
@@ -17,10 +20,6 @@ COMPILER = 64 * 2**20
 """What compilers set aside whatever the request; 30 to 70 MiB were seen."""
 
 FLOAT32 = 4
-
-SCORES = {"tpu": 2, "cuda": 4}
-"""Float32 arrays of attention scores that are there at once: up to so many were seen in what XLA
-compiles for each."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +98,18 @@ def prefill_temp(case: Case) -> int:
     """Estimate of the temporary arrays of reading prompts of the whole length, in bytes.
 
     The larger of what the images and what the decoder takes at its fullest. With b = B / data rows,
-    m = model and s bytes an item, the decoder's is s b T (3 D + (2N + 4K) H / m + 3 F / m), for the
-    residual, input and output of a half; queries, keys, values and the answer, with one block's
-    keys and values once more on their way into the cache; the gated MLP. To it come `SCORES` times
-    4 b N/m T T, the scores of one block, as plain attention holds them for all queries together.
-    The images' is `vision_temp`; their embeddings, s I M D, stay until the decoder has read them.
+    m = model and s bytes an item, the decoder's is s b T (3 D + 4 (N + K) H / m + 4 F / m), for the
+    residual, input and output of a half, which takes D more where it is summed over devices;
+    queries, keys, values and the answer, each once more as the kernel or the cache wants it; the
+    gated MLP. To it come the `_scores` of one block. The images' is `vision_temp`; their
+    embeddings, s I M D, stay until the decoder has read them.
     """
     n = letter_sizes(case.config, "decoder/")
     s, positions = case.item_bytes, case.batch // case.data * case.max_length
-    heads = (2 * n["N"] + 4 * n["K"]) * n["H"]
-    decoder = s * positions * (3 * n["D"] + (heads + 3 * n["F"]) // case.model)
-    decoder += _scores(case, n["N"] * positions * case.max_length)
+    split = 4 * (n["N"] + n["K"]) * n["H"] + 4 * n["F"]
+    whole = (3 + (case.model > 1)) * n["D"]
+    decoder = s * positions * (whole + split // case.model)
+    decoder += _scores(case, "prefill", case.batch // case.data, n["N"], case.max_length)
     embedded = s * case.crops * case.config.visual_tokenizer.tokens_per_crop * n["D"]
     return max(vision_temp(case), decoder) + embedded + COMPILER
 
@@ -118,22 +118,33 @@ def vision_temp(case: Case) -> int:
     """Estimate of the temporary arrays of all crops' features and visual words, in bytes.
 
     With I crops, m = model and s bytes an item, the larger of I P (3 s E + 4 E + s (4E + 2F) / m),
-    a SigLIP block beside its residual, with scores 4 I A/m P P as above, and of I M W/m (4 + s),
-    logits and probabilities of the visual words; and the pixels, 4 I h w C.
+    a SigLIP block beside its residual, with its `_scores`, and of R W/m (4 + s), logits and
+    probabilities of the visual words of the R tokens that are looked at together; and the pixels,
+    4 I h w C.
     """
     tokenizer, vision = case.config.visual_tokenizer, case.config.vision
     s, m, crops = case.item_bytes, case.model, case.crops
     E, P = vision.width, vision.num_patches
-    block = P * ((3 * s + FLOAT32) * E + s * (4 * E + 2 * vision.mlp_width) // m)
-    block += _scores(case, vision.num_heads * P * P)
-    words = tokenizer.tokens_per_crop * tokenizer.vocab_size // m * (FLOAT32 + s)
-    pixels = FLOAT32 * vision.image_size**2 * vision.num_channels
-    return crops * (max(block, words) + pixels)
+    block = crops * P * ((3 * s + FLOAT32) * E + s * (4 * E + 2 * vision.mlp_width) // m)
+    block += _scores(case, "vision", crops, vision.num_heads, P)
+    tokens = min(crops * tokenizer.tokens_per_crop, max(crops, VISUAL_TOKENS_AT_ONCE))
+    words = tokens * tokenizer.vocab_size // m * (FLOAT32 + s)
+    pixels = FLOAT32 * crops * vision.image_size**2 * vision.num_channels
+    return max(block, words) + pixels
 
 
-def _scores(case: Case, count: int) -> int:
-    """Bytes of scores, heads over "model"."""
-    return SCORES[case.topology.device.platform] * FLOAT32 * count // case.model
+def _scores(case: Case, call: Call, rows: int, heads: int, length: int) -> int:
+    """Bytes of the float32 scores that the kernel chosen for a call holds, heads over "model".
+
+    Splash keeps them on the chip. Where XLA makes them, scores and weights are there at once, on
+    GPUs twice.
+    """
+    platform = case.topology.device.platform
+    kernel = choose_kernel("tpu" if platform == "tpu" else "gpu", call, length)
+    if kernel == "splash":
+        return 0
+    queries = min(length, BLOCK) if kernel == "blockwise" else length
+    return 4 * FLOAT32 * rows * heads * queries * length // case.model
 
 
 def floors(case: Case, need: Needs) -> Floors:

@@ -44,21 +44,18 @@ def test_arguments_of_decode_are_those_of_the_compiler(topology, batch, max_leng
 @pytest.mark.parametrize(
     ("topology", "batch", "max_length", "gib"),
     [
-        ("v5e:2x4", 8, 1024, 0.2594),
-        ("v5e:2x4", 8, 8192, 9.6731),
-        ("h100:1", 1, 4096, 4.5840),
-        ("h100:8", 8, 8192, 8.1875),
+        ("v5e:2x4", 8, 8192, 2.2224),
+        ("v6e:1x1", 1, 4096, 0.4999),
+        ("v6e:2x2", 8, 8192, 3.8912),
+        ("v5p:2x2x1", 8, 8192, 3.3922),
     ],
 )
 def test_temporary_arrays_of_prefill_are_about_those_of_the_compiler(
     topology, batch, max_length, gib
 ):
-    """An estimate, of what XLA made of plain attention: never below, and not three times as much.
-
-    So much because it makes less of eight rows on eight GPUs than of one row on one.
-    """
+    """An estimate: never below what XLA made of it, and not twice as much."""
     found = needs(case(topology, batch, max_length)).prefill_temp / GIB
-    assert gib <= found <= 2.5 * gib
+    assert gib <= found <= 2 * gib
 
 
 def test_weights_are_cut_over_model_and_the_cache_over_both_axes():
