@@ -141,7 +141,7 @@ def crops(
         image.load()
     except Exception as error:
         raise ImageError(f"an image of mode {image.mode} cannot be decoded: {error}") from error
-    image = _to_rgb(image)
+    image = to_rgb(image)
     grid = choose_grid(image.width, image.height, settings.side, max_partition)
     boxes = crop_boxes(image.width, image.height, grid)
     if len(boxes) > 1:
@@ -216,7 +216,7 @@ def count_images(images: Images, name: str) -> int:
     return len(images)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Drop alpha, without compositing; EXIF orientation is not applied."""
     if image.mode == "RGB":
         return image
