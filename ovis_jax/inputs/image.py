@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ovis_jax.errors import ImageError, PromptError
 from ovis_jax.fields import Fields, is_int, read_json
@@ -195,6 +195,10 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name} cannot be decoded as an image: Pillow does not know its format"
+        ) from error
     # Each of Pillow's decoders raises what its parser happens to raise on a damaged file.
     except Exception as error:
         raise ImageError(f"{name} cannot be decoded as an image: {error}") from error

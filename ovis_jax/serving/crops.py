@@ -56,7 +56,7 @@ def draw_grid(image: Image.Image, grid: Grid) -> Image.Image:
         (left * x, upper * y, right * x - 1, lower * y - 1)
         for left, upper, right, lower in crop_boxes(*image.size, grid)
     ]
-    for colour, wider in ((BORDER, 3), (LINE, 1)):
+    for colour, wider in ((BORDER, 5), (LINE, 2)):
         for left, upper, right, lower in boxes:
             box = (left - wider, upper - wider, right + wider, lower + wider)
             pen.rectangle(box, outline=colour, width=2 * wider)

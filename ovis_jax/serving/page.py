@@ -61,14 +61,13 @@ def build(ovis: LoadedOvis, name: str) -> gr.Blocks:
                     9,
                     9,
                     step=1,
-                    label="Most cells a picture is cut into",
-                    info="max_partition: fewer cells, fewer tokens, less detail",
+                    label="Cells per picture, at most",
+                    info="max_partition: fewer cells, fewer tokens",
                     elem_id="partition",
                 )
                 with gr.Accordion("How it answers", open=False, elem_id="controls"):
                     controls = _controls()
-        talk, asked = gr.State(Talk()), gr.State(Talk())
-        message, seen = gr.State(EMPTY), gr.State(None)
+        talk, message, seen = gr.State(Talk()), gr.State(EMPTY), gr.State(None)
         visits = Visits(ovis)
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         look: dict[str, Any] = quiet | {
@@ -81,20 +80,21 @@ def build(ovis: LoadedOvis, name: str) -> gr.Blocks:
         ask: dict[str, Any] = quiet | {
             "fn": visits.ask,
             "inputs": [box, chat, talk],
-            "outputs": [box, chat, message, asked, note, new],
+            "outputs": [box, chat, talk, message, note, new],
             "concurrency_limit": None,
         }
         answer: dict[str, Any] = quiet | {
             "fn": visits.answer,
-            "inputs": [chat, message, asked, partition, *controls],
+            "inputs": [chat, talk, message, partition, *controls],
             "outputs": [chat, talk, box, note, new],
             "concurrency_limit": 1,
         }
-        gr.on([box.change, partition.change, talk.change], **look)
+        gr.on([box.change, partition.change], **look)
         box.submit(**ask).success(**answer)
         chat.example_select(take_example, None, box, **quiet).success(**ask).success(**answer)
         box.stop(visits.stop, queue=False, **quiet)
-        gr.on([new.click, chat.clear], begin_anew, None, [chat, talk, box, note], **quiet)
+        anew = [chat, talk, box, note, shown, seen]
+        gr.on([new.click, chat.clear], begin_anew, None, anew, **quiet)
         blocks.unload(visits.leave)
     return blocks
 
@@ -173,7 +173,7 @@ def _controls() -> list[Component]:
 
 
 def _theme() -> themes.Base:
-    return themes.Default(
+    theme = themes.Default(
         primary_hue="teal",
         neutral_hue="slate",
         radius_size="lg",
@@ -181,3 +181,4 @@ def _theme() -> themes.Base:
         font=("system-ui", "sans-serif"),
         font_mono=("ui-monospace", "monospace"),
     )
+    return theme.set(body_text_color_subdued="*neutral_500")  # readable on white

@@ -18,6 +18,7 @@ class Talk:
 
     turns: tuple[Turn, ...] = ()
     images: tuple[Image.Image, ...] = ()
+    last: int = 0  # how many of the images came with the last question
 
     def ask(self, text: str, images: Sequence[Image.Image]) -> "Talk":
         """The same with one more turn of the user's.
@@ -28,7 +29,11 @@ class Talk:
         if not text.strip():
             raise PromptError("there is no question: write what you want to know")
         turn = {"role": "user", "content": mark_images(text.strip(), len(images))}
-        return Talk((*self.turns, turn), (*self.images, *images))
+        return Talk((*self.turns, turn), (*self.images, *images), len(images))
+
+    def take_back(self) -> "Talk":
+        """The same without the last question, which has no answer, and its images."""
+        return Talk(self.turns[:-1], self.images[: len(self.images) - self.last])
 
     def answered(self, text: str) -> "Talk":
         """The same with an answer to the last turn."""

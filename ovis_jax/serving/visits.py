@@ -55,7 +55,7 @@ class Visits:
     def ask(self, message: Message, chat: list[Any], talk: Talk, request: gr.Request) -> tuple:
         """Move what is in the text box into the conversation.
 
-        Gives the text box, the chat, the message, the conversation, the note and the new button.
+        Gives the text box, the chat, the conversation, the message, the note and the new button.
         """
         opened, faults = open_files(message["files"])
         try:
@@ -73,13 +73,13 @@ class Visits:
         said.append({"role": "user", "content": message["text"].strip()})
         waiting = [*chat, *said, _answer("…")]
         box = gr.MultimodalTextbox(value=EMPTY, submit_btn=False, stop_btn=True)
-        return box, waiting, message, asked, panel.note(READING), gr.Button(interactive=False)
+        return box, waiting, asked, message, panel.note(READING), gr.Button(interactive=False)
 
     def answer(
         self,
         chat: list[Any],
+        talk: Talk,
         message: Message,
-        asked: Talk,
         max_partition: int,
         temperature: float,
         top_p: float,
@@ -103,7 +103,7 @@ class Visits:
         )
         same, new = gr.skip(), gr.Button(interactive=True)
         before = chat[:-1]  # without the "…"
-        steps, step, shown = answerer(asked.turns, asked.images), None, 0.0
+        steps, step, shown = answerer(talk.turns, talk.images), None, 0.0
         try:
             for step in steps:
                 if stop.is_set():
@@ -113,13 +113,14 @@ class Visits:
                     shown = time.monotonic()
         except OvisError as error:
             text = f"⚠️ {html.escape(str(error), quote=False)}"
-            yield [*before, _answer(text)], same, _ready(message), panel.note(LEFT_OUT), new
+            back = talk.take_back()
+            yield [*before, _answer(text)], back, _ready(message), panel.note(LEFT_OUT), new
             return
         finally:
             steps.close()
         text = step.text if step else ""
         note = panel.progress(step, STOPPED if stop.is_set() else "") if step else ""
-        yield [*before, _answer(text or "…")], asked.answered(text), _ready(EMPTY), note, new
+        yield [*before, _answer(text or "…")], talk.answered(text), _ready(EMPTY), note, new
 
     def stop(self, request: gr.Request) -> None:
         """End the visitor's answer: the button was pressed."""
@@ -148,8 +149,8 @@ def take_example(chosen: gr.SelectData) -> Message:
 
 
 def begin_anew() -> tuple:
-    """Gives the chat, the conversation, the text box and the note of a new conversation."""
-    return [], Talk(), EMPTY, ""
+    """Give the chat, conversation, text box, note, panel and its origin of a new conversation."""
+    return [], Talk(), EMPTY, "", panel.NO_PICTURES, None
 
 
 def _ready(message: Message) -> gr.MultimodalTextbox:
