@@ -1,13 +1,13 @@
-"""The command line: generate, chat, train, inspect, verify, plan."""
+"""The command line: generate, chat, train, inspect, verify, plan, ui."""
 
 import json
 import sys
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import jax
 import numpy as np
 import typer
 from PIL import Image
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ovis_jax import verify as golden_files
+from ovis_jax.answering import Answer, Answerer, mark_images
 from ovis_jax.checkpoint import checksums
 from ovis_jax.checkpoint.params import plan_parameters
 from ovis_jax.checkpoint.problems import CheckpointProblems
@@ -23,12 +24,12 @@ from ovis_jax.compile_cache import keep_compiled
 from ovis_jax.config import OvisConfig
 from ovis_jax.console import print_error
 from ovis_jax.errors import OvisError
-from ovis_jax.inference.generate import stream
 from ovis_jax.inference.sampling import Sampling
-from ovis_jax.inputs.conversation import IMAGE_TEXT, Prompt, Turn
+from ovis_jax.inputs.conversation import Turn
 from ovis_jax.inputs.image import open_image
 from ovis_jax.loading import LoadedOvis, load
 from ovis_jax.plan.command import plan
+from ovis_jax.serving.page_command import ui
 
 app = typer.Typer(
     help="Ovis1.6-Gemma2 vision-language models in JAX.",
@@ -37,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(plan)
+app.command()(ui)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Model = Annotated[
@@ -55,54 +57,6 @@ Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 MaxPartition = Annotated[int, typer.Option(help="The most cells that an image is cut into.")]
 Adapters = Annotated[Path | None, typer.Option(help="A folder of low-rank adapters.")]
 OtherDtype = Annotated[Dtype | None, typer.Option(help="Compute in this dtype, not as stored.")]
-
-
-@dataclass(frozen=True)
-class Answerer:
-    """A loaded model, and how it is to answer."""
-
-    ovis: LoadedOvis
-    sampling: Sampling
-    seed: int
-    max_new_tokens: int
-    max_partition: int
-
-    def __call__(
-        self, prompt: Prompt, images: list[Image.Image], preface: str = "", *, show: bool
-    ) -> dict[str, Any]:
-        """Answer one prompt, printing the text as it comes if it is to be shown."""
-        ovis, start = self.ovis, time.perf_counter()
-        inputs = ovis.processor(
-            [prompt], [images], max_partition=self.max_partition, preface=preface
-        )
-        pieces = stream(
-            ovis.model,
-            ovis.params,
-            inputs,
-            None if self.sampling.temperature is None else jax.random.key(self.seed),
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-        )
-        decoder, tokens, text, first = ovis.processor.stream_text(), [], "", 0.0
-        for piece in pieces:
-            new = np.asarray(piece.tokens)[0, : int(piece.lengths[0])].tolist()
-            first = first or time.perf_counter() - start
-            tokens += new
-            added = "".join(decoder.push(i) for i in new if i not in ovis.config.eos_ids)
-            text += added
-            if show:
-                print(added, end="", flush=True)
-        rest = decoder.finish()
-        if show:
-            print(rest, flush=True)
-        return {
-            "text": text + rest,
-            "tokens": tokens,
-            "finish_reason": "stop" if tokens[-1] in ovis.config.eos_ids else "length",
-            "prompt_positions": int(np.count_nonzero(inputs.positions >= 0)),
-            "seconds_to_first_token": round(first, 3),
-            "seconds": round(time.perf_counter() - start, 3),
-        }
 
 
 @app.command()
@@ -128,9 +82,10 @@ def generate(
     images = [open_image(path) for path in image or []]
     ovis = load(model, dtype=dtype, adapters=adapters)
     answer = Answerer(ovis, sampling, seed, max_new_tokens, max_partition)
-    result = answer(prompt, images, preface, show=not as_json)
+    result = _follow(answer(prompt, images, preface), show=not as_json)
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        fields = {key: value for key, value in asdict(result).items() if key != "added"}
+        print(json.dumps(fields, ensure_ascii=False))
 
 
 @app.command()
@@ -163,10 +118,9 @@ def chat(
             elif line.startswith("/image "):
                 added.append(open_image(line.removeprefix("/image ").strip()))
             elif line:
-                marks = "" if IMAGE_TEXT in line else f"{IMAGE_TEXT}\n" * len(added)
-                asked = [*turns, {"role": "user", "content": marks + line}]
-                result = answer(asked, images + added, show=True)
-                turns = [*asked, {"role": "assistant", "content": result["text"]}]
+                asked = [*turns, {"role": "user", "content": mark_images(line, len(added))}]
+                result = _follow(answer(asked, images + added), show=True)
+                turns = [*asked, {"role": "assistant", "content": result.text}]
                 images, added = images + added, []
         except OvisError as error:
             print_error(notes, error)
@@ -248,6 +202,18 @@ def verify(
     Console().print(table)
     if failed:
         raise typer.Exit(1)
+
+
+def _follow(steps: Iterator[Answer], *, show: bool) -> Answer:
+    """The whole answer; its text is printed as it comes if it is to be shown."""
+    answer = next(steps)
+    for step in chain([answer], steps):
+        answer = step
+        if show:
+            print(step.added, end="", flush=True)
+    if show:
+        print(flush=True)
+    return answer
 
 
 def _numbers(*names: str) -> list[Column]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import browsers
 import measured
 import pytest
 from hypothesis import settings
@@ -43,10 +44,14 @@ GOLDEN = Path(__file__).parent / "golden"
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 collect_ignore_glob = [] if HAS_TORCH else ["reference/*", "*/test_parity.py", "*/*_torch.py"]
 
+MISSING = browsers.missing()
+collect_ignore_glob += ["serving/test_page.py"] if MISSING else []
 
-def pytest_report_header() -> str:
+
+def pytest_report_header() -> list[str]:
     against = "PyTorch and the golden files" if HAS_TORCH else "the golden files alone"
-    return f"compared with {against}"
+    page = f"NOT TESTED, for want of {', '.join(MISSING)}" if MISSING else "tested in chromium"
+    return [f"compared with {against}", f"the page of ovis-jax ui: {page}"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before any fixture compiles

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ovis_jax.errors import ImageError, PromptError
 from ovis_jax.fields import Fields, is_int, read_json
@@ -141,7 +141,7 @@ def crops(
         image.load()
     except Exception as error:
         raise ImageError(f"an image of mode {image.mode} cannot be decoded: {error}") from error
-    image = _to_rgb(image)
+    image = to_rgb(image)
     grid = choose_grid(image.width, image.height, settings.side, max_partition)
     boxes = crop_boxes(image.width, image.height, grid)
     if len(boxes) > 1:
@@ -195,6 +195,10 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name} cannot be decoded as an image: Pillow does not know its format"
+        ) from error
     # Each of Pillow's decoders raises what its parser happens to raise on a damaged file.
     except Exception as error:
         raise ImageError(f"{name} cannot be decoded as an image: {error}") from error
@@ -216,7 +220,7 @@ def count_images(images: Images, name: str) -> int:
     return len(images)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Drop alpha, without compositing; EXIF orientation is not applied."""
     if image.mode == "RGB":
         return image

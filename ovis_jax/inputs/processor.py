@@ -243,7 +243,7 @@ class Processor:
         limit = self.config.multimodal_max_length
         limit = limit if max_length is None else min(limit, max_length)
         if len(tokens) > limit and keep == "all":
-            text_length = len(tokens) - self._image_length(images, max_partition)
+            text_length = len(tokens) - self.image_length(images, max_partition)
             raise PromptError(
                 f"{name} is {len(tokens)} positions long, more than the {limit} that the model "
                 f"reads; {self._advice(limit - text_length, images, max_partition)}"
@@ -260,7 +260,7 @@ class Processor:
         side = self.image_settings.side
         return placeholders(choose_grid(image.width, image.height, side, max_partition))
 
-    def _image_length(self, images: Images, max_partition: int) -> int:
+    def image_length(self, images: Images, max_partition: int) -> int:
         """The positions that images take, indicators and the visual tokens of all their crops."""
         marks = np.array([i for image in images for i in self._placeholders(image, max_partition)])
         return len(self._expand(marks, marks))
@@ -273,7 +273,7 @@ class Processor:
     def _advice(self, room: int, images: Images, max_partition: int) -> str:
         """How a prompt that is too long can be made to fit, with `room` positions for images."""
         for smaller in range(max_partition - 1, 0, -1):
-            if images and self._image_length(images, smaller) <= room:
+            if images and self.image_length(images, smaller) <= room:
                 return f"it fits with max_partition={smaller}, or cut it with truncate=True"
         return (
             "no max_partition makes it fit: shorten the text, give fewer images, "

@@ -1,0 +1,1 @@
+"""What serves a model to people: a page to talk to it."""
