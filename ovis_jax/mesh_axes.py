@@ -6,6 +6,7 @@ mesh with explicit axes it steps into the same mesh with automatic ones, and out
 
 from collections.abc import Callable
 from functools import wraps
+from itertools import chain
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -20,7 +21,7 @@ def automatic(mesh: Mesh) -> Mesh:
 
 
 def with_automatic_axes(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Run a function of arrays with all axes of the mesh in scope automatic.
+    """Run a function of arrays with all axes of the mesh in scope, or of theirs, automatic.
 
     Arrays among its positional arguments are taken over as they lie; what it returns is to be given
     to another such function, or to `replicated`.
@@ -28,8 +29,10 @@ def with_automatic_axes(function: Callable[Arguments, Result]) -> Callable[Argum
 
     @wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        mesh = jax.sharding.get_abstract_mesh()
-        if not _explicit(mesh):
+        arrays = (x for x in jax.tree.leaves(args) if isinstance(x, jax.Array))
+        meshes = chain([jax.sharding.get_abstract_mesh()], map(_mesh_of, arrays))
+        mesh = next(filter(_explicit, meshes), None)
+        if mesh is None:
             return function(*args, **kwargs)
         types = dict.fromkeys(mesh.axis_names, AxisType.Auto)
         with jax.sharding.use_abstract_mesh(mesh.update_axis_types(types)):
@@ -52,7 +55,11 @@ def _explicit(mesh: AbstractMesh) -> bool:
     return not mesh.empty and AxisType.Explicit in mesh.axis_types
 
 
+def _mesh_of(x: jax.Array) -> AbstractMesh:
+    return jax.typeof(x).sharding.mesh
+
+
 def _taken_over(x: Any) -> Any:
-    if isinstance(x, jax.Array) and _explicit(jax.typeof(x).sharding.mesh):
+    if isinstance(x, jax.Array) and _explicit(_mesh_of(x)):
         return jax.sharding.reshard(x, PartitionSpec())
     return x

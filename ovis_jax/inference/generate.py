@@ -111,20 +111,25 @@ def _stream(
     model: Ovis, params: Params, inputs: Inputs, request: _Request, total: int, width: int
 ) -> Iterator[Generation]:
     state, piece = _begin(model, params, inputs, request, total, width)
-    yield piece  # at once: what goes on may have to be compiled first
-    if width == total or bool(state.done.all()):
+    yield replicated(piece)  # at once: what goes on may have to be compiled first
+    if width == total or all_done(state.done):
         return
     state, piece = _continue(model, params, state, request, min(width, total - width), width)
     for start in range(2 * width, total + width, width):
         done, ahead = state.done, None
         if start < total:
-            done = jnp.copy(done)  # the state itself is given away
+            done = with_automatic_axes(jnp.copy)(done)  # the state itself is given away
             columns = min(width, total - start)
             state, ahead = _continue(model, params, state, request, columns, width)
-        yield piece
-        if ahead is None or bool(done.all()):
+        yield replicated(piece)
+        if ahead is None or all_done(done):
             return
         piece = ahead
+
+
+def all_done(done: Bool[Array, "B"]) -> bool:
+    """Whether every row is, wherever the rows lie."""
+    return bool(with_automatic_axes(jnp.all)(done))
 
 
 def _request(

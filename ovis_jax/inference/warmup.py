@@ -12,7 +12,7 @@ from jax.sharding import Sharding
 from jaxtyping import Key
 
 from ovis_jax.errors import RequestError
-from ovis_jax.inference.generate import _begin, _continue, _Request, _request, _State
+from ovis_jax.inference.generate import _begin, _continue, _Request, _request, _State, all_done
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.buckets import Bucket
@@ -130,4 +130,4 @@ def _laid(state: Any, shardings: Any, placed: bool) -> Any:
 def _ask(state: _State) -> None:
     done = state.done
     zeros = jnp.zeros(done.shape, done.dtype)
-    bool(jnp.copy(zeros if done.sharding is None else jax.device_put(zeros, done.sharding)).all())
+    all_done(jnp.copy(zeros if done.sharding is None else jax.device_put(zeros, done.sharding)))

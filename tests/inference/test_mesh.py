@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from golden_copies import GOLDEN, read_tensors, same_bits
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ovis_jax import forward, load
 from ovis_jax.checkpoint.params import load_params, save_params
-from ovis_jax.inference.generate import generate
+from ovis_jax.inference.generate import generate, stream
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model.ovis import apply
 from ovis_jax.model.visual_tokenizer import VisualTokenizer
@@ -118,3 +118,28 @@ def test_a_checkpoint_is_padded_as_it_is_read(inputs, load_golden, tmp_path):
     again = flatten_dict(load_params(tmp_path / "saved", ovis.config), sep="/")
     for path, x in flatten_dict(single.params, sep="/").items():
         assert same_bits(np.asarray(again[path]), np.asarray(x))
+
+
+def test_explicit_axes_are_taken_as_automatic_ones(shallow_checkpoint, inputs):
+    """What `jax.make_mesh` gives, in scope or not, around a program of the caller's own."""
+    single = load(shallow_checkpoint)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), devices=jax.devices()[:8])
+    assert set(mesh.axis_types) == {AxisType.Explicit}
+    ovis = load(shallow_checkpoint, mesh=mesh)
+
+    def last(params, inputs):
+        out = generate(ovis.model, params, inputs, max_new_tokens=3, eos_ids=())
+        return out.tokens + 0, forward(ovis.model, params, inputs)[:, -1] + 0.0
+
+    true = last(single.params, inputs)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec("data")))
+        within = jax.jit(last)(ovis.params, spread)
+        pieces = [
+            np.asarray(piece.tokens)
+            for piece in stream(ovis.model, ovis.params, inputs, max_new_tokens=3, eos_ids=())
+        ]
+    for found in (last(ovis.params, inputs), within):
+        np.testing.assert_array_equal(found[0], true[0])
+        np.testing.assert_allclose(found[1], true[1], atol=1e-4)
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), true[0])
