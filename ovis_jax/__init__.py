@@ -4,7 +4,9 @@ from ovis_jax.config import OvisConfig
 from ovis_jax.errors import OvisError
 from ovis_jax.inference.generate import Generation, generate, stream
 from ovis_jax.inference.sampling import Sampling
+from ovis_jax.inference.score import Scores, score
 from ovis_jax.inference.warmup import warmup
+from ovis_jax.inputs.answers import encode_answers
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.buckets import Bucket
 from ovis_jax.inputs.processor import Processor
@@ -26,9 +28,12 @@ __all__ = [
     "OvisError",
     "Processor",
     "Sampling",
+    "Scores",
+    "encode_answers",
     "forward",
     "generate",
     "load",
+    "score",
     "start_processes",
     "stream",
     "warmup",
