@@ -1,4 +1,4 @@
-"""The command line: generate, chat, train, inspect, verify, plan, words."""
+"""The command line: generate, chat, train, inspect, verify, plan, eval, words."""
 
 import json
 import sys
@@ -23,6 +23,7 @@ from ovis_jax.compile_cache import keep_compiled
 from ovis_jax.config import OvisConfig
 from ovis_jax.console import print_error
 from ovis_jax.errors import OvisError
+from ovis_jax.evaluation.command import eval_
 from ovis_jax.inference.generate import stream
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.conversation import IMAGE_TEXT, Prompt, Turn
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(plan)
+app.command("eval")(eval_)
 app.command()(words)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
