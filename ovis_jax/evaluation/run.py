@@ -13,7 +13,7 @@ from ovis_jax.evaluation.results import Result
 from ovis_jax.inference.score import score
 from ovis_jax.inputs.answers import encode_answers
 from ovis_jax.loading import LoadedOvis
-from ovis_jax.training.evaluation import answer_rows, like_length, turns_length
+from ovis_jax.training.evaluation import answer_rows, like_length, naming, turns_length
 
 By = Literal["letter", "score"]
 """How an option is chosen: by the letter that is answered, as published, or the likeliest one."""
@@ -64,11 +64,11 @@ def likeliest(
     for indices in like_length(lengths, settings.batch):
         chosen = [questions[i] for i in indices]
         filled = chosen + chosen[-1:] * (settings.batch - len(chosen))
-        inputs = ovis.processor(
-            [question.prompt for question in filled],
-            [question.row.open_images() for question in filled],
-            max_partition=settings.max_partition,
-        )
+        names = [question.row.name for question in filled]
+        prompts = [question.prompt for question in filled]
+        images = [question.row.open_images() for question in filled]
+        with naming(names, ovis.processor, prompts, images, settings.max_partition):
+            inputs = ovis.processor(prompts, images, max_partition=settings.max_partition)
         letters = [LETTERS[: len(question.choices)] for question in filled]
         answers = encode_answers(ovis.processor, [list(x) for x in letters], closed=False)
         found = np.asarray(score(ovis.model, ovis.params, inputs, answers).log_probs)

@@ -1,12 +1,13 @@
 """How often does a model answer exactly as expected? Greedy answers to held-out rows."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 from jax import Array
 
-from ovis_jax.errors import DataError
+from ovis_jax.errors import DataError, OvisError
 from ovis_jax.inference.generate import generate
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.conversation import Prompt, Turn
@@ -50,7 +51,8 @@ def answer_rows(
     """Let a model answer the last question of each row, in batches of rows of like length.
 
     Raises:
-      DataError: a row does not end with an answer, or an image cannot be read.
+      DataError: a row does not end with an answer, an image cannot be read, or the model cannot be
+        given the row.
     """
     for row in rows:
         if row.answers is None and row.turns[-1]["role"] != "assistant":
@@ -59,15 +61,40 @@ def answer_rows(
         chosen = [rows[i] for i in indices]
         prompts = [list(row.turns if row.answers else row.turns[:-1]) for row in chosen]
         images = [row.open_images() for row in chosen]
-        texts, tokens = answer_batch(
-            *(processor, model, params, prompts, images),
-            batch=batch,
-            max_new_tokens=max_new_tokens,
-            max_partition=max_partition,
-        )
+        with naming([row.name for row in chosen], processor, prompts, images, max_partition):
+            texts, tokens = answer_batch(
+                *(processor, model, params, prompts, images),
+                batch=batch,
+                max_new_tokens=max_new_tokens,
+                max_partition=max_partition,
+            )
         for row, text, ids in zip(chosen, texts, tokens, strict=True):
             expected = row.answers[0] if row.answers else row.turns[-1]["content"]
             yield Answer(row, expected, text, ids)
+
+
+@contextmanager
+def naming(
+    names: Sequence[str],
+    processor: Processor,
+    prompts: Sequence[Prompt],
+    images: Sequence[Images],
+    max_partition: int,
+) -> Iterator[None]:
+    """Give a complaint about one prompt of a batch the name of its row.
+
+    Raises:
+      DataError: a prompt cannot be given to the model.
+    """
+    try:
+        yield
+    except OvisError:
+        for name, prompt, shown in zip(names, prompts, images, strict=True):
+            try:
+                processor([prompt], [shown], max_partition=max_partition)
+            except OvisError as error:
+                raise DataError(f"{name}: {error}") from error
+        raise
 
 
 def turns_length(images: Sequence[object], turns: Sequence[Turn]) -> tuple[int, int]:

@@ -128,6 +128,14 @@ def test_options_by_score(ovis, drawn, tmp_path, monkeypatch):
     assert given == ["ABC"]
 
 
+@pytest.mark.parametrize("by", ["letter", "score"])
+def test_a_row_that_the_model_cannot_be_given_is_named(ovis, tmp_path, by):
+    rows = [{"question": text, "choices": ["x", "y"], "answer": "A"} for text in ("?", "so " * 999)]
+    (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    message = str(run(tmp_path, "--by", by).exception)
+    assert "long.jsonl: row 2: " in message and "1024" in message
+
+
 def test_lmms_eval(ovis, drawn, evaluated, monkeypatch):
     harnesses.install_lmms_eval(monkeypatch)
     from ovis_jax.evaluation.lmms_eval_entry import manifest
