@@ -1,4 +1,4 @@
-"""The command line: generate, chat, train, inspect, verify, plan, ui."""
+"""The command line: generate, chat, train, inspect, verify, plan, ui, serve, eval, words."""
 
 import json
 import sys
@@ -24,12 +24,14 @@ from ovis_jax.compile_cache import keep_compiled
 from ovis_jax.config import OvisConfig
 from ovis_jax.console import print_error
 from ovis_jax.errors import OvisError
+from ovis_jax.evaluation.command import eval_
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.conversation import Turn
 from ovis_jax.inputs.image import open_image
 from ovis_jax.loading import LoadedOvis, load
 from ovis_jax.plan.command import plan
 from ovis_jax.serving.page_command import ui
+from ovis_jax.words.command import words
 
 app = typer.Typer(
     help="Ovis1.6-Gemma2 vision-language models in JAX.",
@@ -39,6 +41,8 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(ui)
+app.command("eval")(eval_)
+app.command()(words)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Model = Annotated[

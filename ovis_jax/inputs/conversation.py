@@ -111,14 +111,25 @@ def format_conversation(
     """Format a whole conversation: the labels are the assistant's text and its closing mark."""
     ids = [tokenizer.id_of("<bos>")]
     labels = [IGNORED]
-    *mark, newline = tokenizer.encode(CLOSING)
+    *_, newline = tokenizer.encode(CLOSING)
     for turn in turns:
         opening = tokenizer.encode(OPENINGS[turn["role"]])
-        said = [*_encode_with_images(turn["content"].strip(), tokenizer, control), *mark]
+        said = encode_said(turn["content"].strip(), tokenizer, control=control)
         ids += [*opening, *said, newline]
         learned = _learned(said) if turn["role"] == "assistant" else [IGNORED] * len(said)
         labels += [*[IGNORED] * len(opening), *learned, IGNORED]
     return Formatted(ids, labels)
+
+
+def encode_said(
+    text: str, tokenizer: Tokenizer, *, closed: bool = True, control: bool = True
+) -> list[int]:
+    """Encode what stands in a turn, an IMAGE_MARK for each "<image>", and the mark that closes it.
+
+    Without `closed` the mark is left out.
+    """
+    *mark, _ = tokenizer.encode(CLOSING)
+    return [*_encode_with_images(text, tokenizer, control), *(mark if closed else [])]
 
 
 def place_images(formatted: Formatted, marks: Sequence[Sequence[int]]) -> Formatted:

@@ -147,7 +147,7 @@ def crops(
     if len(boxes) > 1:
         boxes.insert(0, (0, 0, image.width, image.height))
     sizes = [
-        _fitted_size(right - left, lower - upper, settings.side)
+        fitted_size(right - left, lower - upper, settings.side)
         for left, upper, right, lower in boxes
     ]
     if any(0 in size for size in sizes):
@@ -244,7 +244,7 @@ def _covered_area(box: Box, side: int) -> float:
     return longer * shorter
 
 
-def _fitted_size(width: int, height: int, side: int) -> tuple[int, int]:
+def fitted_size(width: int, height: int, side: int) -> tuple[int, int]:
     """Width and height of a crop whose longer side becomes `side`.
 
     In floats, in this order: 28 x 17 at side 84 gives a height of 50, where integers give 51.

@@ -1,5 +1,6 @@
 """The whole model: images and token ids -> logits, with or without a cache."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ Params = dict[str, Any]
 """Nested dict of arrays; `ovis_jax.sharding.PARAM_AXES` lists the paths."""
 
 VISUAL_TOKENS_AT_ONCE = 512
-"""Visual tokens whose distributions `embed_crops` holds at a time.
+"""Visual tokens whose distributions `scan_words` holds at a time.
 
 In float32 one over 65536 words takes 256 KiB, several times over. So many rows are enough for the
 visual head and the table to be worth reading once more.
@@ -130,9 +131,38 @@ class Ovis:
     ) -> Float[Array, "I M D"]:
         """The visual embeddings of `embed_images` alone, in bounded memory.
 
-        The visual words of a part of every crop's tokens are looked at together, so that crops that
-        are spread over devices stay where they are. The parts divide the tokens: none is padded.
-        Under gumbel_argmax each part draws with a key of its own.
+        Under gumbel_argmax each part of the tokens draws with a key of its own.
+        """
+
+        def embed(carry: None, tokens: VisualTokens) -> tuple[None, Float[Array, "I m D"]]:
+            return carry, embed_words(tokens.probabilities, params["visual_embedding"])
+
+        return self.scan_words(params, pixels, embed, None, key)[1]
+
+    def scan_words(
+        self,
+        params: Params,
+        pixels: Float[Array, "I h w C"],
+        look: Callable[[Any, VisualTokens], tuple[Any, Any]],
+        carry: Any,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Any, Any]:
+        """Look at all visual tokens, at no more of their distributions at a time than memory holds.
+
+        A part of every crop's tokens is looked at together, so that crops that are spread over
+        devices stay where they are. The parts divide the tokens: none is padded.
+
+        Args:
+          params: of the whole model, padded for a mesh or not.
+          pixels: normalised crops.
+          look: called with what is carried on and the m tokens of a part of each crop, with the
+            columns of padding that a head on a mesh has; gives what is carried on, and arrays
+            [I, m, ...].
+          carry: what the first part gets.
+          key: see `embed_images`.
+
+        Returns:
+          What was carried on to the end, and the arrays joined to [I, M, ...].
         """
         tokenizer = VisualTokenizer(self.config.visual_tokenizer)
         _, merged = self._see(params, pixels)
@@ -140,15 +170,14 @@ class Ovis:
         enough = -(crops * M // -VISUAL_TOKENS_AT_ONCE)
         parts = next(n for n in range(min(enough, M), M + 1) if M % n == 0)
 
-        def embed(part: tuple[Array, Array]) -> Float[Array, "I m D"]:
+        def one(carry: Any, part: tuple[Array, Array]) -> tuple[Any, Any]:
             number, x = part
             part_key = key if key is None or parts == 1 else jax.random.fold_in(key, number)
-            tokens = apply(tokenizer, params["visual_tokenizer"], x, part_key)
-            return embed_words(tokens.probabilities, params["visual_embedding"])
+            return look(carry, apply(tokenizer, params["visual_tokenizer"], x, part_key))
 
         x = merged.reshape(crops, parts, M // parts, width).swapaxes(0, 1)
-        x = jax.lax.map(embed, (jnp.arange(parts), x))  # [parts, I, m, D]
-        return x.swapaxes(0, 1).reshape(crops, M, -1)
+        carry, out = jax.lax.scan(one, carry, (jnp.arange(parts), x))  # [parts, I, m, ...]
+        return carry, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(crops, M, *x.shape[3:]), out)
 
     def _see(
         self, params: Params, pixels: Float[Array, "I h w C"]

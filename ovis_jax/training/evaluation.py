@@ -1,12 +1,17 @@
 """How often does a model answer exactly as expected? Greedy answers to held-out rows."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
+from jax import Array
 
-from ovis_jax.errors import DataError
+from ovis_jax.errors import DataError, OvisError
 from ovis_jax.inference.generate import generate
+from ovis_jax.inference.sampling import Sampling
+from ovis_jax.inputs.conversation import Prompt, Turn
+from ovis_jax.inputs.image import Images
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.model.ovis import Ovis, Params
 from ovis_jax.training.rows import Row
@@ -46,25 +51,92 @@ def answer_rows(
     """Let a model answer the last question of each row, in batches of rows of like length.
 
     Raises:
-      DataError: a row does not end with an answer, or an image cannot be read.
+      DataError: a row does not end with an answer, an image cannot be read, or the model cannot be
+        given the row.
     """
     for row in rows:
         if row.answers is None and row.turns[-1]["role"] != "assistant":
             raise DataError(f"{row.name}: the last turn is not from gpt, so nothing can be scored")
-    length = [(len(row.images), sum(len(turn["content"]) for turn in row.turns)) for row in rows]
-    order = sorted(range(len(rows)), key=length.__getitem__)
-    for start in range(0, len(rows), batch):
-        chosen = [rows[i] for i in order[start : start + batch]]
-        # A short last batch is filled up, so that it compiles nothing.
-        filled = chosen + chosen[-1:] * (batch - len(chosen))
-        prompts = [list(row.turns if row.answers else row.turns[:-1]) for row in filled]
-        images = [row.open_images() for row in filled]
-        inputs = processor(prompts, images, max_partition=max_partition)
-        out = generate(model, params, inputs, max_new_tokens=max_new_tokens)
-        tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
-        for n, (row, text) in enumerate(zip(chosen, processor.decode(tokens), strict=False)):
+    for indices in like_length([turns_length(row.images, row.turns) for row in rows], batch):
+        chosen = [rows[i] for i in indices]
+        prompts = [list(row.turns if row.answers else row.turns[:-1]) for row in chosen]
+        images = [row.open_images() for row in chosen]
+        with naming([row.name for row in chosen], processor, prompts, images, max_partition):
+            texts, tokens = answer_batch(
+                *(processor, model, params, prompts, images),
+                batch=batch,
+                max_new_tokens=max_new_tokens,
+                max_partition=max_partition,
+            )
+        for row, text, ids in zip(chosen, texts, tokens, strict=True):
             expected = row.answers[0] if row.answers else row.turns[-1]["content"]
-            yield Answer(row, expected, text, tokens[n, : lengths[n]])
+            yield Answer(row, expected, text, ids)
+
+
+@contextmanager
+def naming(
+    names: Sequence[str],
+    processor: Processor,
+    prompts: Sequence[Prompt],
+    images: Sequence[Images],
+    max_partition: int,
+) -> Iterator[None]:
+    """Give a complaint about one prompt of a batch the name of its row.
+
+    Raises:
+      DataError: a prompt cannot be given to the model.
+    """
+    try:
+        yield
+    except OvisError:
+        for name, prompt, shown in zip(names, prompts, images, strict=True):
+            try:
+                processor([prompt], [shown], max_partition=max_partition)
+            except OvisError as error:
+                raise DataError(f"{name}: {error}") from error
+        raise
+
+
+def turns_length(images: Sequence[object], turns: Sequence[Turn]) -> tuple[int, int]:
+    """About how long a conversation is, to sort by: its images, then the characters of its text."""
+    return len(images), sum(len(turn["content"]) for turn in turns)
+
+
+def like_length(lengths: Sequence[tuple[int, int]], batch: int) -> Iterator[list[int]]:
+    """Which go together, the shortest first: `batch` indices at a time, at the end maybe fewer."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(lengths), batch):
+        yield order[start : start + batch]
+
+
+def answer_batch(
+    processor: Processor,
+    model: Ovis,
+    params: Params,
+    prompts: Sequence[Prompt],
+    images: Sequence[Images],
+    *,
+    batch: int,
+    max_new_tokens: int,
+    max_partition: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    key: Array | None = None,
+) -> tuple[list[str], list[np.ndarray]]:
+    """Answer at most `batch` prompts: the texts, and the ids int32 [N], the stop id included.
+
+    A short batch is filled up, so that it compiles nothing.
+    """
+    count = len(prompts)
+    fill = [count - 1] * (batch - count)
+    inputs = processor(
+        [*prompts, *(prompts[i] for i in fill)],
+        [*images, *(images[i] for i in fill)],
+        max_partition=max_partition,
+    )
+    out = generate(model, params, inputs, key, max_new_tokens=max_new_tokens, sampling=sampling)
+    tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
+    texts = processor.decode(tokens[:count])
+    return list(texts), [tokens[n, : lengths[n]] for n in range(count)]
 
 
 def scores(answers: Iterable[Answer]) -> dict[str, float]:

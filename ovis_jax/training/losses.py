@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from ovis_jax.inference.score import label_log_probs
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.conversation import IGNORED
 
@@ -43,15 +44,9 @@ def token_log_probs(
     logits: Float[Array, "B T V"], labels: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of the label after each position, and 1 where there is one, else 0."""
-    # Labels move, not logits, and a label is picked by comparison: so no copy of the logits is made
-    # and, where V is sharded, none is gathered.
+    # Labels move, not logits: so no copy of the logits is made.
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
-    logits -= jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    chosen = targets[..., None] == jnp.arange(logits.shape[-1])
-    log_probs = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
-    log_probs -= jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
-    learned = targets != IGNORED
-    return jnp.where(learned, log_probs, 0.0), learned.astype(jnp.float32)
+    return label_log_probs(logits, targets), (targets != IGNORED).astype(jnp.float32)
 
 
 def supervised(

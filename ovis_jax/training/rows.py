@@ -78,13 +78,13 @@ def read_rows(paths: Sequence[Path]) -> Rows:
     rows: list[Row] = []
     faults: list[str] = []
     for path in paths:
-        for number, value in enumerate(_values(path), 1):
+        for number, value in enumerate(read_values(path), 1):
             name = f"{path}: row {number}"
             if isinstance(value, DataError):
                 faults.append(f"{name}: {value}")
                 continue
             try:
-                rows.append(_row(value, name, str(path.parent)))
+                rows.append(read_row(value, name, str(path.parent)))
             except OvisError as error:
                 faults.append(f"{name}: {error}")
     if not rows and not faults:
@@ -92,8 +92,12 @@ def read_rows(paths: Sequence[Path]) -> Rows:
     return Rows(tuple(rows), tuple(faults))
 
 
-def _values(path: Path) -> list[Any]:
-    """The JSON values of a file; a line that is not JSON is its error."""
+def read_values(path: Path) -> list[Any]:
+    """The JSON values of a file; a line that is not JSON is its error.
+
+    Raises:
+      DataError: the file cannot be read, or is one list that is not JSON.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -113,13 +117,15 @@ def _line(line: str) -> Any:
         return DataError(f"not JSON: {error}")
 
 
-def _row(value: Any, name: str, folder: str) -> Row:
+def read_row(value: Any, name: str, folder: str) -> Row:
+    """Read one value of a file as a row, with what messages call it and where its paths begin.
+
+    Raises:
+      OvisError: it is not a row of one of the two forms.
+    """
     if not isinstance(value, Mapping):
         raise DataError(f"a {type(value).__name__}, expected an object")
-    images = value.get("image") or ()
-    images = (images,) if isinstance(images, str) else tuple(images)
-    if not all(isinstance(image, str) for image in images):
-        raise DataError(f"image is {value['image']!r}, expected a path or a list of paths")
+    images = read_images(value, folder)
     kind = str(value.get("kind", ""))
     answers = None
     if "conversations" in value:
@@ -141,8 +147,20 @@ def _row(value: Any, name: str, folder: str) -> Row:
     marks = sum(turn["content"].count(IMAGE_TEXT) for turn in turns)
     if marks not in (0, len(images)) or marks > len(images):
         raise DataError(f"{marks} times {IMAGE_TEXT} and {len(images)} images, expected as many")
-    paths = tuple(os.path.join(folder, image) for image in images)
-    return Row(name, paths, tuple(turns), answers, kind)
+    return Row(name, images, tuple(turns), answers, kind)
+
+
+def read_images(value: Mapping[str, Any], folder: str) -> tuple[str, ...]:
+    """The paths of a row's images.
+
+    Raises:
+      DataError: `image` is neither a path nor a list of paths.
+    """
+    images = value.get("image") or ()
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list | tuple) or not all(isinstance(x, str) for x in images):
+        raise DataError(f"image is {value['image']!r}, expected a path or a list of paths")
+    return tuple(os.path.join(folder, image) for image in images)
 
 
 def _text(value: Mapping[str, Any], field: str) -> str:

@@ -1,0 +1,1 @@
+"""How well a model answers: questions in files, published figures, plug-ins for two harnesses."""

@@ -1,0 +1,1 @@
+"""The command `ovis-jax words`: a look at the visual words of pictures."""

@@ -1,0 +1,125 @@
+"""What is read from files of questions, what is asked, and which answers are right."""
+
+import json
+
+import pytest
+
+from ovis_jax.errors import DataError
+from ovis_jax.evaluation.published import published
+from ovis_jax.evaluation.questions import read_questions
+from ovis_jax.evaluation.run import table
+
+CHOICES = ["A heart", "A star.", "No shape"]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*rows, name: str = "some.jsonl"):
+        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+        (tmp_path / name).write_text("\n".join(lines))
+        return tmp_path / name
+
+    return write
+
+
+def test_prompts_are_the_published_ones(write):
+    """Word for word: SPEC section 8, and the class Ovis1_6 of VLMEvalKit."""
+    path = write(
+        {"question": "Which?", "choices": CHOICES, "answer": "B", "hint": "Look."},
+        {"question": "Is it red?", "answer": "Yes"},
+        {"question": "What {is} it?", "answer": "A star."},
+    )
+    asked = [q.prompt[0]["content"] for q in read_questions(path)]
+    assert asked == [
+        "Look.\nWhich?\nA. A heart\nB. A star.\nC. No shape"
+        "\nAnswer with the option's letter from the given choices directly.",
+        "Is it red?\nAnswer the question using a single word or phrase.",
+        "What {is} it?",
+    ]
+    plain = [q.prompt[0]["content"] for q in read_questions(path, plain=True)]
+    assert plain == ["Which?", "Is it red?", "What {is} it?"]
+
+
+@pytest.mark.parametrize("answer", ["B", 1, "A star."])
+def test_the_answer_to_options(write, answer):
+    """As a letter, a number or a text; compared with what a model's text names."""
+    path = write({"question": "Which?", "choices": CHOICES, "answer": answer})
+    (question,) = read_questions(path)
+    assert question.expected == "B"
+    for text in ("B", "B.", " (B) the star", "B: A star", "a star"):
+        assert question.is_right(text), text
+    for text in ("A", "C. A star", "A star is there", "Both", "b", "", "D"):
+        assert not question.is_right(text), text
+    assert question.read("A heart is there") == ""
+
+
+def test_other_answers(write):
+    yes, text = read_questions(
+        write({"question": "Is it?", "answer": "Yes"}, {"question": "What?", "answer": "A star."})
+    )
+    assert all(yes.is_right(said) for said in ("yes", "Yes.", " YES"))
+    assert not yes.is_right("No") and not yes.is_right("Yes, it is")
+    assert text.is_right(" A star.\n") and not text.is_right("A star")
+
+
+def test_a_folder_and_conversations(write, golden, tmp_path):
+    image = str(golden / "images/tiny.png")
+    turns = ["What?", "A star.", "And now?", "A heart."]
+    said = [{"from": ("human", "gpt")[n % 2], "value": value} for n, value in enumerate(turns)]
+    write({"image": image, "conversations": said, "kind": "talk", "id": "x"}, name="b.jsonl")
+    write({"image": [image], "question": "What?", "answer": "It"}, name="a.jsonl")
+    first, second = read_questions(tmp_path)
+    assert (first.id, first.row.kind, first.row.images) == ("a-1", "a", (image,))
+    assert (second.id, second.row.kind, second.expected) == ("x", "talk", "A heart.")
+    assert [turn["content"] for turn in second.prompt] == turns[:3]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ("{", "not JSON"),
+        ([1], "a list"),
+        ({"answer": "A"}, "question is missing"),
+        ({"question": "  ", "answer": "A"}, "question is '  '"),
+        ({"question": "What?"}, "answer is missing"),
+        ({"question": "What?", "choices": "AB", "answer": "A"}, "choices is 'AB'"),
+        ({"question": "What?", "choices": ["x"], "answer": "A"}, "choices has 1"),
+        ({"question": "What?", "choices": ["x", "y"], "answer": "C"}, "answer is 'C'"),
+        ({"question": "What?", "choices": ["x", "y"], "answer": True}, "answer is True"),
+        ({"question": "What?", "answer": "A", "image": 3}, "image is 3"),
+        ({"question": "What?", "answer": "A", "image": "none.png"}, "none.png', which is no file"),
+        ({"question": "What?", "answer": "A", "id": "one"}, "id is 'one', as in .*row 1"),
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, "gpt"),
+    ],
+)
+def test_bad_rows(write, row, message):
+    path = write({"question": "What?", "answer": "It", "id": "one"}, row)
+    with pytest.raises(DataError, match=f"some.jsonl: row 2: .*{message}"):
+        read_questions(path)
+
+
+def test_nothing_to_read(write, tmp_path):
+    with pytest.raises(DataError, match="no file whose name ends"):
+        read_questions(tmp_path)
+    with pytest.raises(DataError, match="no questions"):
+        read_questions(write(""))
+    with pytest.raises(DataError, match="cannot be read"):
+        read_questions(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match=r"row 1: not JSON.* \(and 1 rows more\)"):
+        read_questions(write("{", "{"))
+
+
+def test_published_figures_stand_beside_known_benchmarks():
+    known = published()
+    assert known.benchmark("MMBench_DEV_EN_V11") == known.benchmark("mmbench-1.1") == "MMBench-1.1"
+    assert known.benchmark("shape") is None
+    (figures,) = known.figures.values()
+    mean = sum(figures.values()) / len(figures)
+    assert mean == pytest.approx(known.averages["Ovis1.6-Gemma2-9B"], abs=0.05)
+    assert set(known.names) | set(known.otherwise) <= set(figures)
+    shown = table({"AI2D_TEST": (3, 4), "mine": (1, 2)})
+    cells = [list(column.cells) for column in shown.columns]
+    assert cells[0] == ["AI2D_TEST", "mine", "all"]
+    assert cells[3] == ["75.0%", "50.0%", "66.7%"]
+    assert cells[4] == ["84.4%", "", ""]
+    assert len(table({"mine": (1, 2)}).columns) == 4
