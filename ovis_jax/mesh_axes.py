@@ -7,12 +7,12 @@ mesh with explicit axes it steps into the same mesh with automatic ones, and out
 from collections.abc import Callable
 from functools import wraps
 from itertools import chain
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
+Function, Result = TypeVar("Function", bound=Callable[..., Any]), TypeVar("Result")
 
 
 def automatic(mesh: Mesh) -> Mesh:
@@ -20,7 +20,7 @@ def automatic(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names)
 
 
-def with_automatic_axes(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def with_automatic_axes(function: Function) -> Function:
     """Run a function of arrays with all axes of the mesh in scope, or of theirs, automatic.
 
     Arrays among its positional arguments are taken over as they lie; what it returns is to be given
@@ -28,7 +28,7 @@ def with_automatic_axes(function: Callable[Arguments, Result]) -> Callable[Argum
     """
 
     @wraps(function)
-    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def run(*args: Any, **kwargs: Any) -> Any:
         arrays = (x for x in jax.tree.leaves(args) if isinstance(x, jax.Array))
         meshes = chain([jax.sharding.get_abstract_mesh()], map(_mesh_of, arrays))
         mesh = next(filter(_explicit, meshes), None)
@@ -38,7 +38,7 @@ def with_automatic_axes(function: Callable[Arguments, Result]) -> Callable[Argum
         with jax.sharding.use_abstract_mesh(mesh.update_axis_types(types)):
             return function(*jax.tree.map(_taken_over, args), **kwargs)
 
-    return run
+    return cast(Function, run)
 
 
 def replicated(results: Result) -> Result:
@@ -53,6 +53,16 @@ def replicated(results: Result) -> Result:
 
 def _explicit(mesh: AbstractMesh) -> bool:
     return not mesh.empty and AxisType.Explicit in mesh.axis_types
+
+
+def under_any_mesh(function: Function) -> Function:
+    """`with_automatic_axes` and then `replicated`: for what a caller's own program may hold."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return replicated(with_automatic_axes(function)(*args, **kwargs))
+
+    return cast(Function, run)
 
 
 def _mesh_of(x: jax.Array) -> AbstractMesh:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from ovis_jax.errors import RequestError
 from ovis_jax.inputs.batch import PADDING, Inputs
 from ovis_jax.inputs.conversation import IGNORED
+from ovis_jax.mesh_axes import under_any_mesh
 from ovis_jax.model.decoder import Decoder, unembed
 from ovis_jax.model.ovis import Ovis, Params, apply
 
@@ -106,6 +107,7 @@ def _checked(answers: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnums=0)
+@under_any_mesh
 def _score(
     model: Ovis, params: Params, inputs: Inputs, answers: Int[Array, "B choices N"]
 ) -> Scores:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from ovis_jax.errors import RequestError
 from ovis_jax.inputs.batch import Inputs
+from ovis_jax.mesh_axes import under_any_mesh
 from ovis_jax.model.layers import exact
 from ovis_jax.model.ovis import Ovis, Params
 from ovis_jax.model.visual_tokenizer import VisualTokens, tokenize
@@ -55,6 +56,7 @@ class SharedWords(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("model", "k"))
+@under_any_mesh
 def visual_words(model: Ovis, params: Params, inputs: Inputs, *, k: int = 10) -> VisualWords:
     """What each visual token is made of.
 
@@ -90,6 +92,7 @@ def visual_words(model: Ovis, params: Params, inputs: Inputs, *, k: int = 10) ->
 
 
 @partial(jax.jit, static_argnames="k")
+@under_any_mesh
 def shared_words(
     first: Float[Array, "words"], second: Float[Array, "words"], *, k: int = 10
 ) -> SharedWords:
@@ -111,6 +114,7 @@ def shared_words(
 
 
 @partial(jax.jit, static_argnames="k")
+@under_any_mesh
 def nearest_tokens(
     params: Params, embeddings: Float[Array, "n D"], *, k: int = 5
 ) -> tuple[Int[Array, "n k"], Float[Array, "n k"]]:

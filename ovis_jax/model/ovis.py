@@ -16,7 +16,7 @@ from ovis_jax.config import OvisConfig
 from ovis_jax.errors import RequestError
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.image import IMAGE_SLOT, IMAGE_START
-from ovis_jax.mesh_axes import replicated, with_automatic_axes
+from ovis_jax.mesh_axes import under_any_mesh
 from ovis_jax.model import kv_cache
 from ovis_jax.model.decoder import Decoder
 from ovis_jax.model.kernels import Setting
@@ -290,9 +290,10 @@ def _rows(table: Float[Array, "V D"], tokens: Int[Array, "B"]) -> Float[Array, "
 
 
 @partial(jax.jit, static_argnames=("model", "return_states"))
+@under_any_mesh
 def forward(
     model: Ovis, params: Params, inputs: Inputs, *, return_states: bool = False
 ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], States]:
     """Float32 logits at every position; with `return_states`, also the states on the way there."""
-    logits, states = with_automatic_axes(model.forward)(params, inputs)
-    return replicated((logits, states) if return_states else logits)
+    logits, states = model.forward(params, inputs)
+    return (logits, states) if return_states else logits

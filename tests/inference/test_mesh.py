@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from golden_copies import GOLDEN, read_tensors, same_bits
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ovis_jax import forward, load
+from ovis_jax import forward, load, visual_words
 from ovis_jax.checkpoint.params import load_params, save_params
 from ovis_jax.inference.generate import generate, stream
 from ovis_jax.inputs.batch import Inputs
@@ -132,6 +132,7 @@ def test_explicit_axes_are_taken_as_automatic_ones(shallow_checkpoint, inputs):
         return out.tokens + 0, forward(ovis.model, params, inputs)[:, -1] + 0.0
 
     true = last(single.params, inputs)
+    seen = visual_words(single.model, single.params, inputs).entropy
     with jax.set_mesh(mesh):
         spread = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec("data")))
         within = jax.jit(last)(ovis.params, spread)
@@ -139,6 +140,8 @@ def test_explicit_axes_are_taken_as_automatic_ones(shallow_checkpoint, inputs):
             np.asarray(piece.tokens)
             for piece in stream(ovis.model, ovis.params, inputs, max_new_tokens=3, eos_ids=())
         ]
+        entropy = visual_words(ovis.model, ovis.params, spread).entropy
+    np.testing.assert_allclose(entropy, seen, atol=1e-4)
     for found in (last(ovis.params, inputs), within):
         np.testing.assert_array_equal(found[0], true[0])
         np.testing.assert_allclose(found[1], true[1], atol=1e-4)
