@@ -1,4 +1,4 @@
-"""The command line: generate, chat, train, inspect, verify, plan."""
+"""The command line: generate, chat, train, inspect, verify, plan, serve."""
 
 import json
 import sys
@@ -29,6 +29,7 @@ from ovis_jax.inputs.conversation import IMAGE_TEXT, Prompt, Turn
 from ovis_jax.inputs.image import open_image
 from ovis_jax.loading import LoadedOvis, load
 from ovis_jax.plan.command import plan
+from ovis_jax.serving.command import serve
 
 app = typer.Typer(
     help="Ovis1.6-Gemma2 vision-language models in JAX.",
@@ -37,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(plan)
+app.command()(serve)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Model = Annotated[

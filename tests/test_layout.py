@@ -17,6 +17,7 @@ LEVELS = [
     {"ovis_jax.checkpoint", "ovis_jax.model"},
     {"ovis_jax.inference", "ovis_jax.console", "ovis_jax.compile_cache"},
     {"ovis_jax.loading", "ovis_jax.verify", "ovis_jax.training", "ovis_jax.plan"},
+    {"ovis_jax.serving"},
     {"ovis_jax.cli", "ovis_jax"},
     {"convert"},
 ]

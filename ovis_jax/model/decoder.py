@@ -50,10 +50,9 @@ class Attention(nn.Module):
             # Written afterwards: in a ring, new keys lie where early queries still look.
             past = kv_cache.slot_positions(positions[:, 0], cache[0].shape[2])
             mask = visible(positions, jnp.concatenate([past, positions], axis=1), self.window)
-            seen = [
-                jnp.concatenate(pair, axis=2) for pair in zip(cache, (keys, values), strict=True)
-            ]
-            out = attend(q, *seen, mask, **how)  # [B, T, N, H]
+            all_keys = jnp.concatenate([cache[0], keys], axis=2)  # [B, K, S + T, H]
+            all_values = jnp.concatenate([cache[1], values], axis=2)
+            out = attend(q, all_keys, all_values, mask, **how)  # [B, T, N, H]
             keys, values = kv_cache.append(cache, keys, values, positions)
         else:
             keys, values = kv_cache.write(cache, keys, values, positions[:, 0])

@@ -1,0 +1,1 @@
+"""What stands between a loaded model and many users: a server and a page."""
