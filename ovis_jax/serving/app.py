@@ -77,9 +77,14 @@ class Server:
         reply = Reply(self.name, job, self.processor.tokenizer)
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+
+            async def gone(message: Any) -> None:
+                engine.cancel(job)  # also where the stream has not begun
+
             return EventSourceResponse(
                 self._stream(reply, events, usage, arrived),
                 sep="\n",
+                client_close_handler_callable=gone,
                 shutdown_event=anyio.Event(),
                 shutdown_grace_period=self.drain,
             )

@@ -415,7 +415,7 @@ def test_a_full_queue_a_late_answer_and_a_shut_down(ovis, steps):
         listening(app) as (server, url),
         OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
     ):
-        request = {"messages": say("Go on."), **ASK, **ENDLESS, "stream": True}
+        request = {"messages": say("Go on."), **ASK, **ENDLESS, "stream": True, "max_tokens": 120}
         streams = []
         with pytest.raises(openai.RateLimitError) as caught:
             for _ in range(SLOTS + 4):
