@@ -1,12 +1,14 @@
 """What does it gain to write many answers at once, and does the server stay whole in a storm?
 
-`python -m benchmarks.serving` asks the same questions one after the other and then so many at a
-time, round by round in one run, over HTTP on the loopback with client and server in this process.
-`--requests 1000` then sends a storm of all kinds: random sizes, clients that leave, malformed
-bodies. It says what became of each, and what memory and slots were taken before and after.
+`python -m benchmarks.serving` has pictures described, the same ones one after the other and then so
+many at a time, round by round in one run, over HTTP on the loopback with client and server in this
+process. `--requests 1000` then sends a storm of all kinds: random sizes, clients that leave,
+malformed bodies. It says what became of each, and what memory and slots were taken before and
+after.
 """
 
 import asyncio
+import random
 import resource
 import socket
 import threading
@@ -27,8 +29,15 @@ from ovis_jax.serving.app import make_app
 from ovis_jax.serving.engine import Engine
 from ovis_jax.serving.prepare import Limits
 from ovis_jax.serving.steps import Steps
+from recipes.ovis_tiny import rows
+from recipes.ovis_tiny.scenes import draw
 
-QUESTION = "Describe the image."
+
+def describe(seed: int) -> dict[str, Any]:
+    """The body of a question with a long answer: everything in a picture of the test's kind."""
+    row = rows.scored_row(random.Random(seed), "test", "describe", "en", False)
+    text = row.entry["conversations"][0]["value"].replace("<image>", "").strip()
+    return storm.ask(text, *(storm.data_url(draw(scene)) for scene in row.scenes), max_tokens=128)
 
 
 @contextmanager
@@ -67,6 +76,7 @@ def compare(
 ) -> dict[str, Any]:
     """Tokens a second of both ways, in turn."""
     rates: dict[int, list[float]] = {1: [], concurrency: []}
+    tokens = 0
     for number in range(rounds + 1):
         for at_once, found in rates.items():
             start = time.perf_counter()
@@ -77,6 +87,7 @@ def compare(
     return {
         "one_at_a_time": measure.Times(tuple(rates[1])).to_json(),
         "concurrent": measure.Times(tuple(rates[concurrency])).to_json(),
+        "tokens_per_answer": tokens / len(bodies),
         "ratio": measure.Times(tuple(ratios)).to_json(),
     }
 
@@ -110,8 +121,8 @@ def main(
     concurrency: Annotated[int, typer.Option(min=2, help="Requests at once, and slots.")] = 8,
     questions: Annotated[int, typer.Option(min=1, help="Asked in each round.")] = 32,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    piece: Annotated[int, typer.Option(min=1, help="Prompt positions read at a time.")] = 64,
-    max_length: Annotated[int, typer.Option(min=64, help="Positions of a slot.")] = 512,
+    piece: Annotated[int, typer.Option(min=1, help="Prompt positions read at a time.")] = 32,
+    max_length: Annotated[int, typer.Option(min=64, help="Positions of a slot.")] = 256,
     requests: Annotated[int, typer.Option(min=0, help="Of a storm; 0 for none.")] = 0,
     output: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
 ) -> None:
@@ -122,14 +133,13 @@ def main(
     )
     engine = Engine(ovis, steps, queue=4 * concurrency)
     app = make_app(engine, ovis.processor, "ovis-tiny", limits=Limits(seconds=600))
-    bodies = [
-        storm.ask(QUESTION, storm.data_url(n, (84, 84)), max_tokens=64) for n in range(questions)
-    ]
+    bodies = [describe(n) for n in range(questions)]
     with listening(app) as url:
         found = compare(url, bodies, concurrency, rounds)
         stayed = soak(url, engine, requests, 3 * concurrency) if requests else None
     measure.print_table(
-        f"{model}, {questions} questions a round, {jax.devices()[0].device_kind}; tokens/s",
+        f"{model}, {questions} questions a round, answers of "
+        f"{found['tokens_per_answer']:.0f} tokens, {jax.devices()[0].device_kind}; tokens/s",
         ["requests at once", "median (slowest - fastest)"],
         [
             ("1", measure.spread(found["one_at_a_time"], 1)),

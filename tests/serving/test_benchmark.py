@@ -1,22 +1,15 @@
-"""What the benchmark of serving writes, not how fast anything is."""
-
-import json
+"""What the benchmark of serving finds, not how fast anything is."""
 
 from served import SLOTS
 
 from benchmarks import serving
 
 
-def test_both_ways_and_a_storm(steps, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(serving, "Steps", lambda *_, **sizes: steps)
-    output = tmp_path / "found.json"
-    serving.main(concurrency=SLOTS, questions=3, rounds=2, requests=30, output=output)
-    found = json.loads(output.read_text())
+def test_both_ways_and_a_storm(url, engine):
+    found = serving.compare(url, [serving.describe(n) for n in range(2)], SLOTS, rounds=1)
     for name in ("one_at_a_time", "concurrent", "ratio"):
-        assert 0 < found[name]["fastest"] <= found[name]["slowest"]
-        assert found[name]["repeats"] == 2
-    assert found["machine"]["platform"] == "cpu" and found["concurrency"] == SLOTS
-    assert found["soak"]["slots_taken_after"] == 0
-    ends = found["soak"]["ends"]
-    assert sum(ends.values()) == 30 and ends["200"] > 5
-    assert "a storm of 30 requests" in capsys.readouterr().out
+        assert 0 < found[name]["fastest"] == found[name]["slowest"]
+    assert found["tokens_per_answer"] > 5
+    found = serving.soak(url, engine, requests=20, at_once=4)
+    assert found["slots_taken_after"] == 0 and found["memory_after"] > 2**20
+    assert sum(found["ends"].values()) == 20 and found["ends"]["200"] > 5

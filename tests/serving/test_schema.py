@@ -4,7 +4,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 
-EXAMPLES = settings(max_examples=40, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(max_examples=20, suppress_health_check=list(HealthCheck))
 
 
 def test_no_request_makes_the_server_fail(url):

@@ -7,7 +7,7 @@ from compilations import compilations
 
 from benchmarks.storm import storm
 
-REQUESTS = 250
+REQUESTS = 200
 
 
 def test_nothing_is_lost_and_nothing_stays(url, engine):
