@@ -13,7 +13,7 @@ PYTHON ?= $(call python,python3 python3.11 python3.12 python3.13 python3.14 $(PY
 PYTHON_NEWEST ?= $(call python,python3.14 python3.13 python3 $(PYENV_PYTHONS),13)
 
 .PHONY: demo test test-newest lint format bench bench-parts bench-train bench-train-memory \
-	bench-accelerators bench-conversion ovis-tiny pink short clean
+	bench-accelerators bench-conversion bench-serving docs page-picture ovis-tiny pink short clean
 
 demo: $(VENV)/run
 	rm -rf checkpoints/demo
@@ -67,6 +67,18 @@ bench-train-memory: $(VENV_TPU)/tpu
 bench-conversion: $(VENV)/test
 	test -d checkpoints/random-9b || $(BIN)/python -m benchmarks.make_checkpoint --config 9b checkpoints/random-9b
 	$(BIN)/python -m benchmarks.conversion checkpoints/random-9b --folder checkpoints
+
+# The server with eight questions at once beside one after the other, and a thousand of all kinds.
+bench-serving: $(VENV)/test
+	$(BIN)/python -m benchmarks.serving --requests 1000
+
+# docs/ as pages, into site/.
+docs: $(VENV)/docs
+	$(BIN)/mkdocs build
+
+# The picture of the page in docs/, by a browser: needs chromium, which Debian has as a package.
+page-picture: $(VENV)/test
+	PYTHONPATH=. $(BIN)/python tests/page_picture.py docs/images/page.png
 
 # The 9B's decode step and prefill compiled for TPU slices; the rows for GPUs by arithmetic.
 bench-accelerators: $(VENV_TPU)/tpu
@@ -140,6 +152,10 @@ $(VENV)/train: $(VENV)/bin/python pyproject.toml
 $(VENV)/test: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test,reference]'
 	@touch $@ $(VENV)/run $(VENV)/train
+
+$(VENV)/docs: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@ $(VENV)/run
 
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

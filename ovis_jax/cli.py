@@ -30,6 +30,7 @@ from ovis_jax.inputs.conversation import Turn
 from ovis_jax.inputs.image import open_image
 from ovis_jax.loading import LoadedOvis, load
 from ovis_jax.plan.command import plan
+from ovis_jax.serving.command import serve
 from ovis_jax.serving.page_command import ui
 from ovis_jax.words.command import words
 
@@ -43,6 +44,7 @@ app.command()(plan)
 app.command()(ui)
 app.command("eval")(eval_)
 app.command()(words)
+app.command()(serve)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Model = Annotated[

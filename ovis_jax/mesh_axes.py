@@ -12,7 +12,8 @@ from typing import Any, TypeVar, cast
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-Function, Result = TypeVar("Function", bound=Callable[..., Any]), TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
+Result = TypeVar("Result")
 
 
 def automatic(mesh: Mesh) -> Mesh:

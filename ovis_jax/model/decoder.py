@@ -19,7 +19,7 @@ from ovis_jax.model.vision import matrix, zeros
 
 
 class Attention(nn.Module):
-    """Grouped-head attention over the call's own positions, or over a cache and a new one."""
+    """Grouped-head attention over the call's own positions, or over a cache and new ones."""
 
     config: DecoderConfig
     window: int | None
@@ -46,6 +46,14 @@ class Attention(nn.Module):
         if cache is None:
             how |= {"window": self.window, "setting": self.attention}
             out = attend_prompt(q, keys, values, positions, **how)  # [B, T, N, H]
+        elif T > 1:
+            # Written afterwards: in a ring, new keys lie where early queries still look.
+            past = kv_cache.slot_positions(positions[:, 0], cache[0].shape[2])
+            mask = visible(positions, jnp.concatenate([past, positions], axis=1), self.window)
+            all_keys = jnp.concatenate([cache[0], keys], axis=2)  # [B, K, S + T, H]
+            all_values = jnp.concatenate([cache[1], values], axis=2)
+            out = attend(q, all_keys, all_values, mask, **how)  # [B, T, N, H]
+            keys, values = kv_cache.append(cache, keys, values, positions)
         else:
             keys, values = kv_cache.write(cache, keys, values, positions[:, 0])
             key_positions = kv_cache.slot_positions(positions[:, 0] + 1, keys.shape[2])
@@ -149,13 +157,14 @@ class Decoder(nn.Module):
 
         Args:
           x: input embeddings, not yet scaled.
-          positions: from 0 in each row; -1 at padding.
-          cache: what each row has read so far, when T is 1; None for a whole prompt.
+          positions: from 0 in each row; -1 at padding. With a cache they go on where the row has
+            come to, and padding is on the right only.
+          cache: what each row has read so far; None for a whole prompt.
           columns: the one column of each row whose logits are wanted; None for all columns.
 
         Returns:
           Float32 logits [B, T, V] ([B, 1, V] with `columns`); keys and values of every block, of
-          the prompt ([B, K, T, H]) or of the cache with the new position in it; hidden states.
+          the prompt ([B, K, T, H]) or of the cache with the new positions in it; hidden states.
         """
         c = self.config
         V, D = c.vocab_size, c.width

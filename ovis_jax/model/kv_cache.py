@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ovis_jax.config import DecoderConfig
@@ -30,6 +31,17 @@ def num_slots(config: DecoderConfig, block: int, max_length: int) -> int:
     return max_length if window is None else min(window, max_length)
 
 
+def empty(config: DecoderConfig, rows: int, max_length: int, dtype: DTypeLike) -> Cache:
+    """The cache of rows that have read nothing."""
+
+    def zeros(block: int) -> Array:
+        slots = num_slots(config, block, max_length)
+        return jnp.zeros((rows, config.num_kv_heads, slots, config.head_dim), dtype)
+
+    blocks = tuple((zeros(i), zeros(i)) for i in range(config.depth))
+    return Cache(blocks, jnp.zeros((rows,), jnp.int32))
+
+
 def slot_positions(lengths: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:
     """The position that each slot holds once `lengths` positions were written; -1 where none."""
     last = lengths[:, None] - 1  # [B, 1]
@@ -49,6 +61,28 @@ def fill(
     columns = first[:, None] + jnp.maximum(slot_positions(lengths, slots), 0)  # [B, S]
     columns = columns[:, None, :, None]
     return jnp.take_along_axis(k, columns, axis=2), jnp.take_along_axis(v, columns, axis=2)
+
+
+def append(
+    block: KeyValue,
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    positions: Int[Array, "B T"],
+) -> KeyValue:
+    """Put T more positions a row in their slots, over those that leave.
+
+    `positions` goes on where the row has come to, rising by one; -1 at padding on the right.
+    """
+    slots, T = block[0].shape[2], k.shape[2]
+    first = positions[:, :1]
+    held = slot_positions(jnp.max(positions, axis=1) + 1, slots)  # [B, S]
+    columns = jnp.clip(held - first, 0, T - 1)[:, None, :, None]
+    new = (held >= first)[:, None, :, None]
+
+    def put(old: Array, values: Array) -> Array:
+        return jnp.where(new, jnp.take_along_axis(values, columns, axis=2), old)
+
+    return put(block[0], k), put(block[1], v)
 
 
 def write(

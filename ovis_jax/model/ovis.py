@@ -263,6 +263,33 @@ class Ovis:
         )
         return out.logits[:, 0], Cache(blocks, jnp.max(positions, axis=1) + 1)
 
+    def extend(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        visual: Float[Array, "I M D"] | None,
+        cache: Cache,
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Read more of prompts whose beginning the cache holds.
+
+        Args:
+          params: of the whole model.
+          tokens: as in `Inputs`.
+          positions: those that follow `cache.lengths`, at least one a row; -1 at padding on the
+            right.
+          visual: what the visual slots among `tokens` take, in order of appearance.
+          cache: what was read before; `kv_cache.empty` for nothing. It has to have room.
+
+        Returns:
+          Float32 logits of each row's last position, and the new cache.
+        """
+        x = self.embed_inputs(params, tokens, visual)
+        columns = jnp.argmax(positions, axis=1)
+        decoder = Decoder(self.config.decoder)
+        out = apply(decoder, params["decoder"], x, positions, cache, columns)
+        return out.logits[:, 0], Cache(out.key_values, jnp.max(positions, axis=1) + 1)
+
     def decode(
         self, params: Params, tokens: Int[Array, "B"], cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:

@@ -1,1 +1,1 @@
-"""What serves a model to people: a page to talk to it."""
+"""What stands between a loaded model and many users: a server and a page."""

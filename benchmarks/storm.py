@@ -1,0 +1,97 @@
+"""Requests of all kinds at once against a server of ovis-tiny, and what became of each.
+
+A part of them is malformed, and a part is given up by the client before the answer is there.
+"""
+
+import asyncio
+import base64
+import io
+import random
+from collections import Counter
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+WORDS = ("what", "is", "this", "red", "7")
+FLAWS: tuple[dict[str, Any], ...] = (
+    {"n": 99},
+    {"temperature": "a"},
+    {"tools": [1]},
+    {"messages": 3},
+)
+SIZES = ((84, 84), (40, 90), (170, 84))
+
+
+def data_url(image: Image.Image) -> str:
+    """A picture as requests carry it."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def noise(seed: int, size: tuple[int, int]) -> Image.Image:
+    """A picture of nothing."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8))
+
+
+def ask(text: str, *urls: str, **options: Any) -> dict[str, Any]:
+    """The body of a request."""
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": u}} for u in urls]
+    content = [*parts, {"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}]
+    return {"model": "ovis-tiny", "messages": messages, "temperature": 0, **options}
+
+
+def draw(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """What a client does, and its body."""
+    kind = rng.choice(["whole"] * 4 + ["stream"] * 3 + ["leave"] * 2 + ["bad"])
+    text = " ".join(rng.choices(WORDS, k=rng.randint(1, 20)))
+    size = rng.choice(SIZES)
+    body = ask(
+        text,
+        *(data_url(noise(rng.randrange(9), size)) for _ in range(rng.choice([0, 0, 1]))),
+        max_tokens=rng.randint(1, 12),
+        temperature=rng.choice([0, 0.7, 1.5]),
+        top_p=rng.choice([None, 0.9]),
+        n=rng.choice([1, 1, 1, 2]),
+        stop=rng.choice([None, ["."], "e"]),
+        stream=kind == "stream" or (kind == "leave" and rng.random() < 0.5),
+    )
+    return kind, body | (rng.choice(FLAWS) if kind == "bad" else {})
+
+
+async def send(client: httpx.AsyncClient, seed: int) -> str:
+    """Send one request; what became of it: a status, "left", or "wrong" and why."""
+    rng = random.Random(seed)
+    kind, body = draw(rng)
+    try:
+        async with asyncio.timeout(rng.random() * 0.3 if kind == "leave" else 600):
+            answer = await client.post("/v1/chat/completions", json=body)
+    except TimeoutError:
+        return "left" if kind == "leave" else "wrong: no answer"
+    status = answer.status_code
+    if status not in ((400, 422, 429) if kind == "bad" else (200, 429)):
+        return f"wrong: {status} {answer.text[:200]}"
+    if status != 200:
+        whole = bool(answer.json()["error"]["message"])
+    elif body["stream"]:
+        whole = answer.text.rstrip().endswith("[DONE]")
+    else:
+        choices = answer.json()["choices"]
+        whole = len(choices) == body["n"] and all(c["finish_reason"] for c in choices)
+    return str(status) if whole else f"wrong: {answer.text[:200]}"
+
+
+async def storm(url: str, requests: int, at_once: int) -> Counter[str]:
+    """Send so many requests, so many at a time; counts what became of them."""
+    limits = httpx.Limits(max_connections=at_once)
+    free = asyncio.Semaphore(at_once)
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=None) as client:
+
+        async def one(seed: int) -> str:
+            async with free:
+                return await send(client, seed)
+
+        return Counter(await asyncio.gather(*map(one, range(requests))))

@@ -1,0 +1,72 @@
+"""What tests of the serving side share: sizes, pictures in requests, a server in a thread."""
+
+import base64
+import io
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import uvicorn
+from PIL import Image
+
+from ovis_jax.serving.answer import Event, Job, Piece
+from ovis_jax.serving.prepare import Limits
+
+SLOTS, MAX_LENGTH, PIECE, QUEUE = 4, 320, 24, 40
+LIMITS = Limits(max_body=2**20, max_images=3, max_pixels=250_000, max_tokens=250, seconds=120)
+
+
+@contextmanager
+def listening(app):
+    """Serve an application from a thread; gives the server and its URL."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        try:
+            yield server, f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@dataclass
+class Answered:
+    """A job, and the events that it got."""
+
+    job: Job
+    events: list[Event]
+    over: threading.Event
+
+    def wait(self) -> "Answered":
+        assert self.over.wait(120)
+        return self
+
+    def text(self, choice: int = 0) -> str:
+        pieces = [e for e in self.wait().events if isinstance(e, Piece) and e.choice == choice]
+        assert [p.reason is not None for p in pieces] == [False] * (len(pieces) - 1) + [True]
+        return "".join(piece.text for piece in pieces)
+
+
+def picture(seed: int, size: tuple[int, int] = (84, 84)) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)
+    return Image.fromarray(noise)
+
+
+def data_url(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def shown(image: Image.Image, **more: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(image), **more}}

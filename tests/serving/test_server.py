@@ -1,0 +1,452 @@
+"""The server as the official client sees it."""
+
+import json
+import math
+import threading
+import time
+from dataclasses import replace
+
+import httpx
+import openai
+import pytest
+from compilations import compilations
+from openai import OpenAI
+from PIL import Image
+from served import LIMITS, MAX_LENGTH, SLOTS, listening, picture, shown
+
+from ovis_jax.serving.app import make_app
+from ovis_jax.serving.engine import Engine
+
+ASK = {"model": "ovis-tiny", "temperature": 0}
+ENDLESS = {"max_tokens": LIMITS.max_tokens, "extra_body": {"repetition_penalty": 0.01}}
+"""A penalty below 1 makes a model repeat itself to the end."""
+
+
+def say(text, *images):
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+def conversation(turns, images):
+    """Turns as a client writes them, the images in front of the first."""
+    made = [dict(turn) for turn in turns]
+    content = made[0]["content"].replace("<image>", "").strip()
+    made[0]["content"] = [*map(shown, images), {"type": "text", "text": content}]
+    return made
+
+
+@pytest.fixture
+def complete(client):
+    def complete(text, *images, **options):
+        return client.chat.completions.create(messages=say(text, *images), **(ASK | options))
+
+    return complete
+
+
+@pytest.fixture
+def refused(complete):
+    """The error that a request gets, in the API's own shape."""
+
+    def refused(kind, *arguments, **options):
+        with pytest.raises(kind) as caught:
+            complete(*arguments, **options)
+        error = caught.value
+        assert set(error.body) == {"message", "type", "param", "code"}
+        assert error.body["message"] and "Traceback" not in error.body["message"]
+        return error
+
+    return refused
+
+
+def test_answers_about_pictures_are_right(client, scenes):
+    right = 0
+    with compilations() as found:
+        for turns, images, expected in scenes:
+            answer = client.chat.completions.create(messages=conversation(turns, images), **ASK)
+            right += answer.choices[0].message.content == expected
+            assert answer.choices[0].finish_reason == "stop"
+            usage = answer.usage
+            assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+            assert usage.completion_tokens > 3
+    assert len(scenes) == 26 and right >= 0.9 * len(scenes)
+    assert found == []
+
+
+def test_a_stream_is_the_same_answer(client, scenes):
+    turns, images, _ = max(scenes, key=lambda scene: len(scene[2]))
+    request = {"messages": conversation(turns, images)} | ASK
+    whole = client.chat.completions.create(**request)
+    chunks = list(
+        client.chat.completions.create(
+            stream=True, stream_options={"include_usage": True}, **request
+        )
+    )
+    *texts, last = chunks
+    assert texts[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in texts)
+    assert text == whole.choices[0].message.content
+    assert [
+        chunk.choices[0].finish_reason for chunk in texts if chunk.choices[0].finish_reason
+    ] == ["stop"]
+    assert len(texts) > 8 and len({chunk.id for chunk in chunks}) == 1
+    assert last.choices == [] and last.usage == whole.usage
+    assert all(chunk.usage is None for chunk in texts)
+
+
+def test_stop_strings(complete):
+    whole = complete("What is this?", shown(picture(0))).choices[0].message.content
+    word = whole.split()[2]
+    for stream in (False, True):
+        answer = complete("What is this?", shown(picture(0)), stop=[word, "#"], stream=stream)
+        if stream:
+            chunks = [chunk.choices[0] for chunk in answer]
+            text, reason = "".join(c.delta.content or "" for c in chunks), chunks[-1].finish_reason
+        else:
+            text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+        assert text == whole[: whole.index(word)] and reason == "stop"
+
+
+def test_lengths(complete):
+    for name in ("max_tokens", "max_completion_tokens"):
+        answer = complete("What is this?", shown(picture(0)), **{name: 3})
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.usage.completion_tokens == 3
+
+
+def test_many_answers_and_seeds(complete):
+    hot = {"temperature": 2, "seed": -7, "max_tokens": 15}
+    answer = complete("Tell me.", n=3, **hot)
+    texts = [choice.message.content for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2] and len(set(texts)) == 3
+    chunks = list(complete("Tell me.", n=3, stream=True, **hot))
+    for n, text in enumerate(texts):
+        mine = [c.choices[0] for c in chunks[1:] if c.choices[0].index == n]
+        assert "".join(c.delta.content or "" for c in mine) == text
+        assert mine[-1].finish_reason is not None
+    assert complete("Tell me.", **hot).choices[0].message.content == texts[0]
+    unseeded = {**hot, "seed": None}
+    assert len({complete("Tell me.", **unseeded).choices[0].message.content for _ in "12"}) == 2
+
+
+def test_log_probs(complete):
+    answer = complete("What is this?", shown(picture(0)), logprobs=True, top_logprobs=5)
+    content = answer.choices[0].logprobs.content
+    assert "".join(t.token for t in content) == answer.choices[0].message.content
+    assert len(content) == answer.usage.completion_tokens - 1  # the stop id has no text
+    for token in content:
+        probabilities = [math.exp(t.logprob) for t in token.top_logprobs]
+        assert len(probabilities) == 5 and sum(probabilities) <= 1 + 1e-5
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert token.top_logprobs[0].token == token.token  # greedy
+        assert token.logprob == pytest.approx(token.top_logprobs[0].logprob)
+        assert bytes(token.bytes).decode() == token.token
+    plain = complete("What is this?", shown(picture(0)), logprobs=True).choices[0].logprobs
+    assert [t.token for t in plain.content] == [t.token for t in content]
+    assert all(t.top_logprobs == [] for t in plain.content)
+    assert complete("Who?").choices[0].logprobs is None
+    chunks = complete("What is this?", shown(picture(0)), logprobs=True, stream=True)
+    streamed = [
+        t.token for c in chunks if c.choices[0].logprobs for t in c.choices[0].logprobs.content
+    ]
+    assert streamed == [t.token for t in content]
+
+
+def test_a_system_turn_and_a_second_turn(client):
+    def text(messages):
+        answer = client.chat.completions.create(messages=messages, max_tokens=9, **ASK)
+        return answer.choices[0].message
+
+    joined = text([{"role": "user", "content": "Be short.\n\nWho are you?"}])
+    system = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Who are you?"},
+    ]
+    answer = text(system)
+    assert answer.content == joined.content
+    # What was answered is sent back as the client has it.
+    again = [*system, answer.model_dump(), {"role": "user", "content": "And you?"}]
+    assert text(again).content is not None
+
+
+def test_images_in_fewer_crops(complete):
+    wide = picture(0, (252, 252))
+    positions = [
+        complete("What?", shown(wide, **more), max_tokens=1, extra_body=body).usage.prompt_tokens
+        for more, body in [({}, {}), ({"detail": "low"}, {}), ({}, {"max_partition": 4})]
+    ]
+    assert positions[0] > positions[2] > positions[1]
+
+
+def test_a_mark_in_a_text_is_text(complete, refused):
+    """Nobody can forge a turn, and the place of an image is the server's to say."""
+    one, two = (complete(text, max_tokens=1).usage.prompt_tokens for text in ("a", "a<eos>"))
+    assert two > one + 1
+    error = refused(openai.BadRequestError, "See <image>?")
+    assert error.param == "messages[0].content[0]"
+
+
+def test_models(client, refused):
+    assert [model.id for model in client.models.list()] == ["ovis-tiny"]
+    assert client.models.retrieve("ovis-tiny").owned_by == "ovis-jax"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt")
+    error = refused(openai.NotFoundError, "Who?", model="gpt")
+    assert (error.param, error.code) == ("model", "model_not_found")
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+
+
+def url_of(text):
+    return {"type": "image_url", "image_url": {"url": text}}
+
+
+@pytest.mark.parametrize(
+    "param, options",
+    [
+        ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        ("response_format", {"response_format": {"type": "json_object"}}),
+        ("frequency_penalty", {"frequency_penalty": 0.5}),
+        ("logit_bias", {"logit_bias": {"5": 1}}),
+        ("n", {"n": SLOTS + 1}),
+        ("stop", {"stop": list("abcde")}),
+        ("stop", {"stop": ["", "a"]}),
+        ("top_logprobs", {"top_logprobs": 2}),
+        ("stream_options", {"stream_options": {"include_usage": True}}),
+        ("max_tokens", {"max_tokens": LIMITS.max_tokens + 1}),
+        ("max_tokens", {"max_tokens": 2, "max_completion_tokens": 3}),
+        ("max_partition", {"extra_body": {"max_partition": 99}}),
+    ],
+)
+def test_what_is_refused_with_400(refused, param, options):
+    error = refused(openai.BadRequestError, "Who?", **options)
+    assert error.param == param and error.body["message"].startswith(f"{param}: ")
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (PICTURE, "not a whole image"),
+        (url_of("data:image/png;base64,%%%"), "base64"),
+        (url_of("data:nothing"), "comma"),
+        (url_of("data:text/plain,hello"), "not a whole image"),
+        (url_of("https://example.org/a.png"), "fetches no images"),
+        (url_of("file:///etc/passwd"), "data: URL"),
+        (url_of(""), "data: URL"),
+        (shown(Image.new("RGB", (1000, 1000))), "1000 x 1000"),
+    ],
+)
+def test_images_that_are_refused(refused, image, message):
+    error = refused(openai.BadRequestError, "What?", shown(picture(0)), image)
+    assert error.param == "messages[0].content[1].image_url.url"
+    assert message in error.body["message"]
+
+
+def test_images_that_do_not_fit(refused):
+    assert refused(openai.BadRequestError, "What?", *[shown(picture(0))] * 4).param == "messages"
+    assert (
+        "300"
+        in refused(openai.BadRequestError, "What?", shown(picture(0, (300, 2)), detail="low")).body[
+            "message"
+        ]
+    )
+    mixed = [shown(picture(0), detail="low"), shown(picture(0))]
+    assert "alike" in refused(openai.BadRequestError, "What?", *mixed).body["message"]
+
+
+def test_prompts_that_do_not_fit(refused):
+    for text in ("word " * MAX_LENGTH, "x" * 100_000):
+        error = refused(openai.BadRequestError, text)
+        assert error.code == "context_length_exceeded" and error.param == "messages"
+    error = refused(openai.BadRequestError, "word " * 220, max_tokens=110)
+    assert error.code == "context_length_exceeded" and error.param == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    "param, change",
+    [
+        ("temperature", {"temperature": "hot"}),
+        ("temperature", {"temperature": 2.5}),
+        ("top_p", {"top_p": -1}),
+        ("seed", {"seed": 2**63}),
+        ("max_tokens", {"max_tokens": 0}),
+        ("n", {"n": 1.5}),
+        ("stop", {"stop": 3}),
+        ("nonsense", {"nonsense": 1}),
+        ("messages", {"messages": []}),
+        ("messages", {"messages": None}),
+        ("messages[0].role", {"messages": [{"role": "king", "content": "a"}]}),
+        ("messages[0].content", {"messages": [{"role": "user"}]}),
+        ("messages[0].content", {"messages": [{"role": "user", "content": 5}]}),
+        (
+            "messages[0].content[0].text",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+        ),
+        (
+            "messages[0].content[0].image_url.url",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        ),
+    ],
+)
+def test_bodies_of_another_shape_get_422(url, param, change):
+    body = {"messages": [{"role": "user", "content": "a"}], **ASK, **change}
+    answer = httpx.post(
+        f"{url}/v1/chat/completions", content=json.dumps(body).encode(), headers=JSON
+    )
+    error = answer.json()["error"]
+    assert answer.status_code == 422 and error["param"] == param, error
+    assert error["message"].startswith(param) and error["type"] == "invalid_request_error"
+
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        (b"", 422),
+        (b"{", 400),
+        (b"\xff\xfe", 400),
+        (b"[" * 100_000, 400),
+        (b"[]", 422),
+        (b'{"seed": ' + b"9" * 5000 + b"}", 400),
+        (b'{"temperature": NaN}', 422),
+        (b" " * (LIMITS.max_body + 1), 413),
+    ],
+)
+def test_bodies_that_are_no_request(url, body, status):
+    answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers=JSON)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["message"]
+
+
+def test_a_body_without_a_length_is_measured(url):
+    parts = (b" " * 65536 for _ in range(LIMITS.max_body // 65536 + 2))
+    answer = httpx.post(f"{url}/v1/chat/completions", content=parts, headers=JSON)
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "request_too_large"
+
+
+def test_half_of_a_surrogate_pair(url):
+    """JSON can say it, UTF-8 cannot: neither a prompt nor the answer about it."""
+    for change, status in [({}, 400), ({"model": "\ud800"}, 404), ({"\ud800": 1}, 422)]:
+        body = {"messages": say("\ud800"), **ASK, **change}
+        content = json.dumps(body).encode()
+        answer = httpx.post(f"{url}/v1/chat/completions", content=content, headers=JSON)
+        assert answer.status_code == status and answer.json()["error"]["message"]
+
+
+def test_other_paths_and_methods(url):
+    for method, path, status in [("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405)]:
+        answer = httpx.request(method, url + path)
+        assert answer.status_code == status and answer.json()["error"]["message"]
+
+
+def settled(engine):
+    end = time.monotonic() + 30
+    while engine.running or engine.waiting:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return True
+
+
+def counted(url):
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return {k: float(v) for k, v in (x.rsplit(" ", 1) for x in lines if x[:1] != "#")}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_slot(url, engine, stream):
+    body = {"messages": say("Go on."), **ASK, "n": SLOTS, "max_tokens": LIMITS.max_tokens}
+    body |= ENDLESS["extra_body"] | {"stream": stream}
+    before = counted(url)
+    if stream:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
+            assert next(answer.iter_lines()).startswith("data: ")
+    else:
+        with httpx.Client(timeout=0.2) as client, pytest.raises(httpx.ReadTimeout):
+            client.post(f"{url}/v1/chat/completions", json=body)
+    assert settled(engine)
+    after = counted(url)
+    name = "ovis_request_seconds_count"  # of those that were answered to the end
+    assert after.get(name, 0) == before.get(name, 0)
+    name = "ovis_completion_tokens_total"
+    assert after.get(name, 0) - before.get(name, 0) < SLOTS * LIMITS.max_tokens
+
+
+def test_health_and_metrics(url, complete, engine):
+    before = counted(url)
+    usage = complete("Who?", max_tokens=5).usage
+    assert settled(engine)
+    after = counted(url)
+    for name, added in {
+        'ovis_requests_total{status="200"}': 1,
+        "ovis_prompt_tokens_total": usage.prompt_tokens,
+        "ovis_completion_tokens_total": usage.completion_tokens,
+        "ovis_first_token_seconds_count": 1,
+        "ovis_request_seconds_count": 1,
+    }.items():
+        assert after[name] - before.get(name, 0) == added, name
+    assert after["ovis_slots"] == SLOTS and after["ovis_running_answers"] == 0
+    found = httpx.get(f"{url}/health").json()
+    assert found == {"status": "ok", "slots": SLOTS, "running": 0, "waiting": 0}
+
+
+def test_api_key(ovis, engine, monkeypatch):
+    monkeypatch.setattr(engine, "close", lambda timeout: None)  # it serves other tests, too
+    app = make_app(engine, ovis.processor, "ovis-tiny", limits=LIMITS, api_key="sésame")
+    with listening(app) as (_, url):
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic sesame"}):
+            answer = httpx.get(f"{url}/v1/models", headers=headers)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+        key = {"authorization": "Bearer sésame".encode()}
+        assert httpx.get(f"{url}/v1/models", headers=key).status_code == 200
+        assert httpx.get(f"{url}/health").status_code == 200
+        with OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError):
+                client.chat.completions.create(messages=say("Who?"), **ASK)
+
+
+def test_a_full_queue_a_late_answer_and_a_shut_down(ovis, steps):
+    """429, 503, and streams that end as they would have, though the server is told to stop."""
+    engine = Engine(ovis, steps, queue=1)
+    app = make_app(engine, ovis.processor, "ovis-tiny", limits=LIMITS, drain=60)
+    with (
+        listening(app) as (server, url),
+        OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        request = {"messages": say("Go on."), **ASK, **ENDLESS, "stream": True, "max_tokens": 120}
+        streams = []
+        with pytest.raises(openai.RateLimitError) as caught:
+            for _ in range(SLOTS + 4):
+                streams.append(client.chat.completions.create(**request))
+        assert caught.value.code == "queue_full"
+        assert caught.value.response.headers["retry-after"] == "1"
+        firsts = [next(stream) for stream in streams]
+        server.should_exit = True
+        ends = [list(stream)[-1].choices[0].finish_reason for stream in streams]
+        assert firsts and ends == ["length"] * len(streams)
+    assert engine.closed
+
+
+def test_a_closed_engine_and_a_deadline_are_503(ovis, steps):
+    engine = Engine(ovis, steps, queue=9)
+    limits = replace(LIMITS, seconds=0.2)
+    app = make_app(engine, ovis.processor, "ovis-tiny", limits=limits)
+    with (
+        listening(app) as (_, url),
+        OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=2) as client,
+    ):
+        request = {"messages": say("Go on."), **ASK, **ENDLESS}
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.chat.completions.create(**request)
+        assert caught.value.status_code == 503 and caught.value.code == "deadline_exceeded"
+        with pytest.raises(openai.APIError, match="longer than this server allows"):
+            list(client.chat.completions.create(stream=True, **request))
+        threading.Thread(target=engine.close, args=(30,)).start()
+        while not engine.closed:
+            time.sleep(0.01)
+        assert httpx.get(f"{url}/health").status_code == 503
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.with_options(max_retries=0).chat.completions.create(**request)
+        assert caught.value.code == "shutting_down"
