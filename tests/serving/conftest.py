@@ -83,10 +83,16 @@ def ask(ovis):
 
 
 @pytest.fixture(scope="session")
-def scenes(tmp_path_factory):
-    """Questions about pictures with their answers: (turns, images, answer)."""
+def scene_file(tmp_path_factory):
+    """A data set of questions about pictures."""
     folder = tmp_path_factory.mktemp("served")
     make = partial(draw_data.scored_lines, split="test", seed=2, colour="")
     draw_data.write(folder, make, len(draw_data.KINDS) * len(draw_data.LANGUAGES), workers=1)
-    rows = read_rows([folder / "test.jsonl"]).rows
+    return folder / "test.jsonl"
+
+
+@pytest.fixture(scope="session")
+def scenes(scene_file):
+    """Its questions with their answers: (turns, images, answer)."""
+    rows = read_rows([scene_file]).rows
     return [(row.turns[:-1], row.open_images(), row.turns[-1]["content"]) for row in rows]

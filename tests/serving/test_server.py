@@ -14,6 +14,8 @@ from openai import OpenAI
 from PIL import Image
 from served import LIMITS, MAX_LENGTH, SLOTS, listening, picture, shown
 
+from ovis_jax.evaluation.questions import read_questions
+from ovis_jax.evaluation.run import Settings, evaluate
 from ovis_jax.serving.app import make_app
 from ovis_jax.serving.engine import Engine
 
@@ -57,18 +59,22 @@ def refused(complete):
     return refused
 
 
-def test_answers_about_pictures_are_right(client, scenes):
-    right = 0
+def test_answers_about_pictures_are_right_and_those_of_eval(client, ovis, scenes, scene_file):
+    right, said = 0, []
     with compilations() as found:
         for turns, images, expected in scenes:
             answer = client.chat.completions.create(messages=conversation(turns, images), **ASK)
-            right += answer.choices[0].message.content == expected
+            said.append(answer.choices[0].message.content)
+            right += said[-1] == expected
             assert answer.choices[0].finish_reason == "stop"
             usage = answer.usage
             assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
             assert usage.completion_tokens > 3
     assert len(scenes) == 26 and right >= 0.9 * len(scenes)
     assert found == []
+    asked = read_questions(scene_file)
+    results = {x["id"]: x for x in evaluate(ovis, asked, Settings(13, max_new_tokens=64))}
+    assert said == [results[question.id]["answer"] for question in asked]
 
 
 def test_a_stream_is_the_same_answer(client, scenes):
