@@ -1,7 +1,9 @@
 """Every block of code in docs/ runs as it is printed."""
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,16 +43,26 @@ def test_python_runs(page, monkeypatch):
 def test_commands_run(page, tmp_path):
     """The blocks of a page are one session, which ends at the first command that fails."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for file, text in re.findall(
+        r'^```python title="(.+)"\n(.*?)^```', page.read_text(), re.S | re.M
+    ):
+        (tmp_path / file).write_text(text)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(
+    process = subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", "\n".join(blocks(page, "sh"))],
         cwd=tmp_path,
         env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        start_new_session=True,
     )
-    assert result.returncode == 0, result.stderr
+    try:
+        output, _ = process.communicate(timeout=600)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # what a page began and did not end
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
 
 
 def test_the_training_config_is_one(tmp_path):
