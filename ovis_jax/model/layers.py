@@ -169,3 +169,19 @@ def rope(
 def softcap(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
     """Bend float32 values smoothly into (-cap, cap)."""
     return cap * jnp.tanh(x / cap)
+
+
+def table_rows(table: Float[Array, "V D"], tokens: Int[Array, "B"]) -> Float[Array, "B D"]:
+    """The rows of a table, in a loop over tokens.
+
+    XLA's CPU backend reads bfloat16 by way of float32, and would widen the whole table before the
+    loop if what is read did not seem to change from step to step.
+    """
+
+    def read(table: Array, tokens: Array) -> Array:
+        return table[tokens]
+
+    def read_anew(table: Array, tokens: Array) -> Array:
+        return read(*jax.lax.optimization_barrier((table, tokens)))
+
+    return jax.lax.platform_dependent(table, tokens, cpu=read_anew, default=read)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,8 @@ from ovis_jax.model import kv_cache
 from ovis_jax.model.decoder import Decoder
 from ovis_jax.model.kernels import Setting
 from ovis_jax.model.kv_cache import Cache
+from ovis_jax.model.layers import table_rows
+from ovis_jax.model.states import ImageStates, States
 from ovis_jax.model.vision import VisionEncoder
 from ovis_jax.model.visual_tokenizer import (
     VisualTokenizer,
@@ -43,25 +45,6 @@ visual head and the table to be worth reading once more.
 def apply(module: nn.Module, params: Params, *arguments: Any) -> Any:
     """Call a linen module as a function of its parameters."""
     return module.apply({"params": params}, *arguments)
-
-
-class ImageStates(NamedTuple):
-    """What the model makes of crops, stage by stage."""
-
-    vision: tuple[Float[Array, "I P E"], ...]
-    """The patch embeddings, then the output of each SigLIP block."""
-    tokens: VisualTokens
-    embeddings: Float[Array, "I M D"]
-
-
-class States(NamedTuple):
-    """What `forward` saw on its way."""
-
-    images: ImageStates | None
-    inputs_embeds: Float[Array, "B T D"]
-    """Text, indicators and visual tokens in one sequence, before the scaling by sqrt(width)."""
-    hidden: tuple[Float[Array, "B T D"], ...]
-    """The output of each decoder block; the last one before the final norm."""
 
 
 @dataclass(frozen=True)
@@ -294,26 +277,10 @@ class Ovis:
         self, params: Params, tokens: Int[Array, "B"], cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Read one more text token a row; float32 logits of what follows, and the new cache."""
-        x = _rows(params["decoder"]["embed"], tokens)[:, None]  # [B, 1, D]
+        x = table_rows(params["decoder"]["embed"], tokens)[:, None]  # [B, 1, D]
         positions = cache.lengths[:, None]  # [B, 1]
         out = apply(Decoder(self.config.decoder), params["decoder"], x, positions, cache)
         return out.logits[:, 0], Cache(out.key_values, cache.lengths + 1)
-
-
-def _rows(table: Float[Array, "V D"], tokens: Int[Array, "B"]) -> Float[Array, "B D"]:
-    """The rows of a table, in a loop over tokens.
-
-    XLA's CPU backend reads bfloat16 by way of float32, and would widen the whole table before the
-    loop if what is read did not seem to change from step to step.
-    """
-
-    def read(table: Array, tokens: Array) -> Array:
-        return table[tokens]
-
-    def read_anew(table: Array, tokens: Array) -> Array:
-        return read(*jax.lax.optimization_barrier((table, tokens)))
-
-    return jax.lax.platform_dependent(table, tokens, cpu=read_anew, default=read)
 
 
 @partial(jax.jit, static_argnames=("model", "return_states"))
