@@ -1,5 +1,6 @@
 """The page in a browser: one server, one visit, a new chat for each test."""
 
+import asyncio
 import gc
 import threading
 import time
@@ -44,7 +45,10 @@ def address(ovis):
     blocks = pages.build(ovis, "ovis-tiny")
     yield pages.launch(blocks)
     blocks.close(verbose=False)
-    gc.collect()  # what Gradio leaves behind goes here, not in the middle of another test
+    # What Gradio leaves behind, the loop that it has made the current one too, goes here and not in
+    # the middle of another test.
+    asyncio.set_event_loop(None)
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
