@@ -15,7 +15,7 @@ from ovis_jax.checkpoint.journal import left_behind
 from ovis_jax.checkpoint.problems import Problem, ShardProblems
 from ovis_jax.checkpoint.safetensors_files import Header, read_header
 from ovis_jax.checkpoint.source import Source
-from ovis_jax.checkpoint.writer import check_space
+from ovis_jax.checkpoint.writer import check_space, nearest_existing
 from ovis_jax.errors import OvisError
 
 Headers = Mapping[Path, Header]
@@ -170,10 +170,7 @@ def check_room(
     sizes = {path: max(entry.stop for entry in headers[path].tensors) for path in order}
     missing = sorted(size for path, size in sizes.items() if not path.exists())
     fetched = min(sum(missing[-2:] if delete else missing), sum(sizes.values()) * need // total)
-    there = dst.resolve()
-    while not there.exists():
-        there = there.parent
-    if there.stat().st_dev == source.folder.stat().st_dev:
+    if nearest_existing(dst).stat().st_dev == source.folder.stat().st_dev:
         check_space(dst, need + fetched)
     else:
         check_space(dst, need)

@@ -95,15 +95,21 @@ def whole_or_absent(folder: Path) -> Iterator[Path]:
         raise
 
 
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists: on the disk where it would be made."""
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
 def check_space(folder: Path, need: int) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Raises:
       OSError: the disk of `folder`, or of the nearest folder above it that exists, has less free.
     """
-    place = folder.resolve()
-    while not place.exists():
-        place = place.parent
+    place = nearest_existing(folder)
     free = shutil.disk_usage(place).free
     if free < need:
         what = f"{need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room in"

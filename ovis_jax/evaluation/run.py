@@ -13,7 +13,7 @@ from ovis_jax.evaluation.results import Result
 from ovis_jax.inference.score import score
 from ovis_jax.inputs.answers import encode_answers
 from ovis_jax.loading import LoadedOvis
-from ovis_jax.training.evaluation import answer_rows, like_length, naming, turns_length
+from ovis_jax.training.evaluation import answer_rows, fill, like_length, naming, turns_length
 
 By = Literal["letter", "score"]
 """How an option is chosen: by the letter that is answered, as published, or the likeliest one."""
@@ -63,14 +63,14 @@ def likeliest(
     lengths = [turns_length(question.row.images, question.prompt) for question in questions]
     for indices in like_length(lengths, settings.batch):
         chosen = [questions[i] for i in indices]
-        filled = chosen + chosen[-1:] * (settings.batch - len(chosen))
-        names = [question.row.name for question in filled]
-        prompts = [question.prompt for question in filled]
-        images = [question.row.open_images() for question in filled]
+        names = [question.row.name for question in chosen]
+        prompts = [question.prompt for question in chosen]
+        images = [question.row.open_images() for question in chosen]
+        asked, shown = fill(prompts, settings.batch), fill(images, settings.batch)
         with naming(names, ovis.processor, prompts, images, settings.max_partition):
-            inputs = ovis.processor(prompts, images, max_partition=settings.max_partition)
-        letters = [LETTERS[: len(question.choices)] for question in filled]
-        answers = encode_answers(ovis.processor, [list(x) for x in letters], closed=False)
+            inputs = ovis.processor(asked, shown, max_partition=settings.max_partition)
+        letters = [list(LETTERS[: len(question.choices)]) for question in chosen]
+        answers = encode_answers(ovis.processor, fill(letters, settings.batch), closed=False)
         found = np.asarray(score(ovis.model, ovis.params, inputs, answers).log_probs)
         for question, log_probs in zip(chosen, found, strict=False):
             yield question, LETTERS[int(log_probs.argmax())]

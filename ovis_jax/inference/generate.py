@@ -16,6 +16,8 @@ from ovis_jax.mesh_axes import replicated, with_automatic_axes
 from ovis_jax.model.kv_cache import Cache
 from ovis_jax.model.ovis import Ovis, Params
 
+_copy, _all = with_automatic_axes(jnp.copy), with_automatic_axes(jnp.all)
+
 
 class Generation(NamedTuple):
     """New tokens of each row."""
@@ -118,7 +120,7 @@ def _stream(
     for start in range(2 * width, total + width, width):
         done, ahead = state.done, None
         if start < total:
-            done = with_automatic_axes(jnp.copy)(done)  # the state itself is given away
+            done = _copy(done)  # the state itself is given away
             columns = min(width, total - start)
             state, ahead = _continue(model, params, state, request, columns, width)
         yield replicated(piece)
@@ -129,7 +131,7 @@ def _stream(
 
 def all_done(done: Bool[Array, "B"]) -> bool:
     """Whether every row is, wherever the rows lie."""
-    return bool(with_automatic_axes(jnp.all)(done))
+    return bool(_all(done))
 
 
 def _request(

@@ -124,6 +124,12 @@ def crop_boxes(width: int, height: int, grid: Grid) -> list[Box]:
     ]
 
 
+def image_boxes(width: int, height: int, grid: Grid) -> list[Box]:
+    """What each crop of an image shows: its cells, and before several the whole image."""
+    boxes = crop_boxes(width, height, grid)
+    return boxes if len(boxes) == 1 else [(0, 0, width, height), *boxes]
+
+
 def crops(
     image: Image.Image, settings: ImageSettings, max_partition: int
 ) -> tuple[np.ndarray, Grid]:
@@ -143,9 +149,7 @@ def crops(
         raise ImageError(f"an image of mode {image.mode} cannot be decoded: {error}") from error
     image = to_rgb(image)
     grid = choose_grid(image.width, image.height, settings.side, max_partition)
-    boxes = crop_boxes(image.width, image.height, grid)
-    if len(boxes) > 1:
-        boxes.insert(0, (0, 0, image.width, image.height))
+    boxes = image_boxes(image.width, image.height, grid)
     sizes = [
         fitted_size(right - left, lower - upper, settings.side)
         for left, upper, right, lower in boxes

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from ovis_jax.inputs.image import Grid, choose_grid, crop_boxes, to_rgb
+from ovis_jax.inputs.image import Grid, choose_grid, crop_boxes, image_boxes, to_rgb
 from ovis_jax.inputs.processor import Processor
 
 LONGEST = 640
@@ -34,8 +34,8 @@ def cut(processor: Processor, image: Image.Image, max_partition: int) -> Cut:
     """
     side = processor.image_settings.side
     grid = choose_grid(image.width, image.height, side, max_partition)
-    cells = grid[0] * grid[1]
-    return Cut(grid, cells + 1 if cells > 1 else 1, processor.image_length([image], max_partition))
+    crops = len(image_boxes(image.width, image.height, grid))
+    return Cut(grid, crops, processor.image_length([image], max_partition))
 
 
 def draw_grid(image: Image.Image, grid: Grid) -> Image.Image:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jax import Array
@@ -15,6 +15,8 @@ from ovis_jax.inputs.image import Images
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.model.ovis import Ovis, Params
 from ovis_jax.training.rows import Row
+
+Item = TypeVar("Item")
 
 
 class Answer(NamedTuple):
@@ -109,6 +111,11 @@ def like_length(lengths: Sequence[tuple[int, int]], batch: int) -> Iterator[list
         yield order[start : start + batch]
 
 
+def fill(items: Sequence[Item], batch: int) -> list[Item]:
+    """As many as a batch has, the last one repeated: a short batch compiles nothing anew."""
+    return [*items, *[items[-1]] * (batch - len(items))]
+
+
 def answer_batch(
     processor: Processor,
     model: Ovis,
@@ -124,15 +131,10 @@ def answer_batch(
 ) -> tuple[list[str], list[np.ndarray]]:
     """Answer at most `batch` prompts: the texts, and the ids int32 [N], the stop id included.
 
-    A short batch is filled up, so that it compiles nothing.
+    A short batch is filled up.
     """
     count = len(prompts)
-    fill = [count - 1] * (batch - count)
-    inputs = processor(
-        [*prompts, *(prompts[i] for i in fill)],
-        [*images, *(images[i] for i in fill)],
-        max_partition=max_partition,
-    )
+    inputs = processor(fill(prompts, batch), fill(images, batch), max_partition=max_partition)
     out = generate(model, params, inputs, key, max_new_tokens=max_new_tokens, sampling=sampling)
     tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
     texts = processor.decode(tokens[:count])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ovis_jax.config import VisualTokenizerConfig
-from ovis_jax.inputs.image import Box, Grid, crop_boxes, fitted_size
+from ovis_jax.inputs.image import Box, Grid, fitted_size, image_boxes
 
 Extent = tuple[float, float, float, float]
 """Left, upper, right, lower, in pixels of the picture."""
@@ -35,14 +35,11 @@ def places(width: int, height: int, grid: Grid, config: VisualTokenizerConfig) -
       grid: the rows and columns that it is cut into.
       config: of the model.
     """
-    boxes = crop_boxes(width, height, grid)
-    if len(boxes) > 1:
-        boxes.insert(0, (0, 0, width, height))
     vision = config.vision
     side = config.merged_grid_size
     covered = side * config.hidden_stride * vision.patch_size  # pixels of the square, or more
     found = []
-    for box in boxes:
+    for box in image_boxes(width, height, grid):
         left, upper, right, lower = box
         fitted = fitted_size(right - left, lower - upper, vision.image_size)
         across, down = (right - left) / fitted[0], (lower - upper) / fitted[1]
