@@ -149,6 +149,9 @@ class Shards:
 
     def _finish(self, paths: Sequence[Path]) -> None:
         for path in paths:
+            # One that was fetched ahead and then not needed, as the result has it, may still come.
+            if path in self._tasks:
+                self._tasks[path].ended.wait()
             if (facts := self._facts.pop(path, None)) is not None:
                 check_unchanged(facts)
             if self._delete:
