@@ -127,7 +127,7 @@ pink: $(VENV)/train
 
 short: $(VENV)/train
 	rm -rf data/pairs checkpoints/short
-	$(BIN)/python -m recipes.ovis_tiny.draw_data data/pairs --train 0 --validation 0 --test 650 --pairs 60000 --seed 2
+	$(BIN)/python -m recipes.ovis_tiny.draw_data data/pairs --train 0 --validation 0 --test 650 --pairs 80000 --seed 2
 	$(BIN)/ovis-jax train recipes/ovis_tiny/short.toml
 	for model in ovis-tiny checkpoints/short/model; do \
 		$(BIN)/python -m recipes.ovis_tiny.score $$model data/pairs/test.jsonl --short; \

@@ -21,7 +21,7 @@ from ovis_jax.plan.report import By, make_plan, verdict
 
 TARGETS = {
     "v5e:2x4": (8, 8192),
-    "v6e:1x1": (1, 4096),
+    "v6e:1x1": (1, 4224),
     "v6e:2x2": (8, 8192),
     "v5p:2x2x1": (8, 8192),
     "h100:1": (1, 4096),

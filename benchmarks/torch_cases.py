@@ -134,7 +134,7 @@ class Bench:
         """Write on and on behind prompts of `length` positions, `new_tokens` a call."""
         config, model, params = self.ours.config, self.ours.model, self.ours.params
         inputs = prompts(config, rows, length, crops=0)
-        room = self.new_tokens * (self.repeats + 3)
+        room = self.new_tokens * (self.repeats + 4)
         pieces = stream(
             model, params, inputs, max_new_tokens=room, eos_ids=(), chunk=self.new_tokens
         )

@@ -8,7 +8,7 @@ import numpy as np
 from ovis_jax.checkpoint.adapters import load_adapters
 from ovis_jax.checkpoint.keymap import hub_keys
 from ovis_jax.checkpoint.params import dtype_name, is_converted
-from ovis_jax.checkpoint.safetensors_files import write_file
+from ovis_jax.checkpoint.safetensors_stream import write_file
 from ovis_jax.checkpoint.writer import (
     CONVERSION_FILE,
     array_pieces,

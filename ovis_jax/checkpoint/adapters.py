@@ -20,8 +20,8 @@ from ovis_jax.checkpoint.safetensors_files import (
     map_file,
     read_header,
     view_tensor,
-    write_file,
 )
+from ovis_jax.checkpoint.safetensors_stream import write_file
 from ovis_jax.checkpoint.writer import array_pieces, check_space, whole_or_absent, write_json
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import CheckpointError, OvisError

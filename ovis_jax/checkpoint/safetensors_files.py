@@ -1,15 +1,14 @@
-"""The safetensors format: headers read with suspicion, tensors mapped or streamed, files written.
+"""The safetensors format: headers read with suspicion, tensors mapped or streamed.
 
 A file is 8 bytes of header length (little endian), a JSON header naming each tensor's dtype, shape
 and place, then the tensors' bytes, without gaps.
 """
 
-import hashlib
 import json
 import math
 import mmap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +16,6 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from ovis_jax.checkpoint.journal import MARK_BYTES, Journal, Written
 from ovis_jax.checkpoint.problems import Problem, printable
 from ovis_jax.errors import CheckpointError
 
@@ -28,14 +26,14 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 """The dtypes that parameters may have, by the format's names."""
 
-_BYTES: Mapping[str, int] = {
+ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
     "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
+"""Bytes of a number, by every name that the format has."""
 _MAX_HEADER = 100_000_000  # the official library reads none that is longer
 _MAX_ELEMENTS = 1 << 60  # an array of more has no size in bytes, even where a length of it is 0
-_ALIGNMENT = 64  # where a CPU device can use mapped memory as it is
-CHUNK = 1 << 23
+CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -150,8 +148,9 @@ def _entry_fault(value: Any) -> tuple[str, str, str] | None:
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return "data offsets", "[start, stop] with start <= stop", _short(offsets)
     # A dtype that is not known here is refused later, by its name.
-    if dtype in _BYTES and offsets[1] - offsets[0] != (need := math.prod(shape) * _BYTES[dtype]):
-        found = f"{offsets} holding {offsets[1] - offsets[0]} bytes"
+    size = offsets[1] - offsets[0]
+    if dtype in ITEM_BYTES and size != (need := math.prod(shape) * ITEM_BYTES[dtype]):
+        found = f"{offsets} holding {size} bytes"
         return "data offsets", f"{need} bytes for {dtype} {shape}", found
     return None
 
@@ -207,18 +206,19 @@ def view_tensor(mapped: mmap.mmap, entry: TensorEntry) -> np.ndarray:
 
 
 def read_chunks(entry: TensorEntry, size: int = CHUNK) -> Iterator[memoryview]:
-    """The bytes of a tensor in pieces of `size`; each piece is overwritten by the next one.
+    """The bytes of a tensor in pieces of `size`; each is overwritten by the third after it.
 
     Raises:
       CheckpointError: the file has become shorter than its header said.
       OSError: the file cannot be opened or read.
     """
     left = entry.stop - entry.start
-    buffer = memoryview(bytearray(min(size, left)))
+    buffers = [memoryview(bytearray(min(size, left))) for _ in range(3)]
     with entry.path.open("rb") as file:
         file.seek(entry.start)
         while left:
-            piece = buffer[: min(size, left)]
+            buffers.append(buffers.pop(0))
+            piece = buffers[0][: min(size, left)]
             if file.readinto(piece) < len(piece):
                 raise _shrunk(entry)
             yield piece
@@ -230,70 +230,3 @@ def _shrunk(entry: TensorEntry) -> CheckpointError:
         f"{entry.path.name}: {printable(entry.key)}: the file ends before byte {entry.stop}, so it"
         " has changed since its header was read; see that nothing writes to it and start again"
     )
-
-
-def write_file(
-    path: Path,
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-    chunks: Callable[[str], Iterable[memoryview]],
-    metadata: Mapping[str, str] | None = None,
-    journal: Journal | None = None,
-) -> str:
-    """Write a file as a stream, header first, and return its digest in hexadecimal.
-
-    `tensors` gives each key's dtype (one of `DTYPES`) and shape, `chunks` its bytes in pieces. The
-    data begins at a multiple of 64 bytes and tensors of whole multiples of 64 bytes come first, so
-    that those, which are nearly all, can be used where they are mapped. (The format has no gaps.)
-    `metadata` goes into the header beside the tensors. With a `journal` what it says of the file is
-    kept, as far as it is true, and the rest is written; the digest is then the journal's, otherwise
-    sha256.
-
-    Raises:
-      OSError: the file exists, without a journal, or cannot be written.
-    """
-
-    def num_bytes(key: str) -> int:
-        dtype, shape = tensors[key]
-        return math.prod(shape) * _BYTES[dtype]
-
-    def order(key: str) -> tuple[bool, int]:
-        return num_bytes(key) % _ALIGNMENT != 0, -_BYTES[tensors[key][0]]
-
-    keys = sorted(tensors, key=order)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    stop = 0
-    for key in keys:
-        start, stop = stop, stop + num_bytes(key)
-        dtype, shape = tensors[key]
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    written = Written(0, hashlib.sha256()) if journal is None else journal.standing(path.name)
-    mode = "xb" if journal is None else "r+b" if written.size else "wb"
-    with path.open(mode) as file:
-        file.truncate(written.size)
-        file.seek(written.size)
-
-        def write(piece: bytes | memoryview) -> None:
-            file.write(piece)
-            written.digest.update(piece)
-            written.size += len(piece)
-
-        if not written.size:
-            write(len(text).to_bytes(8, "little"))
-            write(text)
-        marked, end = written.size, 8 + len(text)
-        for key in keys:
-            start, end = end, end + num_bytes(key)
-            if written.size >= end:
-                continue  # kept
-            for piece in chunks(key):
-                write(piece)
-            if written.size != end:
-                found = written.size - start
-                raise ValueError(f"{key}: {found} bytes written, {num_bytes(key)} promised")
-            if journal is not None and (written.size - marked >= MARK_BYTES or key == keys[-1]):
-                file.flush()
-                journal.mark(path.name, written)
-                marked = written.size
-    return written.digest.hexdigest()

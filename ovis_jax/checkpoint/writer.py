@@ -16,7 +16,8 @@ import numpy as np
 from ovis_jax.checkpoint.folder import INDEX_FILE
 from ovis_jax.checkpoint.journal import Journal
 from ovis_jax.checkpoint.problems import printable
-from ovis_jax.checkpoint.safetensors_files import CHUNK, DTYPES, write_file
+from ovis_jax.checkpoint.safetensors_files import CHUNK, DTYPES
+from ovis_jax.checkpoint.safetensors_stream import write_file
 from ovis_jax.errors import CheckpointError, OvisError
 
 CONVERSION_FILE = "conversion.json"

@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -152,6 +153,7 @@ class Decoder(nn.Module):
         positions: Int[Array, "B T"],
         cache: Cache | None = None,
         columns: Int[Array, "B"] | None = None,
+        max_length: int | None = None,
     ) -> DecoderOutput:
         """Run all blocks.
 
@@ -161,6 +163,7 @@ class Decoder(nn.Module):
             come to, and padding is on the right only.
           cache: what each row has read so far; None for a whole prompt.
           columns: the one column of each row whose logits are wanted; None for all columns.
+          max_length: positions for which a cache is begun with a whole prompt; None for no cache.
 
         Returns:
           Float32 logits [B, T, V] ([B, 1, V] with `columns`); keys and values of every block, of
@@ -175,6 +178,11 @@ class Decoder(nn.Module):
         for i in range(c.depth):
             block = make_block(c, c.window(i), self.dtype, self.attention, name=f"block_{i}")
             x, key_value = block(x, positions, None if cache is None else cache.blocks[i])
+            if max_length is not None:
+                slots = kv_cache.num_slots(c, i, max_length)
+                key_value = kv_cache.fill(*key_value, positions, slots)
+                # Or a GPU keeps what each block adds, and its keys, for one pass at the end.
+                x, key_value = jax.lax.optimization_barrier((x, key_value))
             key_values.append(key_value)
             hidden_states.append(x)
         if columns is not None:

@@ -5,27 +5,32 @@ else a kernel cannot do, `why_not` says. A decode step has a single query and is
 """
 
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
+import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import RequestError
-from ovis_jax.model import blockwise
 from ovis_jax.model.attention import attend, visible
+from ovis_jax.model.blockwise import BLOCK
 
-Kernel = Literal["plain", "blockwise", "splash"]
+Kernel = Literal["plain", "blockwise", "splash", "tokamax"]
 Call = Literal["prefill", "vision", "decode"]
-Setting = Literal["auto", "cpu", "gpu", "tpu", "plain", "blockwise", "splash"]
-"""The name of a kernel forces it, for prompts and crops; that of a platform stands for its choice,
-in a program that is compiled elsewhere; "auto" is the platform that JAX runs on."""
+Setting = Literal["auto", "cpu", "gpu", "tpu", "plain", "blockwise", "splash", "tokamax"]
+"""The name of a kernel forces it, for prompts and crops (tokamax: for prompts, crops are plain);
+that of a platform stands for its choice, in a program that is compiled elsewhere; "auto" is the
+platform that JAX runs on."""
 
 PREFERRED: Mapping[tuple[str, Call], tuple[Kernel, ...]] = {
     ("cpu", "prefill"): ("blockwise",),
     ("cpu", "vision"): ("blockwise",),
-    ("gpu", "prefill"): ("blockwise",),
+    ("gpu", "prefill"): ("tokamax", "blockwise"),
     # One head after the other, as blockwise takes crops, is for the caches of a CPU.
     ("gpu", "vision"): ("plain",),
     ("tpu", "prefill"): ("splash", "blockwise"),
@@ -34,19 +39,40 @@ PREFERRED: Mapping[tuple[str, Call], tuple[Kernel, ...]] = {
 """What serves a call of more than one block: the first kernel that can."""
 
 
-def why_not(kernel: Kernel, platform: str, spread: bool) -> str | None:
-    """Why a kernel cannot serve prompts and crops; None where it can.
+def why_not(kernel: Kernel, platform: str, dtype: DTypeLike, spread: bool) -> str | None:
+    """Why a kernel cannot serve prompts or crops; None where it can.
 
     Args:
       kernel: the kernel.
       platform: what the program runs on.
+      dtype: of queries, keys and values.
       spread: whether arrays may lie on several devices while no mesh is in scope.
     """
-    if kernel == "splash" and platform != "tpu":
-        return f"cannot run on {platform}: it is a kernel for TPUs"
-    if kernel == "splash" and spread:
+    if kernel not in ("splash", "tokamax"):
+        return None
+    needed = "tpu" if kernel == "splash" else "gpu"
+    if platform != needed:
+        return f"cannot run on {platform}: it is a kernel for {needed.upper()}s"
+    if kernel == "tokamax":
+        if np.dtype(dtype).itemsize != 2:
+            return f"has no {np.dtype(dtype).name} products"
+        if find_spec("tokamax") is None:
+            return "is not installed: pip install 'ovis-jax[cuda12]'"
+        if not _new_enough():
+            return "needs an NVIDIA GPU of compute capability 8.0 or more"
+    if spread:
         return "cannot be split over several devices without the mesh in scope (jax.set_mesh)"
     return None
+
+
+def _new_enough() -> bool:
+    """Whether the GPU that JAX runs on, if it does, is an NVIDIA one from Ampere on."""
+    if jax.default_backend() != "gpu":
+        return True  # the program is compiled for another machine
+    try:
+        return float(jax.devices()[0].compute_capability) >= 8.0
+    except (AttributeError, ValueError):  # AMD's are no numbers
+        return False
 
 
 def choose_kernel(
@@ -54,6 +80,7 @@ def choose_kernel(
     call: Call,
     T: int,
     *,
+    dtype: DTypeLike = "bfloat16",
     backend: str | None = None,
     spread: bool | None = None,
 ) -> Kernel:
@@ -63,6 +90,7 @@ def choose_kernel(
       setting: of the model.
       call: what attends.
       T: queries of a row: positions of a prompt, or patches of a crop.
+      dtype: of queries, keys and values.
       backend: the platform of "auto"; None for the one that JAX runs on.
       spread: see `why_not`; None to look at JAX's devices and mesh.
 
@@ -80,15 +108,17 @@ def choose_kernel(
     backend = backend or jax.default_backend()
     if setting in get_args(Kernel):
         # Where the arrays lie is for whoever forces a kernel to know.
-        reason = why_not(cast(Kernel, setting), backend, spread=False)
+        forced = cast(Kernel, setting)
+        reason = why_not(forced, backend, dtype, spread=False)
         if reason is not None:
-            can = [x for x in get_args(Kernel) if why_not(x, backend, spread=False) is None]
+            every: tuple[Kernel, ...] = get_args(Kernel)
+            can = [x for x in every if why_not(x, backend, dtype, spread=False) is None]
             raise RequestError(
-                f"attention is {setting!r}, which {reason}; use {' or '.join(can)}, or 'tpu' for a"
-                " program that is compiled for a TPU elsewhere"
+                f"attention is {setting!r}, which {reason}; use {' or '.join(can)}, or the name of"
+                " a platform for a program that is compiled for it elsewhere"
             )
-        return cast(Kernel, setting)
-    if T <= blockwise.BLOCK:
+        return "plain" if (forced, call) == ("tokamax", "vision") else forced
+    if T <= BLOCK:
         return "plain"
     if setting != "auto":
         backend, split = setting, False
@@ -97,7 +127,7 @@ def choose_kernel(
     else:
         split = spread
     kernels = PREFERRED.get((backend, call), ("plain",))
-    return next(kernel for kernel in kernels if why_not(kernel, backend, split) is None)
+    return next(x for x in kernels if why_not(x, backend, dtype, split) is None)
 
 
 class Choice(NamedTuple):
@@ -116,6 +146,7 @@ def attention_report(
     T: int,
     setting: str = "auto",
     *,
+    dtype: DTypeLike = "bfloat16",
     backend: str | None = None,
     spread: bool | None = None,
 ) -> list[Choice]:
@@ -131,8 +162,9 @@ def attention_report(
         ("prefill", T, decoder.num_heads, decoder.head_dim),
         ("decode", 1, decoder.num_heads, decoder.head_dim),
     ]
+    how = {"dtype": dtype, "backend": backend, "spread": spread}
     return [
-        Choice(call, T, heads, H, choose_kernel(setting, call, T, backend=backend, spread=spread))
+        Choice(call, T, heads, H, choose_kernel(setting, call, T, **how))
         for call, T, heads, H in calls
     ]
 
@@ -155,7 +187,7 @@ def attend_prompt(
     Raises:
       RequestError: as `choose_kernel`.
     """
-    kernel = choose_kernel(setting, "prefill", q.shape[1])
+    kernel = choose_kernel(setting, "prefill", q.shape[1], dtype=q.dtype)
     if kernel == "plain":
         return attend(q, k, v, visible(positions, positions, window), scale=scale, cap=cap)
     return _module(kernel).attend_prompt(q, k, v, positions, window=window, scale=scale, cap=cap)
@@ -174,16 +206,12 @@ def attend_crops(
     Raises:
       RequestError: as `choose_kernel`.
     """
-    kernel = choose_kernel(setting, "vision", q.shape[1])
+    kernel = choose_kernel(setting, "vision", q.shape[1], dtype=q.dtype)
     if kernel == "plain":
         return attend(q, k, v, None, scale=scale)
     return _module(kernel).attend_crops(q, k, v, scale=scale)
 
 
 def _module(kernel: Kernel) -> Any:
-    """The module of a kernel; Pallas, which is slow to import, only where it is chosen."""
-    if kernel == "blockwise":
-        return blockwise
-    from ovis_jax.model import splash
-
-    return splash
+    """The module of a kernel; Pallas and tokamax, slow to import, only where they are chosen."""
+    return import_module(f"ovis_jax.model.{kernel}")

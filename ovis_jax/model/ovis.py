@@ -17,7 +17,6 @@ from ovis_jax.errors import RequestError
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.image import IMAGE_SLOT, IMAGE_START
 from ovis_jax.mesh_axes import under_any_mesh
-from ovis_jax.model import kv_cache
 from ovis_jax.model.decoder import Decoder
 from ovis_jax.model.kernels import Setting
 from ovis_jax.model.kv_cache import Cache
@@ -232,19 +231,14 @@ class Ovis:
             raise RequestError(
                 f"the cache is too short: max_length is {max_length}, the prompts take {T}"
             )
-        c = self.config.decoder
         positions = jnp.asarray(inputs.positions)
         pixels = jnp.asarray(inputs.pixels)
         visual = self.embed_crops(params, pixels, key) if len(pixels) else None
         x = self.embed_inputs(params, jnp.asarray(inputs.tokens), visual)
         columns = jnp.argmax(positions, axis=1)
-        decoder = Decoder(c, attention=self.attention)
-        out = apply(decoder, params["decoder"], x, positions, None, columns)
-        blocks = tuple(
-            kv_cache.fill(k, v, positions, kv_cache.num_slots(c, i, max_length))
-            for i, (k, v) in enumerate(out.key_values)
-        )
-        return out.logits[:, 0], Cache(blocks, jnp.max(positions, axis=1) + 1)
+        decoder = Decoder(self.config.decoder, attention=self.attention)
+        out = apply(decoder, params["decoder"], x, positions, None, columns, max_length)
+        return out.logits[:, 0], Cache(out.key_values, jnp.max(positions, axis=1) + 1)
 
     def extend(
         self,

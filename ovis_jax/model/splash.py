@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention as pallas
-from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
-from ovis_jax.sharding import TENSOR
+from ovis_jax.model.shards import on_each_device
 
 LANES = 128
 """What lengths and head sizes are padded to."""
@@ -84,8 +83,7 @@ def _attend(
     cap: float | None,
 ) -> Float[Array, "B T N H"]:
     """Pad, run on each device of the mesh in scope what lies there, and cut the padding off."""
-    B, T, N, H = q.shape
-    K = k.shape[1]
+    T, H = q.shape[1], q.shape[3]
     q = (q.astype(jnp.float32) * scale).astype(q.dtype).swapaxes(1, 2)  # [B, N, T, H]
     more = mask.shape[0] - T
     widths = (0, 0), (0, 0), (0, more), (0, _padded(H) - H)
@@ -114,20 +112,8 @@ def _attend(
             default=lambda *x: run(*x, interpret=True),
         )
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and not mesh.manual_axes:
-        rows, heads = _axis("B", B, mesh), _axis("K", K, mesh)
-        spec = PartitionSpec(rows, heads)
-        specs = (spec, spec, spec, PartitionSpec(rows))
-        device = jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
     # Float32 stays float32 in the products, those of the gradient excepted: no context reaches it.
     exact = jax.default_matmul_precision("highest") if q.dtype == jnp.float32 else nullcontext()
     with exact:
-        out = device(q, k, v, segments)
+        out = on_each_device(device, q, k, v, segments)
     return out[:, :, :T, :H].swapaxes(1, 2)
-
-
-def _axis(letter: str, size: int, mesh: jax.sharding.AbstractMesh) -> str | None:
-    """The mesh axis of a letter; None, so that each device has all of it, where it cannot lie."""
-    axis = TENSOR[letter]
-    return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import os
 import time
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -134,9 +135,9 @@ def compile_step(case: Case, step: Step) -> Any:
     cache = arguments.cache(case, mesh)
     logits = NamedSharding(mesh, PartitionSpec("data", "model"))
     places = (logits, jax.tree.map(lambda x: x.sharding, cache))
-    # The attention kernel of TPUs is cut by the mesh in scope; without a default device of the
-    # platform, GPU kernels are left out without a word.
-    with jax.set_mesh(mesh) if tpu else jax.default_device(devices[0]):
+    # Attention kernels are cut by the mesh in scope. Without a default device of the platform, GPU
+    # kernels are left out without a word.
+    with jax.set_mesh(mesh), nullcontext() if tpu else jax.default_device(devices[0]):
         if step == "decode":
             jitted = jax.jit(model.decode, donate_argnums=2, out_shardings=places)
             lowered = jitted.lower(params, arguments.tokens(case, mesh, (case.batch,)), cache)

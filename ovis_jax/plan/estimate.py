@@ -136,12 +136,12 @@ def vision_temp(case: Case) -> int:
 def _scores(case: Case, call: Call, rows: int, heads: int, length: int) -> int:
     """Bytes of the float32 scores that the kernel chosen for a call holds, heads over "model".
 
-    Splash keeps them on the chip. Elsewhere four arrays of them are there at once, in a loop over
-    blocks of queries those of two.
+    Splash and tokamax keep them on the chip. Elsewhere four arrays of them are there at once, in a
+    loop over blocks of queries those of two.
     """
     platform = case.topology.device.platform
     kernel = choose_kernel("tpu" if platform == "tpu" else "gpu", call, length)
-    if kernel == "splash":
+    if kernel in ("splash", "tokamax"):
         return 0
     queries = min(length, 2 * BLOCK) if kernel == "blockwise" else length
     return 4 * FLOAT32 * rows * heads * queries * length // case.model

@@ -44,7 +44,7 @@ WEIGHTS = {
 }
 """How often a kind is asked about a training picture; hard kinds more."""
 
-PAIR_WEIGHTS = {"where": 3, "size": 2, "count_colour": 2}
+PAIR_WEIGHTS = {"where": 6, "follow_up": 3, "size": 2, "count_colour": 2}
 """How often a preference pair is of a kind, others once; more where what the short answer begins
 with is hard to see."""
 

@@ -16,8 +16,8 @@ from ovis_jax.checkpoint.safetensors_files import (
     read_chunks,
     read_header,
     view_tensor,
-    write_file,
 )
+from ovis_jax.checkpoint.safetensors_stream import write_file
 from ovis_jax.errors import CheckpointError
 
 

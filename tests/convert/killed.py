@@ -14,7 +14,7 @@ from pathlib import Path
 
 from convert import transfer
 from convert.from_hf import convert
-from ovis_jax.checkpoint import journal, safetensors_files
+from ovis_jax.checkpoint import journal, safetensors_files, safetensors_stream
 from tests.golden_copies import read_files
 
 SHARD_BYTES = 150_000
@@ -56,7 +56,7 @@ def main() -> None:
     """Try it NUMBER times."""
     source, folder, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     warnings.simplefilter("ignore")  # JAX warns of forks; nothing here computes
-    safetensors_files.MARK_BYTES = 10_000
+    safetensors_stream.MARK_BYTES = 10_000
     transfer.read_chunks = partial(safetensors_files.read_chunks, size=4096)
     convert(source, folder / "alone", max_shard_bytes=SHARD_BYTES)
     expected, equal, kept = read_files(folder / "alone"), 0, 0

@@ -20,7 +20,7 @@ from golden_copies import (
 from convert import transfer
 from convert.from_hf import convert
 from convert.to_hf import export
-from ovis_jax.checkpoint import checksums, safetensors_files
+from ovis_jax.checkpoint import checksums, safetensors_files, safetensors_stream
 from ovis_jax.checkpoint.journal import JOURNAL_FILE, unfinished
 from ovis_jax.checkpoint.problems import CheckpointProblems
 from ovis_jax.checkpoint.source import Source
@@ -48,7 +48,7 @@ def stop(monkeypatch):
         monkeypatch.setattr(transfer, "read_chunks", read_chunks)
         return read
 
-    monkeypatch.setattr(safetensors_files, "MARK_BYTES", 1)
+    monkeypatch.setattr(safetensors_stream, "MARK_BYTES", 1)
     return stop
 
 

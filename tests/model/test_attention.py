@@ -15,7 +15,7 @@ from shallow import shallow_config
 from ovis_jax import Ovis, presets
 from ovis_jax.errors import RequestError
 from ovis_jax.inputs.batch import Inputs
-from ovis_jax.model import blockwise, kernels, splash
+from ovis_jax.model import blockwise, kernels, splash, tokamax
 from ovis_jax.model.attention import attend, visible
 from ovis_jax.model.kernels import attention_report, choose_kernel
 
@@ -171,25 +171,45 @@ def test_splash_crops_of_heads_of_72():
     check("splash crops", got, true)
 
 
+# ----- tokamax, whose plain form stands in for its GPU kernels: what is asked of them
+
+
+@pytest.mark.parametrize("window, cap, tensor", [(100, 5.0, False), (None, None, True)])
+def test_tokamax_prompts(window: int | None, cap: float | None, tensor: bool):
+    """On one device, and with rows and heads over a mesh in scope."""
+    *inputs, positions = *arrays(250, 128), padded(250)
+    how = {"window": window, "scale": 0.1, "cap": cap}
+    true = results(lambda *x: plain(*x, **how), *inputs, positions)
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+    with jax.set_mesh(mesh) if tensor else nullcontext():
+        got = results(lambda *x: tokamax.attend_prompt(*x, **how), *inputs, positions)
+    if tensor:
+        assert got[0].sharding.spec == PartitionSpec("data", None, "model")
+    check("tokamax prompts", got, true)
+
+
 def run_by(attention, *inputs) -> str:
     """The kernel that a function really calls."""
     program = str(jax.make_jaxpr(attention)(*inputs))
     if "splash_mha_fwd" in program:
         return "splash"
+    if "custom_vjp" in program:
+        return "tokamax"
     return "blockwise" if "scan" in program else "plain"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("setting", ["cpu", "gpu", "tpu", "plain"])
-def test_the_kernel_that_is_chosen_is_run(setting):
-    q, k, v, _ = arrays(250, 128)
+def test_the_kernel_that_is_chosen_is_run(setting, dtype):
+    q, k, v, _ = arrays(250, 128, dtype)
     how = {"scale": 0.1, "setting": setting}
     prompt = run_by(
         lambda *x: kernels.attend_prompt(*x, window=None, cap=None, **how), q, k, v, padded(250)
     )
     k = jnp.concatenate([k, k], axis=1)
     crops = run_by(lambda *x: kernels.attend_crops(*x, **how), q, k, k)
-    assert prompt == choose_kernel(setting, "prefill", 250)
-    assert crops == choose_kernel(setting, "vision", 250)
+    assert prompt == choose_kernel(setting, "prefill", 250, dtype=dtype)
+    assert crops == choose_kernel(setting, "vision", 250, dtype=dtype)
 
 
 # ----- the choice
@@ -203,7 +223,11 @@ def test_the_kernel_that_is_chosen_is_run(setting):
         ("auto", "cpu", "vision", 36, "plain"),
         ("auto", "cpu", "vision", 729, "blockwise"),
         ("auto", "cpu", "decode", 1, "plain"),
-        ("auto", "gpu", "prefill", 2048, "blockwise"),
+        ("auto", "gpu", "prefill", 128, "plain"),
+        ("auto", "gpu", "prefill", 2048, "tokamax"),
+        ("gpu", "cpu", "prefill", 2048, "tokamax"),
+        ("tokamax", "gpu", "prefill", 300, "tokamax"),
+        ("tokamax", "gpu", "vision", 729, "plain"),
         ("auto", "gpu", "vision", 729, "plain"),
         ("auto", "gpu", "decode", 1, "plain"),
         ("gpu", "cpu", "vision", 729, "plain"),
@@ -225,16 +249,48 @@ def test_choice(setting, backend, call, T, expected):
     assert choose_kernel(setting, call, T, backend=backend, spread=False) == expected
 
 
-def test_splash_is_not_chosen_where_it_would_have_to_be_split_without_a_mesh():
+@pytest.mark.parametrize("backend, kernel", [("tpu", "splash"), ("gpu", "tokamax")])
+def test_no_kernel_is_chosen_that_would_have_to_be_split_without_a_mesh(backend, kernel):
     def chosen(spread=None):
         return [
-            choose_kernel("auto", call, 729, backend="tpu", spread=spread)
+            choose_kernel("auto", call, 729, backend=backend, spread=spread)
             for call in ("prefill", "vision")
         ]
 
     assert chosen(spread=True) == chosen() == ["blockwise", "plain"]  # 8 devices
     with jax.set_mesh(jax.make_mesh((8,), ("data",))):
-        assert chosen() == ["splash", "splash"]
+        assert chosen() == [kernel, "splash" if backend == "tpu" else "plain"]
+
+
+class Gpu:
+    def __init__(self, compute_capability):
+        self.compute_capability = compute_capability
+
+
+@pytest.mark.parametrize(
+    "case, reason",
+    [
+        ({"dtype": "float32"}, "has no float32 products"),
+        ({"installed": False}, r"is not installed: pip install 'ovis-jax\[cuda12\]'"),
+        ({"gpu": Gpu("7.5")}, "needs an NVIDIA GPU of compute capability 8.0 or more"),
+        ({"gpu": Gpu("gfx942")}, "needs an NVIDIA GPU of compute capability 8.0 or more"),
+    ],
+)
+def test_gpus_without_tokamax(monkeypatch, case, reason):
+    """Prompts go another way, which the report says; forced, it is an error that says why."""
+    if "gpu" in case:
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "devices", lambda: [case["gpu"]])
+    if "installed" in case:
+        monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    how = {"dtype": case.get("dtype", "bfloat16"), "backend": "gpu", "spread": False}
+    report = attention_report(presets.ovis1_6_gemma2_9b(), 2048, **how)
+    assert [line.kernel for line in report] == ["plain", "blockwise", "plain"]
+    with pytest.raises(RequestError, match=f"attention is 'tokamax', which {reason}; use plain"):
+        choose_kernel("tokamax", "prefill", 300, **how)
+    if "gpu" in case:
+        case["gpu"].compute_capability = "8.0"
+        assert choose_kernel("tokamax", "prefill", 300, **how) == "tokamax"
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])

@@ -1,0 +1,98 @@
+"""Flash attention of the tokamax library, for NVIDIA GPUs from Ampere on.
+
+On Hopper and Blackwell it is a Mosaic kernel, else one in Triton. Both take soft cap, window and
+grouped heads, and read no block of keys that is hidden. On other platforms tokamax's plain form of
+the same call runs instead, slowly: for tests.
+"""
+
+import logging
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import tokamax
+from absl import flags
+from jax import Array
+from jax.extend.backend import get_default_device
+from jaxtyping import Float, Int
+
+from ovis_jax.model import blockwise
+from ovis_jax.model.shards import on_each_device
+
+IMPLEMENTATIONS = ("mosaic", "triton")
+"""The first that the device can run."""
+
+# Of every block, and nothing that a user could do anything about: its rules of thumb serve well.
+logging.getLogger("absl").addFilter(
+    lambda record: not str(record.msg).startswith("Autotuning cache miss")
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    positions: Int[Array, "B T"],
+    window: int | None,
+    scale: float,
+    cap: float | None,
+) -> Float[Array, "B T N H"]:
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # or tokamax takes the caller's command line for its own
+    chosen = IMPLEMENTATIONS if get_default_device().platform == "gpu" else "xla"
+
+    def device(q: Array, k: Array, v: Array, positions: Array) -> Array:
+        real = positions >= 0
+        out = tokamax.dot_product_attention(
+            *(x.swapaxes(1, 2) for x in (q, k, v)),
+            mask=real[:, None, None, :],
+            is_causal=True,
+            # Real columns of a row lie as far apart as their positions.
+            local_window_size=None if window is None else (window - 1, 0),
+            scale=scale,
+            logits_soft_cap=cap,
+            implementation=chosen,
+        )
+        # A padded row may see nothing, and a softmax over nothing is not a number.
+        return jnp.where(real[:, :, None, None], out, 0).swapaxes(1, 2)
+
+    return on_each_device(device, q.swapaxes(1, 2), k, v, positions).swapaxes(1, 2)
+
+
+def _forward(*args: Any) -> tuple[Array, tuple[Array, ...]]:
+    return _attend(*args), args[:4]
+
+
+def _backward(
+    window: int | None, scale: float, cap: float | None, kept: tuple[Array, ...], out: Array
+) -> tuple[Array | None, ...]:
+    """The gradient of the same attention in blocks: tokamax has none with a soft cap everywhere."""
+    q, k, v, positions = kept
+    attend = partial(blockwise.attend_prompt, window=window, scale=scale, cap=cap)
+    _, gradient = jax.vjp(lambda q, k, v: attend(q, k, v, positions), q, k, v)
+    return *cast(tuple[Array, Array, Array], gradient(out)), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def attend_prompt(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    positions: Int[Array, "B T"],
+    *,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+) -> Float[Array, "B T N H"]:
+    """Attention of whole prompts over themselves: see `blockwise.attend_prompt`.
+
+    Its gradient is that of `blockwise`, too.
+
+    Raises:
+      ExceptionGroup: no kernel can run on the device.
+    """
+    return _attend(q, k, v, positions, window, scale, cap)
