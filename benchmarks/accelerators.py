@@ -26,6 +26,7 @@ TARGETS = {
     "v5p:2x2x1": (8, 8192),
     "h100:1": (1, 4096),
     "h100:8": (8, 8192),
+    "a100:1": (1, 4096),
 }
 """Topologies with a batch and a max-length for each."""
 

@@ -23,7 +23,6 @@ from convert.download import Shards, check_room, fetched_ahead
 from convert.exits import exits
 from convert.report import print_plan, progress_bar
 from convert.transfer import (
-    Dtype,
     OnProgress,
     check_unchanged,
     copy_small_files,
@@ -52,6 +51,7 @@ from ovis_jax.checkpoint.writer import (
     write_tensors,
 )
 from ovis_jax.config import OvisConfig
+from ovis_jax.console import Dtype
 from ovis_jax.errors import OvisError
 
 

@@ -18,7 +18,6 @@ from convert.exits import exits
 from convert.peft import export_adapters
 from convert.report import progress_bar
 from convert.transfer import (
-    Dtype,
     OnProgress,
     check_unchanged,
     copy_small_files,
@@ -46,6 +45,7 @@ from ovis_jax.checkpoint.writer import (
     write_tensors,
 )
 from ovis_jax.config import OvisConfig
+from ovis_jax.console import Dtype
 from ovis_jax.errors import ConfigError, OvisError
 
 _METADATA = {"format": "pt"}  # transformers takes no file whose header does not say so

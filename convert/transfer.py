@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +31,6 @@ OnProgress = Callable[[str, int, int], None]
 
 Chunks = Callable[[str], Iterable[memoryview]]
 """The bytes of a tensor in pieces, by its name in the files being written."""
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def pieces(entry: TensorEntry, dtype: str) -> Iterator[memoryview]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -22,7 +22,7 @@ from ovis_jax.checkpoint.problems import CheckpointProblems
 from ovis_jax.checkpoint.source import find_source
 from ovis_jax.compile_cache import keep_compiled
 from ovis_jax.config import OvisConfig
-from ovis_jax.console import print_error
+from ovis_jax.console import Dtype, print_error
 from ovis_jax.errors import OvisError
 from ovis_jax.evaluation.command import eval_
 from ovis_jax.inference.sampling import Sampling
@@ -46,7 +46,6 @@ app.command("eval")(eval_)
 app.command()(words)
 app.command()(serve)
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 Model = Annotated[
     str,
     typer.Option(help="A converted folder, a folder or repo id in the Hub's layout, or ovis-tiny."),

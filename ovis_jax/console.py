@@ -1,6 +1,8 @@
-"""What every command prints when it cannot go on: one line, or a table of a checkpoint's faults."""
+"""What the commands share: the dtypes and names they take, and how they say what is wrong."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -8,6 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ovis_jax.checkpoint.problems import CheckpointProblems, printable
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""What parameters may be cast to."""
+
+
+def model_name(model: str) -> str:
+    """What a model is called before others: its folder's own name, or the whole repo id."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def print_error(console: Console, error: object) -> None:

@@ -2,19 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from ovis_jax import presets
 from ovis_jax.config import OvisConfig
+from ovis_jax.console import Dtype
 from ovis_jax.errors import OvisError
 from ovis_jax.plan.arguments import Case, default_mesh
 from ovis_jax.plan.devices import find_topology, parse_mesh
 from ovis_jax.plan.report import By, make_plan, print_plan, verdict
-
-Dtype = Literal["bfloat16", "float16", "float32"]
 
 CONFIGS = {"9b": presets.ovis1_6_gemma2_9b, "27b": presets.ovis1_6_gemma2_27b}
 """The published models by a short name."""

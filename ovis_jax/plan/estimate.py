@@ -98,15 +98,15 @@ def prefill_temp(case: Case) -> int:
     """Estimate of the temporary arrays of reading prompts of the whole length, in bytes.
 
     The larger of what the images and what the decoder takes at its fullest. With b = B / data rows,
-    m = model and s bytes an item, the decoder's is s b T (3 D + 4 (N + K) H / m + 4 F / m), for the
-    residual, input and output of a half, which takes D more where it is summed over devices;
-    queries, keys, values and the answer, each once more as the kernel or the cache wants it; the
-    gated MLP. To it come the `_scores` of one block. The images' is `vision_temp`; their
-    embeddings, s I M D, stay until the decoder has read them.
+    m = model and s bytes an item, the decoder's is s b T (3 D + 3 max(F, (N + K) H) / m), for the
+    residual, input and output of a half, which takes D more where it is summed over devices; the
+    gated MLP, or queries, keys and values beside the answer and what a kernel wants in another
+    order. To it come the `_scores` of one block. The images' is `vision_temp`; their embeddings,
+    s I M D, stay until the decoder has read them.
     """
     n = letter_sizes(case.config, "decoder/")
     s, positions = case.item_bytes, case.batch // case.data * case.max_length
-    split = 4 * (n["N"] + n["K"]) * n["H"] + 4 * n["F"]
+    split = 3 * max(n["F"], (n["N"] + n["K"]) * n["H"])
     whole = (3 + (case.model > 1)) * n["D"]
     decoder = s * positions * (whole + split // case.model)
     decoder += _scores(case, "prefill", case.batch // case.data, n["N"], case.max_length)

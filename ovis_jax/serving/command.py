@@ -1,18 +1,16 @@
 """The command `ovis-jax serve`."""
 
-import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from ovis_jax.console import Dtype, model_name
 from ovis_jax.errors import OvisError
 from ovis_jax.loading import load
 
 API_KEY = "OVIS_API_KEY"
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def serve(
@@ -74,7 +72,7 @@ def serve(
         max_partition=max_partition,
         remote_images=allow_remote_images,
     )
-    title = name or (Path(model).resolve().name if os.path.isdir(model) else model)
+    title = name or model_name(model)
     app = make_app(engine, ovis.processor, title, limits=limits, api_key=api_key, drain=drain)
     notes.print(f"serving {title!r} at http://{host}:{port}/v1")
     uvicorn.run(

@@ -1,11 +1,12 @@
 """The command `ovis-jax ui`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from ovis_jax.console import Dtype, model_name
 from ovis_jax.errors import OvisError
 from ovis_jax.loading import load
 
@@ -24,8 +25,7 @@ def ui(
         int | None, typer.Option(help="The port; without it the first free one from 7860 on.")
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Compute in this dtype, not as stored."),
+        Dtype | None, typer.Option(help="Compute in this dtype, not as stored.")
     ] = None,
     adapters: Annotated[Path | None, typer.Option(help="A folder of low-rank adapters.")] = None,
 ) -> None:
@@ -37,7 +37,7 @@ def ui(
     notes = Console(stderr=True, highlight=False)
     notes.print(f"loading {model} ...")
     ovis = load(model, dtype=dtype, adapters=adapters)
-    blocks = page.build(ovis, Path(model).name)
+    blocks = page.build(ovis, model_name(model))
     address = page.launch(blocks, host, port)
     notes.print(f"open {address} in a browser; Ctrl-C ends", soft_wrap=True)
     blocks.block_thread()

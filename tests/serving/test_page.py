@@ -180,6 +180,17 @@ def test_stopping_ends_the_generation(page, endless):
     assert endless.tokens == computed
 
 
+def test_leaving_the_page_ends_the_generation(visit, address, endless):
+    other = visit.context.browser.new_page()
+    other.goto(address)
+    attach(other, SHAPES)
+    ask(other, "Describe the picture.")
+    expect(answers(other)).to_contain_text("yellow circle", timeout=FIRST_ANSWER)
+    assert not endless.over.is_set()
+    other.close()
+    assert endless.over.wait(20) and endless.tokens < 500
+
+
 def test_a_broken_file_gets_a_message(page, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(SHAPES.read_bytes()[:200])
