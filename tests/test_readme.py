@@ -37,4 +37,8 @@ def test_the_pictures_get_the_answers_that_are_printed():
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:|#)([^)]+)\)", README))
 def test_links_lead_somewhere(link):
-    assert (ROOT / link).exists()
+    path, _, heading = link.partition("#")
+    assert (ROOT / path).exists()
+    if heading:
+        lines = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.M)
+        assert heading in [line.lower().replace(" ", "-") for line in lines]

@@ -15,12 +15,16 @@ _ALIGNMENT = 64  # where a CPU device can use mapped memory as it is
 
 
 def _ahead(threads: Executor, pieces: Iterable[memoryview]) -> Iterator[memoryview]:
-    """The same pieces, each fetched while the one before it is used."""
+    """The same pieces, each but the first fetched while the one before it is used.
+
+    For the first a whole file may have to come from the Hub: to wait for that can be interrupted.
+    """
     following = iter(pieces)
-    coming = threads.submit(next, following, None)
-    while (piece := coming.result()) is not None:
+    piece = next(following, None)
+    while piece is not None:
         coming = threads.submit(next, following, None)
         yield piece
+        piece = coming.result()
 
 
 def write_file(
