@@ -3,13 +3,19 @@
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import typer
+from typer.main import get_command
 
+from convert import from_hf
+from ovis_jax.cli import app
 from ovis_jax.training.config import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +69,36 @@ def test_commands_run(page, tmp_path):
         with contextlib.suppress(ProcessLookupError):  # what a page began and did not end
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output
+
+
+def test_what_cannot_run_here_is_there():
+    """Commands in blocks without a language need the Hub or a user: targets, extras and options."""
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    convert = typer.Typer()
+    convert.command()(from_hf.command)
+    commands = {**vars(get_command(app))["commands"], "convert.from_hf": get_command(convert)}
+    seen = set()
+    for page in [*PAGES, ROOT / "README.md"]:
+        fences = page.read_text().split("\n```")  # text, block, text, block, ...
+        for line in "\n".join(x for x in fences[1::2] if x.startswith("\n")).splitlines():
+            if not re.match("make|pip|ovis-jax|python", line):
+                continue
+            words = shlex.split(line, comments=True)
+            match words:
+                case ["make", target]:
+                    assert target in targets, line
+                case ["pip", "install", package]:
+                    assert package in {f"ovis-jax[{extra}]" for extra in extras}, line
+                case ["ovis-jax", name, *rest] | ["python", "-m", name, *rest]:
+                    known = {option for x in commands[name].params for option in x.opts}
+                    assert {word for word in rest if word.startswith("-")} <= known, line
+                case _:
+                    raise AssertionError(line)
+            seen.add(words[0])
+    assert seen == {"make", "pip", "ovis-jax", "python"}
 
 
 def test_the_training_config_is_one(tmp_path):
