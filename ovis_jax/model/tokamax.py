@@ -23,6 +23,9 @@ from ovis_jax.model.shards import on_each_device
 IMPLEMENTATIONS = ("mosaic", "triton")
 """The first that the device can run."""
 
+TILE = 128
+"""Columns are padded to a multiple: the Mosaic kernel takes queries in pieces of so many."""
+
 # Of every block, and nothing that a user could do anything about: its rules of thumb serve well.
 logging.getLogger("absl").addFilter(
     lambda record: not str(record.msg).startswith("Autotuning cache miss")
@@ -58,7 +61,11 @@ def _attend(
         # A padded row may see nothing, and a softmax over nothing is not a number.
         return jnp.where(real[:, :, None, None], out, 0).swapaxes(1, 2)
 
-    return on_each_device(device, q.swapaxes(1, 2), k, v, positions).swapaxes(1, 2)
+    T = q.shape[1]
+    more = (0, -T % TILE)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), more, (0, 0))) for x in (q.swapaxes(1, 2), k, v))
+    positions = jnp.pad(positions, ((0, 0), more), constant_values=-1)
+    return on_each_device(device, q, k, v, positions)[:, :, :T].swapaxes(1, 2)
 
 
 def _forward(*args: Any) -> tuple[Array, tuple[Array, ...]]:
