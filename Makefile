@@ -12,7 +12,7 @@ PYENV_PYTHONS := $(sort $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.*/
 PYTHON ?= $(call python,python3 python3.11 python3.12 python3.13 python3.14 $(PYENV_PYTHONS),11)
 PYTHON_NEWEST ?= $(call python,python3.14 python3.13 python3 $(PYENV_PYTHONS),13)
 
-.PHONY: demo test test-newest lint format bench bench-parts bench-train bench-train-memory \
+.PHONY: demo test test-newest test-tpu lint format bench bench-parts bench-train bench-train-memory \
 	bench-accelerators bench-conversion bench-full-size bench-serving docs page-picture \
 	ovis-tiny pink short clean
 
@@ -34,6 +34,11 @@ test: $(VENV)/test
 # The newest JAX on Python >= 3.13, without PyTorch.
 test-newest: $(VENV_NEWEST)/test
 	$(VENV_NEWEST)/bin/python -m pytest -n auto
+
+# The 9B compiled for TPUs: no chip is needed. The environment is one of its own: where libtpu is
+# installed, every other command looks for chips. Six minutes.
+test-tpu: $(VENV_TPU)/tpu
+	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m pytest tests/plan/test_compile_tpu.py
 
 lint: $(VENV)/test $(VENV)/dev
 	$(BIN)/ruff check .
@@ -58,8 +63,7 @@ bench-parts: $(VENV)/test
 bench-train: $(VENV)/test
 	$(BIN)/python -m benchmarks.train_against_torch
 
-# The 9B model's training steps compiled for eight TPU v5p chips, which the machine need not have. The
-# environment is one of its own: where libtpu is installed, every other command looks for chips.
+# The 9B model's training steps compiled for eight TPU v5p chips, which the machine need not have.
 # Ten minutes.
 bench-train-memory: $(VENV_TPU)/tpu
 	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m benchmarks.train_memory
@@ -170,7 +174,7 @@ $(VENV)/dev: $(VENV)/bin/python pyproject.toml
 
 $(VENV_TPU)/tpu: pyproject.toml
 	test -x $(VENV_TPU)/bin/python || $(PYTHON) -m venv $(VENV_TPU)
-	$(VENV_TPU)/bin/python -m pip install --quiet --editable '.[tpu]'
+	$(VENV_TPU)/bin/python -m pip install --quiet --editable '.[tpu]' pytest beartype hypothesis
 	@touch $@
 
 $(VENV_NEWEST)/test: pyproject.toml

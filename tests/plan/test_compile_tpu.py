@@ -1,4 +1,4 @@
-"""The 9B decode step compiled for eight v5e chips, where libtpu is installed."""
+"""The 9B's programs compiled for TPU slices that need not be there: `make test-tpu`."""
 
 import json
 import os
@@ -12,22 +12,30 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_decode_of_the_9b_on_v5e(tmp_path):
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu has an environment of its own")
+@pytest.mark.parametrize("target", ["v5e:2x4", "v6e:1x1", "v6e:2x2", "v5p:2x2x1"])
+def test_the_9b(target, tmp_path):
     """In a process of its own: libtpu stays loaded, and this one's devices are the CPU's."""
     output = tmp_path / "plan.json"
-    command = "benchmarks.accelerators --topology v5e:2x4 --step decode --by compiler --json"
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = f"benchmarks.accelerators --topology {target} --by compiler --json {output}"
+    unset = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")  # what the tests set for themselves
+    environment = {k: v for k, v in os.environ.items() if k not in unset}
     subprocess.run(
-        [sys.executable, "-m", *command.split(), str(output)],
+        [sys.executable, "-m", *command.split()],
         cwd=ROOT,
         env=environment,
         check=True,
         timeout=1800,
     )
     (plan,) = json.loads(output.read_text())["plans"]
-    assert len(plan["checks"]) == 7 and all(plan["checks"].values())
-    decode = plan["steps"]["decode"]
+    assert len(plan["checks"]) == 17 and all(plan["checks"].values())
+    decode, prefill, images = (plan["steps"][x] for x in ("decode", "prefill", "images"))
     assert decode["arguments"] == pytest.approx(plan["arithmetic"]["decode_arguments"], rel=1e-2)
-    assert decode["collectives"].keys() == {"all-reduce"}
-    assert decode["collectives"]["all-reduce"]["count"] == 2 * 42 + 1
+    devices = 1 if target == "v6e:1x1" else 4
+    for step in (decode, prefill):
+        assert step["collectives"].keys() == ({"all-reduce"} if devices > 1 else set())
+    if devices > 1:
+        assert decode["collectives"]["all-reduce"]["count"] == 2 * 42 + 1
+    # Splash in every block.
+    assert sum(prefill["kernels"].values()) == 42 and sum(images["kernels"].values()) == 27
+    assert all("splash" in kernel for kernel in (*prefill["kernels"], *images["kernels"]))
