@@ -36,7 +36,7 @@ test-newest: $(VENV_NEWEST)/test
 	$(VENV_NEWEST)/bin/python -m pytest -n auto
 
 # The 9B compiled for TPUs: no chip is needed. The environment is one of its own: where libtpu is
-# installed, every other command looks for chips. Six minutes.
+# installed, every other command looks for chips. Seven minutes.
 test-tpu: $(VENV_TPU)/tpu
 	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m pytest tests/plan/test_compile_tpu.py
 
@@ -69,15 +69,18 @@ bench-train-memory: $(VENV_TPU)/tpu
 	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m benchmarks.train_memory
 
 # Conversions of a checkpoint as large as the published one beside `cp -r`; needs 62 GB of disk.
-bench-conversion: $(VENV)/test
-	test -d checkpoints/random-9b || $(BIN)/python -m benchmarks.make_checkpoint --config 9b checkpoints/random-9b
+bench-conversion: $(VENV)/test | checkpoints/random-9b
 	$(BIN)/python -m benchmarks.conversion checkpoints/random-9b --folder checkpoints
 
 # The 9B in bfloat16 on this CPU, from the folder to a short answer: 24 GiB of memory, 41 GB of disk.
-bench-full-size: $(VENV)/test
-	test -d checkpoints/random-9b || $(BIN)/python -m benchmarks.make_checkpoint --config 9b checkpoints/random-9b
-	test -d checkpoints/converted-9b || $(BIN)/python -m convert.from_hf checkpoints/random-9b checkpoints/converted-9b
+bench-full-size: $(VENV)/test | checkpoints/converted-9b
 	$(BIN)/python -m benchmarks.full_size checkpoints/converted-9b --length 320 --crops 1 --new-tokens 8
+
+checkpoints/random-9b: | $(VENV)/test
+	$(BIN)/python -m benchmarks.make_checkpoint --config 9b $@
+
+checkpoints/converted-9b: | checkpoints/random-9b
+	$(BIN)/python -m convert.from_hf checkpoints/random-9b $@
 
 # The server with eight questions at once beside one after the other, and a thousand of all kinds.
 bench-serving: $(VENV)/test

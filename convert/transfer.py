@@ -34,7 +34,7 @@ Chunks = Callable[[str], Iterable[memoryview]]
 
 
 def pieces(entry: TensorEntry, dtype: str) -> Iterator[memoryview]:
-    """The bytes of a tensor, cast to `dtype` ("F32", "F16" or "BF16"); each replaces the last.
+    """The bytes of a tensor, cast to `dtype` ("F32", "F16" or "BF16"); see `read_chunks`.
 
     Raises:
       CheckpointError: a number is too large for the dtype, or the file has become shorter.

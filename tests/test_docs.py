@@ -20,10 +20,13 @@ from ovis_jax.training.config import read_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+README = ROOT / "README.md"
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
+    """Those whose fence says nothing but the language, which may be none."""
+    found = re.findall(r"^```(.*?)\n(.*?)^```$", page.read_text(), re.S | re.M)
+    return [text for said, text in found if said == language]
 
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
@@ -74,16 +77,14 @@ def test_commands_run(page, tmp_path):
 def test_what_cannot_run_here_is_there():
     """Commands in blocks without a language need the Hub or a user: targets, extras and options."""
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
     convert = typer.Typer()
     convert.command()(from_hf.command)
     commands = {**vars(get_command(app))["commands"], "convert.from_hf": get_command(convert)}
     seen = set()
-    for page in [*PAGES, ROOT / "README.md"]:
-        fences = page.read_text().split("\n```")  # text, block, text, block, ...
-        for line in "\n".join(x for x in fences[1::2] if x.startswith("\n")).splitlines():
+    for page in [*PAGES, README]:
+        for line in "".join(blocks(page, "")).splitlines():
             if not re.match("make|pip|ovis-jax|python", line):
                 continue
             words = shlex.split(line, comments=True)
@@ -113,7 +114,12 @@ def test_the_training_config_is_one(tmp_path):
     assert read_config(path).learn.lora is not None
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", [*PAGES, README], ids=name)
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", page.read_text()):
-        assert (page.parent / link).exists(), link
+    """To a file and, where they name one, to a heading in it."""
+    for path, heading in re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#([^)]*))?\)", page.read_text()):
+        target = page.parent / path
+        assert target.exists(), path
+        if heading:
+            lines = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert heading in [line.lower().replace(" ", "-") for line in lines], path

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 import ovis_jax
@@ -33,12 +32,3 @@ def test_the_pictures_get_the_answers_that_are_printed():
     inputs = ovis.processor([question for _, question, _ in rows], images)
     out = ovis_jax.generate(ovis.model, ovis.params, inputs, max_new_tokens=64)
     assert ovis.processor.decode(out.tokens) == [answer for _, _, answer in rows]
-
-
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:|#)([^)]+)\)", README))
-def test_links_lead_somewhere(link):
-    path, _, heading = link.partition("#")
-    assert (ROOT / path).exists()
-    if heading:
-        lines = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.M)
-        assert heading in [line.lower().replace(" ", "-") for line in lines]

@@ -6,8 +6,7 @@ the same call runs instead, slowly: for tests.
 """
 
 import logging
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,19 +31,53 @@ logging.getLogger("absl").addFilter(
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attend(
+def attend_prompt(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
     positions: Int[Array, "B T"],
+    *,
     window: int | None,
     scale: float,
     cap: float | None,
 ) -> Float[Array, "B T N H"]:
+    """Attention of whole prompts over themselves: see `blockwise.attend_prompt`.
+
+    Its gradient is that of `blockwise`, too: tokamax has none with a soft cap everywhere.
+
+    Raises:
+      ExceptionGroup: no kernel can run on the device.
+    """
+    how = {"window": window, "scale": scale, "cap": cap}
+
+    @jax.custom_vjp
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        return _attend(q, k, v, positions, **how)
+
+    def forward(*arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+        return attend(*arrays), arrays
+
+    def backward(arrays: tuple[Array, ...], out: Array) -> tuple[Array, ...]:
+        def same(q: Array, k: Array, v: Array) -> Array:
+            return blockwise.attend_prompt(q, k, v, positions, **how)
+
+        return jax.vjp(same, *arrays)[1](out)
+
+    attend.defvjp(forward, backward)
+    return attend(q, k, v)
+
+
+def _attend(
+    q: Array, k: Array, v: Array, positions: Array, window: int | None, scale: float, cap: Any
+) -> Array:
+    """Pad, run on each device of the mesh in scope what lies there, and cut the padding off."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # or tokamax takes the caller's command line for its own
     chosen = IMPLEMENTATIONS if get_default_device().platform == "gpu" else "xla"
+    T = q.shape[1]
+    more = (0, -T % TILE)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), more, (0, 0))) for x in (q.swapaxes(1, 2), k, v))
+    positions = jnp.pad(positions, ((0, 0), more), constant_values=-1)
 
     def device(q: Array, k: Array, v: Array, positions: Array) -> Array:
         real = positions >= 0
@@ -61,45 +94,4 @@ def _attend(
         # A padded row may see nothing, and a softmax over nothing is not a number.
         return jnp.where(real[:, :, None, None], out, 0).swapaxes(1, 2)
 
-    T = q.shape[1]
-    more = (0, -T % TILE)
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), more, (0, 0))) for x in (q.swapaxes(1, 2), k, v))
-    positions = jnp.pad(positions, ((0, 0), more), constant_values=-1)
     return on_each_device(device, q, k, v, positions)[:, :, :T].swapaxes(1, 2)
-
-
-def _forward(*args: Any) -> tuple[Array, tuple[Array, ...]]:
-    return _attend(*args), args[:4]
-
-
-def _backward(
-    window: int | None, scale: float, cap: float | None, kept: tuple[Array, ...], out: Array
-) -> tuple[Array | None, ...]:
-    """The gradient of the same attention in blocks: tokamax has none with a soft cap everywhere."""
-    q, k, v, positions = kept
-    attend = partial(blockwise.attend_prompt, window=window, scale=scale, cap=cap)
-    _, gradient = jax.vjp(lambda q, k, v: attend(q, k, v, positions), q, k, v)
-    return *cast(tuple[Array, Array, Array], gradient(out)), None
-
-
-_attend.defvjp(_forward, _backward)
-
-
-def attend_prompt(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B K T H"],
-    v: Float[Array, "B K T H"],
-    positions: Int[Array, "B T"],
-    *,
-    window: int | None,
-    scale: float,
-    cap: float | None,
-) -> Float[Array, "B T N H"]:
-    """Attention of whole prompts over themselves: see `blockwise.attend_prompt`.
-
-    Its gradient is that of `blockwise`, too.
-
-    Raises:
-      ExceptionGroup: no kernel can run on the device.
-    """
-    return _attend(q, k, v, positions, window, scale, cap)

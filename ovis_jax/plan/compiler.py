@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import os
 import time
-from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -137,7 +136,7 @@ def compile_step(case: Case, step: Step) -> Any:
     places = (logits, jax.tree.map(lambda x: x.sharding, cache))
     # Attention kernels are cut by the mesh in scope. Without a default device of the platform, GPU
     # kernels are left out without a word.
-    with jax.set_mesh(mesh), nullcontext() if tpu else jax.default_device(devices[0]):
+    with jax.set_mesh(mesh), contextlib.nullcontext() if tpu else jax.default_device(devices[0]):
         if step == "decode":
             jitted = jax.jit(model.decode, donate_argnums=2, out_shardings=places)
             lowered = jitted.lower(params, arguments.tokens(case, mesh, (case.batch,)), cache)

@@ -140,7 +140,8 @@ def _scores(case: Case, call: Call, rows: int, heads: int, length: int) -> int:
     loop over blocks of queries those of two.
     """
     platform = case.topology.device.platform
-    kernel = choose_kernel("tpu" if platform == "tpu" else "gpu", call, length)
+    setting = "tpu" if platform == "tpu" else "gpu"
+    kernel = choose_kernel(setting, call, length, dtype=case.dtype)
     if kernel in ("splash", "tokamax"):
         return 0
     queries = min(length, 2 * BLOCK) if kernel == "blockwise" else length

@@ -141,21 +141,22 @@ def test_blockwise_holds_no_scores_of_a_whole_prompt(gradient: bool):
     assert held["blockwise"][1] <= 4 * whole / 3
 
 
-# ----- splash, interpreted
+# ----- splash, interpreted; tokamax, whose plain form stands in for its kernels for GPUs
 
 
+@pytest.mark.parametrize("kernel", [splash, tokamax], ids=["splash", "tokamax"])
 @pytest.mark.parametrize("window, cap, tensor", [(100, 5.0, False), (None, None, True)])
-def test_splash_prompts(window: int | None, cap: float | None, tensor: bool):
+def test_prompts_by_kernel(kernel, window: int | None, cap: float | None, tensor: bool):
     """On one device, and with rows and heads over a mesh in scope."""
     *inputs, positions = *arrays(250, 128), padded(250)
     how = {"window": window, "scale": 0.1, "cap": cap}
     true = results(lambda *x: plain(*x, **how), *inputs, positions)
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
     with jax.set_mesh(mesh) if tensor else nullcontext():
-        got = results(lambda *x: splash.attend_prompt(*x, **how), *inputs, positions)
+        got = results(lambda *x: kernel.attend_prompt(*x, **how), *inputs, positions)
     if tensor:
         assert got[0].sharding.spec == PartitionSpec("data", None, "model")
-    check("splash prompts", got, true)
+    check(f"{kernel.__name__.rpartition('.')[2]} prompts", got, true)
 
 
 def test_splash_crops_of_heads_of_72():
@@ -169,23 +170,6 @@ def test_splash_crops_of_heads_of_72():
         )
     )
     check("splash crops", got, true)
-
-
-# ----- tokamax, whose plain form stands in for its GPU kernels: what is asked of them
-
-
-@pytest.mark.parametrize("window, cap, tensor", [(100, 5.0, False), (None, None, True)])
-def test_tokamax_prompts(window: int | None, cap: float | None, tensor: bool):
-    """On one device, and with rows and heads over a mesh in scope."""
-    *inputs, positions = *arrays(250, 128), padded(250)
-    how = {"window": window, "scale": 0.1, "cap": cap}
-    true = results(lambda *x: plain(*x, **how), *inputs, positions)
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
-    with jax.set_mesh(mesh) if tensor else nullcontext():
-        got = results(lambda *x: tokamax.attend_prompt(*x, **how), *inputs, positions)
-    if tensor:
-        assert got[0].sharding.spec == PartitionSpec("data", None, "model")
-    check("tokamax prompts", got, true)
 
 
 def run_by(attention, *inputs) -> str:
