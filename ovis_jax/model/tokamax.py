@@ -6,6 +6,7 @@ the same call runs instead, slowly: for tests.
 """
 
 import logging
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,20 +52,19 @@ def attend_prompt(
     how = {"window": window, "scale": scale, "cap": cap}
 
     @jax.custom_vjp
-    def attend(q: Array, k: Array, v: Array) -> Array:
+    def attend(q: Array, k: Array, v: Array, positions: Array) -> Array:
         return _attend(q, k, v, positions, **how)
 
     def forward(*arrays: Array) -> tuple[Array, tuple[Array, ...]]:
         return attend(*arrays), arrays
 
-    def backward(arrays: tuple[Array, ...], out: Array) -> tuple[Array, ...]:
-        def same(q: Array, k: Array, v: Array) -> Array:
-            return blockwise.attend_prompt(q, k, v, positions, **how)
-
-        return jax.vjp(same, *arrays)[1](out)
+    def backward(arrays: tuple[Array, ...], out: Array) -> tuple[Array | None, ...]:
+        same = partial(blockwise.attend_prompt, **how)
+        # Of the arrays all but positions have one.
+        return *jax.vjp(lambda *x: same(*x, arrays[3]), *arrays[:3])[1](out), None
 
     attend.defvjp(forward, backward)
-    return attend(q, k, v)
+    return attend(q, k, v, positions)
 
 
 def _attend(

@@ -159,6 +159,29 @@ def test_prompts_by_kernel(kernel, window: int | None, cap: float | None, tensor
     check(f"{kernel.__name__.rpartition('.')[2]} prompts", got, true)
 
 
+@pytest.mark.parametrize("how", [jax.checkpoint, jax.vmap])
+def test_tokamax_gradient_of_rematerialised_blocks_and_under_vmap(how):
+    """Its backward pass is of our own making: nothing of the forward's trace may be left in it."""
+    q, k, v, weights = arrays(200, 32)
+    options = {"window": 100, **HOW}
+
+    def gradients(attention):
+        def run(q, k, v, positions, weights):
+            arrays = (x[None] if how is jax.vmap else x for x in (q, k, v, positions + 0))
+            out = attention(*arrays, **options)
+            return jnp.sum(out * weights)
+
+        def summed(q, k, v):
+            return jnp.sum(how(run)(q, k, v, padded(200), weights))
+
+        return jax.jit(jax.grad(summed, (0, 1, 2)))(q, k, v)
+
+    weights *= (padded(200) >= 0)[:, :, None, None]
+    got, true = gradients(tokamax.attend_prompt), gradients(plain)
+    for x, y in zip(got, true, strict=True):
+        assert np.abs(x - y).max() <= TOLERANCE * np.abs(y).max()
+
+
 def test_splash_crops_of_heads_of_72():
     q, k, v, weights = arrays(150, 72)
     k, v = (jnp.concatenate([x, -x], axis=1) for x in (k, v))
