@@ -14,6 +14,7 @@ import uvicorn
 from PIL import Image
 
 from ovis_jax.serving.answer import Event, Job, Piece
+from ovis_jax.serving.engine import Engine
 from ovis_jax.serving.prepare import Limits
 
 SLOTS, MAX_LENGTH, PIECE, QUEUE = 4, 320, 24, 40
@@ -37,6 +38,15 @@ def listening(app):
         finally:
             server.should_exit = True
             thread.join()
+
+
+def idle(engine: Engine) -> bool:
+    """Whether nothing is going on, a moment after the last answer."""
+    end = time.monotonic() + 30
+    while engine.running or engine.waiting:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return True
 
 
 @dataclass

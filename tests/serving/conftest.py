@@ -33,6 +33,18 @@ def steps(ovis):
         return Steps(ovis.model, ovis.params, **sizes)
 
 
+@pytest.fixture
+def slowly(monkeypatch):
+    """Let every token take 10 ms, so that no answer ends before a test has done what it does."""
+    write = Steps.write
+
+    def late(*arguments):
+        time.sleep(0.01)
+        return write(*arguments)
+
+    monkeypatch.setattr(Steps, "write", late)
+
+
 @pytest.fixture(scope="session")
 def engine(ovis, steps):
     return Engine(ovis, steps, queue=QUEUE)

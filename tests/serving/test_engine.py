@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from compilations import compilations
-from served import PIECE, SLOTS, picture
+from served import PIECE, SLOTS, idle, picture
 
 import ovis_jax
 from ovis_jax import Sampling
@@ -16,15 +16,6 @@ from ovis_jax.errors import RequestError
 from ovis_jax.serving.answer import Failed, Piece
 from ovis_jax.serving.engine import Closed, Engine, QueueFull
 from ovis_jax.serving.steps import Steps
-
-
-def idle(engine: Engine) -> bool:
-    """Whether nothing is going on, a moment after the last answer."""
-    end = time.monotonic() + 30
-    while engine.running or engine.waiting:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    return True
 
 
 def questions(scenes, number: int):
@@ -91,7 +82,7 @@ def test_more_answers_than_slots_of_one_prompt(engine, ask):
     assert many.job.unfinished == 0 and idle(engine)
 
 
-def test_reading_a_long_prompt_does_not_stop_those_who_write(ovis, steps, ask, monkeypatch):
+def test_reading_a_long_prompt_does_not_stop_those_who_write(ovis, steps, ask, slowly, monkeypatch):
     """Between two steps at most one piece is read for each idle slot."""
     happened = []
     for name in ("see", "read", "write"):
@@ -119,7 +110,7 @@ def test_reading_a_long_prompt_does_not_stop_those_who_write(ovis, steps, ask, m
     engine.close(30)
 
 
-def test_who_goes_away_frees_the_slot(engine, ask):
+def test_who_goes_away_frees_the_slot(engine, ask, slowly):
     long = dict(sampling=Sampling(repetition_penalty=0.01), max_new_tokens=200)
     many = [ask(engine, f"Number {n}", **long) for n in range(2 * SLOTS)]
     while engine.running < SLOTS:
@@ -131,7 +122,7 @@ def test_who_goes_away_frees_the_slot(engine, ask):
     assert ask(engine, "Still there?").text() is not None
 
 
-def test_a_deadline_ends_answers_that_run_and_that_wait(engine, ask):
+def test_a_deadline_ends_answers_that_run_and_that_wait(engine, ask, slowly):
     long = dict(sampling=Sampling(repetition_penalty=0.01), max_new_tokens=200)
     end = time.monotonic() + 0.3
     many = [ask(engine, f"Number {n}", deadline=end, **long) for n in range(2 * SLOTS)]
@@ -142,17 +133,27 @@ def test_a_deadline_ends_answers_that_run_and_that_wait(engine, ask):
     assert idle(engine)
 
 
-def test_a_full_queue_refuses(ovis, steps, ask):
+def test_a_full_queue_refuses(ovis, steps, ask, monkeypatch):
+    """The engine is held at a step, so that it cannot take anything from the queue."""
+    held, go_on = threading.Event(), threading.Event()
+    write = Steps.write
+
+    def waits(*arguments):
+        held.set()
+        assert go_on.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(Steps, "write", waits)
     engine = Engine(ovis, steps, queue=1)
-    taken, refused = [], 0
-    for n in range(40):
-        try:
-            taken.append(ask(engine, f"Number {n}", max_new_tokens=20))
-        except QueueFull as error:
-            assert "1 requests are waiting" in str(error)
-            refused += 1
-    assert refused > 20 and len(taken) >= 2
-    assert all(answered.text() is not None for answered in taken)
+    taken = [ask(engine, "Number 0")]
+    assert held.wait(60)
+    taken.append(ask(engine, "Number 1"))
+    for n in range(2, 5):
+        with pytest.raises(QueueFull, match="1 requests are waiting"):
+            ask(engine, f"Number {n}")
+    go_on.set()
+    assert all(answered.text() for answered in taken)
+    assert ask(engine, "Number 2").text()
     engine.close(30)
 
 
@@ -169,7 +170,7 @@ def test_closing_finishes_what_runs_and_takes_no_more(ovis, steps, ask):
     assert all(answered.text() is not None for answered in many)
 
 
-def test_closing_in_a_hurry_says_so(ovis, steps, ask):
+def test_closing_in_a_hurry_says_so(ovis, steps, ask, slowly):
     engine = Engine(ovis, steps, queue=9)
     long = dict(sampling=Sampling(repetition_penalty=0.01), max_new_tokens=250)
     many = [ask(engine, f"Number {n}", **long) for n in range(6)]

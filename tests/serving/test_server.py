@@ -12,7 +12,7 @@ import pytest
 from compilations import compilations
 from openai import OpenAI
 from PIL import Image
-from served import LIMITS, MAX_LENGTH, SLOTS, listening, picture, shown
+from served import LIMITS, MAX_LENGTH, SLOTS, idle, listening, picture, shown
 
 from ovis_jax.evaluation.questions import read_questions
 from ovis_jax.evaluation.run import Settings, evaluate
@@ -347,21 +347,13 @@ def test_other_paths_and_methods(url):
         assert answer.status_code == status and answer.json()["error"]["message"]
 
 
-def settled(engine):
-    end = time.monotonic() + 30
-    while engine.running or engine.waiting:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    return True
-
-
 def counted(url):
     lines = httpx.get(f"{url}/metrics").text.splitlines()
     return {k: float(v) for k, v in (x.rsplit(" ", 1) for x in lines if x[:1] != "#")}
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_slot(url, engine, stream):
+def test_a_client_that_goes_away_frees_its_slot(url, engine, slowly, stream):
     body = {"messages": say("Go on."), **ASK, "n": SLOTS, "max_tokens": LIMITS.max_tokens}
     body |= ENDLESS["extra_body"] | {"stream": stream}
     before = counted(url)
@@ -371,7 +363,7 @@ def test_a_client_that_goes_away_frees_its_slot(url, engine, stream):
     else:
         with httpx.Client(timeout=0.2) as client, pytest.raises(httpx.ReadTimeout):
             client.post(f"{url}/v1/chat/completions", json=body)
-    assert settled(engine)
+    assert idle(engine)
     after = counted(url)
     name = "ovis_request_seconds_count"  # of those that were answered to the end
     assert after.get(name, 0) == before.get(name, 0)
@@ -382,7 +374,7 @@ def test_a_client_that_goes_away_frees_its_slot(url, engine, stream):
 def test_health_and_metrics(url, complete, engine):
     before = counted(url)
     usage = complete("Who?", max_tokens=5).usage
-    assert settled(engine)
+    assert idle(engine)
     after = counted(url)
     for name, added in {
         'ovis_requests_total{status="200"}': 1,
@@ -413,7 +405,7 @@ def test_api_key(ovis, engine, monkeypatch):
                 client.chat.completions.create(messages=say("Who?"), **ASK)
 
 
-def test_a_full_queue_a_late_answer_and_a_shut_down(ovis, steps):
+def test_a_full_queue_and_a_shut_down(ovis, steps, slowly):
     """429, 503, and streams that end as they would have, though the server is told to stop."""
     engine = Engine(ovis, steps, queue=1)
     app = make_app(engine, ovis.processor, "ovis-tiny", limits=LIMITS, drain=60)
@@ -435,7 +427,7 @@ def test_a_full_queue_a_late_answer_and_a_shut_down(ovis, steps):
     assert engine.closed
 
 
-def test_a_closed_engine_and_a_deadline_are_503(ovis, steps):
+def test_a_closed_engine_and_a_deadline_are_503(ovis, steps, slowly):
     engine = Engine(ovis, steps, queue=9)
     limits = replace(LIMITS, seconds=0.2)
     app = make_app(engine, ovis.processor, "ovis-tiny", limits=limits)
