@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Column, Table
 
+from ovis_jax import mesh_axes
 from ovis_jax import verify as golden_files
 from ovis_jax.answering import Answer, Answerer, mark_images
 from ovis_jax.checkpoint import checksums
@@ -22,7 +23,14 @@ from ovis_jax.checkpoint.problems import CheckpointProblems
 from ovis_jax.checkpoint.source import find_source
 from ovis_jax.compile_cache import keep_compiled
 from ovis_jax.config import OvisConfig
-from ovis_jax.console import Dtype, print_error
+from ovis_jax.console import (
+    Adapters,
+    MaxPartition,
+    Model,
+    OtherDtype,
+    TensorParallel,
+    print_error,
+)
 from ovis_jax.errors import OvisError
 from ovis_jax.evaluation.command import eval_
 from ovis_jax.inference.sampling import Sampling
@@ -46,10 +54,6 @@ app.command("eval")(eval_)
 app.command()(words)
 app.command()(serve)
 
-Model = Annotated[
-    str,
-    typer.Option(help="A converted folder, a folder or repo id in the Hub's layout, or ovis-tiny."),
-]
 Folder = Annotated[str, typer.Argument(help="A converted folder, or one in the Hub's layout.")]
 MaxNewTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
 Temperature = Annotated[
@@ -59,9 +63,6 @@ TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest up t
 TopK = Annotated[int | None, typer.Option(help="Sample from this many of the likeliest.")]
 Penalty = Annotated[float | None, typer.Option(help="Penalty on tokens that were generated.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
-MaxPartition = Annotated[int, typer.Option(help="The most cells that an image is cut into.")]
-Adapters = Annotated[Path | None, typer.Option(help="A folder of low-rank adapters.")]
-OtherDtype = Annotated[Dtype | None, typer.Option(help="Compute in this dtype, not as stored.")]
 
 
 @app.command()
@@ -79,13 +80,15 @@ def generate(
     max_partition: MaxPartition = 9,
     dtype: OtherDtype = None,
     adapters: Adapters = None,
+    tensor_parallel: TensorParallel = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Answer a prompt about images; the text is printed as it comes."""
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     sampling.check()
     images = [open_image(path) for path in image or []]
-    ovis = load(model, dtype=dtype, adapters=adapters)
+    mesh = mesh_axes.tensor_parallel(tensor_parallel)
+    ovis = load(model, dtype=dtype, adapters=adapters, mesh=mesh)
     answer = Answerer(ovis, sampling, seed, max_new_tokens, max_partition)
     result = _follow(answer(prompt, images, preface), show=not as_json)
     if as_json:
@@ -105,11 +108,13 @@ def chat(
     max_partition: MaxPartition = 9,
     dtype: OtherDtype = None,
     adapters: Adapters = None,
+    tensor_parallel: TensorParallel = 1,
 ) -> None:
     """Talk with a model, several turns, with images."""
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     sampling.check()
-    ovis = load(model, dtype=dtype, adapters=adapters)
+    mesh = mesh_axes.tensor_parallel(tensor_parallel)
+    ovis = load(model, dtype=dtype, adapters=adapters, mesh=mesh)
     answer = Answerer(ovis, sampling, seed, max_new_tokens, max_partition)
     notes = Console(stderr=True, highlight=False)
     notes.print("/image FILE adds an image to the next message, /new starts over, /exit ends")
@@ -187,15 +192,17 @@ def inspect(
 def verify(
     folder: Folder,
     golden: Annotated[list[Path], typer.Argument(help="Results of the original code, as .npz.")],
+    tensor_parallel: TensorParallel = 1,
 ) -> None:
     """Compare a checkpoint with results of the original code, stage by stage."""
+    mesh = mesh_axes.tensor_parallel(tensor_parallel)
     loaded: dict[str, LoadedOvis] = {}
     table = Table("case", "stage", *_numbers("largest difference", "tolerance"), "result")
     failed = 0
     for path in golden:
         dtype = "bfloat16" if golden_files.is_bfloat16(path) else "float32"
         if dtype not in loaded:
-            loaded[dtype] = load(folder, dtype=dtype)
+            loaded[dtype] = load(folder, dtype=dtype, mesh=mesh)
         ovis = loaded[dtype]
         stages = golden_files.verify(ovis.processor, ovis.model, ovis.params, path)
         for n, stage in enumerate(stages):

@@ -1,9 +1,10 @@
-"""What the commands share: the dtypes and names they take, and how they say what is wrong."""
+"""What the commands share: options, names, and how they say what is wrong."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import typer
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -13,6 +14,15 @@ from ovis_jax.checkpoint.problems import CheckpointProblems, printable
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 """What parameters may be cast to."""
+
+Model = Annotated[
+    str,
+    typer.Option(help="A converted folder, a folder or repo id in the Hub's layout, or ovis-tiny."),
+]
+OtherDtype = Annotated[Dtype | None, typer.Option(help="Compute in this dtype, not as stored.")]
+Adapters = Annotated[Path | None, typer.Option(help="A folder of low-rank adapters.")]
+TensorParallel = Annotated[int, typer.Option(min=1, help="Devices to cut the model over.")]
+MaxPartition = Annotated[int, typer.Option(min=1, help="The most cells that an image is cut into.")]
 
 
 def model_name(model: str) -> str:

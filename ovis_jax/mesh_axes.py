@@ -1,4 +1,4 @@
-"""Meshes whose axes JAX calls explicit, as those of `jax.make_mesh` are unless told otherwise.
+"""Meshes, made and met: of those met, axes may be what JAX calls explicit, as by `jax.make_mesh`.
 
 The model leaves it to the compiler how arrays between parameters lie ("automatic" axes). So under a
 mesh with explicit axes it steps into the same mesh with automatic ones, and out of it again.
@@ -10,10 +10,36 @@ from itertools import chain
 from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from ovis_jax.errors import OvisError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Result = TypeVar("Result")
+
+
+def first_devices(data: int, model: int) -> Mesh:
+    """The first data x model devices as a mesh with automatic axes "data" and "model".
+
+    Raises:
+      OvisError: there are not so many.
+    """
+    need, devices = data * model, jax.devices()
+    if need > len(devices):
+        raise OvisError(
+            f"mesh: data {data} x model {model} is {need} devices, and JAX has {len(devices)}"
+        )
+    return Mesh(np.array(devices[:need]).reshape(data, model), ("data", "model"))
+
+
+def tensor_parallel(devices: int) -> Mesh | None:
+    """The mesh of a model that is cut over so many devices; None where it is not cut.
+
+    Raises:
+      OvisError: there are not so many.
+    """
+    return None if devices == 1 else first_devices(1, devices)
 
 
 def automatic(mesh: Mesh) -> Mesh:

@@ -9,13 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import jaxtyping
 import numpy as np
+import pytest
 import uvicorn
 from PIL import Image
 
+from ovis_jax.loading import LoadedOvis
 from ovis_jax.serving.answer import Event, Job, Piece
 from ovis_jax.serving.engine import Engine
 from ovis_jax.serving.prepare import Limits
+from ovis_jax.serving.steps import Steps
 
 SLOTS, MAX_LENGTH, PIECE, QUEUE = 4, 320, 24, 40
 LIMITS = Limits(max_body=2**20, max_images=3, max_pixels=250_000, max_tokens=250, seconds=120)
@@ -38,6 +42,14 @@ def listening(app):
         finally:
             server.should_exit = True
             thread.join()
+
+
+def compile_steps(ovis: LoadedOvis) -> Steps:
+    with pytest.MonkeyPatch.context() as patch:
+        # Lowering makes a Sampling of descriptions of arrays, which is none to the tests' checks.
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        sizes = dict(num_slots=SLOTS, max_length=MAX_LENGTH, piece=PIECE)
+        return Steps(ovis.model, ovis.params, **sizes)
 
 
 def idle(engine: Engine) -> bool:

@@ -39,14 +39,13 @@ PREFERRED: Mapping[tuple[str, Call], tuple[Kernel, ...]] = {
 """What serves a call of more than one block: the first kernel that can."""
 
 
-def why_not(kernel: Kernel, platform: str, dtype: DTypeLike, spread: bool) -> str | None:
+def why_not(kernel: Kernel, platform: str, dtype: DTypeLike) -> str | None:
     """Why a kernel cannot serve prompts or crops; None where it can.
 
     Args:
       kernel: the kernel.
       platform: what the program runs on.
       dtype: of queries, keys and values.
-      spread: whether arrays may lie on several devices while no mesh is in scope.
     """
     if kernel not in ("splash", "tokamax"):
         return None
@@ -60,8 +59,6 @@ def why_not(kernel: Kernel, platform: str, dtype: DTypeLike, spread: bool) -> st
             return "is not installed: pip install 'ovis-jax[cuda12]'"
         if not _new_enough():
             return "needs an NVIDIA GPU of compute capability 8.0 or more"
-    if spread:
-        return "cannot be split over several devices without the mesh in scope (jax.set_mesh)"
     return None
 
 
@@ -82,7 +79,6 @@ def choose_kernel(
     *,
     dtype: DTypeLike = "bfloat16",
     backend: str | None = None,
-    spread: bool | None = None,
 ) -> Kernel:
     """The kernel that serves a call.
 
@@ -92,7 +88,6 @@ def choose_kernel(
       T: queries of a row: positions of a prompt, or patches of a crop.
       dtype: of queries, keys and values.
       backend: the platform of "auto"; None for the one that JAX runs on.
-      spread: see `why_not`; None to look at JAX's devices and mesh.
 
     Returns:
       The kernel that was forced, or the platform's; plain for what fits in one block.
@@ -107,12 +102,11 @@ def choose_kernel(
         return "plain"
     backend = backend or jax.default_backend()
     if setting in get_args(Kernel):
-        # Where the arrays lie is for whoever forces a kernel to know.
         forced = cast(Kernel, setting)
-        reason = why_not(forced, backend, dtype, spread=False)
+        reason = why_not(forced, backend, dtype)
         if reason is not None:
             every: tuple[Kernel, ...] = get_args(Kernel)
-            can = [x for x in every if why_not(x, backend, dtype, spread=False) is None]
+            can = [x for x in every if why_not(x, backend, dtype) is None]
             raise RequestError(
                 f"attention is {setting!r}, which {reason}; use {' or '.join(can)}, or the name of"
                 " a platform for a program that is compiled for it elsewhere"
@@ -120,14 +114,9 @@ def choose_kernel(
         return "plain" if (forced, call) == ("tokamax", "vision") else forced
     if T <= BLOCK:
         return "plain"
-    if setting != "auto":
-        backend, split = setting, False
-    elif spread is None:
-        split = jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty
-    else:
-        split = spread
-    kernels = PREFERRED.get((backend, call), ("plain",))
-    return next(x for x in kernels if why_not(x, backend, dtype, split) is None)
+    platform = backend if setting == "auto" else setting
+    kernels = PREFERRED.get((platform, call), ("plain",))
+    return next(x for x in kernels if why_not(x, platform, dtype) is None)
 
 
 class Choice(NamedTuple):
@@ -148,7 +137,6 @@ def attention_report(
     *,
     dtype: DTypeLike = "bfloat16",
     backend: str | None = None,
-    spread: bool | None = None,
 ) -> list[Choice]:
     """Which kernels a model runs for crops, for prompts of T positions, and for a decode step.
 
@@ -162,7 +150,7 @@ def attention_report(
         ("prefill", T, decoder.num_heads, decoder.head_dim),
         ("decode", 1, decoder.num_heads, decoder.head_dim),
     ]
-    how = {"dtype": dtype, "backend": backend, "spread": spread}
+    how = {"dtype": dtype, "backend": backend}
     return [
         Choice(call, T, heads, H, choose_kernel(setting, call, T, **how))
         for call, T, heads, H in calls

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 from jax import Array
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Float, Int
 
 from ovis_jax.sharding import TENSOR
@@ -17,20 +17,22 @@ def on_each_device(
     v: Float[Array, "B K T H"],
     rows: Int[Array, "B T"],
 ) -> Float[Array, "B N T H"]:
-    """Call a kernel of whole rows and heads under the mesh in scope, if there is one.
+    """Call a kernel of whole rows and heads under the mesh in scope, or that of the queries.
 
     Compilers do not look into such kernels, so it is said here how their arguments are cut.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        mesh = jax.typeof(q).sharding.mesh  # it comes from the parameters
     if not mesh.empty and not mesh.manual_axes:
-        batch, heads = _axis("B", q.shape[0], mesh), _axis("K", k.shape[1], mesh)
+        batch, heads = axis_of("B", q.shape[0], mesh), axis_of("K", k.shape[1], mesh)
         spec = PartitionSpec(batch, heads)
         specs = (spec, spec, spec, PartitionSpec(batch))
         kernel = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
     return kernel(q, k, v, rows)
 
 
-def _axis(letter: str, size: int, mesh: AbstractMesh) -> str | None:
+def axis_of(letter: str, size: int, mesh: Mesh | AbstractMesh) -> str | None:
     """The mesh axis of a letter; None, so that each device has all of it, where it cannot lie."""
     axis = TENSOR[letter]
     return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None

@@ -82,7 +82,7 @@ def _attend(
     scale: float,
     cap: float | None,
 ) -> Float[Array, "B T N H"]:
-    """Pad, run on each device of the mesh in scope what lies there, and cut the padding off."""
+    """Pad, run on each device of a mesh what lies there, and cut the padding off."""
     T, H = q.shape[1], q.shape[3]
     q = (q.astype(jnp.float32) * scale).astype(q.dtype).swapaxes(1, 2)  # [B, N, T, H]
     more = mask.shape[0] - T

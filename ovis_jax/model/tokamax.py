@@ -70,7 +70,7 @@ def attend_prompt(
 def _attend(
     q: Array, k: Array, v: Array, positions: Array, window: int | None, scale: float, cap: Any
 ) -> Array:
-    """Pad, run on each device of the mesh in scope what lies there, and cut the padding off."""
+    """Pad, run on each device of a mesh what lies there, and cut the padding off."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # or tokamax takes the caller's command line for its own
     chosen = IMPLEMENTATIONS if get_default_device().platform == "gpu" else "xla"

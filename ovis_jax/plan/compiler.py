@@ -134,9 +134,8 @@ def compile_step(case: Case, step: Step) -> Any:
     cache = arguments.cache(case, mesh)
     logits = NamedSharding(mesh, PartitionSpec("data", "model"))
     places = (logits, jax.tree.map(lambda x: x.sharding, cache))
-    # Attention kernels are cut by the mesh in scope. Without a default device of the platform, GPU
-    # kernels are left out without a word.
-    with jax.set_mesh(mesh), contextlib.nullcontext() if tpu else jax.default_device(devices[0]):
+    # Without a default device of the platform, GPU kernels are left out without a word.
+    with contextlib.nullcontext() if tpu else jax.default_device(devices[0]):
         if step == "decode":
             jitted = jax.jit(model.decode, donate_argnums=2, out_shardings=places)
             lowered = jitted.lower(params, arguments.tokens(case, mesh, (case.batch,)), cache)

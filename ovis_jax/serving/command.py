@@ -1,12 +1,19 @@
 """The command `ovis-jax serve`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ovis_jax.console import Dtype, model_name
+from ovis_jax import mesh_axes
+from ovis_jax.console import (
+    Adapters,
+    MaxPartition,
+    Model,
+    OtherDtype,
+    TensorParallel,
+    model_name,
+)
 from ovis_jax.errors import OvisError
 from ovis_jax.loading import load
 
@@ -14,9 +21,7 @@ API_KEY = "OVIS_API_KEY"
 
 
 def serve(
-    model: Annotated[
-        str, typer.Option(help="A converted folder, one in the Hub's layout, or ovis-tiny.")
-    ] = "ovis-tiny",
+    model: Model = "ovis-tiny",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What requests call the model.")] = None,
@@ -33,14 +38,15 @@ def serve(
     max_images: Annotated[int, typer.Option(min=0, help="Images of a request.")] = 16,
     max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of an image.")] = 40_000_000,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 32 * 2**20,
-    max_partition: Annotated[int, typer.Option(min=1, help="The most cells of an image.")] = 9,
+    max_partition: MaxPartition = 9,
     seconds: Annotated[float, typer.Option(min=0.1, help="Time of a request.")] = 300.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that a shut-down waits.")] = 30.0,
     allow_remote_images: Annotated[
         bool, typer.Option(help="Fetch http(s) images from public addresses.")
     ] = False,
-    dtype: Annotated[Dtype | None, typer.Option(help="Compute in this dtype.")] = None,
-    adapters: Annotated[Path | None, typer.Option(help="A folder of low-rank adapters.")] = None,
+    dtype: OtherDtype = None,
+    adapters: Adapters = None,
+    tensor_parallel: TensorParallel = 1,
 ) -> None:
     """Serve a model to programs that speak OpenAI's chat-completions API."""
     try:
@@ -57,7 +63,8 @@ def serve(
         raise OvisError(f"the API key is empty; give one, or unset {API_KEY} for an open server")
     if host not in ("127.0.0.1", "::1", "localhost") and api_key is None:
         notes.print(f"note: {host} may be reached by others, and no --api-key is set")
-    ovis = load(model, dtype=dtype, adapters=adapters)
+    mesh = mesh_axes.tensor_parallel(tensor_parallel)
+    ovis = load(model, dtype=dtype, adapters=adapters, mesh=mesh)
     # A prompt as long as the model reads, and room for an answer behind it.
     length = max_length or ovis.config.multimodal_max_length + max_tokens
     notes.print(f"compiling for {slots} slots of {length} positions")

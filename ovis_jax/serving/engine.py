@@ -15,7 +15,8 @@ from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.image import IMAGE_SLOT
 from ovis_jax.loading import LoadedOvis
 from ovis_jax.serving.answer import Answer, Failed, Job, TokenText, Written
-from ovis_jax.serving.steps import How, Picked, Steps, asked
+from ovis_jax.serving.slots import How, Picked, asked
+from ovis_jax.serving.steps import Steps
 
 TOO_LATE = Failed("the request took longer than this server allows", "deadline_exceeded")
 STOPPED = Failed("this server is shutting down", "shutting_down")

@@ -1,199 +1,50 @@
-"""What runs on the device: a few compiled steps over a fixed number of slots.
+"""The few programs that run on the device, over a fixed number of slots.
 
-A prompt is read in pieces of one shape into a cache of its own, whose row then joins the slots. So
-neither the length of a prompt nor its crops need other programs, and what is compiled is little:
+Neither the length of a prompt nor its crops need other programs, and what is compiled is little:
 one crop, one piece, the joining, and the step that writes one token in every slot.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Int, Key
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ovis_jax.errors import RequestError
-from ovis_jax.inference.sampling import Sampling, pick
-from ovis_jax.model import kv_cache
+from ovis_jax.inference.sampling import Sampling
 from ovis_jax.model.kv_cache import Cache
 from ovis_jax.model.ovis import Ovis, Params
-
-How = Literal["greedy", "drawn", "all"]
-"""How a step picks tokens: the likeliest; at a temperature; with every sampling step and the
-likeliest other tokens. Each is a program. A row's token is the same in each that can serve it."""
-
-TOP = 20
-"""The likeliest tokens that are told of each one picked, the most that the API has."""
-
-
-class Picked(NamedTuple):
-    """The tokens of one step."""
-
-    tokens: Int[Array, "B"]
-    log_probs: Float[Array, "B"]
-    """Under the model, before any sampling step."""
-    top: tuple[Int[Array, "B n"], Float[Array, "B n"]] | None
-    """The likeliest tokens and their log-probabilities; None where nobody asks."""
-
-
-class Slots(NamedTuple):
-    """The state of all requests that are being answered, a row each."""
-
-    cache: Cache
-    last: Int[Array, "B"]
-    steps: Int[Array, "B"]
-    """How many tokens a row has been given."""
-    keys: Key[Array, "B"]
-    seen: Bool[Array, "B V"]
-    """What a row has been given; kept only where a penalty is in use."""
-    sampling: Sampling
-
-
-class Asked(NamedTuple):
-    """How one answer is to be written: numbers, and so nothing to compile."""
-
-    sampling: Sampling
-    seed: Int[ArrayLike, "2"]
-    """The low and the high half of a seed of 64 bits, uint32."""
-    choice: ArrayLike
-    """0 for a request's first answer, 1 for its second; each draws with a key of its own."""
-
-
-class Reading(NamedTuple):
-    """A prompt that is being read."""
-
-    cache: Cache
-    visual: Float[Array, "rows D"]
-    """The embeddings of its visual slots in order, with room behind them for one piece."""
-
-
-def asked(sampling: Sampling, seed: int, choice: int) -> Asked:
-    """The numbers of one answer."""
-    neutral = (
-        (sampling.temperature, 0.0, np.float32),
-        (sampling.top_k, 2**31 - 1, np.int32),
-        (sampling.top_p, 1.0, np.float32),
-        (sampling.repetition_penalty, 1.0, np.float32),
-    )
-    values = [np.asarray(other if x is None else x, dtype) for x, other, dtype in neutral]
-    halves = np.array([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF], np.uint32)
-    return Asked(Sampling(*values), halves, np.int32(choice))
-
-
-def make_key(seed: Int[Array, "2"], choice: ArrayLike) -> Key[Array, ""]:
-    """The key of an answer; for the first one of a seed below 2**32 it is `jax.random.key(seed)`.
-
-    So what is drawn is what `generate` draws with that key.
-    """
-    key = jax.random.key(seed[0])
-    for number in (seed[1], choice):
-        key = jax.lax.select(jnp.asarray(number) == 0, key, jax.random.fold_in(key, number))
-    return key
-
-
-def choose(
-    logits: Float[Array, "B V"],
-    sampling: Sampling,
-    seen: Bool[Array, "B V"],
-    keys: Key[Array, "B"],
-    steps: Int[Array, "B"],
-    how: How,
-) -> Picked:
-    """Pick a token a row, by its own numbers and its own key folded by its own step."""
-    if how == "greedy":
-        tokens = pick(logits, Sampling())
-    else:
-        used = sampling if how == "all" else Sampling(sampling.temperature)
-
-        def one(logits: Array, used: Sampling, seen: Array, key: Array, step: Array) -> Array:
-            return pick(logits[None], used, seen[None], jax.random.fold_in(key, step))[0]
-
-        tokens = jax.vmap(one)(logits, used, seen, keys, steps)
-    every = jax.nn.log_softmax(logits)
-    log_probs = jnp.take_along_axis(every, tokens[:, None], axis=1)[:, 0]
-    top = None
-    if how == "all":
-        values, ids = jax.lax.top_k(every, min(TOP, every.shape[1]))
-        top = ids, values
-    return Picked(tokens, log_probs, top)
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def see(
-    model: Ovis, params: Params, visual: Array, pixels: Array, row: ArrayLike, seed: Array
-) -> Array:
-    """Embed a crop float32 [h, w, C], from `row` of `visual` on, which is given away."""
-    key = jax.random.fold_in(make_key(seed, 0), row)  # for a model that draws its visual words
-    found = model.embed_crops(params, pixels[None], key)[0]
-    return jax.lax.dynamic_update_slice(visual, found.astype(visual.dtype), (row, 0))
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def read(
-    model: Ovis,
-    params: Params,
-    reading: Reading,
-    tokens: Int[Array, "1 T"],
-    positions: Int[Array, "1 T"],
-    row: ArrayLike,
-) -> tuple[Reading, Float[Array, "1 V"]]:
-    """Read one piece of a prompt, whose visual slots are those from `row` on."""
-    T, D = tokens.shape[1], reading.visual.shape[1]
-    visual = jax.lax.dynamic_slice(reading.visual, (row, 0), (T, D))
-    logits, cache = model.extend(params, tokens, positions, visual[None], reading.cache)
-    return Reading(cache, reading.visual), logits
-
-
-@partial(jax.jit, donate_argnums=0)
-def join(
-    slots: Slots, slot: ArrayLike, cache: Cache, logits: Float[Array, "1 V"], asked: Asked
-) -> tuple[Slots, Picked]:
-    """Put a prompt that was read into a slot, and pick the first token of its answer."""
-
-    def put(rows: Array, row: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(rows, row[None].astype(rows.dtype), slot, 0)
-
-    key = make_key(jnp.asarray(asked.seed), asked.choice)
-    unseen = jnp.zeros(logits.shape, bool)
-    sampling = jax.tree.map(lambda x: jnp.reshape(x, (1,)), asked.sampling)
-    picked = choose(logits, sampling, unseen, key[None], jnp.zeros((1,), jnp.int32), "all")
-    token = picked.tokens[0]
-    joined = Slots(
-        jax.tree.map(lambda rows, row: put(rows, row[0]), slots.cache, cache),
-        put(slots.last, token),
-        put(slots.steps, jnp.int32(1)),
-        slots.keys.at[slot].set(key),
-        put(slots.seen, unseen[0].at[token].set(True)),
-        jax.tree.map(put, slots.sampling, jax.tree.map(jnp.asarray, asked.sampling)),
-    )
-    return joined, picked
-
-
-@partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
-def write(
-    model: Ovis, params: Params, slots: Slots, active: Bool[Array, "B"], how: How
-) -> tuple[Slots, Picked]:
-    """Write one token in every slot; those that are not active stay where they are."""
-    lengths = slots.cache.lengths
-    logits, cache = model.decode(params, slots.last, slots.cache)
-    cache = cache._replace(lengths=jnp.where(active, cache.lengths, lengths))
-    picked = choose(logits, slots.sampling, slots.seen, slots.keys, slots.steps, how)
-    seen = slots.seen
-    if how == "all":
-        seen = seen.at[jnp.arange(len(lengths)), picked.tokens].set(True)
-    steps = slots.steps + active
-    return Slots(cache, picked.tokens, steps, slots.keys, seen, slots.sampling), picked
+from ovis_jax.model.shards import axis_of
+from ovis_jax.serving.slots import (
+    Asked,
+    How,
+    Picked,
+    Reading,
+    Slots,
+    asked,
+    empty_reading,
+    empty_slots,
+    join,
+    read,
+    see,
+    write,
+)
 
 
 class Steps:
     """The steps compiled for one model and one set of sizes; none compiles anything later.
 
+    On a mesh the caches are cut along their heads as the parameters are; all else is whole on
+    every device.
+
     Args:
       model: static.
-      params: of the model.
+      params: of the model, on any device or mesh of this process.
       num_slots: answers that are written at once.
       max_length: positions that a prompt and its answer may take together.
       piece: positions of a prompt that are read at a time.
@@ -207,48 +58,51 @@ class Steps:
             if size < 1:
                 raise RequestError(f"serve: {name} is {size}, expected at least 1")
         piece = min(piece, max_length)
-        self._model, self._params = model, params
+        self._params = params
         self.num_slots, self.max_length, self.piece = num_slots, max_length, piece
         self.tokens_per_crop = model.config.visual_tokenizer.tokens_per_crop
+        c, dtype = model.config.decoder, params["decoder"]["embed"].dtype
+        visual = max_length // self.tokens_per_crop * self.tokens_per_crop + piece
+
+        whole, heads = _places(params, c.num_kv_heads)
+        slots_lie: Any = Slots(Cache(cast(Any, heads), whole), *[whole] * 5)
+        reading_lies: Any = Reading(Cache(cast(Any, heads), whole), whole)
+        self.empty_slots: Callable[[], Slots] = jax.jit(
+            partial(empty_slots, c, num_slots, max_length, dtype), out_shardings=slots_lie
+        )
+        self.empty_reading: Callable[[], Reading] = jax.jit(
+            partial(empty_reading, c, visual, max_length, dtype), out_shardings=reading_lies
+        )
         slots, reading = self.empty_slots(), self.empty_reading()
         vision = model.config.vision
         pixels = np.zeros((vision.image_size, vision.image_size, vision.num_channels), np.float32)
         tokens = np.zeros((1, piece), np.int32)
         one, row = asked(Sampling(), 0, 0), np.int32(0)
-        self._see = see.lower(model, params, reading.visual, pixels, row, one.seed).compile()
-        lowered = read.lower(model, params, reading, tokens, tokens, row)
-        self._read = lowered.compile()
-        logits = lowered.out_info[1]
-        self._join = join.lower(slots, row, reading.cache, logits, one).compile()
+        logits = jax.ShapeDtypeStruct((1, c.vocab_size), jnp.float32, sharding=whole)
         active = np.zeros(num_slots, bool)
+
+        def compiled(function: Any, arguments: Any, *, gives_away: int, gives: Any) -> Any:
+            jitted = jax.jit(function, donate_argnums=gives_away, out_shardings=gives)
+            return jitted.lower(*arguments).compile()
+
+        sees = params, reading.visual, pixels, row, one.seed
+        self._see = compiled(partial(see, model), sees, gives_away=1, gives=whole)
+        reads = params, reading, tokens, tokens, row
+        at = reading_lies, whole
+        self._read = compiled(partial(read, model), reads, gives_away=1, gives=at)
+        joins = slots, row, reading.cache, logits, one
+        at = slots_lie, whole
+        self._join = compiled(join, joins, gives_away=0, gives=at)
+        writes = params, slots, active
         self._write = {
-            how: write.lower(model, params, slots, active, how).compile() for how in get_args(How)
+            how: compiled(partial(write, model, how), writes, gives_away=1, gives=at)
+            for how in get_args(How)
         }
         for how in get_args(How):  # what is run once has been loaded, too
             slots, _ = self.write(slots, active, how)
         reading = self.see(reading, pixels, 0, 0)
         reading, logits = self.read(reading, np.zeros(1, np.int32), 0, 0)
         self.join(slots, 0, reading, logits, one)
-
-    def empty_slots(self) -> Slots:
-        """Slots that nobody has used."""
-        B, c = self.num_slots, self._model.config.decoder
-        one = asked(Sampling(), 0, 0)
-        return Slots(
-            kv_cache.empty(c, B, self.max_length, self._dtype),
-            jnp.zeros((B,), jnp.int32),
-            jnp.zeros((B,), jnp.int32),
-            jnp.broadcast_to(make_key(jnp.asarray(one.seed), 0), (B,)),
-            jnp.zeros((B, c.vocab_size), bool),
-            jax.tree.map(lambda x: jnp.full((B,), x), one.sampling),
-        )
-
-    def empty_reading(self) -> Reading:
-        """Room to read prompts, one after the other."""
-        c = self._model.config.decoder
-        rows = self.max_length // self.tokens_per_crop * self.tokens_per_crop + self.piece
-        cache = kv_cache.empty(c, 1, self.max_length, self._dtype)
-        return Reading(cache, jnp.zeros((rows, c.width), self._dtype))
 
     def see(self, reading: Reading, pixels: np.ndarray, crop: int, seed: int) -> Reading:
         """Embed the crop of that number; `reading` is given away."""
@@ -281,6 +135,13 @@ class Steps:
         slots, picked = self._write[how](self._params, slots, active)
         return slots, jax.device_get(picked)
 
-    @property
-    def _dtype(self) -> Any:
-        return self._params["decoder"]["embed"].dtype
+
+def _places(
+    params: Params, num_heads: int
+) -> tuple[NamedSharding, NamedSharding] | tuple[None, None]:
+    """How arrays lie that are whole on every device, and caches; None where there is no mesh."""
+    place = params["decoder"]["embed"].sharding
+    if not isinstance(place, NamedSharding):
+        return None, None
+    axis = axis_of("K", num_heads, place.mesh)
+    return NamedSharding(place.mesh, P()), NamedSharding(place.mesh, P(None, axis))

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
-import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -14,6 +13,7 @@ from ovis_jax.checkpoint.source import find_source
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import ConfigError, DataError
 from ovis_jax.inputs.processor import Processor
+from ovis_jax.mesh_axes import first_devices
 from ovis_jax.model.ovis import Ovis, Params
 from ovis_jax.sharding import RULES, TENSOR, adapter_shardings, param_shapes
 from ovis_jax.training.config import MeshSection, TrainConfig
@@ -90,9 +90,10 @@ def prepare(config: TrainConfig) -> tuple[Run, Flat]:
     """Read all that a run needs but images; gives the run, and what learns, by path.
 
     Raises:
-      ConfigError: the config asks for what the model or the devices do not have.
+      ConfigError: the config asks for what the model does not have.
       DataError: a dataset file cannot be used, or a row when unreadable rows are errors.
       CheckpointError: the model's files do not hold its parameters.
+      OvisError: the mesh is of more devices than there are.
     """
     mesh = None if config.mesh is None else _mesh(config.mesh, config.data.rows)
     train, faults = _rows(config, config.data.train)
@@ -158,16 +159,10 @@ def _rows(config: TrainConfig, paths: tuple[Path, ...]) -> tuple[tuple[Row, ...]
 
 
 def _mesh(section: MeshSection, rows: int) -> Mesh:
-    need, devices = section.data * section.model, jax.devices()
-    if need > len(devices):
-        raise ConfigError(
-            f"mesh: data {section.data} x model {section.model} is {need} devices, and"
-            f" {len(devices)} are there"
-        )
+    mesh = first_devices(section.data, section.model)
     if rows % section.data:
         raise ConfigError(
             f"data.rows is {rows}, which mesh axis data of size {section.data} does not divide;"
             " use a multiple of it"
         )
-    shape = (section.data, section.model)
-    return Mesh(np.array(devices[:need]).reshape(shape), ("data", "model"))
+    return mesh

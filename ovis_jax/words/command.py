@@ -10,7 +10,8 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from ovis_jax.console import print_table
+from ovis_jax import mesh_axes
+from ovis_jax.console import MaxPartition, Model, TensorParallel, print_table
 from ovis_jax.errors import OvisError, RequestError
 from ovis_jax.inference.visual_words import nearest_tokens, shared_words, visual_words
 from ovis_jax.inputs.image import choose_grid, open_image
@@ -21,9 +22,10 @@ from ovis_jax.words.places import Place, places
 def words(
     image: Annotated[list[Path], typer.Option(help="An image; give two to compare their words.")],
     out: Annotated[Path, typer.Option(help="The heat map to write, such as words.png.")],
-    model: Annotated[str, typer.Option(help="As for generate.")] = "ovis-tiny",
+    model: Model = "ovis-tiny",
     top: Annotated[int, typer.Option(help="How many words to list.")] = 8,
-    max_partition: Annotated[int, typer.Option(help="The most cells of an image.")] = 9,
+    max_partition: MaxPartition = 9,
+    tensor_parallel: TensorParallel = 1,
 ) -> None:
     """Draw how sure the model is of the visual words of images, and list the words."""
     figures = _figures()
@@ -33,7 +35,7 @@ def words(
     if out.suffix.lstrip(".").lower() not in kinds:
         raise RequestError(f"{out}: expected a name that ends with one of {', '.join(kinds)}")
     images = [open_image(path) for path in image]
-    ovis = load(model)
+    ovis = load(model, mesh=mesh_axes.tensor_parallel(tensor_parallel))
     looks = [_look(ovis, picture, max_partition) for picture in images]
     names = [path.name for path in image]
     pictures = [

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import measured
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from shallow import shallow_config
 
 from ovis_jax import Ovis, presets
@@ -145,16 +145,20 @@ def test_blockwise_holds_no_scores_of_a_whole_prompt(gradient: bool):
 
 
 @pytest.mark.parametrize("kernel", [splash, tokamax], ids=["splash", "tokamax"])
-@pytest.mark.parametrize("window, cap, tensor", [(100, 5.0, False), (None, None, True)])
-def test_prompts_by_kernel(kernel, window: int | None, cap: float | None, tensor: bool):
-    """On one device, and with rows and heads over a mesh in scope."""
+@pytest.mark.parametrize(
+    "window, cap, mesh", [(100, 5.0, None), (None, None, "in scope"), (100, 5.0, "of the queries")]
+)
+def test_prompts_by_kernel(kernel, window: int | None, cap: float | None, mesh: str | None):
+    """On one device, and with rows and heads over a mesh."""
     *inputs, positions = *arrays(250, 128), padded(250)
     how = {"window": window, "scale": 0.1, "cap": cap}
     true = results(lambda *x: plain(*x, **how), *inputs, positions)
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
-    with jax.set_mesh(mesh) if tensor else nullcontext():
+    devices = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+    if mesh == "of the queries":
+        inputs[0] = jax.device_put(inputs[0], NamedSharding(devices, PartitionSpec()))
+    with jax.set_mesh(devices) if mesh == "in scope" else nullcontext():
         got = results(lambda *x: kernel.attend_prompt(*x, **how), *inputs, positions)
-    if tensor:
+    if mesh:
         assert got[0].sharding.spec == PartitionSpec("data", None, "model")
     check(f"{kernel.__name__.rpartition('.')[2]} prompts", got, true)
 
@@ -253,20 +257,7 @@ def test_the_kernel_that_is_chosen_is_run(setting, dtype):
     ],
 )
 def test_choice(setting, backend, call, T, expected):
-    assert choose_kernel(setting, call, T, backend=backend, spread=False) == expected
-
-
-@pytest.mark.parametrize("backend, kernel", [("tpu", "splash"), ("gpu", "tokamax")])
-def test_no_kernel_is_chosen_that_would_have_to_be_split_without_a_mesh(backend, kernel):
-    def chosen(spread=None):
-        return [
-            choose_kernel("auto", call, 729, backend=backend, spread=spread)
-            for call in ("prefill", "vision")
-        ]
-
-    assert chosen(spread=True) == chosen() == ["blockwise", "plain"]  # 8 devices
-    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
-        assert chosen() == [kernel, "splash" if backend == "tpu" else "plain"]
+    assert choose_kernel(setting, call, T, backend=backend) == expected
 
 
 class Gpu:
@@ -290,7 +281,7 @@ def test_gpus_without_tokamax(monkeypatch, case, reason):
         monkeypatch.setattr(jax, "devices", lambda: [case["gpu"]])
     if "installed" in case:
         monkeypatch.setattr(kernels, "find_spec", lambda name: None)
-    how = {"dtype": case.get("dtype", "bfloat16"), "backend": "gpu", "spread": False}
+    how = {"dtype": case.get("dtype", "bfloat16"), "backend": "gpu"}
     report = attention_report(presets.ovis1_6_gemma2_9b(), 2048, **how)
     assert [line.kernel for line in report] == ["plain", "blockwise", "plain"]
     with pytest.raises(RequestError, match=f"attention is 'tokamax', which {reason}; use plain"):

@@ -5,10 +5,9 @@ import time
 from functools import partial
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
-from served import LIMITS, MAX_LENGTH, PIECE, QUEUE, SLOTS, Answered, listening
+from served import LIMITS, QUEUE, Answered, compile_steps, listening
 
 from ovis_jax import Sampling, load
 from ovis_jax.serving.answer import Event, Failed, Job, Piece
@@ -26,11 +25,7 @@ def ovis():
 
 @pytest.fixture(scope="session")
 def steps(ovis):
-    sizes = dict(num_slots=SLOTS, max_length=MAX_LENGTH, piece=PIECE)
-    with pytest.MonkeyPatch.context() as patch:
-        # Lowering makes a Sampling of descriptions of arrays, which is none to the tests' checks.
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        return Steps(ovis.model, ovis.params, **sizes)
+    return compile_steps(ovis)
 
 
 @pytest.fixture

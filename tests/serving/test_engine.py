@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 from compilations import compilations
-from served import PIECE, SLOTS, idle, picture
+from served import PIECE, QUEUE, SLOTS, compile_steps, idle, picture
 
 import ovis_jax
-from ovis_jax import Sampling
+from ovis_jax import Sampling, load
 from ovis_jax.errors import RequestError
+from ovis_jax.mesh_axes import tensor_parallel
 from ovis_jax.serving.answer import Failed, Piece
 from ovis_jax.serving.engine import Closed, Engine, QueueFull
 from ovis_jax.serving.steps import Steps
@@ -203,3 +204,18 @@ def test_sizes_are_checked(ovis, name):
     sizes = {"num_slots": 1, "max_length": 9, "piece": 9} | {name: 0}
     with pytest.raises(RequestError, match="is 0, expected at least 1"):
         Steps(ovis.model, ovis.params, **sizes)
+
+
+def test_a_model_cut_over_devices_answers_as_one(engine, ask, scenes):
+    cut = load("ovis-tiny", mesh=tensor_parallel(2))
+    steps = compile_steps(cut)
+    keys, _ = steps.empty_slots().cache.blocks[0]
+    assert keys.addressable_shards[0].data.shape[1] == keys.shape[1] / 2
+    spread = Engine(cut, steps, queue=QUEUE)
+    asked = questions(scenes, 8)
+    with compilations() as found:
+        answered = [ask(spread, *pair) for pair in asked]
+        texts = [one.text() for one in answered]
+    assert found == []
+    assert texts == [ask(engine, *pair).text() for pair in asked]
+    spread.close(30)

@@ -18,7 +18,7 @@ from golden_copies import read_tensors, same_bits
 from rich.console import Console
 
 from ovis_jax.checkpoint.writer import write_json
-from ovis_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
+from ovis_jax.errors import CheckpointError, ConfigError, DataError, OvisError, TrainingError
 from ovis_jax.loading import load
 from ovis_jax.model.ovis import forward
 from ovis_jax.training import loop
@@ -207,7 +207,7 @@ def test_a_mesh_gives_the_same_losses(write_config, tmp_path):
 @pytest.mark.parametrize(
     "overrides, error, complaint",
     [
-        (["mesh.data=16"], ConfigError, "16 x model 1 is 16 devices, and 8 are there"),
+        (["mesh.data=16"], OvisError, "16 x model 1 is 16 devices, and JAX has 8"),
         (["mesh.data=4"], ConfigError, "data.rows is 2, which mesh axis data of size 4"),
         (["learn.objective=dpo"], DataError, "row 1: learn.objective dpo needs prompt, chosen"),
         (["data.validation=['none.json']"], DataError, "none.json cannot be read"),
