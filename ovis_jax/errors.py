@@ -21,6 +21,10 @@ class PromptError(OvisError):
     """A prompt or conversation that the model cannot be given as it is."""
 
 
+class PromptTooLong(PromptError):
+    """A prompt of more positions than the model reads."""
+
+
 class RequestError(OvisError):
     """A generation request whose options contradict each other, the model or the inputs."""
 

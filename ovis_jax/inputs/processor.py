@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from ovis_jax.config import NUM_IMAGE_INDICATORS, OvisConfig
-from ovis_jax.errors import ConfigError, ImageError, PromptError
+from ovis_jax.errors import ConfigError, ImageError, PromptError, PromptTooLong
 from ovis_jax.inputs.batch import (
     Example,
     Inputs,
@@ -104,7 +104,8 @@ class Processor:
             original. Say False for text of people you do not trust.
 
         Raises:
-          PromptError: a prompt is empty, malformed, too long, or does not go with its images.
+          PromptError: a prompt is empty, malformed, or does not go with its images.
+          PromptTooLong: a prompt is too long, and is not to be cut.
           ImageError: an image cannot be decoded or cut into crops.
           RequestError: none of the processor's `buckets` holds the batch.
         """
@@ -112,7 +113,7 @@ class Processor:
             raise PromptError("prompts must be a list of at least one prompt")
         batch = len(prompts)
         image_lists = [()] * batch if images is None else images
-        partitions = [max_partition] * batch if isinstance(max_partition, int) else max_partition
+        partitions = [max_partition] * batch if np.ndim(max_partition) == 0 else max_partition
         prefaces = [preface] * batch if isinstance(preface, str) else preface
         arguments = zip(
             prompts,
@@ -244,7 +245,7 @@ class Processor:
         limit = limit if max_length is None else min(limit, max_length)
         if len(tokens) > limit and keep == "all":
             text_length = len(tokens) - self.image_length(images, max_partition)
-            raise PromptError(
+            raise PromptTooLong(
                 f"{name} is {len(tokens)} positions long, more than the {limit} that the model "
                 f"reads; {self._advice(limit - text_length, images, max_partition)}"
             )
@@ -274,11 +275,8 @@ class Processor:
         """How a prompt that is too long can be made to fit, with `room` positions for images."""
         for smaller in range(max_partition - 1, 0, -1):
             if images and self.image_length(images, smaller) <= room:
-                return f"it fits with max_partition={smaller}, or cut it with truncate=True"
-        return (
-            "no max_partition makes it fit: shorten the text, give fewer images, "
-            "or cut it with truncate=True"
-        )
+                return f"it fits with max_partition={smaller}"
+        return f"shorten the text{' or give fewer images' if images else ''}"
 
     def _check_ids(self, row: np.ndarray, name: str) -> None:
         vocab_size, lowest = self.config.decoder.vocab_size, IMAGE_SLOT - NUM_IMAGE_INDICATORS

@@ -64,9 +64,9 @@ class Steps:
         c, dtype = model.config.decoder, params["decoder"]["embed"].dtype
         visual = max_length // self.tokens_per_crop * self.tokens_per_crop + piece
 
-        whole, heads = _places(params, c.num_kv_heads)
-        slots_lie: Any = Slots(Cache(cast(Any, heads), whole), *[whole] * 5)
-        reading_lies: Any = Reading(Cache(cast(Any, heads), whole), whole)
+        whole, cache = _places(params, c.num_kv_heads)
+        slots_lie = Slots(cache, whole, whole, whole, whole, whole)
+        reading_lies = Reading(cache, whole)
         self.empty_slots: Callable[[], Slots] = jax.jit(
             partial(empty_slots, c, num_slots, max_length, dtype), out_shardings=slots_lie
         )
@@ -136,12 +136,11 @@ class Steps:
         return slots, jax.device_get(picked)
 
 
-def _places(
-    params: Params, num_heads: int
-) -> tuple[NamedSharding, NamedSharding] | tuple[None, None]:
-    """How arrays lie that are whole on every device, and caches; None where there is no mesh."""
+def _places(params: Params, num_heads: int) -> tuple[Any, Any]:
+    """How arrays lie that are whole on every device, and how a cache; None without a mesh."""
     place = params["decoder"]["embed"].sharding
     if not isinstance(place, NamedSharding):
         return None, None
-    axis = axis_of("K", num_heads, place.mesh)
-    return NamedSharding(place.mesh, P()), NamedSharding(place.mesh, P(None, axis))
+    whole = NamedSharding(place.mesh, P())
+    heads: Any = NamedSharding(place.mesh, P(None, axis_of("K", num_heads, place.mesh)))
+    return whole, Cache(heads, cast(Any, whole))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ovis_jax.config import OvisConfig
-from ovis_jax.errors import ConfigError, ImageError, PromptError
+from ovis_jax.errors import ConfigError, ImageError, PromptError, PromptTooLong
 from ovis_jax.inputs.buckets import bucket
 from ovis_jax.inputs.conversation import from_original
 from ovis_jax.inputs.image import open_image
@@ -170,9 +170,9 @@ def test_too_long_prompts_name_the_partition_that_fits():
         fitting([prompt], [images], max_partition=suggested)
         with pytest.raises(PromptError):
             fitting([prompt], [images], max_partition=suggested + 1)
-    with pytest.raises(PromptError, match="no max_partition makes it fit"):
+    with pytest.raises(PromptTooLong, match="shorten the text or give fewer images$"):
         processor(lengths["large_mp1"] - 1)([prompt], [images])
-    with pytest.raises(PromptError, match="shorten the text"):
+    with pytest.raises(PromptTooLong, match="shorten the text$"):
         processor(30)(["word " * 40])
 
 
