@@ -49,8 +49,12 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+need_torch = @$(BIN)/python -c 'import torch' 2>/dev/null || \
+	{ echo 'PyTorch, which this compares with, comes with Python 3.11 alone: $(VENV) has another'; exit 1; }
+
 # Beside PyTorch, stage by stage, on random weights with the 9B's proportions.
 bench: $(VENV)/test
+	$(need_torch)
 	$(BIN)/python -m benchmarks.against_torch
 
 # Apart from PyTorch: generation, the visual path, compiling.
@@ -59,9 +63,10 @@ bench-parts: $(VENV)/test
 	$(BIN)/python -m benchmarks.vision --model ovis-tiny
 	$(BIN)/python -m benchmarks.compile --model ovis-tiny
 
-# One training step beside PyTorch's.
+# One training step beside PyTorch's, on one core each.
 bench-train: $(VENV)/test
-	$(BIN)/python -m benchmarks.train_against_torch
+	$(need_torch)
+	$(BIN)/python -m benchmarks.train_against_torch --threads 1
 
 # The 9B model's training steps compiled for eight TPU v5p chips, which the machine need not have.
 # Ten minutes.

@@ -1,6 +1,7 @@
 """How both commands end.
 
-Exit codes: 0 done, 1 the checkpoint is wrong, 2 usage, 3 input or output, 4 interrupted.
+Exit codes: 0 done, 1 the checkpoint is wrong, its configs too, 2 usage, 3 input or output, 4
+interrupted.
 """
 
 import signal
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 
 from ovis_jax.console import print_error
-from ovis_jax.errors import CheckpointError, OvisError
+from ovis_jax.errors import CheckpointError, ConfigError, OvisError
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def exits(dst: Path) -> Iterator[Console]:
         yield errors
     except OvisError as error:
         print_error(errors, error)
-        raise typer.Exit(1 if isinstance(error, CheckpointError) else 2) from None
+        raise typer.Exit(1 if isinstance(error, CheckpointError | ConfigError) else 2) from None
     except OSError as error:
         print_error(errors, error)
         raise typer.Exit(3) from None

@@ -162,7 +162,11 @@ def convert(
         check_room(dst, total, source, order, headers, delete_source_shards)
         shards = Shards(source, order, headers, expected=expected, delete=delete_source_shards)
     entries = conversion.plan.sources
-    origin = {"repo": source.name, "revision": source.revision} if source.revision else None
+    origin = None
+    if source.revision is not None:
+        # A shard that is not needed again is not held to anything any more.
+        asked = "given" if verify else "left out"
+        origin = {"repo": source.name, "revision": source.revision, "--verify": asked}
     settings = (max_shard_bytes, checksums)
     facts = result_facts(entries, conversion.tensors, *settings, origin=origin)
 

@@ -83,7 +83,8 @@ def export(
     folder in the Hub's layout, or are zeros. `dtype` ("float32", "bfloat16", "float16") casts every
     tensor; otherwise the parameters stay as they are and only those of `source` are cast to match.
     The low-rank adapters of the folder `merge` are added into their matrices in float32, one whole
-    matrix at a time in memory; `src` may then be in the Hub's layout, and is its own `source`.
+    matrix at a time in memory; `src` may then be in the Hub's layout, and without a `source` those
+    never used that it has are kept.
     What an interrupted export has left in `dst`.partial is kept as far as it is sound. Returns how
     many tensors were written.
 
@@ -134,7 +135,6 @@ def _prepare(
                 " Hub's layout needs no export; give a folder that convert.from_hf or save_params"
                 " has made"
             )
-        source = source or src
     config = OvisConfig.from_folder(src)
     files = _files_there(src)
     plan, target = plan_parameters(src, config, dtype)
@@ -146,6 +146,8 @@ def _prepare(
     tensors |= {key: (target, shape) for key, shape in unused_shapes(config).items()}
     if source is not None:
         entries |= _unused_tensors(source, config)
+    elif not is_converted(src):
+        entries |= _unused_tensors(src, config, own=True)
     return _Export(entries, paths, adapters, tensors, target, files)
 
 
@@ -161,8 +163,13 @@ def _files_there(folder: Path) -> tuple[str, ...]:
     return found
 
 
-def _unused_tensors(folder: Path, config: OvisConfig) -> dict[str, TensorEntry]:
-    """The never-used tensors of a folder in the Hub's layout, held to the shapes of a config."""
+def _unused_tensors(
+    folder: Path, config: OvisConfig, *, own: bool = False
+) -> dict[str, TensorEntry]:
+    """The never-used tensors of a folder in the Hub's layout, held to the shapes of a config.
+
+    All of `--source`; or of `src`, its `own`, those that there are.
+    """
     if not folder.is_dir() or is_converted(folder):
         what = "a converted folder, which lacks them" if folder.is_dir() else "not a folder"
         raise OvisError(
@@ -180,7 +187,7 @@ def _unused_tensors(folder: Path, config: OvisConfig) -> dict[str, TensorEntry]:
     for key, shape in unused_shapes(config).items():
         entry = found.get(key)
         if entry is None:
-            if key not in listing.unusable:
+            if not own and key not in listing.unusable:
                 file, expected = listing.index.get(key, "-"), str(list(shape))
                 problems.append(Problem(file, key, "missing key", expected, "no such tensor"))
             continue
@@ -192,9 +199,11 @@ def _unused_tensors(folder: Path, config: OvisConfig) -> dict[str, TensorEntry]:
             expected = "one of " + ", ".join(DTYPES)
             problems.append(Problem(name, key, "wrong dtype", expected, entry.dtype))
     if problems:
+        if own:
+            raise CheckpointProblems(str(folder), problems, ADVICE)
         advice = f"{ADVICE}, or leave out --source to have zeros written"
         raise CheckpointProblems(f"--source {folder}", problems, advice)
-    return {key: found[key] for key in UNUSED}
+    return {key: found[key] for key in UNUSED if key in found}
 
 
 def _zeros(size: int) -> Iterator[memoryview]:
@@ -231,14 +240,25 @@ def command(
             return
         with progress_bar(errors, "exporting") as show:
             count = export(src, dst, source=source, merge=lora, dtype=dtype, progress=show)
-        origin = source if source or is_converted(src) else src
-        origin = "are zeros" if origin is None else f"were copied from {origin}"
+        told = f"{dst}: {count} tensors; {_origin(src, source)}"
         if lora is not None:
-            origin += f"; the adapters of {lora} were merged"
-        Console().print(
-            f"{dst}: {count} tensors; the {len(UNUSED)} that the model never uses {origin}",
-            soft_wrap=True,
-        )
+            told += f"; the adapters of {lora} were merged"
+        Console().print(told, soft_wrap=True)
+
+
+def _origin(src: Path, source: Path | None) -> str:
+    """Where the tensors that the model never uses came from, in words."""
+    total, folder = len(UNUSED), source if source or is_converted(src) else src
+    there = set() if folder is None else {entry.key for entry in open_checkpoint(folder).tensors}
+    copied = len(UNUSED.keys() & there)
+    if not copied:
+        return f"the {total} that the model never uses are zeros"
+    if copied == total:
+        return f"the {total} that the model never uses were copied from {folder}"
+    return (
+        f"of the {total} that the model never uses {copied} were copied from {folder}, and"
+        f" {total - copied} that it lacks are zeros"
+    )
 
 
 def main() -> None:

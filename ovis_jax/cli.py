@@ -20,7 +20,7 @@ from ovis_jax.answering import Answer, Answerer, mark_images
 from ovis_jax.checkpoint import checksums
 from ovis_jax.checkpoint.params import plan_parameters
 from ovis_jax.checkpoint.problems import CheckpointProblems
-from ovis_jax.checkpoint.source import find_source
+from ovis_jax.checkpoint.source import BUILT_IN, find_source
 from ovis_jax.compile_cache import keep_compiled
 from ovis_jax.config import OvisConfig
 from ovis_jax.console import (
@@ -138,7 +138,7 @@ def chat(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="A TOML file; README.md shows one.")],
+    config: Annotated[Path, typer.Argument(help="A TOML file; docs/training.md shows one.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Fields to set, such as run.steps=100.")
     ] = None,
@@ -161,6 +161,8 @@ def inspect(
     ] = False,
 ) -> None:
     """Show a checkpoint's config, parameters and bytes by part; reads headers only."""
+    if not Path(folder).is_dir() and folder not in BUILT_IN:
+        raise OvisError(f"{folder} is no folder; a repo is fetched by python -m convert.from_hf")
     path = find_source(folder).folder
     config = OvisConfig.from_folder(path)
     digests = checksums.recorded(path) if check else {}

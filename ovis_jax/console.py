@@ -36,7 +36,8 @@ def print_error(console: Console, error: object) -> None:
     if isinstance(error, CheckpointProblems):
         message = error.summary
     elif isinstance(error, OSError) and error.strerror:
-        message = f"{error.strerror}: {error.filename}"
+        where = "" if error.filename is None else f": {error.filename}"
+        message = f"{error.strerror}{where}"
     text = " ".join(printable(line.strip()) for line in str(message).splitlines())
     console.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
     if isinstance(error, CheckpointProblems):

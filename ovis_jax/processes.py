@@ -51,7 +51,8 @@ def start_processes(address: str, count: int, index: int, *, timeout: float = 30
 def _call_the_roll(host: str, port: int, count: int, timeout: float) -> None:
     """As process 0: wait until everybody has reported, and tell all who did how it went."""
     end = time.monotonic() + timeout
-    here: dict[int, socket.socket] = {}
+    here: set[int] = set()
+    callers: list[socket.socket] = []
     with contextlib.ExitStack() as opened:
         try:
             # At every interface, as JAX does after it.
@@ -64,7 +65,7 @@ def _call_the_roll(host: str, port: int, count: int, timeout: float) -> None:
             try:
                 caller, _ = server.accept()
             except TimeoutError:
-                missing = sorted(set(range(1, count)) - here.keys())
+                missing = sorted(set(range(1, count)) - here)
                 fault = (
                     f"after {timeout:g} s {len(missing)} of {count} processes are missing:"
                     f" {', '.join(map(str, missing))}; start each with the address {host}:{port}"
@@ -79,8 +80,9 @@ def _call_the_roll(host: str, port: int, count: int, timeout: float) -> None:
                 continue  # somebody else who knocked at this port
             if said in here or not 0 < said < count:
                 fault = f"a process reported as {said} of {count}, which is taken or out of range"
-            here.setdefault(said, caller)
-        for caller in here.values():
+            here.add(said)
+            callers.append(caller)
+        for caller in callers:
             with contextlib.suppress(OSError):
                 caller.sendall(f"{json.dumps(fault)}\n".encode())
                 # Whoever closes first keeps the port busy for a while: let it be the caller.

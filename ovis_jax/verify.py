@@ -51,22 +51,57 @@ class Stage:
         return self.difference <= self.tolerance
 
 
+class Case(dict[str, np.ndarray]):
+    """The fields of a golden file, which says which one it lacks."""
+
+    def __init__(self, golden: Path):
+        try:
+            file = np.load(golden)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds a single array")
+            with file:
+                super().__init__(file)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            raise RequestError(f"{golden} cannot be read as an .npz file: {error}") from error
+        self.golden = golden
+
+    def __missing__(self, field: str) -> np.ndarray:
+        raise RequestError(f"{self.golden} has no field {field}: it is no golden file of this kind")
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the results are of."""
+        try:
+            return json.loads(str(self["meta"]))
+        except ValueError as error:
+            raise RequestError(f"{self.golden}: the field meta is not JSON: {error}") from error
+
+    def check_blocks(self, depth: int) -> None:
+        """Refuse a model of another depth, whose blocks cannot be compared."""
+        if (found := len(self["llm_blocks"])) != depth:
+            raise RequestError(
+                f"{self.golden} has results of {found} decoder blocks, the model has {depth}: it is"
+                " of another model"
+            )
+
+
 def is_bfloat16(golden: Path) -> bool:
     """Whether a golden file was computed in bfloat16, so that the checkpoint is to be too."""
-    return _meta(_open(golden), golden).get("compute") == "bf16"
+    return Case(golden).meta.get("compute") == "bf16"
 
 
 def verify(processor: Processor, model: Ovis, params: Params, golden: Path) -> list[Stage]:
     """Compare a model, in the dtype that the golden file was computed in, with that file.
 
     Raises:
-      RequestError: the file is not a golden file, or images that it names are not found in a
-        folder `images` beside it or above it.
+      RequestError: the file is not a golden file, or is of another model, or images that it names
+        are not found in a folder `images` beside it or above it.
     """
-    case = _open(golden)
-    meta = _meta(case, golden)
+    case = Case(golden)
+    meta = case.meta
     if "rows" in meta:
-        return list(_batch_stages(processor, model, params, case, golden))
+        return list(_batch_stages(processor, model, params, case))
+    case.check_blocks(model.config.decoder.depth)
     made = _make_inputs(processor, meta, golden)
     pixels = case.get("pixel_values")
     if pixels is None:  # stored once, with the float32 results
@@ -80,9 +115,7 @@ def verify(processor: Processor, model: Ovis, params: Params, golden: Path) -> l
     return stages + list(compare(model, params, inputs, case))
 
 
-def _joint_stages(
-    model: Ovis, params: Params, inputs: Inputs, case: dict[str, np.ndarray]
-) -> Iterator[Stage]:
+def _joint_stages(model: Ovis, params: Params, inputs: Inputs, case: Case) -> Iterator[Stage]:
     """The whole model, each stage reading what the one before has given."""
     logits, states = forward(model, params, inputs, return_states=True)
     num_crops, length = case.get("visual_embeds", np.zeros(0)).shape[0], len(case["merged_mask"])
@@ -110,11 +143,9 @@ def _joint_stages(
     yield _token_stage(model, params, inputs, case["gen_tokens"][None], case["gen_margins"][None])
 
 
-def _batch_stages(
-    processor: Processor, model: Ovis, params: Params, case: dict[str, np.ndarray], golden: Path
-) -> Iterator[Stage]:
+def _batch_stages(processor: Processor, model: Ovis, params: Params, case: Case) -> Iterator[Stage]:
     """Rows of different lengths in one batch, against the same rows alone."""
-    rows = [_open(golden.with_name(f"{name}.npz")) for name in _meta(case, golden)["rows"]]
+    rows = [Case(case.golden.with_name(f"{name}.npz")) for name in case.meta["rows"]]
     pixels = np.concatenate([row["pixel_values"] for row in rows if "pixel_values" in row])
     inputs = processor.from_reference(case["input_ids"], pixels, case["attention_mask"])
     logits, states = forward(model, params, inputs, return_states=True)
@@ -139,9 +170,7 @@ def _token_stage(
     return Stage(f"{decided.sum()} greedy tokens", float(different.sum()), 0)
 
 
-def _separate_stages(
-    model: Ovis, params: Params, inputs: Inputs, case: dict[str, np.ndarray]
-) -> Iterator[Stage]:
+def _separate_stages(model: Ovis, params: Params, inputs: Inputs, case: Case) -> Iterator[Stage]:
     """Each stage by itself, fed with the stored output of the one before."""
     c, tree = model.config, params
 
@@ -184,20 +213,6 @@ def _separate_stages(
     table = tree["decoder"]["embed" if c.decoder.tie_embeddings else "unembed"]
     logits = decoder.unembed(c.decoder, x, tree["decoder"]["final_norm"], table)
     yield stage("logits", logits[0], case["logits"], LOGITS_TOLERANCE_BF16)
-
-
-def _open(golden: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(golden) as file:
-            return dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise RequestError(f"{golden} cannot be read as an .npz file: {error}") from error
-
-
-def _meta(case: dict[str, np.ndarray], golden: Path) -> dict[str, Any]:
-    if "meta" not in case:
-        raise RequestError(f"{golden} has no field meta: it is not a golden file of the original")
-    return json.loads(str(case["meta"]))
 
 
 def _make_inputs(processor: Processor, meta: dict[str, Any], golden: Path) -> Inputs:

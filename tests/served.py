@@ -5,10 +5,12 @@ import io
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import jaxtyping
 import numpy as np
 import pytest
@@ -18,20 +20,31 @@ from PIL import Image
 from ovis_jax.loading import LoadedOvis
 from ovis_jax.serving.answer import Event, Job, Piece
 from ovis_jax.serving.engine import Engine
+from ovis_jax.serving.listening import DrainingServer
 from ovis_jax.serving.prepare import Limits
 from ovis_jax.serving.steps import Steps
 
 SLOTS, MAX_LENGTH, PIECE, QUEUE = 4, 320, 24, 40
 LIMITS = Limits(max_body=2**20, max_images=3, max_pixels=250_000, max_tokens=250, seconds=120)
 
+ASK: dict[str, Any] = {"model": "ovis-tiny", "temperature": 0}
+ENDLESS: dict[str, Any] = {
+    "max_tokens": LIMITS.max_tokens,
+    "extra_body": {"repetition_penalty": 0.01},
+}
+"""A penalty below 1 makes a model repeat itself to the end."""
+
 
 @contextmanager
-def listening(app):
-    """Serve an application from a thread; gives the server and its URL."""
+def listening(app, engine: Engine | None = None, drain: float = 0.0):
+    """Serve an application from a thread; gives the server and its URL.
+
+    With an engine it stops as `ovis-jax serve` does, else as any server that knows nothing of it.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60)
-        server = uvicorn.Server(config)
+        server = DrainingServer(config, engine, drain) if engine else uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:
@@ -54,11 +67,16 @@ def compile_steps(ovis: LoadedOvis) -> Steps:
 
 def idle(engine: Engine) -> bool:
     """Whether nothing is going on, a moment after the last answer."""
-    end = time.monotonic() + 30
-    while engine.running or engine.waiting:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    until(lambda: not engine.running and not engine.waiting)
     return True
+
+
+def until(holds: Callable[[], Any]) -> None:
+    """Wait for what another thread does."""
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 @dataclass
@@ -92,3 +110,13 @@ def data_url(image: Image.Image) -> str:
 
 def shown(image: Image.Image, **more: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": data_url(image), **more}}
+
+
+def say(text: str, *images: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+def counted(url: str) -> dict[str, float]:
+    """What /metrics says, by name."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return {k: float(v) for k, v in (x.rsplit(" ", 1) for x in lines if x[:1] != "#")}

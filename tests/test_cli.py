@@ -51,6 +51,21 @@ def test_generate_prints_the_original_text(tmp_path):
     assert answer["prompt_positions"] == len(case["merged_mask"])
 
 
+def test_a_model_cut_over_devices(tmp_path):
+    """Of the eight that the tests' processes have."""
+    golden = GOLDEN / "cases" / "tiny-f32" / "wide.npz"
+    case = np.load(golden)
+    text = json.loads(str(case["meta"]))["text"]
+    ask = ["generate", "--model", MODEL, "--image", WIDE, "--prompt", text, "--max-new-tokens", 24]
+    result = run(*ask, "--tensor-parallel", 2, cwd=tmp_path)
+    assert result.stdout == str(case["original_generate_text"]) + "\n", result.stderr
+    message = refused(*ask, "--tensor-parallel", 16, cwd=tmp_path)
+    assert "mesh: data 1 x model 16 is 16 devices, and JAX has 8" in message
+    assert "letter A has size 4" in refused(*ask, "--tensor-parallel", 8, cwd=tmp_path)
+    result = run("verify", MODEL, golden, "--tensor-parallel", 2, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_generate_samples_by_its_seed(tmp_path):
     def answer(seed: int) -> list[int]:
         options = ["--temperature", 2.0, "--top-p", 0.95, "--top-k", 50, "--seed", seed]
@@ -79,6 +94,11 @@ def test_inspect_counts(tmp_path):
     assert table["all"][0] == len(index["weight_map"])
     assert table["all"][2] == index["metadata"]["total_size"] == 2 * table["all"][1]
     assert table["visual_embedding"] == [1, 69 * 64, 2 * 69 * 64]
+
+
+def test_inspect_fetches_nothing(tmp_path):
+    message = refused("inspect", "somebody/a-model", cwd=tmp_path)
+    assert "somebody/a-model is no folder; a repo is fetched by python -m convert" in message
 
 
 def test_verify_passes_and_fails(tmp_path):

@@ -73,3 +73,26 @@ def test_what_is_not_a_golden_file(load_golden, tmp_path):
     np.savez(text, other=np.zeros(3))
     with pytest.raises(RequestError, match="no field meta"):
         verify(ovis.processor, ovis.model, ovis.params, text)
+    np.savez(text, meta=np.array("{"))
+    with pytest.raises(RequestError, match="the field meta is not JSON"):
+        verify(ovis.processor, ovis.model, ovis.params, text)
+    text.write_bytes(b"")
+    with pytest.raises(RequestError, match="cannot be read as an .npz file"):
+        verify(ovis.processor, ovis.model, ovis.params, text)
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    with pytest.raises(RequestError, match="it holds a single array"):
+        verify(ovis.processor, ovis.model, ovis.params, tmp_path / "a.npy")
+
+
+def test_golden_file_that_lacks_something(load_golden, tmp_path):
+    ovis = load_golden("tiny-f32", "float32")
+    with np.load(GOLDEN / "cases" / "tiny-f32" / "text_only.npz") as file:
+        fields = dict(file)
+    cut = tmp_path / "cut.npz"
+    np.savez(cut, **(fields | {"llm_blocks": fields["llm_blocks"][:-1]}))
+    with pytest.raises(RequestError, match="results of 3 decoder blocks, the model has 4"):
+        verify(ovis.processor, ovis.model, ovis.params, cut)
+    del fields["logits"]
+    np.savez(cut, **fields)
+    with pytest.raises(RequestError, match="has no field logits"):
+        verify(ovis.processor, ovis.model, ovis.params, cut)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ovis_jax.checkpoint.hub import digests
-from ovis_jax.checkpoint.problems import CheckpointProblems, Problem
+from ovis_jax.checkpoint.problems import CheckpointProblems, Problem, naming_file
 from ovis_jax.checkpoint.source import Source
 from ovis_jax.checkpoint.writer import CONVERSION_FILE
 from ovis_jax.errors import OvisError
@@ -57,7 +57,7 @@ def recorded(folder: Path) -> Mapping[str, str]:
 
     Raises:
       OvisError: it is no converted folder, or was made without checksums.
-      CheckpointError: conversion.json cannot be read.
+      ConfigError: conversion.json cannot be read.
     """
     path = folder / CONVERSION_FILE
     digests = read_json(path).get("sha256") if path.exists() else None
@@ -75,7 +75,7 @@ def sha256(path: Path) -> str:
     Raises:
       OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with naming_file(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -12,12 +12,12 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from ovis_jax.checkpoint.problems import ShardProblems
+from ovis_jax.checkpoint.problems import ShardProblems, naming_file
 from ovis_jax.errors import CheckpointError, OvisError
 
 JOURNAL_FILE = "journal.jsonl"
@@ -94,7 +94,8 @@ class Journal:
             )
         # Without a line that was cut short, which the next one would continue.
         whole = "".join(json.dumps(line) + "\n" for line in lines)
-        self._path.write_text(whole, encoding="utf-8")
+        with naming_file(self._path):
+            self._path.write_text(whole, encoding="utf-8")
 
     def _lines(self) -> list[dict[str, Any]]:
         """The lines as far as they are whole."""
@@ -114,7 +115,7 @@ class Journal:
     def mark(self, name: str, written: Written) -> None:
         """Note how far a file has been written; the file itself must have been flushed."""
         line = {"file": name, "bytes": written.size, "digest": written.digest.hexdigest()}
-        with self._path.open("a", encoding="utf-8") as file:
+        with naming_file(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def standing(self, name: str) -> Written:
@@ -130,7 +131,7 @@ class Journal:
         if not path.exists() or not marks:
             return new
         kept, size, digest = new, 0, new.digest.copy()
-        with path.open("rb") as file:
+        with naming_file(path), path.open("rb") as file:
             for end in sorted(marks):
                 for piece in _read(file, end - size):
                     digest.update(piece)
@@ -165,24 +166,58 @@ def unfinished(
       checksums: see `Journal`.
 
     Raises:
-      OvisError: another process is writing it, or what stands was begun with other facts.
+      OvisError: another process is writing it, what stands was begun with other facts, or it holds
+        files of something else.
       OSError: a folder cannot be made or renamed.
     """
     folder, partial = folder.resolve(), _partial(folder)
     partial.mkdir(parents=True, exist_ok=True)
+    ended = partial.with_name(f"{partial.name}.journal")
     with _held(partial):
+        _take_up(partial, ended)
         journal = Journal(partial, checksums=checksums)
         journal.begin(facts)
         try:
             yield partial, journal
         except CheckpointError as error:
             if not isinstance(error, ShardProblems):
-                shutil.rmtree(partial, ignore_errors=True)
+                _remove(partial)
             raise
-        (partial / JOURNAL_FILE).unlink()
+        # Beside it until it has its name, for a kill between the two.
+        (partial / JOURNAL_FILE).rename(ended)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
+        ended.unlink()
+
+
+def _take_up(partial: Path, ended: Path) -> None:
+    """Hold a folder to be empty or of an earlier attempt, whose journal may stand beside it.
+
+    Raises:
+      OvisError: it holds files, and no journal.
+      OSError: a folder cannot be read, or a journal moved.
+    """
+    if (partial / JOURNAL_FILE).exists():
+        return
+    if not any(partial.iterdir()):
+        ended.unlink(missing_ok=True)
+    elif ended.exists():
+        ended.rename(partial / JOURNAL_FILE)
+    else:
+        raise OvisError(
+            f"{partial} holds files of something else: there is no {JOURNAL_FILE}; move them, or"
+            " give another destination"
+        )
+
+
+def _remove(partial: Path) -> None:
+    """Remove an unfinished folder, its journal last: what is left of it is then known as ours."""
+    with suppress(OSError):
+        for path in partial.iterdir():
+            if path.name != JOURNAL_FILE:
+                path.unlink()
+        shutil.rmtree(partial)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from ovis_jax.checkpoint.folder import CheckpointFolder, ReadHeader, header_there, open_checkpoint
 from ovis_jax.checkpoint.keymap import Plan, account, hub_keys, own_keys
-from ovis_jax.checkpoint.problems import Problem
+from ovis_jax.checkpoint.problems import Problem, naming_file
 from ovis_jax.checkpoint.safetensors_files import DTYPES, TensorEntry, map_file, view_tensor
 from ovis_jax.checkpoint.writer import (
     CONVERSION_FILE,
@@ -74,6 +74,7 @@ def is_converted(folder: Path) -> bool:
 
     Raises:
       CheckpointError: it was, in a format of another version.
+      ConfigError: conversion.json cannot be read.
     """
     path = folder / CONVERSION_FILE
     if not path.exists():
@@ -217,7 +218,8 @@ def save_params(
     """
     leaves = cut_padding(flatten_dict(params, sep="/"), param_axes(config), config)
     listing = list_arrays("params", leaves)
-    stored = None if dtype is not None else next((t.dtype for t in listing.tensors), "F32")
+    known = (entry.dtype for entry in listing.tensors if entry.dtype in DTYPES)
+    stored = None if dtype is not None else next(known, None)
     account(listing, config, own_keys(config), stored)
     target = stored or dtype_name(dtype)
     tensors = {path: (target, shape) for path, shape in param_shapes(config).items()}
@@ -232,7 +234,8 @@ def save_params(
         write_json(partial / "config.json", with_dtype(config_json, target))
         write_json(partial / "generation_config.json", generation_json)
         for name, content in (files or {}).items():
-            (partial / name).write_bytes(content)
+            with naming_file(partial / name):
+                (partial / name).write_bytes(content)
         write_json(partial / CONVERSION_FILE, conversion_record(tensors, digests))
 
 

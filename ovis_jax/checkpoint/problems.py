@@ -1,7 +1,10 @@
 """What is wrong with a checkpoint, one row a fault, collected so that all are told at once."""
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from ovis_jax.errors import CheckpointError
 
@@ -33,6 +36,22 @@ class CheckpointProblems(CheckpointError):
 
 class ShardProblems(CheckpointProblems):
     """Faults of a file that was fetched; what was made of the files before it is right."""
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Give an error of the system the name of the file, which only opening one gives it.
+
+    Raises:
+      OSError: the block did; of a full disk it says what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        advice = "; make room for" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise OSError(error.errno, f"{error.strerror}{advice}", str(path)) from error
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from ovis_jax.checkpoint.problems import Problem, printable
+from ovis_jax.checkpoint.problems import Problem, naming_file, printable
 from ovis_jax.errors import CheckpointError
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -67,7 +67,7 @@ def read_header(path: Path) -> Header:
     Raises:
       OSError: the file cannot be opened or read.
     """
-    with path.open("rb") as file:
+    with naming_file(path), path.open("rb") as file:
         return parse_header(path, file)
 
 
@@ -214,7 +214,7 @@ def read_chunks(entry: TensorEntry, size: int = CHUNK) -> Iterator[memoryview]:
     """
     left = entry.stop - entry.start
     buffers = [memoryview(bytearray(min(size, left))) for _ in range(3)]
-    with entry.path.open("rb") as file:
+    with naming_file(entry.path), entry.path.open("rb") as file:
         file.seek(entry.start)
         while left:
             buffers.append(buffers.pop(0))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ovis_jax.checkpoint.journal import MARK_BYTES, Journal, Written
+from ovis_jax.checkpoint.problems import naming_file
 from ovis_jax.checkpoint.safetensors_files import ITEM_BYTES
 
 _ALIGNMENT = 64  # where a CPU device can use mapped memory as it is
@@ -68,7 +69,7 @@ def write_file(
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     written = Written(0, hashlib.sha256()) if journal is None else journal.standing(path.name)
     mode = "xb" if journal is None else "r+b" if written.size else "wb"
-    with path.open(mode) as file, ThreadPoolExecutor(2) as threads:
+    with naming_file(path), path.open(mode) as file, ThreadPoolExecutor(2) as threads:
         file.truncate(written.size)
         file.seek(written.size)
         hashed = threads.submit(lambda: None)

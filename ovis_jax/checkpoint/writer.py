@@ -15,7 +15,7 @@ import numpy as np
 
 from ovis_jax.checkpoint.folder import INDEX_FILE
 from ovis_jax.checkpoint.journal import Journal
-from ovis_jax.checkpoint.problems import printable
+from ovis_jax.checkpoint.problems import naming_file, printable
 from ovis_jax.checkpoint.safetensors_files import CHUNK, DTYPES
 from ovis_jax.checkpoint.safetensors_stream import write_file
 from ovis_jax.errors import CheckpointError, OvisError
@@ -149,8 +149,13 @@ def write_tensors(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object as JSON, as the Hub lays it out."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Write an object as JSON, as the Hub lays it out.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    with naming_file(path):
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def cast(path: str, array: np.ndarray, dtype: str) -> np.ndarray:

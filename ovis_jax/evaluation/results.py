@@ -107,7 +107,8 @@ class Results:
 
 def _lines(path: Path, text: bytes) -> list[dict[str, Any]]:
     try:
-        values = [json.loads(line) for line in text.decode("utf-8").splitlines()]
+        # Not splitlines(), which takes characters that JSON leaves as they are for ends of lines.
+        values = [json.loads(line) for line in text.decode("utf-8").split("\n")[:-1]]
         if all(isinstance(value, dict) for value in values):
             return values
     except ValueError:

@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
 from ovis_jax.errors import RequestError
-from ovis_jax.inference.sampling import Sampling, pick
+from ovis_jax.inference.sampling import Sampling, images_key, pick
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.mesh_axes import replicated, with_automatic_axes
 from ovis_jax.model.kv_cache import Cache
@@ -150,7 +150,7 @@ def _request(
             f"inputs: tokens are {inputs.tokens.shape} and positions {inputs.positions.shape}, "
             "expected [B, T] for both"
         )
-    sampling.check()
+    sampling.check(inputs.tokens.shape[0])
     if sampling.temperature is not None and key is None:
         raise RequestError("sampling with a temperature needs a key: pass jax.random.key(seed)")
     ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
@@ -164,7 +164,8 @@ def _begin(
 ) -> tuple[_State, Generation]:
     """Read the prompts and write the first `width` tokens."""
     B, T = inputs.tokens.shape
-    logits, cache = model.prefill(params, inputs, T + max_new_tokens, request.key)
+    key = None if request.key is None else images_key(request.key)
+    logits, cache = model.prefill(params, inputs, T + max_new_tokens, key)
     penalty = request.sampling.repetition_penalty is not None
     state = _State(
         cache=cache,

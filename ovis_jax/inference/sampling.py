@@ -1,6 +1,8 @@
 """How the next token is chosen: pure functions of logits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Key
 
 from ovis_jax.errors import RequestError
+
+MOST = 2**31 - 1
+"""The largest top_k: what int32 holds."""
 
 
 @jax.tree_util.register_dataclass
@@ -26,19 +31,26 @@ class Sampling:
     temperature: ArrayLike | None = None
     """Divides the logits; None or 0 takes the likeliest token."""
     top_k: ArrayLike | None = None
-    """Keep the k likeliest tokens, at least 1."""
+    """Keep the k likeliest tokens, a whole number of at least 1."""
     top_p: ArrayLike | None = None
     """Keep the fewest likeliest tokens whose probabilities reach p, in (0, 1]."""
     repetition_penalty: ArrayLike | None = None
     """Divides positive and multiplies negative logits of tokens generated before, above 0. The
     prompt does not count, as in the original, which hands its prompts over as embeddings."""
 
-    def check(self) -> None:
-        """Raise `RequestError` for a value out of range; traced values cannot be checked."""
-        self._check("temperature", lambda x: x >= 0, "at least 0")
-        self._check("top_k", lambda x: x >= 1, "at least 1")
-        self._check("top_p", lambda x: (0 < x) & (x <= 1), "above 0 and at most 1")
-        self._check("repetition_penalty", lambda x: x > 0, "above 0")
+    def check(self, rows: int | None = None) -> None:
+        """Raise `RequestError` for a value out of range, or an array not of one value a row.
+
+        Traced values cannot be checked, but for their shape.
+        """
+        self._check("temperature", rows, lambda x: x >= 0, "at least 0")
+        self._check(
+            *("top_k", rows),
+            lambda x: (x >= 1) & (x <= MOST) & (x == np.floor(x)),
+            f"a whole number from 1 to {MOST}",
+        )
+        self._check("top_p", rows, lambda x: (0 < x) & (x <= 1), "above 0 and at most 1")
+        self._check("repetition_penalty", rows, lambda x: x > 0, "above 0")
         if self.temperature is None and (self.top_k is not None or self.top_p is not None):
             raise RequestError(
                 "sampling: top_k and top_p need a temperature; without one the "
@@ -53,11 +65,18 @@ class Sampling:
             *(None if v is None else jnp.asarray(v, d) for v, d in zip(values, dtypes, strict=True))
         )
 
-    def _check(self, name: str, holds, expected: str) -> None:
+    def _check(
+        self, name: str, rows: int | None, holds: Callable[[Any], Any], expected: str
+    ) -> None:
         value = getattr(self, name)
-        if value is None or isinstance(value, Tracer):
+        if value is None:
             return
-        if not np.all(holds(np.asarray(value))):
+        if rows is not None and np.shape(value) not in ((), (1,), (rows,)):
+            raise RequestError(
+                f"sampling: {name} has shape {np.shape(value)}, expected a number or one value for"
+                f" each of {rows} rows"
+            )
+        if not isinstance(value, Tracer) and not np.all(holds(np.asarray(value))):
             raise RequestError(f"sampling: {name} is {value}, expected {expected}")
 
 
@@ -91,6 +110,11 @@ def pick(
         logits = keep_top_p(logits, _column(sampling.top_p))
     drawn = jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
     return jnp.where(greedy, likeliest, drawn)
+
+
+def images_key(key: Key[Array, ""]) -> Key[Array, ""]:
+    """The key of what is drawn while images are read; token n is drawn with `fold_in(key, n)`."""
+    return jax.random.fold_in(key, 2**32 - 1)
 
 
 def penalise(

@@ -148,7 +148,7 @@ def nearest_tokens(
 
 def _lengths(rows: Float[Array, "n D"]) -> Float[Array, "n"]:
     """The length of each row, and something above 0 for a row of zeros, whose cosine is then 0."""
-    return jnp.maximum(jnp.linalg.norm(rows.astype(jnp.float32), axis=-1), 1e-30)
+    return jnp.maximum(jnp.linalg.norm(rows.astype(jnp.float32), axis=-1), 1e-15)
 
 
 def _check_k(k: int, most: int, what: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -113,7 +113,8 @@ class Processor:
             raise PromptError("prompts must be a list of at least one prompt")
         batch = len(prompts)
         image_lists = [()] * batch if images is None else images
-        partitions = [max_partition] * batch if np.ndim(max_partition) == 0 else max_partition
+        one = np.ndim(max_partition) == 0
+        partitions = cast(Sequence[int], [max_partition] * batch if one else max_partition)
         prefaces = [preface] * batch if isinstance(preface, str) else preface
         arguments = zip(
             prompts,

@@ -43,12 +43,11 @@ def smallest_change(case: Case, more: int = 0) -> tuple[str, Case] | None:
     def still(**changed: int) -> bool:
         return fits(replace(case, **changed), more)
 
-    batch = _largest(case.batch - 1, case.data, lambda n: still(batch=n))
+    batch = _largest(0, case.batch - 1, case.data, lambda n: still(batch=n))
     if batch:
         return f"--batch {batch}", replace(case, batch=batch)
-    length = _largest(
-        case.max_length - 1, LENGTH_STEP, lambda n: fits(replace(case, max_length=n), more)
-    )
+    least, most = max(case.visual_positions, 1), case.max_length - 1
+    length = _largest(least - 1, most, LENGTH_STEP, lambda n: still(max_length=n))
     if length:
         return f"--max-length {length}", replace(case, max_length=length)
     for topology in case.topology.larger():
@@ -59,10 +58,14 @@ def smallest_change(case: Case, more: int = 0) -> tuple[str, Case] | None:
     return None
 
 
-def _largest(limit: int, step: int, good: Callable[[int], bool]) -> int:
-    """The largest multiple of `step` up to a limit that is good, where smaller ones are; else 0."""
-    low, high = 0, limit // step
+def _largest(low: int, high: int, step: int, good: Callable[[int], bool]) -> int:
+    """The largest multiple of `step` above `low`, up to `high`, that is good; 0 if there is none.
+
+    Of those above `low` that are smaller than a good one, each is good.
+    """
+    none, high = low // step, high // step
+    low = none
     while low < high:
         middle = -(-(low + high) // 2)
         low, high = (middle, high) if good(middle * step) else (low, middle - 1)
-    return low * step
+    return 0 if low == none else low * step

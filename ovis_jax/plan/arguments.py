@@ -46,6 +46,12 @@ class Case:
         return bucket(self.batch * self.images * crops_an_image(self.max_partition), CROP_BUCKET)
 
     @property
+    def visual_positions(self) -> int:
+        """The visual tokens of a row."""
+        tokens = self.config.visual_tokenizer.tokens_per_crop
+        return self.images * crops_an_image(self.max_partition) * tokens
+
+    @property
     def item_bytes(self) -> int:
         """Bytes of one weight."""
         return jnp.dtype(self.dtype).itemsize
@@ -74,13 +80,11 @@ class Case:
                 f"letter B has size {self.batch}, which mesh axis 'data' of size {self.data} does"
                 f" not divide; use a batch that is a multiple of {self.data}, or a smaller 'data'"
             )
-        tokens = self.config.visual_tokenizer.tokens_per_crop
-        visual = self.images * crops_an_image(self.max_partition) * tokens
-        if visual > self.max_length:
+        if self.visual_positions > self.max_length:
             raise OvisError(
                 f"{self.images} images of up to {crops_an_image(self.max_partition)} crops take"
-                f" {visual} positions, max-length is {self.max_length}; use fewer images, a"
-                " smaller max-partition or a longer max-length"
+                f" {self.visual_positions} positions, max-length is {self.max_length}; use fewer"
+                " images, a smaller max-partition or a longer max-length"
             )
 
 
@@ -144,10 +148,15 @@ def inputs(case: Case, mesh: Mesh | AbstractMesh) -> Inputs:
     vision = case.config.vision
     side = vision.image_size
     sizes = (case.crops, side, side, vision.num_channels)
-    over = None if case.crops % case.data else TENSOR["B"]
+    over = None if crops_a_device(case) == case.crops else TENSOR["B"]
     place = NamedSharding(mesh, PartitionSpec(over))
     pixels: Any = jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=place)
     return Inputs(rows, rows, pixels)
+
+
+def crops_a_device(case: Case) -> int:
+    """How many crops a device looks at: all where "data" does not divide them."""
+    return case.crops if case.crops % case.data else case.crops // case.data
 
 
 def matrix_shapes(case: Case) -> list[tuple[int, ...]]:

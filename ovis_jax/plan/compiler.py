@@ -99,10 +99,15 @@ def devices_of(topology: Topology) -> list[Any]:
         return topologies.get_topology_desc(
             platform="cuda", topology_name=shape, topology=shape, target_config=target
         ).devices
-    # One chip is no whole host, which libtpu takes for granted.
-    alone = {"chips_per_host_bounds": (1, 1, 1)} if set(topology.shape) == {"1", "x"} else {}
+    options: dict[str, Any] = {}
+    if set(topology.shape) == {"1", "x"}:
+        # One chip is no whole host, which libtpu takes for granted.
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if topology.kind == "v4":
+        # Both cores of a chip as one device, as its hosts show them; libtpu alone takes them apart.
+        options["chip_config_name"] = "megacore"
     return topologies.get_topology_desc(
-        platform="tpu", topology_name=topology.name, **alone
+        platform="tpu", topology_name=topology.name, **options
     ).devices
 
 

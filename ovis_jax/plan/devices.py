@@ -37,7 +37,7 @@ _COUNTS = tuple(str(n) for n in range(1, 9))
 # bandwidth: the h100_sxm and a100_sxm_80 target specs of OpenXLA; flops and links (NVLink, 900 and
 # 600 GB/s in both directions): NVIDIA's H100 and A100 data sheets, SXM, 80 GB.
 DEVICES = {
-    "v4": Device("tpu", int(15.25 * GIB), 0.6e12, 137.5e12, 75e9, _CUBES, 2),
+    "v4": Device("tpu", int(30.75 * GIB), 1.2e12, 275e12, 150e9, _CUBES),
     "v5e": Device("tpu", int(15.75 * GIB), 0.819e12, 197e12, 200e9, _FLAT),
     "v5p": Device("tpu", int(95.74 * GIB), 2.765e12, 459e12, 600e9, _CUBES),
     "v6e": Device("tpu", int(31.25 * GIB), 1.638e12, 918e12, 400e9, _FLAT),

@@ -117,13 +117,13 @@ def prefill_temp(case: Case) -> int:
 def vision_temp(case: Case) -> int:
     """Estimate of the temporary arrays of all crops' features and visual words, in bytes.
 
-    With I crops, m = model and s bytes an item, the larger of I P (3 s E + 4 E + s (4E + 2F) / m),
-    a SigLIP block beside its residual, with its `_scores`, and of R W/m (4 + s), logits and
-    probabilities of the visual words of the R tokens that are looked at together; and the pixels,
-    4 I h w C.
+    With I crops on a device, m = model and s bytes an item, the larger of
+    I P (3 s E + 4 E + s (4E + 2F) / m), a SigLIP block beside its residual, with its `_scores`, and
+    of R W/m (4 + s), logits and probabilities of the visual words of the R tokens that are looked
+    at together; and the pixels, 4 I h w C.
     """
     tokenizer, vision = case.config.visual_tokenizer, case.config.vision
-    s, m, crops = case.item_bytes, case.model, case.crops
+    s, m, crops = case.item_bytes, case.model, arguments.crops_a_device(case)
     E, P = vision.width, vision.num_patches
     block = crops * P * ((3 * s + FLOAT32) * E + s * (4 * E + 2 * vision.mlp_width) // m)
     block += _scores(case, "vision", crops, vision.num_heads, P)

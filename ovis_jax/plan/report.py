@@ -45,6 +45,7 @@ def make_plan(
     measured = [step for step in compiled.values() if "error" not in step]
     if measured:
         activations = max(step["temp"] for step in measured)
+    if compiled:
         peak = max(_resident(case, need, name, step) for name, step in compiled.items())
     usable = usable_bytes(case)
     over = max(peak - usable, 0)

@@ -64,7 +64,9 @@ class Job:
       top: None if no log-probabilities are asked for, else how many of the likeliest tokens.
       whole: whether an answer is to be told of once, when it is complete.
       cancelled: set when nobody wants the answers any more.
-      prompt_seconds, completion_tokens: what became of it; the engine counts.
+      first_token: when the first one was picked, by `time.monotonic`; None before.
+      completion_tokens: written so far, of all its answers.
+      unfinished: answers that are not complete yet.
     """
 
     tokens: np.ndarray

@@ -33,10 +33,13 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     413: {"description": "The body is too large."},
     422: {"description": "The body is not as described here."},
     429: {"description": "Too many requests are waiting."},
-    503: {"description": "The server is shutting down, or the answer took too long."},
+    503: {"description": "The server stops, its model failed, or the answer took too long."},
 }
 for _refusal in REFUSALS.values():
     _refusal["model"] = ErrorBody
+
+LAST_WORDS = 10
+"""Seconds, behind those of a drain, in which those who were not finished are told so."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,8 @@ class Server:
     """What the routes share."""
 
     engine: Engine
-    processor: Processor
+    prepare: Preparation
     name: str
-    limits: Limits
     drain: float
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
@@ -54,8 +56,7 @@ class Server:
     async def answer(self, body: ChatRequest, request: Request) -> Response:
         """Answer one request, whole or as a stream."""
         self.check_model(body.model)
-        if self.engine.closed:
-            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        self.check_engine()
         if self.engine.full:  # before anything is decoded for nothing
             raise ApiError(429, "too many requests are waiting; try later", code="queue_full")
         arrived = time.monotonic()
@@ -65,16 +66,16 @@ class Server:
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        limits, engine = self.limits, self.engine
-        prepare = Preparation(self.processor, limits, engine.max_length, engine.num_slots)
-        job = await prepare(body, emit)
+        engine = self.engine
+        job = await self.prepare(body, emit)
         try:
             engine.submit(job)
         except QueueFull as error:
             raise ApiError(429, str(error), code="queue_full") from None
-        except Closed as error:
-            raise ApiError(503, str(error), code="shutting_down") from None
-        reply = Reply(self.name, job, self.processor.tokenizer)
+        except Closed:
+            self.check_engine()
+            raise
+        reply = Reply(self.name, job, self.prepare.processor.tokenizer)
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
 
@@ -86,7 +87,7 @@ class Server:
                 sep="\n",
                 client_close_handler_callable=gone,
                 shutdown_event=anyio.Event(),
-                shutdown_grace_period=self.drain,
+                shutdown_grace_period=self.drain + LAST_WORDS,
             )
         return await self._whole(reply, events, request, arrived)
 
@@ -129,6 +130,11 @@ class Server:
     def _end(self, job: Job, arrived: float) -> None:
         self.engine.cancel(job)
         self.metrics.done(job, arrived, time.monotonic())
+
+    def check_engine(self) -> None:
+        """Raise `ApiError` where the engine takes no more jobs."""
+        if over := self.engine.over:
+            raise ApiError(503, over.message, code=over.code)
 
     def check_model(self, name: str) -> None:
         """Raise `ApiError` for a model that is not served here."""
@@ -181,7 +187,8 @@ def make_app(
       drain: seconds that streams may go on while the server shuts down.
     """
     limits = limits or Limits()
-    server = Server(engine, processor, name, limits, drain, Metrics(engine))
+    prepare = Preparation(processor, limits, engine.max_length, engine.num_slots)
+    server = Server(engine, prepare, name, drain, Metrics(engine))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

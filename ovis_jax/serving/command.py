@@ -1,5 +1,6 @@
 """The command `ovis-jax serve`."""
 
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -16,6 +17,7 @@ from ovis_jax.console import (
 )
 from ovis_jax.errors import OvisError
 from ovis_jax.loading import load
+from ovis_jax.serving.decoding import MAX_PIXELS
 
 API_KEY = "OVIS_API_KEY"
 
@@ -36,7 +38,9 @@ def serve(
     piece: Annotated[int, typer.Option(min=1, help="Prompt positions read at a time.")] = 128,
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 2048,
     max_images: Annotated[int, typer.Option(min=0, help="Images of a request.")] = 16,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of an image.")] = 40_000_000,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Pixels of a request's images together.")
+    ] = MAX_PIXELS,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 32 * 2**20,
     max_partition: MaxPartition = 9,
     seconds: Annotated[float, typer.Option(min=0.1, help="Time of a request.")] = 300.0,
@@ -52,8 +56,9 @@ def serve(
     try:
         import uvicorn
 
-        from ovis_jax.serving.app import make_app
+        from ovis_jax.serving.app import LAST_WORDS, make_app
         from ovis_jax.serving.engine import Engine
+        from ovis_jax.serving.listening import DrainingServer, bound, port_of, url
         from ovis_jax.serving.prepare import Limits
         from ovis_jax.serving.steps import Steps
     except ModuleNotFoundError as error:
@@ -63,30 +68,31 @@ def serve(
         raise OvisError(f"the API key is empty; give one, or unset {API_KEY} for an open server")
     if host not in ("127.0.0.1", "::1", "localhost") and api_key is None:
         notes.print(f"note: {host} may be reached by others, and no --api-key is set")
-    mesh = mesh_axes.tensor_parallel(tensor_parallel)
-    ovis = load(model, dtype=dtype, adapters=adapters, mesh=mesh)
-    # A prompt as long as the model reads, and room for an answer behind it.
-    length = max_length or ovis.config.multimodal_max_length + max_tokens
-    notes.print(f"compiling for {slots} slots of {length} positions")
-    steps = Steps(ovis.model, ovis.params, num_slots=slots, max_length=length, piece=piece)
-    engine = Engine(ovis, steps, queue=queue)
-    limits = Limits(
-        max_body=max_body,
-        max_images=max_images,
-        max_pixels=max_pixels,
-        max_tokens=max_tokens,
-        seconds=seconds,
-        max_partition=max_partition,
-        remote_images=allow_remote_images,
-    )
-    title = name or model_name(model)
-    app = make_app(engine, ovis.processor, title, limits=limits, api_key=api_key, drain=drain)
-    notes.print(f"serving {title!r} at http://{host}:{port}/v1")
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        limit_concurrency=4 * (slots + queue) + 64,
-        timeout_graceful_shutdown=int(drain) + 1,
-    )
+    with bound(host, port) as listeners:  # a port that is taken is told of before the long part
+        mesh = mesh_axes.tensor_parallel(tensor_parallel)
+        ovis = load(model, dtype=dtype, adapters=adapters, mesh=mesh)
+        # A prompt as long as the model reads, and room for an answer behind it.
+        length = max_length or ovis.config.multimodal_max_length + max_tokens
+        notes.print(f"compiling for {slots} slots of {length} positions")
+        steps = Steps(ovis.model, ovis.params, num_slots=slots, max_length=length, piece=piece)
+        engine = Engine(ovis, steps, queue=queue)
+        limits = Limits(
+            max_body=max_body,
+            max_images=max_images,
+            max_pixels=max_pixels,
+            max_tokens=max_tokens,
+            seconds=seconds,
+            max_partition=max_partition,
+            remote_images=allow_remote_images,
+        )
+        title = name or model_name(model)
+        app = make_app(engine, ovis.processor, title, limits=limits, api_key=api_key, drain=drain)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            limit_concurrency=4 * (slots + queue) + 64,
+            timeout_graceful_shutdown=LAST_WORDS,
+        )
+        notes.print(f"serving {title!r} at {url(host, port_of(listeners[0]))}/v1", soft_wrap=True)
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again behind the shut-down
+            DrainingServer(config, engine, drain).run(sockets=listeners)

@@ -62,7 +62,7 @@ class Engine:
         if queue < 1:
             raise RequestError(f"serve: queue is {queue}, expected at least 1")
         self.max_length, self.num_slots = steps.max_length, steps.num_slots
-        self.error: str | None = None
+        self._broken = False
         self._tokenizer, self._eos_ids = ovis.processor.tokenizer, ovis.config.eos_ids
         self._steps = steps
         self._slots, self._reading = steps.empty_slots(), steps.empty_reading()
@@ -91,9 +91,14 @@ class Engine:
         return len(self._waiting) >= self._queue
 
     @property
+    def over(self) -> Failed | None:
+        """Why the engine takes no more jobs; None while it does."""
+        return BROKEN if self._broken else STOPPED if self._closing else None
+
+    @property
     def closed(self) -> bool:
         """Whether the engine takes no more jobs."""
-        return self._closing or self.error is not None
+        return self.over is not None
 
     def submit(self, job: Job) -> None:
         """Let a job wait for its turn.
@@ -103,8 +108,8 @@ class Engine:
           Closed: the engine is shutting down, or the model cannot run any more.
         """
         with self._wake:
-            if self.closed:
-                raise Closed(self.error or STOPPED.message)
+            if self.over:
+                raise Closed(self.over.message)
             if self.full:
                 raise QueueFull(f"{self._queue} requests are waiting, as many as may; try later")
             self._waiting.append(job)
@@ -138,7 +143,7 @@ class Engine:
                 except Exception:
                     log.exception("the model cannot run any more")
                     with self._wake:
-                        self.error = BROKEN.message
+                        self._broken = True
                     self._fail(BROKEN)
                     return
 

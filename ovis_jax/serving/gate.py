@@ -41,8 +41,12 @@ class Gate:
             await self._app(scope, receive, send)
             return
 
+        started = False
+
         async def counted(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 self._count(message["status"])
             await send(message)
 
@@ -51,7 +55,12 @@ class Gate:
         if refusal is not None:
             await refusal.response()(scope, receive, counted)
         else:
-            await self._app(scope, self._limited(receive), counted)
+            try:
+                await self._app(scope, self._limited(receive), counted)
+            except Exception:  # what answers it stands before this middleware
+                if not started:
+                    self._count(500)
+                raise
 
     def _refusal(self, headers: dict[bytes, bytes]) -> ApiError | None:
         if self._key is not None:

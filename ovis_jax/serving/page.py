@@ -20,7 +20,13 @@ from ovis_jax.loading import LoadedOvis  # noqa: E402
 from ovis_jax.serving import panel  # noqa: E402
 from ovis_jax.serving.own_sources import OwnSourcesOnly  # noqa: E402
 from ovis_jax.serving.talk import Talk  # noqa: E402
-from ovis_jax.serving.visits import EMPTY, Visits, begin_anew, take_example  # noqa: E402
+from ovis_jax.serving.visits import (  # noqa: E402
+    EMPTY,
+    Visits,
+    begin_anew,
+    give_back,
+    take_example,
+)
 
 ASSETS = Path(__file__).parents[1] / "assets" / "page"
 EXAMPLES = {
@@ -89,9 +95,17 @@ def build(ovis: LoadedOvis, name: str) -> gr.Blocks:
             "outputs": [chat, talk, box, note, new],
             "concurrency_limit": 1,
         }
+        # Where Gradio refuses a control before `answer` is called, or `answer` itself fails.
+        failed: dict[str, Any] = quiet | {
+            "fn": give_back,
+            "inputs": [chat, talk, message],
+            "outputs": answer["outputs"],
+            "concurrency_limit": None,
+        }
         gr.on([box.change, partition.change], **look)
-        box.submit(**ask).success(**answer)
-        chat.example_select(take_example, None, box, **quiet).success(**ask).success(**answer)
+        box.submit(**ask).success(**answer).failure(**failed)
+        example = chat.example_select(take_example, None, box, **quiet)
+        example.success(**ask).success(**answer).failure(**failed)
         box.stop(visits.stop, queue=False, **quiet)
         anew = [chat, talk, box, note, shown, seen]
         gr.on([new.click, chat.clear], begin_anew, None, anew, **quiet)
@@ -167,7 +181,13 @@ def _controls() -> list[Component]:
         gr.Slider(0, 200, 0, step=1, label="Top k", info="0 keeps all", elem_id="top-k"),
         gr.Dropdown(LONGEST, value=512, label="Longest answer, in tokens", elem_id="longest"),
         gr.Number(
-            0, label="Seed", info="for temperatures above 0", precision=0, minimum=0, elem_id="seed"
+            0,
+            label="Seed",
+            info="for temperatures above 0",
+            precision=0,
+            minimum=0,
+            maximum=2**32 - 1,
+            elem_id="seed",
         ),
     ]
 

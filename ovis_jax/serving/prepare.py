@@ -4,23 +4,28 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ovis_jax.errors import ImageError, PromptError
+from ovis_jax.errors import ImageError, PromptError, PromptTooLong
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.conversation import IMAGE_TEXT, Turn
 from ovis_jax.inputs.image import IMAGE_SLOT
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.serving.answer import Event, Job
-from ovis_jax.serving.images import ImageLimits, decode, read_image
+from ovis_jax.serving.decoding import MAX_PIXELS
+from ovis_jax.serving.images import ImageLimits, decode, fetch_image, open_images
 from ovis_jax.serving.refusals import ApiError
 from ovis_jax.serving.schema import ChatRequest, ImagePart, Message, TextPart
 
 LONGEST_PIECE = 64
 """Characters a token could have: a text with more than so many a position is not even read."""
+
+AT_ONCE = 2
+"""Requests whose images are in memory at the same time."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +35,16 @@ class Limits:
     Attributes:
       max_body: bytes of its body.
       max_images: images.
-      max_pixels: pixels of an image.
+      max_pixels: pixels of its images together.
       max_tokens: tokens of an answer.
-      seconds: from its arrival to its last token.
+      seconds: that its body may take to arrive, and then its answer to its last token.
       max_partition: the most cells an image is cut into.
       remote_images: whether images of other servers are fetched.
     """
 
     max_body: int = 32 * 2**20
     max_images: int = 16
-    max_pixels: int = 40_000_000
+    max_pixels: int = MAX_PIXELS
     max_tokens: int = 2048
     seconds: float = 300.0
     max_partition: int = 9
@@ -48,7 +53,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Makes jobs of requests.
+    """Makes jobs of requests; one for all of a server.
 
     Attributes:
       processor: of the model.
@@ -61,6 +66,7 @@ class Preparation:
     limits: Limits
     max_length: int
     choices: int
+    _threads: Executor = field(default_factory=lambda: ThreadPoolExecutor(AT_ONCE), init=False)
 
     async def __call__(self, request: ChatRequest, emit: Callable[[Event], None]) -> Job:
         """Check a request and read its images; the slow part in another thread.
@@ -84,11 +90,11 @@ class Preparation:
         limits = self.limits
         image_limits = ImageLimits(limits.max_body, limits.max_pixels, limits.remote_images)
         files = [
-            (await read_image(image.image_url.url, name, image_limits), name)
+            (await fetch_image(image.image_url.url, name, image_limits), name)
             for name, image in places
         ]
-        tokens, pixels = await asyncio.to_thread(
-            self._arrays, turns, files, image_limits, partition
+        tokens, pixels = await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._arrays, turns, files, image_limits, partition
         )
         seed = secrets.randbits(32) if request.seed is None else request.seed
         return Job(
@@ -109,14 +115,19 @@ class Preparation:
         self, turns: list[Turn], files: list[Any], limits: ImageLimits, partition: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a prompt and the crops of its images, neither padded."""
-        images = [decode(data, name, limits) for data, name in files]
+        images = open_images(files, limits)
         try:
+            length = self.processor.image_length(images, partition)
+            if length >= self.max_length:
+                raise self._too_long(f"the images take {length} positions")
+            for image, (_, name) in zip(images, files, strict=True):
+                decode(image, name)
             inputs = self.processor([turns], [images], max_partition=partition, control=False)
         except (PromptError, ImageError) as error:
             message = str(error).replace("prompts[0]", "the conversation")
-            raise ApiError(
-                400, f"messages: {message}", param="messages", code="invalid_prompt"
-            ) from None
+            too_long = isinstance(error, PromptTooLong)
+            code = "context_length_exceeded" if too_long else "invalid_prompt"
+            raise ApiError(400, f"messages: {message}", param="messages", code=code) from None
         tokens = inputs.tokens[0][inputs.positions[0] >= 0]
         slots = int(np.count_nonzero(tokens == IMAGE_SLOT))
         crops = slots // self.processor.config.visual_tokenizer.tokens_per_crop

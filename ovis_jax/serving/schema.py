@@ -45,6 +45,7 @@ class TextPart(BaseModel):
     model_config = STRICT
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Ignored = None
 
 
 class ImageUrl(BaseModel):
@@ -52,7 +53,7 @@ class ImageUrl(BaseModel):
 
     model_config = STRICT
     url: str = Field(description="data:image/png;base64,... or, where allowed, http(s)://...")
-    detail: Literal["auto", "low", "high"] | None = Field(
+    detail: Literal["auto", "low", "high", "original"] | None = Field(
         None, description="low reads the whole image as one crop; the same for all images"
     )
 
@@ -63,6 +64,7 @@ class ImagePart(BaseModel):
     model_config = STRICT
     type: Literal["image_url"]
     image_url: ImageUrl
+    prompt_cache_breakpoint: Ignored = None
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Key
 
 from ovis_jax.config import DecoderConfig
-from ovis_jax.inference.sampling import Sampling, pick
+from ovis_jax.inference.sampling import Sampling, images_key, pick
 from ovis_jax.model import kv_cache
 from ovis_jax.model.kv_cache import Cache
 from ovis_jax.model.ovis import Ovis, Params
@@ -123,7 +123,8 @@ def see(
     model: Ovis, params: Params, visual: Array, pixels: Array, row: ArrayLike, seed: Array
 ) -> Array:
     """Embed a crop float32 [h, w, C], from `row` of `visual` on, which is given away."""
-    key = jax.random.fold_in(make_key(seed, 0), row)  # for a model that draws its visual words
+    # For a model that draws its visual words.
+    key = jax.random.fold_in(images_key(make_key(seed, 0)), row)
     found = model.embed_crops(params, pixels[None], key)[0]
     return jax.lax.dynamic_update_slice(visual, found.astype(visual.dtype), (row, 0))
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from PIL import Image
 
 from ovis_jax.answering import mark_images
-from ovis_jax.errors import OvisError, PromptError
+from ovis_jax.errors import ImageError, PromptError
 from ovis_jax.inputs.conversation import Turn
-from ovis_jax.inputs.image import decode_image
+from ovis_jax.serving import decoding
 
 
 @dataclass(frozen=True, eq=False)  # Gradio hashes it to see whether it was replaced
@@ -44,12 +44,16 @@ def open_files(paths: Sequence[str]) -> tuple[list[tuple[str, Image.Image]], lis
     """Open uploaded files; gives those that are pictures, and what is wrong with the others."""
     opened: list[tuple[str, Image.Image]] = []
     faults: list[str] = []
+    pixels = 0
     for path in paths:
         try:
-            # Under its own name: the folder is the server's affair.
-            opened.append((path, decode_image(Path(path).read_bytes(), Path(path).name)))
+            image = decoding.open_header(Path(path).read_bytes())
+            pixels = decoding.add_pixels(pixels, image, decoding.MAX_PIXELS)
+            decoding.decode(image)
+            opened.append((path, image))
+        # Under their own names: the folder is the server's affair.
         except OSError as error:
             faults.append(f"{Path(path).name} cannot be read: {error.strerror}")
-        except OvisError as error:
-            faults.append(str(error))
+        except ImageError as error:
+            faults.append(f"{Path(path).name} cannot be shown: {error}")
     return opened, faults

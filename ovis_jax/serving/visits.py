@@ -1,9 +1,11 @@
 """What the page does when a visitor attaches a picture, asks, stops or begins anew."""
 
 import html
+import logging
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import gradio as gr
@@ -21,6 +23,10 @@ EMPTY = {"text": "", "files": []}
 READING = "Reading ... (the first prompt of a new length takes longer: it is compiled once)"
 LEFT_OUT = "This question is not part of the conversation; it stands in the box again."
 STOPPED = "Stopped. "
+FAILED = "The model failed; the log of this server says how."
+NOT_BEGUN = "The model was not asked; the message at the top says why."
+
+log = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 """What the text box holds: "text", and the paths of "files"."""
@@ -93,34 +99,34 @@ class Visits:
         Gives the chat, the conversation, the text box, the note and the new button.
         """
         stop = self._stops.setdefault(str(request.session_hash), threading.Event())
-        answerer = Answerer(
-            self._ovis,
-            choose(temperature, top_p, top_k),
-            int(seed or 0),
-            int(max_new_tokens),
-            int(max_partition),
-            control=False,  # visitors may be strangers
-        )
-        same, new = gr.skip(), gr.Button(interactive=True)
-        before = chat[:-1]  # without the "…"
-        steps, step, shown = answerer(talk.turns, talk.images), None, 0.0
+        same, before = gr.skip(), chat[:-1]  # without the "…"
+        step, shown = None, 0.0
         try:
-            for step in steps:
-                if stop.is_set():
-                    break
-                if time.monotonic() - shown > SHOWN_EVERY:
-                    yield [*before, _answer(step.text)], same, same, panel.progress(step), same
-                    shown = time.monotonic()
+            answerer = Answerer(
+                self._ovis,
+                choose(temperature, top_p, top_k),
+                int(seed or 0),
+                int(max_new_tokens),
+                int(max_partition),
+                control=False,  # visitors may be strangers
+            )
+            with closing(answerer(talk.turns, talk.images)) as steps:
+                for step in steps:
+                    if stop.is_set():
+                        break
+                    if time.monotonic() - shown > SHOWN_EVERY:
+                        yield [*before, _answer(step.text)], same, same, panel.progress(step), same
+                        shown = time.monotonic()
         except OvisError as error:
-            text = f"⚠️ {html.escape(str(error), quote=False)}"
-            back = talk.take_back()
-            yield [*before, _answer(text)], back, _ready(message), panel.note(LEFT_OUT), new
-            return
-        finally:
-            steps.close()
-        text = step.text if step else ""
-        note = panel.progress(step, STOPPED if stop.is_set() else "") if step else ""
-        yield [*before, _answer(text or "…")], talk.answered(text), _ready(EMPTY), note, new
+            yield give_back(chat, talk, message, str(error))
+        except Exception:  # whatever a device may raise
+            log.exception("an answer on the page failed")
+            yield give_back(chat, talk, message, FAILED)
+        else:
+            text = step.text if step else ""
+            note = panel.progress(step, STOPPED if stop.is_set() else "") if step else ""
+            chat, talk = [*before, _answer(text or "…")], talk.answered(text)
+            yield chat, talk, _ready(EMPTY), note, _new()
 
     def stop(self, request: gr.Request) -> None:
         """End the visitor's answer: the button was pressed."""
@@ -140,6 +146,15 @@ def choose(temperature: float, top_p: float, top_k: int) -> Sampling:
     return Sampling(temperature, int(top_k) or None, top_p if top_p < 1 else None)
 
 
+def give_back(chat: list[Any], talk: Talk, message: Message, why: str = NOT_BEGUN) -> tuple:
+    """Put a question that gets no answer into the text box again, with why in the chat.
+
+    Gives what `Visits.answer` gives.
+    """
+    said = [*chat[:-1], _answer(f"⚠️ {html.escape(why, quote=False)}")]
+    return said, talk.take_back(), _ready(message), panel.note(LEFT_OUT), _new()
+
+
 def take_example(chosen: gr.SelectData) -> Message:
     """Put an example that was clicked into the text box."""
     return {
@@ -155,6 +170,10 @@ def begin_anew() -> tuple:
 
 def _ready(message: Message) -> gr.MultimodalTextbox:
     return gr.MultimodalTextbox(value=message, submit_btn=True, stop_btn=False)
+
+
+def _new() -> gr.Button:
+    return gr.Button(interactive=True)
 
 
 def _answer(text: str) -> dict[str, str]:

@@ -29,7 +29,7 @@ class LowRankSection(Section):
     rank: Size
     targets: str = r"decoder/.*/attn/[qkvo]"
     """A pattern of parameter paths; `ovis_jax.sharding.PARAM_AXES` lists them."""
-    scale: Number = 1.0
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Multiplies the adapters' products (alpha / rank in the literature)."""
 
 

@@ -49,20 +49,33 @@ def answer_rows(
     batch: int = 16,
     max_new_tokens: int = 64,
     max_partition: int = 9,
+    faults: dict[str, str] | None = None,
 ) -> Iterator[Answer]:
     """Let a model answer the last question of each row, in batches of rows of like length.
 
+    With `faults` a row that cannot be answered is left out, and noted there by its name.
+
     Raises:
       DataError: a row does not end with an answer, an image cannot be read, or the model cannot be
-        given the row.
+        given the row; and no `faults` are taken.
     """
+    usable: list[Row] = []
     for row in rows:
-        if row.answers is None and row.turns[-1]["role"] != "assistant":
-            raise DataError(f"{row.name}: the last turn is not from gpt, so nothing can be scored")
-    for indices in like_length([turns_length(row.images, row.turns) for row in rows], batch):
-        chosen = [rows[i] for i in indices]
-        prompts = [list(row.turns if row.answers else row.turns[:-1]) for row in chosen]
-        images = [row.open_images() for row in chosen]
+        with _noting(row, faults):
+            check_answer(row)
+            usable.append(row)
+    for indices in like_length([turns_length(row.images, row.turns) for row in usable], batch):
+        asked: list[tuple[Row, list[Turn], Images]] = []
+        for row in (usable[i] for i in indices):
+            with _noting(row, faults):
+                prompt = list(row.turns if row.answers else row.turns[:-1])
+                shown = row.open_images()
+                if faults is not None:
+                    processor([prompt], [shown], max_partition=max_partition)
+                asked.append((row, prompt, shown))
+        if not asked:
+            continue
+        chosen, prompts, images = (list(part) for part in zip(*asked, strict=True))
         with naming([row.name for row in chosen], processor, prompts, images, max_partition):
             texts, tokens = answer_batch(
                 *(processor, model, params, prompts, images),
@@ -73,6 +86,27 @@ def answer_rows(
         for row, text, ids in zip(chosen, texts, tokens, strict=True):
             expected = row.answers[0] if row.answers else row.turns[-1]["content"]
             yield Answer(row, expected, text, ids)
+
+
+def check_answer(row: Row) -> None:
+    """Hold a row to end with an answer.
+
+    Raises:
+      DataError: it does not.
+    """
+    if row.answers is None and row.turns[-1]["role"] != "assistant":
+        raise DataError(f"{row.name}: the last turn is not from gpt, so nothing can be scored")
+
+
+@contextmanager
+def _noting(row: Row, faults: dict[str, str] | None) -> Iterator[None]:
+    """Note a complaint about a row, if it is not to end the whole."""
+    try:
+        yield
+    except OvisError as error:
+        if faults is None:
+            raise
+        faults[row.name] = str(error) if row.name in str(error) else f"{row.name}: {error}"
 
 
 @contextmanager

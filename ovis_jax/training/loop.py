@@ -2,6 +2,7 @@
 
 import math
 import signal
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from ovis_jax.checkpoint.adapters import save_adapters
 from ovis_jax.checkpoint.params import declared_dtype, save_params
 from ovis_jax.checkpoint.safetensors_files import DTYPES
 from ovis_jax.checkpoint.source import small_files
-from ovis_jax.errors import TrainingError
+from ovis_jax.errors import CheckpointError, TrainingError
 from ovis_jax.model.ovis import Ovis, Params
 from ovis_jax.training.config import TrainConfig
 from ovis_jax.training.data import ExampleMaker, batches
-from ovis_jax.training.evaluation import answer_rows, scores
+from ovis_jax.training.evaluation import Answer, answer_rows, scores
 from ovis_jax.training.losses import Batch, Pairs, answer_log_probs
-from ovis_jax.training.metrics import Metrics
+from ovis_jax.training.metrics import Metrics, read_metrics
 from ovis_jax.training.parts import Flat, join
 from ovis_jax.training.progress import Bar
 from ovis_jax.training.run import Run, prepare
@@ -33,6 +34,8 @@ from ovis_jax.training.store import Store
 
 MODEL_FOLDER = "model"
 ADAPTERS_FOLDER = "adapters"
+MAY_CHANGE = ("config.optimizer.learning_rate", "config.optimizer.clip_norm")
+"""Of what decides the result, so that a run whose loss is no number any more can go on."""
 
 
 def train(config: TrainConfig, console: Console) -> bool:
@@ -49,8 +52,9 @@ def train(config: TrainConfig, console: Console) -> bool:
     Raises:
       ConfigError: the config asks for what the model or the devices do not have.
       DataError: a dataset file or a row cannot be used.
-      CheckpointError: the model cannot be loaded, or the output folder is of another run.
-      TrainingError: the loss is no number any more.
+      CheckpointError: the model cannot be loaded, or the output folder is of another run, or holds
+        a result without the checkpoint that it was made of.
+      TrainingError: the loss or the gradient is no number any more.
       OSError: a file cannot be read or written, or the disk is full; the last checkpoint stays.
     """
     run, learned = prepare(config)
@@ -64,8 +68,15 @@ def train(config: TrainConfig, console: Console) -> bool:
         "config": _facts(config),
         "model": run.model.config.to_hf()[0],
         "padded": run.padded(learned),
+        "rows": len(run.train),
     }
-    store = Store(config.output, config.run.keep, facts)
+    store = Store(config.output, config.run.keep, facts, MAY_CHANGE)
+    if _result(config).exists() and (store.latest() or 0) < config.run.steps:
+        store.close()
+        raise CheckpointError(
+            f"{_result(config)} is there, and the checkpoint that it was made of is not; move it,"
+            " or give another output"
+        )
     maker = run.example_maker()
     data = batches(run.train, maker, run.batch_shape(), config.run.seed)
     state = start(run.recipe, learned)
@@ -77,11 +88,15 @@ def train(config: TrainConfig, console: Console) -> bool:
         console.print(f"resumed at step {int(state.step)}")
     with _Stop() as stop:
         state = _go_on(run, state, data, maker, store, console, stop)
-    done = int(state.step)
+        done = int(state.step)
+        if done == config.run.steps:
+            _write_result(run, state.learned)
+    if left_out := len(run.faults) + len(maker.faults):
+        console.print(f"rows left out: {left_out:,}", highlight=False)
     if done < config.run.steps:
         console.print(f"stopped at step {done}; the same command goes on from there")
         return False
-    console.print(f"learned: {_write_result(run, state.learned)}", soft_wrap=True)
+    console.print(f"learned: {_result(config)}", soft_wrap=True)
     return True
 
 
@@ -96,11 +111,32 @@ def _go_on(
 ) -> State:
     """Make the steps that are left, or those until somebody asks to stop."""
     settings, done = run.config.run, int(state.step)
-    saved = done
+    saved, measured = done, None
     metrics = Metrics(run.config.output, done)
+    scored = {line["step"] for line in read_metrics(run.config.output) if "accuracy" in line}
     reported: set[str] = set()
-    with Bar(console, done, settings.steps) as bar:
-        while done < settings.steps:
+
+    def name_faults() -> None:
+        for name in maker.faults.keys() - reported:
+            bar.say(f"left out: {maker.faults[name]}")
+            reported.add(name)
+
+    def score() -> None:
+        due = done == settings.steps or (done and done % settings.evaluate_every == 0)
+        if not (run.validation and due) or stop.asked:
+            return
+        found = evaluate(run, state.learned, maker, stop)
+        name_faults()
+        if found:
+            accuracy = float(np.mean(list(found.values())))
+            metrics.write(done, {"accuracy": accuracy, "accuracy_by_kind": found})
+            bar.say(f"step {done}: {accuracy:.1%} of held-out answers exact, mean of the kinds")
+
+    # A checkpoint that was begun is whole before an error ends the run.
+    with closing(store), Bar(console, done, settings.steps) as bar:
+        if done not in scored:  # stopped before or while it was
+            score()
+        while done < settings.steps and not stop.asked:
             batch = _on_devices(run, next(data))
             state, measured = step(run.model, run.recipe, state, run.frozen, batch)
             done += 1
@@ -108,21 +144,12 @@ def _go_on(
             rate = bar.step(done, _positions(batch), measured.loss)
             if last or done % settings.log_every == 0:
                 metrics.write(done, _numbers(measured, done) | {"tokens_per_second": rate})
-            for name in maker.faults.keys() - reported:
-                bar.say(f"left out: {maker.faults[name]}")
-                reported.add(name)
+            name_faults()
             if last or done % settings.save_every == 0:
                 saved = _save(store, state, data, measured)
-            if run.validation and (last or done % settings.evaluate_every == 0):
-                found = evaluate(run, state.learned)
-                accuracy = float(np.mean(list(found.values())))
-                metrics.write(done, {"accuracy": accuracy, "accuracy_by_kind": found})
-                bar.say(f"step {done}: {accuracy:.1%} of the held-out answers are exact")
-            if stop.asked:
-                if saved < done:
-                    _save(store, state, data, measured)
-                break
-    store.close()
+            score()
+        if measured is not None and saved < done:
+            _save(store, state, data, measured)
     data.close()
     metrics.close()
     return state
@@ -136,8 +163,11 @@ def _save(store: Store, state: State, data: grain.DatasetIterator, measured: Ste
     return done
 
 
-def evaluate(run: Run, learned: Flat) -> dict[str, float]:
-    """Exact-match accuracy on the validation rows, by kind."""
+def evaluate(run: Run, learned: Flat, maker: ExampleMaker, stop: "_Stop") -> dict[str, float]:
+    """Exact-match accuracy on the validation rows, by kind; nothing when asked to stop meanwhile.
+
+    Rows that cannot be answered are noted in the faults of `maker`, if it may skip them.
+    """
     answers = answer_rows(
         run.processor,
         run.model,
@@ -145,8 +175,14 @@ def evaluate(run: Run, learned: Flat) -> dict[str, float]:
         run.validation,
         max_new_tokens=run.config.run.max_new_tokens,
         max_partition=run.config.data.max_partition,
+        faults=maker.faults if maker.skip_unreadable else None,
     )
-    return scores(list(answers))
+    found: list[Answer] = []
+    for answer in answers:
+        if stop.asked:
+            return {}
+        found.append(answer)
+    return scores(found)
 
 
 def _on_devices(run: Run, batch: Batch | Pairs) -> Batch | Pairs:
@@ -178,14 +214,15 @@ def _numbers(measured: StepMetrics, done: int) -> dict[str, float]:
     """A step's measurements as JSON takes them.
 
     Raises:
-      TrainingError: the loss is no number any more.
+      TrainingError: the loss or the gradient is no number any more.
     """
     values = {name: float(value) for name, value in measured._asdict().items()}
-    if not math.isfinite(values["loss"]):
-        raise TrainingError(
-            f"the loss of step {done} is {values['loss']}; go on from the last checkpoint with a"
-            " smaller optimizer.learning_rate or clip_norm"
-        )
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(values[name]):
+            raise TrainingError(
+                f"the {name} of step {done} is {values[name]}; go on from the last checkpoint with"
+                " a smaller optimizer.learning_rate or clip_norm"
+            )
     return values
 
 
@@ -198,20 +235,23 @@ def _facts(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
-def _write_result(run: Run, learned: Flat) -> Path:
+def _result(config: TrainConfig) -> Path:
+    """The folder of what was learned."""
+    return config.output / (MODEL_FOLDER if config.learn.lora is None else ADAPTERS_FOLDER)
+
+
+def _write_result(run: Run, learned: Flat) -> None:
     """What was learned as a folder: adapters, or a model with the tokenizer of the one before."""
-    lora = run.config.learn.lora
-    folder = run.config.output / (MODEL_FOLDER if lora is None else ADAPTERS_FOLDER)
+    lora, folder = run.config.learn.lora, _result(run.config)
     if folder.exists():
-        return folder
+        return
     if lora is not None:
         save_adapters(folder, learned, run.model.config, scale=lora.scale)
-        return folder
+        return
     params = join(learned, run.frozen)
     files = {name: path.read_bytes() for name, path in small_files(run.source).items()}
     dtype = DTYPES[declared_dtype(run.source)]
     save_params(folder, params, run.model.config, dtype=dtype, files=files)
-    return folder
 
 
 class _Stop:

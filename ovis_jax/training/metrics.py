@@ -62,5 +62,5 @@ def plot(folder: Path) -> None:
     if scores:
         right = axes.twinx()
         right.plot(*zip(*scores, strict=True), color="tab:orange", marker="o", markersize=3)
-        right.set(ylabel="exact match on held-out rows", ylim=(0, 1))
+        right.set(ylabel="exact match on held-out rows, mean of the kinds", ylim=(0, 1))
     figure.savefig(folder / PLOT_FILE, dpi=120)

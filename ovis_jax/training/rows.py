@@ -107,7 +107,8 @@ def read_values(path: Path) -> list[Any]:
             return json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{path} is not a JSON list: {error}") from error
-    return [_line(line) for line in text.splitlines() if line.strip()]
+    # Not at what else ends a line of Unicode, which texts may hold.
+    return [_line(line) for line in text.split("\n") if line.strip()]
 
 
 def _line(line: str) -> Any:
@@ -145,7 +146,7 @@ def read_row(value: Any, name: str, folder: str) -> Row:
             f"the keys are {sorted(value)}, expected conversations, or prompt, chosen and rejected"
         )
     marks = sum(turn["content"].count(IMAGE_TEXT) for turn in turns)
-    if marks not in (0, len(images)) or marks > len(images):
+    if marks not in (0, len(images)):
         raise DataError(f"{marks} times {IMAGE_TEXT} and {len(images)} images, expected as many")
     return Row(name, images, tuple(turns), answers, kind)
 

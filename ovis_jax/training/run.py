@@ -1,5 +1,6 @@
 """What a run of training consists of, made from its config: model, what learns, rows, devices."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,11 +16,12 @@ from ovis_jax.errors import ConfigError, DataError
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.mesh_axes import first_devices
 from ovis_jax.model.ovis import Ovis, Params
-from ovis_jax.sharding import RULES, TENSOR, adapter_shardings, param_shapes
+from ovis_jax.sharding import RULES, TENSOR, adapter_shapes, adapter_shardings, param_shapes
 from ovis_jax.training.config import MeshSection, TrainConfig
 from ovis_jax.training.data import BatchShape, ExampleMaker
+from ovis_jax.training.evaluation import check_answer
 from ovis_jax.training.parts import Flat, add_adapters, join, split
-from ovis_jax.training.rows import Row, read_rows
+from ovis_jax.training.rows import Row, Rows, read_rows
 from ovis_jax.training.step import Recipe
 
 
@@ -65,12 +67,11 @@ class Run:
 
     def padded(self, learned: Flat) -> dict[str, list[int]]:
         """The shapes of what learns, by path, where the mesh asks for more rows than there are."""
+        lora = self.config.learn.lora
         true = param_shapes(self.model.config)
-        return {
-            path: list(x.shape)
-            for path, x in learned.items()
-            if path in true and x.shape != true[path]
-        }
+        if lora is not None:
+            true = adapter_shapes(self.model.config, lora.rank)
+        return {path: list(x.shape) for path, x in learned.items() if x.shape != true[path]}
 
     def example_maker(self) -> ExampleMaker:
         """How a row becomes an example."""
@@ -97,7 +98,7 @@ def prepare(config: TrainConfig) -> tuple[Run, Flat]:
     """
     mesh = None if config.mesh is None else _mesh(config.mesh, config.data.rows)
     train, faults = _rows(config, config.data.train)
-    validation, more = _rows(config, config.data.validation)
+    validation, more = _rows(config, config.data.validation, scored=True)
     source = find_source(config.model).folder
     ovis = OvisConfig.from_folder(source)
     processor = Processor.from_folder(source, ovis)
@@ -137,11 +138,15 @@ def _rounded(flat: Flat, recipe: Recipe) -> Flat:
     return {path: x.astype(recipe.compute_dtype) for path, x in flat.items()}
 
 
-def _rows(config: TrainConfig, paths: tuple[Path, ...]) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+def _rows(
+    config: TrainConfig, paths: tuple[Path, ...], scored: bool = False
+) -> tuple[tuple[Row, ...], tuple[str, ...]]:
     """The good rows of dataset files, and a message for each other one, if those may be skipped."""
     if not paths:
         return (), ()
     found = read_rows(paths)
+    if scored:
+        found = _scorable(found)
     if found.faults and config.data.unreadable == "error":
         more = len(found.faults) - 1
         raise DataError(
@@ -152,10 +157,25 @@ def _rows(config: TrainConfig, paths: tuple[Path, ...]) -> tuple[tuple[Row, ...]
         raise DataError(f"{', '.join(map(str, paths))}: no row is usable; {found.faults[0]}")
     expected = config.learn.objective == "dpo"
     for row in found.rows:
-        if (row.answers is not None) != expected and paths == config.data.train:
+        if (row.answers is not None) != expected and not scored:
             form = "prompt, chosen and rejected" if expected else "conversations"
             raise DataError(f"{row.name}: learn.objective {config.learn.objective} needs {form}")
     return found.rows, found.faults
+
+
+def _scorable(found: Rows) -> Rows:
+    """The rows that answers can be scored on, as far as it is known before images are read."""
+    rows, faults = [], list(found.faults)
+    for row in found.rows:
+        missing = [path for path in row.images if not os.path.isfile(path)]
+        try:
+            check_answer(row)
+            if missing:
+                raise DataError(f"{row.name}: there is no file {missing[0]}")
+            rows.append(row)
+        except DataError as error:
+            faults.append(str(error))
+    return Rows(tuple(rows), tuple(faults))
 
 
 def _mesh(section: MeshSection, rows: int) -> Mesh:

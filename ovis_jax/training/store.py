@@ -1,7 +1,7 @@
 """Checkpoints of a run: what learns, the optimizer's state, and the place in the data."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,30 +25,40 @@ class Store:
     Args:
       folder: of the run; made if it is not there.
       keep: how many checkpoints stay.
-      facts: what must not change between the run's parts, as JSON; a resumed run is held to it.
+      facts: what a run was told, as JSON; once there is a checkpoint, a resumed run is held to it.
+      may_change: dotted names of the facts that may be others then.
 
     Raises:
       CheckpointError: the folder holds the checkpoints of another run.
       OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, keep: int, facts: Mapping[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        facts: Mapping[str, Any],
+        may_change: Collection[str] = (),
+    ):
         self._folder = folder.resolve()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._hold(facts)
+        checkpoints = self._folder / "checkpoints"
+        known = (self._folder / FACTS_FILE).exists() and checkpoints.exists()
+        if known and ocp.utils.checkpoint_steps(checkpoints):
+            self._hold(facts, may_change)
+        # Whole or as it was, should we be killed.
+        fresh = self._folder / f"{FACTS_FILE}.new"
+        write_json(fresh, facts)
+        fresh.replace(self._folder / FACTS_FILE)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self._folder / "checkpoints", options=options)
-        self._bytes = 0
+        self._manager = ocp.CheckpointManager(checkpoints, options=options)
 
-    def _hold(self, facts: Mapping[str, Any]) -> None:
-        """Compare with the run that the folder is of, or make it the folder of this one."""
-        path = self._folder / FACTS_FILE
-        facts = json.loads(json.dumps(facts))
-        if not path.exists():
-            write_json(path, facts)
-            return
-        before = read_json(path)
-        if changed := sorted(_differences(before, facts)):
+    def _hold(self, facts: Mapping[str, Any], may_change: Collection[str]) -> None:
+        """Compare with the run whose checkpoints the folder holds, in all that it noted."""
+        before = read_json(self._folder / FACTS_FILE)
+        now = json.loads(json.dumps({name: facts.get(name) for name in before}))
+        found = _differences(before, now)
+        if changed := [line for name, line in sorted(found.items()) if name not in may_change]:
             raise CheckpointError(
                 f"{self._folder} holds another run: {'; '.join(changed)}; set them back to resume"
                 " it, or give another output"
@@ -65,8 +75,7 @@ class Store:
           OSError: the disk is full, now or while the one before was being written.
         """
         self.wait()
-        self._bytes = sum(x.nbytes for x in jax.tree.leaves(state))
-        check_space(self._folder, self._bytes)
+        check_space(self._folder, sum(x.nbytes for x in jax.tree.leaves(state)))
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(cast(Any, state)), data=ocp.args.JsonSave(dict(position))
         )
@@ -120,9 +129,10 @@ def _short(error: Exception) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+def _differences(before: Any, now: Any, name: str = "") -> dict[str, str]:
+    """What two JSON values say otherwise, by dotted name."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = before.keys() | now.keys()
         pairs = [(f"{name}.{key}".strip("."), before.get(key), now.get(key)) for key in keys]
-        return [line for key, a, b in pairs for line in _differences(a, b, key)]
-    return [] if before == now else [f"{name} was {before!r} and is {now!r}"]
+        return {k: line for key, a, b in pairs for k, line in _differences(a, b, key).items()}
+    return {} if before == now else {name: f"{name} was {before!r} and is {now!r}"}

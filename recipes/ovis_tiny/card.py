@@ -8,6 +8,7 @@ from pathlib import Path
 from ovis_jax.checkpoint.params import plan_parameters
 from ovis_jax.config import OvisConfig
 from ovis_jax.training.config import read_config
+from ovis_jax.training.rows import read_values
 from recipes.ovis_tiny.scenes import COLOURS, SHAPES, WORDS
 from recipes.ovis_tiny.score import MEAN, Shares
 
@@ -87,7 +88,7 @@ def card(model: Path, scores: Path, test: Path) -> str:
         words=len(WORDS),
         vocabulary=config.decoder.vocab_size,
         **{name: stage(name) for name in map("stage{}".format, range(1, 6))},
-        test=len(test.read_text(encoding="utf-8").splitlines()),
+        test=len(read_values(test)),
         table=table(json.loads(scores.read_text())),
     )
 

@@ -18,7 +18,7 @@ from rich.table import Column, Table
 
 from ovis_jax.loading import LoadedOvis, load
 from ovis_jax.training.evaluation import Answer, answer_rows, shares
-from ovis_jax.training.rows import read_rows
+from ovis_jax.training.rows import read_rows, read_values
 
 Shares = dict[str, dict[str, float]]
 """Of right answers: by the kind of question, then "all", "new phrasing" or the language."""
@@ -36,7 +36,7 @@ def answers(ovis: LoadedOvis, path: Path) -> Iterator[tuple[Answer, Mapping[str,
     Raises:
       DataError: the file cannot be used.
     """
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = read_values(path)
     rows = read_rows([path]).rows
     by_name = {row.name: line for row, line in zip(rows, lines, strict=True)}
     for answer in answer_rows(ovis.processor, ovis.model, ovis.params, rows, batch=BATCH):
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--wrong", type=int, default=0, help="print so many wrong answers")
     args = parser.parse_args()
     ovis = load(args.model, adapters=args.adapters)
-    total = len(args.test.read_text(encoding="utf-8").splitlines())
+    total = len(read_values(args.test))
     console = Console(stderr=True)
     progress = track(
         answers(ovis, args.test),

@@ -224,6 +224,13 @@ def test_parameters_that_are_not_those_of_the_config(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_parameters_of_a_dtype_that_no_file_has(tmp_path):
+    with pytest.raises(CheckpointProblems) as error:
+        save_params(tmp_path / "x", random_params(CONFIG, np.float64), CONFIG)
+    told = {(row.problem, row.expected, row.found) for row in error.value.problems}
+    assert told == {("wrong dtype", "one of F32, F16, BF16", "float64")}
+
+
 def test_folder_that_holds_something_is_refused(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "mine").touch()

@@ -1,3 +1,4 @@
+import errno
 import json
 import struct
 from pathlib import Path
@@ -12,12 +13,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from ovis_jax.checkpoint.safetensors_files import (
+    TensorEntry,
     map_file,
     read_chunks,
     read_header,
     view_tensor,
 )
 from ovis_jax.checkpoint.safetensors_stream import write_file
+from ovis_jax.checkpoint.writer import write_json
 from ovis_jax.errors import CheckpointError
 
 
@@ -187,3 +190,13 @@ def test_written_tensors_are_aligned_and_mapped_by_a_cpu_device(tmp_path):
 def test_writer_refuses_pieces_of_another_size(tmp_path):
     with pytest.raises(ValueError, match="a: 3 bytes written, 4 promised"):
         write_file(tmp_path / "x", {"a": ("F32", (1,))}, lambda key: [memoryview(b"123")])
+
+
+def test_an_error_of_the_system_names_its_file():
+    unreadable = Path("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error") as read:
+        list(read_chunks(TensorEntry(unreadable, "key", "F32", (1,), 0, 4)))
+    assert (read.value.errno, read.value.filename) == (errno.EIO, str(unreadable))
+    with pytest.raises(OSError, match="No space left on device; make room for") as written:
+        write_json(Path("/dev/full"), {})
+    assert (written.value.errno, written.value.filename) == (errno.ENOSPC, "/dev/full")

@@ -217,6 +217,16 @@ def test_a_shard_with_another_checksum(run, hub, home, repo, tmp_path, alone):
     assert_same(tmp_path / "out", alone, repo)
 
 
+def test_what_was_begun_without_verify_is_not_taken_for_verified(run, hub, repo, tmp_path, alone):
+    hub.faults.append(Fault("HEAD", f"{SHARDS[1]}$", 403))
+    assert run(repo, tmp_path / "out").code == 2
+    hub.faults.clear()
+    ended = run(repo, tmp_path / "out", "--verify")
+    assert ended.code == 2 and "not the same are --verify (it was left out); give" in ended.said
+    assert run(repo, tmp_path / "out").code == 0
+    assert_same(tmp_path / "out", alone, repo)
+
+
 def test_a_shard_that_is_not_what_its_header_was(run, hub, home, repo, tmp_path):
     files = hub.repos[repo].commits["a" * 40]
     changed = bytearray(files[SHARDS[0]])

@@ -195,6 +195,7 @@ def test_a_disk_that_is_full(run, tmp_path, alone):
         ended = run(SOURCE, disk / "out", at=None if mounted else limit)
         said = "No space left on device" if mounted else "File too large"
         assert ended.code == 3 and said in ended.said and len(ended.said.splitlines()) == 1
+        assert f"{disk / 'out.partial'}/" in ended.said and "None" not in ended.said
         assert [path.name for path in disk.iterdir()] == ["out.partial"]
         # What was written is kept.
         kept = read_files(disk / "out.partial")

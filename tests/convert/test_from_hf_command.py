@@ -95,7 +95,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     [
         (["nowhere", "out"], 2, "neither a folder nor a repo id"),
         (["no-one/nothing", "out"], 3, "there is no such folder, and as a repo id"),
-        ([".", "out"], 2, "config.json does not exist"),
+        ([".", "out"], 1, "config.json does not exist"),
         ([GOLDEN / "tiny-f32", "out", "--revision", "main"], 2, "has no revision"),
         ([GOLDEN / "tiny-f32", "out", "--dtype", "int8"], 2, "int8"),
         ([GOLDEN / "tiny-f32"], 2, "Missing argument"),
@@ -107,6 +107,14 @@ def test_exit_codes(tmp_path, arguments, code, message):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_config_that_is_wrong(tmp_path):
+    config = copy_golden("tiny-f32", tmp_path / "in") / "config.json"
+    for text in ("{", config.read_text().replace('"multimodal_max_length"', '"x"')):
+        config.write_text(text)
+        result = run(tmp_path, "in", "out")
+        assert result.returncode == 1 and "config.json" in result.stderr
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

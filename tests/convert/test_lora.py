@@ -19,7 +19,7 @@ from convert.peft import export_adapters
 from convert.to_hf import command, export
 from ovis_jax import presets
 from ovis_jax.checkpoint.adapters import save_adapters
-from ovis_jax.checkpoint.keymap import hub_keys
+from ovis_jax.checkpoint.keymap import UNUSED, hub_keys
 from ovis_jax.checkpoint.params import load_params, save_params
 from ovis_jax.checkpoint.problems import CheckpointProblems
 from ovis_jax.errors import CheckpointError, OvisError
@@ -147,6 +147,32 @@ def test_on_the_command_line(converted, lora, tmp_path, invoke):
     result = invoke(converted["tiny-f32"], "zeros", "--lora", lora, "--merge")
     assert "never uses are zeros; the adapters of" in result.stdout
     assert_same_tensors(tmp_path / "merged", merged_by_hand("tiny-f32"))
+
+
+@pytest.mark.parametrize("kept", [12, 0])
+def test_a_checkpoint_without_what_is_never_used(lora, tmp_path, invoke, kept):
+    source = copy_golden("tiny-f32", tmp_path / "lean")
+    lacking = list(UNUSED)[kept:]
+    rewrite_shard(source / "model.safetensors", dict.fromkeys(lacking))
+    result = invoke("lean", "merged", "--lora", lora, "--merge")
+    assert (result.exit_code, result.stderr) == (0, "")
+    told = {
+        12: "of the 13 that the model never uses 12 were copied from lean, and 1 that it lacks are",
+        0: "the 13 that the model never uses are",
+    }
+    assert result.stdout.startswith(f"merged: 98 tensors; {told[kept]} zeros; the adapters of")
+    expected = merged_by_hand("tiny-f32")
+    assert_same_tensors(
+        tmp_path / "merged", expected | {key: np.zeros_like(expected[key]) for key in lacking}
+    )
+
+
+def test_a_checkpoint_whose_never_used_are_of_another_shape(lora, tmp_path, invoke):
+    source = copy_golden("tiny-f32", tmp_path / "odd")
+    rewrite_shard(source / "model.safetensors", {next(iter(UNUSED)): np.zeros(49, np.float32)})
+    result = invoke("odd", "merged", "--lora", lora, "--merge")
+    assert result.exit_code == 1 and "error: odd: 1 problem" in result.stderr
+    assert "--source" not in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,51 @@ def test_a_second_converter_is_refused(tmp_path):
         ):
             convert(SOURCE, tmp_path / "out")
     assert (tmp_path / "out").is_dir()
+
+
+def test_a_folder_of_something_else_is_left(tmp_path):
+    mine = tmp_path / "out.partial/thesis.tex"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    with pytest.raises(OvisError, match=r"out\.partial holds files of something else: .*; move"):
+        convert(SOURCE, tmp_path / "out")
+    assert mine.read_text() == "years of work" and [*mine.parent.iterdir()] == [mine]
+    mine.rename(tmp_path / "thesis.tex")
+    convert(SOURCE, tmp_path / "out")  # what is left is empty, as before a first line was written
+    assert not mine.parent.exists()
+
+
+@pytest.mark.parametrize("moment", ["rename", "unlink"])
+def test_killed_at_the_very_end(tmp_path, monkeypatch, moment):
+    convert(SOURCE, tmp_path / "alone")
+    true = getattr(Path, moment)
+
+    def killed(self, *more, **options):
+        if self.name.startswith("out.partial") and self.exists():
+            raise KeyboardInterrupt
+        return true(self, *more, **options)
+
+    monkeypatch.setattr(Path, moment, killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert(SOURCE, tmp_path / "out")
+    monkeypatch.undo()
+    if moment == "unlink":
+        shutil.rmtree(tmp_path / "out")  # a journal is left beside it, which is then not believed
+    convert(SOURCE, tmp_path / "out", dtype="float32" if moment == "unlink" else None)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["alone", "out"]
+    same = read_files(tmp_path / "out") == read_files(tmp_path / "alone")
+    assert same == (moment == "rename")
+
+
+def test_killed_while_it_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda _: None)
+    with pytest.raises(CheckpointError), unfinished(tmp_path / "out", {}) as (partial, _):
+        (partial / "model").touch()
+        raise CheckpointError("wrong")
+    assert [path.name for path in partial.iterdir()] == [JOURNAL_FILE]
+    with unfinished(tmp_path / "out", {}):
+        pass
 
 
 def test_what_was_begun_with_something_else_is_left(tmp_path, stop):

@@ -256,6 +256,10 @@ def test_bfloat16_generates(shallow_checkpoint):
         (dict(max_new_tokens=0), "max_new_tokens is 0, expected at least 1"),
         (dict(max_new_tokens=4, sampling=Sampling(temperature=1.0)), "needs a key"),
         (dict(max_new_tokens=4, sampling=Sampling(temperature=-1.0)), "temperature is -1.0"),
+        (
+            dict(max_new_tokens=4, sampling=Sampling(repetition_penalty=np.ones(3))),
+            r"repetition_penalty has shape \(3,\), expected a number or one value for each",
+        ),
     ],
 )
 def test_bad_requests(ovis, change, message):
@@ -269,6 +273,26 @@ def test_bad_chunk_and_cache(ovis):
         stream(ovis.model, ovis.params, inputs, max_new_tokens=4, chunk=0)
     with pytest.raises(RequestError, match="max_length is 3, the prompts take 4"):
         ovis.model.prefill(ovis.params, inputs, 3)
+
+
+def test_images_and_tokens_are_drawn_with_keys_of_their_own(ovis, monkeypatch):
+    used = []
+    prefill = Ovis.prefill
+
+    def spied(self, params, inputs, max_length, key):
+        jax.debug.callback(lambda data: used.append(data.tolist()), jax.random.key_data(key))
+        return prefill(self, params, inputs, max_length, key)
+
+    monkeypatch.setattr(Ovis, "prefill", spied)
+    key, inputs = jax.random.key(3), text_inputs(random_ids(7))
+    generate(ovis.model, ovis.params, inputs, key, max_new_tokens=2)
+    jax.effects_barrier()
+    parts = jax.vmap(
+        partial(jax.random.fold_in, jax.random.wrap_key_data(jnp.array(used[0], jnp.uint32)))
+    )
+    tokens = jax.vmap(partial(jax.random.fold_in, key))
+    drawn = [jax.random.key_data(x(jnp.arange(64))).tolist() for x in (parts, tokens)]
+    assert not {tuple(x) for x in drawn[0]} & {tuple(x) for x in drawn[1]}
 
 
 def test_untied_and_hard_tokens():

@@ -83,7 +83,9 @@ def test_order_is_penalty_temperature_top_k_top_p():
     [
         (Sampling(temperature=-1.0), "temperature is -1.0, expected at least 0"),
         (Sampling(temperature=float("nan")), "temperature is nan"),
-        (Sampling(temperature=1.0, top_k=0), "top_k is 0, expected at least 1"),
+        (Sampling(temperature=1.0, top_k=0), "top_k is 0, expected a whole number from 1 to 2147"),
+        (Sampling(temperature=1.0, top_k=2.5), "top_k is 2.5, expected a whole number from 1"),
+        (Sampling(temperature=1.0, top_k=2**31), "top_k is 2147483648, expected a whole number"),
         (Sampling(temperature=1.0, top_p=0.0), "top_p is 0.0, expected above 0"),
         (Sampling(temperature=1.0, top_p=1.5), "top_p is 1.5"),
         (Sampling(repetition_penalty=0.0), "repetition_penalty is 0.0, expected above 0"),

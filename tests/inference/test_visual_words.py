@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -99,6 +100,12 @@ def test_shared_words_by_hand():
     assert found.words.tolist() == [2, 0]
     assert found.first.tolist() == pytest.approx([0.2, 0.5])
     assert found.second.tolist() == pytest.approx([0.25, 0.1])
+
+
+def test_rows_of_zeros_are_near_to_nothing():
+    params = {"decoder": {"embed": jnp.array([[1.0, 0], [0, 0], [0, 1]])}}
+    _, cosines = nearest_tokens(params, jnp.zeros((1, 2)), k=3)
+    assert cosines.tolist() == [[0, 0, 0]]
 
 
 def test_nearest_tokens(sharp):

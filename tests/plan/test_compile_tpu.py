@@ -12,7 +12,26 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu has an environment of its own")
+pytestmark = pytest.mark.skipif(
+    find_spec("libtpu") is None, reason="libtpu has an environment of its own"
+)
+
+COUNT = """
+from ovis_jax.plan.compiler import devices_of
+from ovis_jax.plan.devices import DEVICES, Topology
+names = [Topology(kind, x.shapes[1]) for kind, x in DEVICES.items() if x.platform == "tpu"]
+for name in names:
+    print(name.name, len(devices_of(name)), name.num_devices)
+"""
+
+
+def test_libtpu_counts_as_many_devices():
+    command = [sys.executable, "-c", COUNT]
+    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    counts = [line.split() for line in lines.splitlines()]
+    assert len(counts) == 5 and all(there == ours for _, there, ours in counts), counts
+
+
 @pytest.mark.parametrize("target", ["v5e:2x4", "v6e:1x1", "v6e:2x2", "v5p:2x2x1"])
 def test_the_9b(target, tmp_path):
     """In a process of its own: libtpu stays loaded, and this one's devices are the CPU's."""

@@ -15,7 +15,7 @@ from ovis_jax.plan.advice import fits, smallest_change
 from ovis_jax.plan.arguments import default_mesh
 from ovis_jax.plan.command import find_config, make_case
 from ovis_jax.plan.devices import DEVICES, GIB, find_topology, parse_mesh
-from ovis_jax.plan.estimate import floors, needs, prefill_flops, usable_bytes
+from ovis_jax.plan.estimate import floors, needs, prefill_flops, usable_bytes, vision_temp
 from ovis_jax.plan.report import make_plan, verdict
 from ovis_jax.sharding import param_shapes
 
@@ -120,6 +120,20 @@ def test_the_smallest_change_comes_first():
     assert not fits(replace(changed, max_length=changed.max_length + 128))
 
 
+def test_images_leave_little_room_for_shorter_rows():
+    """Rows shorter than their images are not possible, which is no reason to give up."""
+    options, changed = smallest_change(case("v6e:1x1", 1, 45_000, images=15))
+    assert options.startswith("--max-length ") and fits(changed)
+    assert changed.max_length >= changed.visual_positions
+    assert not fits(replace(changed, max_length=changed.max_length + 128))
+
+
+def test_crops_are_cut_over_data():
+    """Eight devices with eight times the rows: each has what one device alone has."""
+    one, eight = case("h100:1", 4, images=1), case("h100:8", 32, images=1, mesh="data=8,model=1")
+    assert vision_temp(eight) == vision_temp(one)
+
+
 def test_nothing_of_the_kind_fits():
     """One key head cannot be cut, so that every device has all of the model."""
     config = replace(NINE, decoder=replace(NINE.decoder, num_kv_heads=1))
@@ -140,6 +154,7 @@ def test_unknown_topology_names_all():
 def test_devices_of_topologies():
     assert find_topology("V5E:2x4").num_devices == 8
     assert find_topology("tpu7x:2x2x1").num_devices == 8  # two a chip
+    assert find_topology("v4:2x2x1").num_devices == 4
     assert find_topology("a100:3").num_devices == 3
     assert [one.name for one in find_topology("v6e:2x4").larger()] == ["v6e:4x4", "v6e:4x8"]
 
@@ -203,6 +218,9 @@ def test_with_a_compiler(monkeypatch):
     batch = int(found["change"]["options"].removeprefix("--batch "))
     more = found["bytes"]["peak"] - needs(case()).peak
     assert fits(case(batch=batch), more) and not fits(case(batch=batch + 1), more)
+    steps["decode"] = {"error": "RESOURCE_EXHAUSTED: 18G of 15G hbm", "peak": 18 * GIB}
+    assert make_plan(case(), tell=told.append)["bytes"]["peak"] == 18 * GIB + beside
+    steps["decode"] = step(5 * GIB)
     steps["prefill"] = {"error": "RESOURCE_EXHAUSTED: vmem", "peak": None}
     found = make_plan(case(), tell=told.append)
     assert not found["fits"] and "the compiler refuses it" in verdict(found)

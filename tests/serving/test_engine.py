@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 from compilations import compilations
-from served import PIECE, QUEUE, SLOTS, compile_steps, idle, picture
+from served import PIECE, QUEUE, SLOTS, compile_steps, idle, picture, until
 
 import ovis_jax
 from ovis_jax import Sampling, load
 from ovis_jax.errors import RequestError
 from ovis_jax.mesh_axes import tensor_parallel
 from ovis_jax.serving.answer import Failed, Piece
-from ovis_jax.serving.engine import Closed, Engine, QueueFull
+from ovis_jax.serving.engine import BROKEN, Closed, Engine, QueueFull
 from ovis_jax.serving.steps import Steps
 
 
@@ -98,8 +98,7 @@ def test_reading_a_long_prompt_does_not_stop_those_who_write(ovis, steps, ask, s
     # None of these may end early: a penalty below 1 makes them repeat themselves.
     long = dict(sampling=Sampling(repetition_penalty=0.01), max_new_tokens=60)
     first = [ask(engine, "Go on.", **long) for _ in range(SLOTS - 1)]
-    while engine.running < SLOTS - 1:
-        time.sleep(0.001)
+    until(lambda: engine.running == SLOTS - 1)
     before = len(happened)
     second = ask(engine, "What is there?", [picture(1, (252, 252))], max_new_tokens=2)
     for answered in (*first, second):
@@ -114,8 +113,7 @@ def test_reading_a_long_prompt_does_not_stop_those_who_write(ovis, steps, ask, s
 def test_who_goes_away_frees_the_slot(engine, ask, slowly):
     long = dict(sampling=Sampling(repetition_penalty=0.01), max_new_tokens=200)
     many = [ask(engine, f"Number {n}", **long) for n in range(2 * SLOTS)]
-    while engine.running < SLOTS:
-        time.sleep(0.001)
+    until(lambda: engine.running == SLOTS)
     for answered in many:
         engine.cancel(answered.job)
     assert idle(engine)
@@ -163,8 +161,7 @@ def test_closing_finishes_what_runs_and_takes_no_more(ovis, steps, ask):
     many = [ask(engine, f"Number {n}", max_new_tokens=15) for n in range(12)]
     closing = threading.Thread(target=engine.close, args=(60,))
     closing.start()
-    while not engine.closed:
-        time.sleep(0.001)
+    until(lambda: engine.closed)
     with pytest.raises(Closed, match="shutting down"):
         ask(engine, "Too late?")
     closing.join()
@@ -197,6 +194,23 @@ def test_a_step_that_fails_fails_its_jobs_and_nothing_else(ovis, steps, ask, mon
     assert answered.events[-1].code == "engine_failed" and "on fire" in caplog.text
     assert isinstance(ask(engine, "Hello?").wait().events[-1], Piece)
     engine.close(30)
+
+
+def test_an_engine_that_cannot_go_on_says_so(ovis, steps, ask, monkeypatch):
+    engine = Engine(ovis, steps, queue=9)
+
+    def fails(*arguments):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(Steps, "write", fails)
+    monkeypatch.setattr(steps, "empty_slots", fails)
+    assert ask(engine, "Hello?").wait().events[-1] == BROKEN
+    until(lambda: engine.closed)
+    assert engine.over == BROKEN
+    with pytest.raises(Closed, match="the model failed"):
+        ask(engine, "Hello?")
+    engine.close(30)
+    assert engine.over == BROKEN
 
 
 @pytest.mark.parametrize("name", ["num_slots", "max_length", "piece"])

@@ -5,6 +5,7 @@ import base64
 import io
 import socket
 import threading
+import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import hypothesis.strategies as st
@@ -15,7 +16,15 @@ from PIL import Image
 from served import picture
 
 from ovis_jax.serving import images
-from ovis_jax.serving.images import ImageLimits, decode, is_public, read_image
+from ovis_jax.serving.decoding import FORMATS
+from ovis_jax.serving.images import (
+    ImageLimits,
+    decode,
+    fetch_image,
+    is_public,
+    open_images,
+    read_data_url,
+)
 from ovis_jax.serving.refusals import ApiError
 
 LIMITS = ImageLimits(max_bytes=100_000, max_pixels=250_000, remote=True)
@@ -28,7 +37,16 @@ def encoded(format: str, size: tuple[int, int] = (20, 16)) -> bytes:
 
 
 def read(url: str, limits: ImageLimits = LIMITS) -> bytes:
-    return asyncio.run(read_image(url, "image", limits))
+    file = asyncio.run(fetch_image(url, "image", limits))
+    return read_data_url(file, "image") if isinstance(file, str) else file
+
+
+def decoded(*files: bytes) -> list[Image.Image]:
+    """Images as a request's are read: all headers first."""
+    opened = open_images([(data, f"image {n}") for n, data in enumerate(files)], LIMITS)
+    for n, image in enumerate(opened):
+        decode(image, f"image {n}")
+    return opened
 
 
 def refused(url: str, limits: ImageLimits = LIMITS) -> str:
@@ -38,12 +56,12 @@ def refused(url: str, limits: ImageLimits = LIMITS) -> str:
     return caught.value.detail
 
 
-@pytest.mark.parametrize("format", images.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_formats(format):
     data = encoded(format)
     url = f"data:image/{format.lower()};base64,{base64.b64encode(data).decode()}"
     assert read(url) == data
-    assert decode(data, "image", LIMITS).size == (20, 16)
+    assert [image.size for image in decoded(data)] == [(20, 16)]
 
 
 def test_data_urls_of_other_forms():
@@ -52,8 +70,14 @@ def test_data_urls_of_other_forms():
     assert read("data:;base64,aGk%3D") == b"hi"
 
 
+def test_only_escapes_are_unquoted(monkeypatch):
+    """It takes seconds of a large text that is nothing but escapes."""
+    monkeypatch.setattr(images, "unquote_to_bytes", lambda text: pytest.fail("unquoted"))
+    assert read("data:;base64,aGk=") == b"hi"
+
+
 @given(
-    st.sampled_from(images.FORMATS),
+    st.sampled_from(FORMATS),
     st.integers(0, 2**32),
     st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8)), max_size=3),
     st.floats(0, 1),
@@ -76,28 +100,35 @@ def test_other_bytes_are_refused(data, head):
 
 def check(data: bytes) -> None:
     try:
-        image = decode(data, "image", LIMITS)
+        (image,) = decoded(data)
     except ApiError as error:
-        assert error.status_code == 400 and error.param == "image"
+        assert error.status_code == 400 and error.param == "image 0"
     else:
         assert np.asarray(image).size and image.width * image.height <= LIMITS.max_pixels
 
 
 def test_a_decompression_bomb_is_never_decoded(monkeypatch):
-    bomb = encoded("PNG", (600, 600))
+    bomb, small = encoded("PNG", (600, 600)), encoded("PNG", (300, 300))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(ApiError, match="600 x 600"):
-        decode(bomb, "image", LIMITS)
+    with pytest.raises(ApiError, match="600 x 600, more than 250000") as caught:
+        decoded(bomb)
+    assert caught.value.code == "image_too_large"
     # A header that says far more than Pillow itself would take.
     header = bytearray(bomb)
     header[16:24] = (60_000).to_bytes(4) * 2
-    with pytest.raises(ApiError):
-        decode(bytes(header), "image", LIMITS)
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4)
+    with pytest.raises(ApiError, match="far more pixels") as caught:
+        decoded(bytes(header))
+    assert caught.value.code == "image_too_large"
+    # Small ones that are too many, the first of them before the others are known.
+    with pytest.raises(ApiError, match="300 x 300, with the images before it, more") as caught:
+        decoded(*[small] * 3)
+    assert caught.value.param == "image 2" and caught.value.code == "image_too_large"
 
 
 def test_formats_that_start_other_programs_are_not_read():
     with pytest.raises(ApiError, match="PNG, JPEG"):
-        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image", LIMITS)
+        decoded(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +153,15 @@ def test_formats_that_start_other_programs_are_not_read():
         ("::ffff:127.0.0.1", False),
         ("::ffff:93.184.215.14", True),
         ("64:ff9b::7f00:1", False),
+        ("64:ff9b::a01:203", False),
+        ("64:ff9b::5db8:d70e", True),
+        ("64:ff9b:1::5db8:d70e", False),
         ("2002:7f00:1::", False),
+        ("2002:5db8:d70e::", True),
+        ("fec0::1", False),
+        ("::7f00:1", False),
+        ("::5db8:d70e", False),
+        ("::ffff:0:7f00:1", False),
     ],
 )
 def test_public_addresses(address, public):

@@ -196,7 +196,7 @@ def test_a_broken_file_gets_a_message(page, tmp_path):
     broken.write_bytes(SHAPES.read_bytes()[:200])
     page.set_input_files("#box input[type=file]", [broken, SHAPES])
     toast = page.locator(".toast-body")
-    expect(toast).to_contain_text("broken.png cannot be decoded as an image")
+    expect(toast).to_contain_text("broken.png cannot be shown: the bytes are not a whole")
     assert "Traceback" not in page.content() and str(tmp_path) not in toast.inner_text()
     expect(page.locator("#pictures figure")).to_have_count(1)  # the other one is kept
 
@@ -206,6 +206,45 @@ def test_a_question_that_is_refused_stands_in_the_box_again(page):
     expect(answers(page)).to_contain_text("holds <image> once, but 0 images come with it")
     expect(page.locator("#box textarea")).to_have_value("What is <image> this?")
     expect(page.locator("#note")).to_contain_text("not part of the conversation")
+
+
+@pytest.fixture
+def controls(page):
+    """The page with its controls open; they are as they were behind it."""
+    page.click("#controls button")
+    yield page
+    page.fill("#seed input", "0")
+    page.fill("#temperature input[type=number]", "0")
+    page.click("#controls button")
+
+
+@pytest.mark.parametrize("seed", ["-1", "1e20"])
+def test_a_seed_out_of_bounds_does_not_end_the_visit(controls, seed):
+    page = controls
+    page.fill("#temperature input[type=number]", "0.5")
+    page.fill("#seed input", seed)
+    ask(page, "Who?")
+    expect(page.locator(".toast-body")).to_contain_text("than m")  # minimum, maximum
+    expect(answers(page)).to_contain_text("was not asked")
+    expect(page.locator("#box textarea")).to_have_value("Who?")
+    expect(page.locator("#box .submit-button")).to_be_enabled()
+    expect(page.locator("#new")).to_be_enabled()
+
+
+def test_a_model_that_fails_does_not_end_the_visit(page, monkeypatch, caplog):
+    def stream(*_, **__):
+        raise RuntimeError("the device is on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "stream", stream)
+        ask(page, "Who?")
+        expect(answers(page)).to_contain_text("The model failed")
+    expect(page.locator("#box textarea")).to_have_value("Who?")
+    assert "on fire" in caplog.text and "on fire" not in page.content()
+    page.click("#box .submit-button")
+    expect(page.locator("#note")).to_contain_text("written", timeout=FIRST_ANSWER)
+    expect(answers(page)).to_have_count(2)
+    expect(answers(page).last).not_to_contain_text("failed")
 
 
 def test_a_picture_alone_is_no_question(page):

@@ -1,7 +1,7 @@
 """The real server: a process that listens, and what it does with a polite end."""
 
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,15 +15,19 @@ from openai import OpenAI
 @pytest.fixture
 def served():
     """A server with one short slot; gives its process and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     sizes = ["--slots=1", "--max-length=192", "--piece=64", "--max-tokens=64"]
-    command = [sys.executable, "-m", "ovis_jax", "serve", f"--port={port}", *sizes]
+    command = [sys.executable, "-m", "ovis_jax", "serve", "--port=0", *sizes]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    url = f"http://127.0.0.1:{port}"
+    assert process.stderr
+    notes, found = "", None
+    while not found:  # to the end of its notes, if it ends
+        line = process.stderr.readline()
+        notes += line
+        assert line, notes
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+    url = found.group()
     for _ in range(1200):
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None, process.stderr.read()
         try:
             if httpx.get(f"{url}/health").json()["status"] == "ok":
                 break
@@ -32,8 +36,7 @@ def served():
     yield process, url
     process.kill()
     process.wait()
-    if process.stderr:
-        process.stderr.close()
+    process.stderr.close()
 
 
 def test_an_answer_that_has_begun_is_finished_after_sigterm(served):

@@ -2,9 +2,6 @@
 
 import json
 import math
-import threading
-import time
-from dataclasses import replace
 
 import httpx
 import openai
@@ -12,20 +9,23 @@ import pytest
 from compilations import compilations
 from openai import OpenAI
 from PIL import Image
-from served import LIMITS, MAX_LENGTH, SLOTS, idle, listening, picture, shown
+from served import (
+    ASK,
+    ENDLESS,
+    LIMITS,
+    MAX_LENGTH,
+    SLOTS,
+    counted,
+    idle,
+    listening,
+    picture,
+    say,
+    shown,
+)
 
 from ovis_jax.evaluation.questions import read_questions
 from ovis_jax.evaluation.run import Settings, evaluate
 from ovis_jax.serving.app import make_app
-from ovis_jax.serving.engine import Engine
-
-ASK = {"model": "ovis-tiny", "temperature": 0}
-ENDLESS = {"max_tokens": LIMITS.max_tokens, "extra_body": {"repetition_penalty": 0.01}}
-"""A penalty below 1 makes a model repeat itself to the end."""
-
-
-def say(text, *images):
-    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
 def conversation(turns, images):
@@ -182,6 +182,16 @@ def test_images_in_fewer_crops(complete):
     assert positions[0] > positions[2] > positions[1]
 
 
+def test_fields_of_the_official_client(complete):
+    """Those that its types name for texts and images."""
+    more = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+    image = shown(picture(0), detail="original") | more
+    text = {"type": "text", "text": "And this?"} | more
+    usage = complete("What?", image, text, max_tokens=1).usage
+    plain = complete("What?", shown(picture(0), detail="high"), {**text, **more}, max_tokens=1)
+    assert usage == plain.usage
+
+
 def test_a_mark_in_a_text_is_text(complete, refused):
     """Nobody can forge a turn, and the place of an image is the server's to say."""
     one, two = (complete(text, max_tokens=1).usage.prompt_tokens for text in ("a", "a<eos>"))
@@ -239,6 +249,7 @@ def test_what_is_refused_with_400(refused, param, options):
         (url_of("file:///etc/passwd"), "data: URL"),
         (url_of(""), "data: URL"),
         (shown(Image.new("RGB", (1000, 1000))), "1000 x 1000"),
+        (shown(Image.new("RGB", (499, 500))), "499 x 500, with the images before it"),
     ],
 )
 def test_images_that_are_refused(refused, image, message):
@@ -347,11 +358,6 @@ def test_other_paths_and_methods(url):
         assert answer.status_code == status and answer.json()["error"]["message"]
 
 
-def counted(url):
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
-    return {k: float(v) for k, v in (x.rsplit(" ", 1) for x in lines if x[:1] != "#")}
-
-
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_slot(url, engine, slowly, stream):
     body = {"messages": say("Go on."), **ASK, "n": SLOTS, "max_tokens": LIMITS.max_tokens}
@@ -403,48 +409,3 @@ def test_api_key(ovis, engine, monkeypatch):
         with OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client:
             with pytest.raises(openai.AuthenticationError):
                 client.chat.completions.create(messages=say("Who?"), **ASK)
-
-
-def test_a_full_queue_and_a_shut_down(ovis, steps, slowly):
-    """429, 503, and streams that end as they would have, though the server is told to stop."""
-    engine = Engine(ovis, steps, queue=1)
-    app = make_app(engine, ovis.processor, "ovis-tiny", limits=LIMITS, drain=60)
-    with (
-        listening(app) as (server, url),
-        OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
-        request = {"messages": say("Go on."), **ASK, **ENDLESS, "stream": True, "max_tokens": 120}
-        streams = []
-        with pytest.raises(openai.RateLimitError) as caught:
-            for _ in range(SLOTS + 4):
-                streams.append(client.chat.completions.create(**request))
-        assert caught.value.code == "queue_full"
-        assert caught.value.response.headers["retry-after"] == "1"
-        firsts = [next(stream) for stream in streams]
-        server.should_exit = True
-        ends = [list(stream)[-1].choices[0].finish_reason for stream in streams]
-        assert firsts and ends == ["length"] * len(streams)
-    assert engine.closed
-
-
-def test_a_closed_engine_and_a_deadline_are_503(ovis, steps, slowly):
-    engine = Engine(ovis, steps, queue=9)
-    limits = replace(LIMITS, seconds=0.2)
-    app = make_app(engine, ovis.processor, "ovis-tiny", limits=limits)
-    with (
-        listening(app) as (_, url),
-        OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=2) as client,
-    ):
-        request = {"messages": say("Go on."), **ASK, **ENDLESS}
-        with pytest.raises(openai.InternalServerError) as caught:
-            client.chat.completions.create(**request)
-        assert caught.value.status_code == 503 and caught.value.code == "deadline_exceeded"
-        with pytest.raises(openai.APIError, match="longer than this server allows"):
-            list(client.chat.completions.create(stream=True, **request))
-        threading.Thread(target=engine.close, args=(30,)).start()
-        while not engine.closed:
-            time.sleep(0.01)
-        assert httpx.get(f"{url}/health").status_code == 503
-        with pytest.raises(openai.InternalServerError) as caught:
-            client.with_options(max_retries=0).chat.completions.create(**request)
-        assert caught.value.code == "shutting_down"

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from ovis_jax.errors import PromptError
+from ovis_jax.serving import decoding
 from ovis_jax.serving.talk import Talk, open_files
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,17 @@ def test_files_that_are_no_pictures_are_named(tmp_path):
     assert [(path, image.size) for path, image in opened] == [(good, (168, 84))]
     for fault, name in zip(faults, ("text.png", "none.png", "empty.png"), strict=True):
         assert fault.startswith(name) and str(tmp_path) not in fault and "0x" not in fault
+
+
+def test_pictures_are_read_as_the_server_reads_them(tmp_path, monkeypatch):
+    """No formats that start other programs, and nothing huge."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 4 * 84 * 84)
+    wide = str(ROOT / "examples" / "wide.png")
+    opened, faults = open_files([str(tmp_path / "a.png"), wide, wide, wide])
+    assert [image.size for _, image in opened] == [(168, 84)] * 2
+    assert "PNG, JPEG, WEBP, GIF, BMP" in faults[0]
+    assert faults[1].startswith("wide.png cannot be shown: the image is 168 x 84, with the images")
 
 
 def test_the_examples_are_those_of_the_project():

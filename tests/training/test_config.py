@@ -47,6 +47,8 @@ def test_the_file_and_what_overrides_it(path):
         (["learn.parts=[]"], "learn: .*give parts or lora, one of the two"),
         (["learn.lora.rank=4"], "learn: .*give parts or lora, one of the two"),
         (['learn.parts=["head"]'], r"learn: .*\['head'\]: expected some of visual_tokenizer"),
+        (["learn.lora.rank=4", "learn.lora.scale=0"], r"scale: .*greater than 0"),
+        (["learn.lora.rank=4", "learn.lora.scale=inf"], r"scale: .*finite number"),
         (["data.train=[]"], r"data\.train: .*at least 1 item"),
         (["run.steps=0", "optimizer.b1=-1"], r"optimizer\.b1: .*; run\.steps: "),
         (["steps"], "'steps': expected section.field=value"),

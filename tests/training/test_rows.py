@@ -37,6 +37,15 @@ def test_both_layouts_and_both_forms(tmp_path):
     assert len(read_rows([lines, listed]).rows) == 4
 
 
+def test_a_line_ends_where_json_lines_do(tmp_path):
+    told = TOLD | {"value": "A\u2028dot\u2029or\x85so."}
+    row = json.dumps(GOOD | {"conversations": [ASKED, told]}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_bytes(f"{row}\r\n{row}\n".encode())
+    found = read_rows([tmp_path / "a.jsonl"])
+    assert not found.faults and len(found.rows) == 2
+    assert found.rows[0].turns[1]["content"] == told["value"]
+
+
 def test_text_alone(tmp_path):
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
     (row,) = read_rows(write(tmp_path / "a.jsonl", {"conversations": turns})).rows
