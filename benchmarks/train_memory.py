@@ -107,7 +107,9 @@ def measure(config: OvisConfig, mesh: Mesh, case: Case) -> dict[str, Any]:
     Raises:
       jax.errors.JaxRuntimeError: the compiler found that it does not fit.
     """
-    model, recipe = Ovis(config, remat=True), Recipe(compute_dtype=jnp.bfloat16)
+    platform: Any = mesh.devices.flat[0].platform
+    model = Ovis(config, remat=True, attention=platform)
+    recipe = Recipe(compute_dtype=jnp.bfloat16)
     state, frozen, data = arguments(config, recipe, mesh, case)
     begun = time.perf_counter()
     compiled = step.lower(model, recipe, state, frozen, data).compile()

@@ -9,7 +9,7 @@ from ovis_jax.errors import ImageError
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What is decoded; Pillow knows many more, some of which start other programs."""
 
-MAX_PIXELS = 40_000_000
+MAX_PIXELS = 100_000_000
 """Of what is decoded for one question, unless a server is told otherwise."""
 
 BROKEN = f"the bytes are not a whole image ({', '.join(FORMATS)} are read)"
