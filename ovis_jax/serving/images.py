@@ -34,6 +34,7 @@ class ImageLimits(NamedTuple):
     """What the images of a request may be."""
 
     max_bytes: int
+    """Of those that are fetched, together."""
     max_pixels: int
     """Of all of them together."""
     remote: bool
@@ -179,7 +180,7 @@ async def _fetch(url: str, max_bytes: int) -> bytes:
         async for part in response.aiter_stream():
             data += part
             if len(data) > max_bytes:
-                raise ImageError(f"it is longer than {max_bytes} bytes")
+                raise ImageError(f"it is longer than {max_bytes} bytes, which is what may come")
     return bytes(data)
 
 

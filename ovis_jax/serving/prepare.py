@@ -89,10 +89,13 @@ class Preparation:
             raise self._too_long("the text is far longer than the model can read")
         limits = self.limits
         image_limits = ImageLimits(limits.max_body, limits.max_pixels, limits.remote_images)
-        files = [
-            (await fetch_image(image.image_url.url, name, image_limits), name)
-            for name, image in places
-        ]
+        files: list[tuple[str | bytes, str]] = []
+        left = limits.max_body
+        for name, image in places:
+            room = image_limits._replace(max_bytes=left)
+            file = await fetch_image(image.image_url.url, name, room)
+            left -= len(file) if isinstance(file, bytes) else 0
+            files.append((file, name))
         tokens, pixels = await asyncio.get_running_loop().run_in_executor(
             self._threads, self._arrays, turns, files, image_limits, partition
         )

@@ -3,10 +3,11 @@
 import asyncio
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from PIL import Image
-from served import LIMITS, picture, shown
+from served import LIMITS, data_url, picture, shown
 
 from ovis_jax.serving import images
 from ovis_jax.serving.prepare import AT_ONCE, Preparation
@@ -49,6 +50,20 @@ def test_images_that_do_not_fit_are_not_decoded(ovis, monkeypatch):
     assert error.code == "context_length_exceeded"
     assert error.detail.startswith(f"messages: the images take {positions} positions")
     assert refused(preparation, many).code == "image_too_large"
+
+
+def test_fetched_images_share_a_bound(ovis, monkeypatch):
+    data, allowed = images.read_data_url(data_url(picture(0)), ""), []
+
+    async def fetch(url, max_bytes):
+        allowed.append(max_bytes)
+        return data
+
+    monkeypatch.setattr(images, "_fetch", fetch)
+    limits = replace(LIMITS, remote_images=True)
+    body = request(*[{"type": "image_url", "image_url": {"url": "http://a/b"}}] * 3)
+    asyncio.run(Preparation(ovis.processor, limits, 320, 1)(body, print))
+    assert allowed == [limits.max_body - n * len(data) for n in range(3)]
 
 
 def test_few_requests_are_read_at_a_time_and_none_by_the_event_loop(ovis, monkeypatch):
