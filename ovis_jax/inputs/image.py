@@ -88,7 +88,8 @@ def choose_grid(width: int, height: int, side: int, max_partition: int) -> Grid:
     Raises:
       ImageError: the image has no pixels, or `max_partition` is below 1.
     """
-    if not isinstance(max_partition, int | np.integer) or max_partition < 1:
+    number = isinstance(max_partition, int | np.integer) and not isinstance(max_partition, bool)
+    if not number or max_partition < 1:
         raise ImageError(
             f"max_partition is {max_partition!r}, expected a whole number of at least 1: "
             "it is the largest number of cells an image may be cut into"

@@ -182,6 +182,11 @@ def test_max_partition_must_be_a_number_of_cells(max_partition):
         crops(Image.new("RGB", (4, 4)), SETTINGS, max_partition)
 
 
+def test_max_partition_may_be_a_number_of_numpy():
+    image = Image.new("RGB", (300, 84))
+    assert crops(image, SETTINGS, np.int64(4))[1] == crops(image, SETTINGS, 4)[1] != (1, 1)
+
+
 def test_files_that_are_no_images_are_named(tmp_path):
     with pytest.raises(ImageError, match="none.png cannot be read"):
         open_image(tmp_path / "none.png")
