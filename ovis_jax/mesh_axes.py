@@ -50,20 +50,21 @@ def automatic(mesh: Mesh) -> Mesh:
 def with_automatic_axes(function: Function) -> Function:
     """Run a function of arrays with all axes of the mesh in scope, or of theirs, automatic.
 
-    Arrays among its positional arguments are taken over as they lie; what it returns is to be given
-    to another such function, or to `replicated`.
+    Arrays among its arguments are taken over as they lie; what it returns is to be given to another
+    such function, or to `replicated`.
     """
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        arrays = (x for x in jax.tree.leaves(args) if isinstance(x, jax.Array))
+        arrays = (x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.Array))
         meshes = chain([jax.sharding.get_abstract_mesh()], map(_mesh_of, arrays))
         mesh = next(filter(_explicit, meshes), None)
         if mesh is None:
             return function(*args, **kwargs)
         types = dict.fromkeys(mesh.axis_names, AxisType.Auto)
         with jax.sharding.use_abstract_mesh(mesh.update_axis_types(types)):
-            return function(*jax.tree.map(_taken_over, args), **kwargs)
+            args, kwargs = jax.tree.map(_taken_over, (args, kwargs))
+            return function(*args, **kwargs)
 
     return cast(Function, run)
 

@@ -141,6 +141,8 @@ def test_explicit_axes_are_taken_as_automatic_ones(shallow_checkpoint, inputs):
             for piece in stream(ovis.model, ovis.params, inputs, max_new_tokens=3, eos_ids=())
         ]
         entropy = visual_words(ovis.model, ovis.params, spread).entropy
+        named = forward(model=ovis.model, params=ovis.params, inputs=spread)[:, -1]
+    np.testing.assert_allclose(named, true[1], atol=1e-4)
     np.testing.assert_allclose(entropy, seen, atol=1e-4)
     for found in (last(ovis.params, inputs), within):
         np.testing.assert_array_equal(found[0], true[0])
