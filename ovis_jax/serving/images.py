@@ -130,15 +130,11 @@ def is_public(address: str) -> bool:
     """Whether an IP address is one of the internet: not private, local, reserved or shared."""
     ip: Any = ipaddress.ip_address(address.partition("%")[0])
     if ip.version == 6:
-        # Addresses of version 4 within those of version 6: mapped, 6to4, Teredo and NAT64.
-        inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in NAT64:
-            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        if any(x is not None and not is_public(str(x)) for x in inner):
-            return False
+        # Addresses of version 4 within those of version 6.
         if ip.ipv4_mapped is not None or ip in NAT64:
-            return True
-        if ip not in GIVEN_OUT:
+            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        # 6to4 and Teredo, which hold one too, are out of use.
+        if ip not in GIVEN_OUT or ip.sixtofour or ip.teredo:
             return False
     return ip.is_global and not ip.is_multicast
 

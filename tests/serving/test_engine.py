@@ -226,7 +226,8 @@ def test_a_model_cut_over_devices_answers_as_one(engine, ask, scenes):
     keys, _ = steps.empty_slots().cache.blocks[0]
     assert keys.addressable_shards[0].data.shape[1] == keys.shape[1] / 2
     spread = Engine(cut, steps, queue=QUEUE)
-    asked = questions(scenes, 8)
+    # Of pictures that it knows: on noise two orders of summing may well answer otherwise.
+    asked = [(list(turns), images) for turns, images, _ in scenes[:8]]
     with compilations() as found:
         answered = [ask(spread, *pair) for pair in asked]
         texts = [one.text() for one in answered]
