@@ -1,12 +1,13 @@
-"""Requests of all kinds at once against a server of ovis-tiny, and what became of each.
+"""A client of a server of ovis-tiny: questions so many at a time, or a storm of all kinds.
 
-A part of them is malformed, and a part is given up by the client before the answer is there.
+Of a storm's requests a part is malformed, and a part is given up before the answer is there.
 """
 
 import asyncio
 import base64
 import io
 import random
+import time
 from collections import Counter
 from typing import Any
 
@@ -95,3 +96,22 @@ async def storm(url: str, requests: int, at_once: int) -> Counter[str]:
                 return await send(client, seed)
 
         return Counter(await asyncio.gather(*map(one, range(requests))))
+
+
+def ask_all(url: str, bodies: list[dict[str, Any]], at_once: int) -> tuple[int, float]:
+    """Ask all, so many at a time; the tokens that were written, and the seconds it took."""
+
+    async def run() -> int:
+        free = asyncio.Semaphore(at_once)
+        async with httpx.AsyncClient(base_url=url, timeout=None) as client:
+
+            async def one(body: dict[str, Any]) -> int:
+                async with free:
+                    answer = await client.post("/v1/chat/completions", json=body)
+                answer.raise_for_status()
+                return answer.json()["usage"]["completion_tokens"]
+
+            return sum(await asyncio.gather(*map(one, bodies)))
+
+    start = time.perf_counter()
+    return asyncio.run(run()), time.perf_counter() - start

@@ -104,10 +104,8 @@ def pick(
     temperature = _column(sampling.temperature)
     greedy = temperature[:, 0] == 0
     logits = logits / jnp.where(temperature == 0, 1.0, temperature)
-    if sampling.top_k is not None:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p is not None:
-        logits = keep_top_p(logits, _column(sampling.top_p))
+    if sampling.top_k is not None or sampling.top_p is not None:
+        logits = keep_likeliest(logits, sampling.top_k, sampling.top_p)
     drawn = jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
     return jnp.where(greedy, likeliest, drawn)
 
@@ -125,20 +123,29 @@ def penalise(
     return jnp.where(seen, penalised, logits)
 
 
-def keep_top_k(logits: Float[Array, "B V"], k: ArrayLike) -> Float[Array, "B V"]:
-    """Put all but the k largest of a row to -inf; what equals the k-th stays too."""
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    last = jnp.minimum(jnp.reshape(k, (-1, 1)), logits.shape[-1]) - 1
-    last = jnp.broadcast_to(last, (logits.shape[0], 1))
-    return jnp.where(logits < jnp.take_along_axis(ordered, last, axis=-1), -jnp.inf, logits)
+def keep_likeliest(
+    logits: Float[Array, "B V"], k: ArrayLike | None = None, p: ArrayLike | None = None
+) -> Float[Array, "B V"]:
+    """Put all but the likeliest of a row to -inf, after one sort.
 
-
-def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, "#B 1"]) -> Float[Array, "B V"]:
-    """Nucleus sampling (Holtzman et al. 2019): put what lies behind probability p to -inf."""
+    Args:
+      logits: float32.
+      k: keep so many; what equals the k-th stays too.
+      p: of these, keep the fewest that reach this probability among them (nucleus sampling,
+        Holtzman et al. 2019).
+    """
     ordered = jnp.sort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of what is likelier
-    smallest = jnp.min(jnp.where(before < p, ordered, jnp.inf), axis=-1, keepdims=True)
+    smallest = jnp.full((logits.shape[0], 1), -jnp.inf)
+    if k is not None:
+        last = jnp.minimum(jnp.reshape(k, (-1, 1)), logits.shape[-1]) - 1
+        last = jnp.broadcast_to(last, (logits.shape[0], 1))
+        smallest = jnp.take_along_axis(ordered, last, axis=-1)
+    if p is not None:
+        ordered = jnp.where(ordered < smallest, -jnp.inf, ordered)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of what is likelier
+        enough = jnp.min(jnp.where(before < _column(p), ordered, jnp.inf), axis=-1, keepdims=True)
+        smallest = jnp.maximum(smallest, enough)
     return jnp.where(logits < smallest, -jnp.inf, logits)
 
 

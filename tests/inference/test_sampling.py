@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ovis_jax.errors import RequestError
-from ovis_jax.inference.sampling import Sampling, keep_top_k, keep_top_p, penalise, pick
+from ovis_jax.inference.sampling import Sampling, keep_likeliest, penalise, pick
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.2, 0.15, 0.1, 0.05], [0.05, 0.1, 0.15, 0.2, 0.5]]))
 
@@ -25,7 +25,7 @@ def kept(logits):
     ],
 )
 def test_top_k(k, expected):
-    assert kept(keep_top_k(LOGITS, k)) == expected
+    assert kept(keep_likeliest(LOGITS, k)) == expected
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,14 @@ def test_top_k(k, expected):
     ],
 )
 def test_top_p_keeps_the_fewest_that_reach_p(p, expected):
-    found = kept(keep_top_p(LOGITS, jnp.full((1, 1), p)))
+    found = kept(keep_likeliest(LOGITS, p=p))
     assert found == [expected, expected[::-1]]
+
+
+@pytest.mark.parametrize("p, expected", [(0.55, [1, 0, 0, 0, 0]), (0.65, [1, 1, 0, 0, 0])])
+def test_top_p_is_a_share_of_what_top_k_leaves(p, expected):
+    """Of 0.5, 0.2 and 0.15 the first is 0.59."""
+    assert kept(keep_likeliest(LOGITS, 3, p)) == [expected, expected[::-1]]
 
 
 def test_repetition_penalty_goes_by_the_sign():
