@@ -43,12 +43,14 @@ def naming_file(path: Path) -> Iterator[None]:
     """Give an error of the system the name of the file, which only opening one gives it.
 
     Raises:
-      OSError: the block did; of a full disk it says what to do.
+      OSError: the block did; of a full disk it says what to do. An error of the network, from where
+        a file may come while another is written, is left as it is.
     """
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        network = isinstance(error, ConnectionError | TimeoutError)
+        if error.errno is None or error.filename is not None or network:
             raise
         advice = "; make room for" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise OSError(error.errno, f"{error.strerror}{advice}", str(path)) from error

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from ovis_jax.checkpoint.problems import naming_file
 from ovis_jax.checkpoint.safetensors_files import (
     TensorEntry,
     map_file,
@@ -200,3 +201,6 @@ def test_an_error_of_the_system_names_its_file():
     with pytest.raises(OSError, match="No space left on device; make room for") as written:
         write_json(Path("/dev/full"), {})
     assert (written.value.errno, written.value.filename) == (errno.ENOSPC, "/dev/full")
+    with pytest.raises(ConnectionResetError) as fetched, naming_file(Path("being written")):
+        raise ConnectionResetError(errno.ECONNRESET, "reset by peer")
+    assert fetched.value.filename is None
