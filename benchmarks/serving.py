@@ -42,14 +42,14 @@ def describe(seed: int) -> dict[str, Any]:
 
 
 @contextmanager
-def listening(app: Any) -> Iterator[str]:
-    """Serve an application from a thread; gives its URL."""
+def listening(server: uvicorn.Server) -> Iterator[str]:
+    """Run a server in a thread; gives its URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        while not server.started and thread.is_alive():
+        while not server.started:
+            assert thread.is_alive()
             time.sleep(0.01)
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -122,7 +122,8 @@ def main(
     engine = Engine(ovis, steps, queue=4 * concurrency)
     app = make_app(engine, ovis.processor, "ovis-tiny", limits=Limits(seconds=600))
     bodies = [describe(n) for n in range(questions)]
-    with listening(app) as url:
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    with listening(server) as url:
         found = compare(url, bodies, concurrency, rounds)
         stayed = soak(url, engine, requests, 3 * concurrency) if requests else None
     measure.print_table(

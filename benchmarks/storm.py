@@ -9,6 +9,7 @@ import io
 import random
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import httpx
@@ -87,31 +88,35 @@ async def send(client: httpx.AsyncClient, seed: int) -> str:
 
 async def storm(url: str, requests: int, at_once: int) -> Counter[str]:
     """Send so many requests, so many at a time; counts what became of them."""
-    limits = httpx.Limits(max_connections=at_once)
-    free = asyncio.Semaphore(at_once)
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=None) as client:
-
-        async def one(seed: int) -> str:
-            async with free:
-                return await send(client, seed)
-
-        return Counter(await asyncio.gather(*map(one, range(requests))))
+    return Counter(await _crowd(url, send, range(requests), at_once))
 
 
 def ask_all(url: str, bodies: list[dict[str, Any]], at_once: int) -> tuple[int, float]:
     """Ask all, so many at a time; the tokens that were written, and the seconds it took."""
 
-    async def run() -> int:
-        free = asyncio.Semaphore(at_once)
-        async with httpx.AsyncClient(base_url=url, timeout=None) as client:
-
-            async def one(body: dict[str, Any]) -> int:
-                async with free:
-                    answer = await client.post("/v1/chat/completions", json=body)
-                answer.raise_for_status()
-                return answer.json()["usage"]["completion_tokens"]
-
-            return sum(await asyncio.gather(*map(one, bodies)))
+    async def one(client: httpx.AsyncClient, body: dict[str, Any]) -> int:
+        answer = await client.post("/v1/chat/completions", json=body)
+        answer.raise_for_status()
+        return answer.json()["usage"]["completion_tokens"]
 
     start = time.perf_counter()
-    return asyncio.run(run()), time.perf_counter() - start
+    tokens = sum(asyncio.run(_crowd(url, one, bodies, at_once)))
+    return tokens, time.perf_counter() - start
+
+
+async def _crowd(
+    url: str,
+    ask: Callable[[httpx.AsyncClient, Any], Awaitable[Any]],
+    items: Iterable[Any],
+    at_once: int,
+) -> list[Any]:
+    """Ask for each item, so many at a time; what came of each."""
+    limits = httpx.Limits(max_connections=at_once)
+    free = asyncio.Semaphore(at_once)
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=None) as client:
+
+        async def one(item: Any) -> Any:
+            async with free:
+                return await ask(client, item)
+
+        return await asyncio.gather(*map(one, items))

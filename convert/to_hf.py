@@ -128,13 +128,12 @@ def _prepare(
 ) -> _Export:
     if not src.is_dir():
         raise OvisError(f"{src} is not a folder; give one that convert.from_hf has made")
-    if not is_converted(src):
-        if merge is None:
-            raise OvisError(
-                f"{src} holds no {CONVERSION_FILE}, so it is not a converted folder: one in the"
-                " Hub's layout needs no export; give a folder that convert.from_hf or save_params"
-                " has made"
-            )
+    in_hub_layout = not is_converted(src)
+    if in_hub_layout and merge is None:
+        raise OvisError(
+            f"{src} holds no {CONVERSION_FILE}, so it is not a converted folder: one in the Hub's"
+            " layout needs no export; give a folder that convert.from_hf or save_params has made"
+        )
     config = OvisConfig.from_folder(src)
     files = _files_there(src)
     plan, target = plan_parameters(src, config, dtype)
@@ -146,7 +145,7 @@ def _prepare(
     tensors |= {key: (target, shape) for key, shape in unused_shapes(config).items()}
     if source is not None:
         entries |= _unused_tensors(source, config)
-    elif not is_converted(src):
+    elif in_hub_layout:
         entries |= _unused_tensors(src, config, own=True)
     return _Export(entries, paths, adapters, tensors, target, files)
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,8 +80,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_int(value: Any) -> bool:
-    """Whether a JSON value is a whole number, which true and false are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a value is a whole number, of numpy's too, which true and false are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def read_numbers(cls: type, config: Fields, names: Mapping[str, str]) -> dict[str, Any]:

@@ -1,8 +1,5 @@
 """What tests of the serving side share: sizes, pictures in requests, a server in a thread."""
 
-import base64
-import io
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -12,11 +9,12 @@ from typing import Any
 
 import httpx
 import jaxtyping
-import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
 
+from benchmarks import serving
+from benchmarks.storm import data_url, noise
 from ovis_jax.loading import LoadedOvis
 from ovis_jax.serving.answer import Event, Job, Piece
 from ovis_jax.serving.engine import Engine
@@ -41,20 +39,10 @@ def listening(app, engine: Engine | None = None, drain: float = 0.0):
 
     With an engine it stops as `ovis-jax serve` does, else as any server that knows nothing of it.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60)
-        server = DrainingServer(config, engine, drain) if engine else uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        try:
-            yield server, f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60)
+    server = DrainingServer(config, engine, drain) if engine else uvicorn.Server(config)
+    with serving.listening(server) as url:
+        yield server, url
 
 
 def compile_steps(ovis: LoadedOvis) -> Steps:
@@ -63,6 +51,17 @@ def compile_steps(ovis: LoadedOvis) -> Steps:
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         sizes = dict(num_slots=SLOTS, max_length=MAX_LENGTH, piece=PIECE)
         return Steps(ovis.model, ovis.params, **sizes)
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let every token take longer."""
+    write = Steps.write
+
+    def late(*arguments):
+        time.sleep(seconds)
+        return write(*arguments)
+
+    monkeypatch.setattr(Steps, "write", late)
 
 
 def idle(engine: Engine) -> bool:
@@ -98,14 +97,7 @@ class Answered:
 
 
 def picture(seed: int, size: tuple[int, int] = (84, 84)) -> Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)
-    return Image.fromarray(noise)
-
-
-def data_url(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return noise(seed, size)
 
 
 def shown(image: Image.Image, **more: Any) -> dict[str, Any]:

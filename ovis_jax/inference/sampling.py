@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -43,14 +44,11 @@ class Sampling:
 
         Traced values cannot be checked, but for their shape.
         """
-        self._check("temperature", rows, lambda x: x >= 0, "at least 0")
-        self._check(
-            *("top_k", rows),
-            lambda x: (x >= 1) & (x <= MOST) & (x == np.floor(x)),
-            f"a whole number from 1 to {MOST}",
-        )
-        self._check("top_p", rows, lambda x: (0 < x) & (x <= 1), "above 0 and at most 1")
-        self._check("repetition_penalty", rows, lambda x: x > 0, "above 0")
+        check, whole = partial(self._check, rows), f"a whole number from 1 to {MOST}"
+        check("temperature", lambda x: x >= 0, "at least 0")
+        check("top_k", lambda x: (x >= 1) & (x <= MOST) & (x == np.floor(x)), whole)
+        check("top_p", lambda x: (0 < x) & (x <= 1), "above 0 and at most 1")
+        check("repetition_penalty", lambda x: x > 0, "above 0")
         if self.temperature is None and (self.top_k is not None or self.top_p is not None):
             raise RequestError(
                 "sampling: top_k and top_p need a temperature; without one the "
@@ -66,7 +64,7 @@ class Sampling:
         )
 
     def _check(
-        self, name: str, rows: int | None, holds: Callable[[Any], Any], expected: str
+        self, rows: int | None, name: str, holds: Callable[[Any], Any], expected: str
     ) -> None:
         value = getattr(self, name)
         if value is None:

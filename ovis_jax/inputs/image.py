@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ovis_jax.errors import ImageError, PromptError
-from ovis_jax.fields import Fields, read_json
+from ovis_jax.fields import Fields, is_int, read_json
 
 IMAGE_SLOT = -300
 """The id whose embedding is a crop."""
@@ -88,8 +88,7 @@ def choose_grid(width: int, height: int, side: int, max_partition: int) -> Grid:
     Raises:
       ImageError: the image has no pixels, or `max_partition` is below 1.
     """
-    number = isinstance(max_partition, int | np.integer) and not isinstance(max_partition, bool)
-    if not number or max_partition < 1:
+    if not is_int(max_partition) or max_partition < 1:
         raise ImageError(
             f"max_partition is {max_partition!r}, expected a whole number of at least 1: "
             "it is the largest number of cells an image may be cut into"

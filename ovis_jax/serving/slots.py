@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Key
 
 from ovis_jax.config import DecoderConfig
-from ovis_jax.inference.sampling import Sampling, images_key, pick
+from ovis_jax.inference.sampling import MOST, Sampling, images_key, pick
 from ovis_jax.model import kv_cache
 from ovis_jax.model.kv_cache import Cache
 from ovis_jax.model.ovis import Ovis, Params
@@ -72,7 +72,7 @@ def asked(sampling: Sampling, seed: int, choice: int) -> Asked:
     """The numbers of one answer."""
     neutral = (
         (sampling.temperature, 0.0, np.float32),
-        (sampling.top_k, 2**31 - 1, np.int32),
+        (sampling.top_k, MOST, np.int32),
         (sampling.top_p, 1.0, np.float32),
         (sampling.repetition_penalty, 1.0, np.float32),
     )

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import LIMITS, QUEUE, Answered, compile_steps, listening
+from served import LIMITS, QUEUE, Answered, compile_steps, listening, slow_down
 
 from ovis_jax import Sampling, load
 from ovis_jax.serving.answer import Event, Failed, Job, Piece
 from ovis_jax.serving.app import make_app
 from ovis_jax.serving.engine import Engine
-from ovis_jax.serving.steps import Steps
 from ovis_jax.training.rows import read_rows
 from recipes.ovis_tiny import draw_data
 
@@ -31,13 +30,7 @@ def steps(ovis):
 @pytest.fixture
 def slowly(monkeypatch):
     """Let every token take 10 ms, so that no answer ends before a test has done what it does."""
-    write = Steps.write
-
-    def late(*arguments):
-        time.sleep(0.01)
-        return write(*arguments)
-
-    monkeypatch.setattr(Steps, "write", late)
+    slow_down(monkeypatch, 0.01)
 
 
 @pytest.fixture(scope="session")

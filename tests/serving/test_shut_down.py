@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,7 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
-from served import ASK, ENDLESS, LIMITS, SLOTS, counted, listening, say, until
+from served import ASK, ENDLESS, LIMITS, SLOTS, counted, listening, say, slow_down, until
 from sse_starlette.sse import AppStatus
 
 from ovis_jax.serving.app import make_app
@@ -44,13 +43,7 @@ def test_a_full_queue_and_a_shut_down(ovis, steps, slowly):
 
 def test_a_server_that_shuts_down_says_so(ovis, steps, monkeypatch):
     """While it does, and to those whose answers it cuts off."""
-    write = Steps.write
-
-    def late(*arguments):
-        time.sleep(0.05)  # so that an answer takes much longer than the drain
-        return write(*arguments)
-
-    monkeypatch.setattr(Steps, "write", late)
+    slow_down(monkeypatch, 0.05)  # so that an answer takes much longer than the drain
     engine = Engine(ovis, steps, queue=9)
     app = make_app(engine, ovis.processor, "ovis-tiny", limits=LIMITS, drain=3)
     body = {"messages": say("Go on."), **ASK, "max_tokens": LIMITS.max_tokens}
