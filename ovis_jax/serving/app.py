@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.serving.answer import Event, Failed, Job, Piece
 from ovis_jax.serving.engine import Closed, Engine, QueueFull
-from ovis_jax.serving.gate import Gate
+from ovis_jax.serving.gate import Gate, KnownHosts
 from ovis_jax.serving.metrics import Metrics
 from ovis_jax.serving.prepare import Limits, Preparation
 from ovis_jax.serving.refusals import ApiError, ErrorBody, error_body, invalid, retry_headers
@@ -175,6 +175,7 @@ def make_app(
     limits: Limits | None = None,
     api_key: str | None = None,
     drain: float = 30.0,
+    host: str | None = None,
 ) -> FastAPI:
     """The application that answers with one model.
 
@@ -185,6 +186,8 @@ def make_app(
       limits: what one request may ask for.
       api_key: what requests below /v1 have to show; None for an open server.
       drain: seconds that streams may go on while the server shuts down.
+      host: where the server will listen: on loopback a foreign Host header is refused. None where
+        that is not known: nothing is refused.
     """
     limits = limits or Limits()
     prepare = Preparation(processor, limits, engine.max_length, engine.num_slots)
@@ -208,6 +211,8 @@ def make_app(
         seconds=limits.seconds,
         count=count,
     )
+    if host is not None:
+        app.add_middleware(KnownHosts, host=host)  # pyright: ignore[reportArgumentType]
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(request: Request, error: RequestValidationError) -> Response:

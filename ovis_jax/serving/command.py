@@ -86,7 +86,15 @@ def serve(
             remote_images=allow_remote_images,
         )
         title = name or model_name(model)
-        app = make_app(engine, ovis.processor, title, limits=limits, api_key=api_key, drain=drain)
+        app = make_app(
+            engine,
+            ovis.processor,
+            title,
+            limits=limits,
+            api_key=api_key,
+            drain=drain,
+            host=host,
+        )
         config = uvicorn.Config(
             app,
             log_level="warning",

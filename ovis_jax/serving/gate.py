@@ -1,8 +1,11 @@
-"""What every request passes before its body is read: the key, the size, the time it may take."""
+"""What every request passes before its body is read: the host, the key, the size, the time."""
 
 import asyncio
 import hashlib
 import hmac
+import ipaddress
+import re
+import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -11,6 +14,73 @@ from ovis_jax.serving.refusals import ApiError
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(?::\d*)?")
+"""What a Host header holds: a name or an address, those of IPv6 in brackets, and maybe a port."""
+
+
+class KnownHosts:
+    """An ASGI middleware: a server on loopback answers no request that names another host.
+
+    A web site can let its own name lead to 127.0.0.1 (DNS rebinding). A visitor's browser then
+    takes this server for that site's own, and the site reads its answers. Only the Host header
+    tells. On an address that others reach nothing is checked: its names are not known here.
+
+    Starlette's TrustedHostMiddleware compares names alone, without a rule for 127.0.0.0/8, and its
+    refusal neither names the host nor says how to allow it.
+
+    Args:
+      app: what stands behind it.
+      host: the address that the server listens on, or its name.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], host: str):
+        self._app, self._own = app, host.lower()
+        self._checks = _loopback(host) or _leads_to_loopback(host)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        foreign = None
+        if self._checks and scope["type"] in ("http", "websocket"):
+            foreign = self._foreign(scope)
+        if foreign is None:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})  # 403, as nothing was accepted
+        else:
+            message = (
+                f"this server listens on loopback and does not answer for the host {foreign!r}; "
+                "ask for localhost, or start it with --host to let others in"
+            )
+            refusal = ApiError(403, message, code="foreign_host")
+            await refusal.response()(scope, receive, send)
+
+    def _foreign(self, scope: Message) -> str | None:
+        """The host that a request names, where it is another; "" where it names none."""
+        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        for host in given or [""]:
+            found = HOST.fullmatch(host)
+            name = found[1].lower() if found else ""
+            if not name or not (_loopback(name) or name == self._own):
+                return host
+        return None
+
+
+def _loopback(host: str) -> bool:
+    """Whether a host is localhost, or an address of that kind."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _leads_to_loopback(name: str) -> bool:
+    try:
+        found = socket.getaddrinfo(name, None)
+    except OSError:
+        return False  # nothing can listen there
+    return all(_loopback(str(address[0])) for *_, address in found)
 
 
 class Gate:

@@ -1,6 +1,7 @@
-"""A header that lets a page load things from its own server alone."""
+"""A page that stands on its own: nothing is loaded from elsewhere, and no route leads there."""
 
 from starlette.datastructures import MutableHeaders
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 POLICY = "; ".join(
@@ -37,3 +38,36 @@ class OwnSourcesOnly:
             await send(message)
 
         await self._app(scope, receive, send_with_policy if scope["type"] == "http" else send)
+
+
+UNUSED = tuple(
+    f"/gradio_api/{route}"
+    for route in (
+        "file=http:",  # fetches from any public server
+        "file=https:",
+        "proxy=",
+        "process_recording",  # gives what a visitor sends to ffmpeg
+        "component_server",
+        "deep_link",
+    )
+)
+
+
+class WithoutUnused:
+    """Answers 404 on those of Gradio's routes that reach beyond the page, and that it never asks.
+
+    Visitors would otherwise fetch from other servers through this one, write on its disk, or have
+    it run other programs.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, unless it is for one of the routes."""
+        if scope["type"] == "http" and scope["path"].lower().startswith(UNUSED):
+            await PlainTextResponse("there is no such route on this page", 404)(
+                scope, receive, send
+            )
+        else:
+            await self._app(scope, receive, send)

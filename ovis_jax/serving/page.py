@@ -2,14 +2,35 @@
 
 Everything it needs comes from the server it stands on: no fonts, no scripts and no counting of
 visitors from elsewhere, which a Content-Security-Policy holds the browser to.
+
+Visitors may be strangers, so no file of the host is theirs to read. Gradio keeps what it serves in
+a private folder of this process. A browser names a file only to choose among those that were
+uploaded and the examples.
 """
 
+import atexit
 import html
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported, which reads it
+PRIVATE = Path(tempfile.mkdtemp(prefix="ovis-jax-page-")).resolve()
+"""A folder that no other user can read and no other program writes to; it ends with the process."""
+SERVED = PRIVATE / "served"
+"""What Gradio may serve: uploads, and copies of the examples."""
+NOTHING = PRIVATE / "nothing"
+for _folder in (SERVED, NOTHING):
+    _folder.mkdir()
+atexit.register(shutil.rmtree, PRIVATE, ignore_errors=True)
+
+# Before Gradio is imported, which reads them.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["GRADIO_TEMP_DIR"] = str(SERVED)  # otherwise one that all Gradio programs share
+os.environ["GRADIO_EXAMPLES_CACHE"] = str(SERVED / "cached")  # otherwise in the working folder
 
 import gradio as gr  # noqa: E402
 from gradio import themes  # noqa: E402
@@ -18,14 +39,15 @@ from starlette.middleware import Middleware  # noqa: E402
 
 from ovis_jax.loading import LoadedOvis  # noqa: E402
 from ovis_jax.serving import panel  # noqa: E402
-from ovis_jax.serving.own_sources import OwnSourcesOnly  # noqa: E402
+from ovis_jax.serving.gate import KnownHosts  # noqa: E402
+from ovis_jax.serving.own_sources import OwnSourcesOnly, WithoutUnused  # noqa: E402
 from ovis_jax.serving.talk import Talk  # noqa: E402
 from ovis_jax.serving.visits import (  # noqa: E402
     EMPTY,
+    Message,
     Visits,
     begin_anew,
     give_back,
-    take_example,
 )
 
 ASSETS = Path(__file__).parents[1] / "assets" / "page"
@@ -43,9 +65,75 @@ FILES_KEPT = 24 * 3600
 """Seconds that uploaded pictures lie on the server's disk; all go when it ends."""
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Let nothing of the user's lie where Gradio takes files from.
+
+    Gradio serves a copy of any file in the working folder or the temporary folder that an event
+    handler gives it. No handler here gives it one; within this context none could. The change is
+    one of the whole process, so it belongs to a process that does nothing but serve the page.
+    """
+    before = tempfile.tempdir
+    with chdir(NOTHING):
+        tempfile.tempdir = str(NOTHING)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
+class Page(gr.Blocks):
+    """Blocks that take no file from a browser but those that they know."""
+
+    examples: frozenset[str] = frozenset()
+    """Paths of the pictures that the page offers."""
+
+    async def preprocess_data(
+        self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
+    ) -> list[Any]:
+        """Prepare what a browser sends for an event; refuse a path that was not given to it.
+
+        Gradio itself takes addresses as well, which it fetches.
+        """
+        for path in _paths(inputs):
+            # Equal to a name that the server has made: nothing is left to resolve.
+            known = isinstance(path, str) and (
+                path in self.upload_file_set or path in self.examples
+            )
+            if not known:
+                raise gr.Error(
+                    "A file is not known to this server; attach it again.",
+                    title="Not sent",
+                    print_exception=False,
+                )
+        return await super().preprocess_data(block_fn, inputs, state, explicit_call)
+
+
+def _paths(data: Any) -> Iterator[Any]:
+    """All that stands for a path in what a browser has sent."""
+    if isinstance(data, dict):
+        if "path" in data:
+            yield data["path"]
+        data = list(data.values())
+    if isinstance(data, list):
+        for item in data:
+            yield from _paths(item)
+
+
+def _offered() -> list[Message]:
+    """The examples, as copies that Gradio may serve."""
+    folder = SERVED / "examples"
+    folder.mkdir(exist_ok=True)
+    return [
+        {"text": text, "files": [str(shutil.copyfile(ASSETS / file, folder / file))]}
+        for file, text in EXAMPLES.items()
+    ]
+
+
 def build(ovis: LoadedOvis, name: str) -> gr.Blocks:
     """Lay the page out for a model that visitors know as `name`."""
-    with gr.Blocks(
+    offered = _offered()
+    with Page(
         title=f"Ovis: {name}",
         analytics_enabled=False,
         fill_width=True,
@@ -58,7 +146,7 @@ def build(ovis: LoadedOvis, name: str) -> gr.Blocks:
         )
         with gr.Row(elem_id="body"):
             with gr.Column(scale=5, min_width=420):
-                chat, box, note, new = _conversation()
+                chat, box, note, new = _conversation(offered)
             with gr.Column(scale=2, min_width=320, elem_id="side"):
                 gr.HTML("<h2>What the model sees</h2>")
                 shown = gr.HTML(panel.NO_PICTURES, elem_id="pictures")
@@ -73,8 +161,9 @@ def build(ovis: LoadedOvis, name: str) -> gr.Blocks:
                 )
                 with gr.Accordion("How it answers", open=False, elem_id="controls"):
                     controls = _controls()
-        talk, message, seen = gr.State(Talk()), gr.State(EMPTY), gr.State(None)
-        visits = Visits(ovis)
+        # The chat is never an input: what a browser sends of it is not to be trusted.
+        said, talk, message, seen = map(gr.State, ((), Talk(), EMPTY, None))
+        visits = Visits(ovis, offered)
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         look: dict[str, Any] = quiet | {
             "fn": visits.look,
@@ -85,31 +174,33 @@ def build(ovis: LoadedOvis, name: str) -> gr.Blocks:
         }
         ask: dict[str, Any] = quiet | {
             "fn": visits.ask,
-            "inputs": [box, chat, talk],
-            "outputs": [box, chat, talk, message, note, new],
+            "inputs": [box, said, talk],
+            "outputs": [box, chat, said, talk, message, note, new],
             "concurrency_limit": None,
         }
         answer: dict[str, Any] = quiet | {
             "fn": visits.answer,
-            "inputs": [chat, talk, message, partition, *controls],
-            "outputs": [chat, talk, box, note, new],
+            "inputs": [said, talk, message, partition, *controls],
+            "outputs": [chat, said, talk, box, note, new],
             "concurrency_limit": 1,
         }
         # Where Gradio refuses a control before `answer` is called, or `answer` itself fails.
         failed: dict[str, Any] = quiet | {
             "fn": give_back,
-            "inputs": [chat, talk, message],
+            "inputs": [said, talk, message],
             "outputs": answer["outputs"],
             "concurrency_limit": None,
         }
         gr.on([box.change, partition.change], **look)
         box.submit(**ask).success(**answer).failure(**failed)
-        example = chat.example_select(take_example, None, box, **quiet)
+        example = chat.example_select(visits.take_example, None, box, **quiet)
         example.success(**ask).success(**answer).failure(**failed)
         box.stop(visits.stop, queue=False, **quiet)
-        anew = [chat, talk, box, note, shown, seen]
+        anew = [chat, said, talk, box, note, shown, seen]
         gr.on([new.click, chat.clear], begin_anew, None, anew, **quiet)
         blocks.unload(visits.leave)
+    blocks.examples = frozenset(path for example in offered for path in example["files"])
+    box.keep_in_cache.update(blocks.examples)  # they outlive the uploads
     return blocks
 
 
@@ -126,18 +217,29 @@ def launch(blocks: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) 
         quiet=True,
         prevent_thread_lock=True,
         ssr_mode=False,
-        allowed_paths=[str(ASSETS)],
+        num_workers=0,  # other processes, which would not refuse what is refused here
+        mcp_server=False,
+        run_history=False,
+        allowed_paths=[str(SERVED / "examples")],  # not empty: a variable would be read instead
         max_file_size=LARGEST_FILE,
         footer_links=[],
         enable_monitoring=False,
-        app_kwargs={"middleware": [Middleware(OwnSourcesOnly)]},
+        app_kwargs={
+            "middleware": [
+                Middleware(OwnSourcesOnly),
+                Middleware(KnownHosts, host=host),
+                Middleware(WithoutUnused),
+            ]
+        },
         theme=_theme(),
         css_paths=ASSETS / "page.css",
     )
     return address
 
 
-def _conversation() -> tuple[gr.Chatbot, gr.MultimodalTextbox, gr.HTML, gr.Button]:
+def _conversation(
+    offered: list[Message],
+) -> tuple[gr.Chatbot, gr.MultimodalTextbox, gr.HTML, gr.Button]:
     chat = gr.Chatbot(
         show_label=False,
         elem_id="chat",
@@ -147,8 +249,8 @@ def _conversation() -> tuple[gr.Chatbot, gr.MultimodalTextbox, gr.HTML, gr.Butto
         feedback_options=None,
         placeholder="Attach a picture below and ask, or begin with one of these:",
         examples=[
-            {"text": text, "files": [str(ASSETS / file)], "icon": str(ASSETS / file)}
-            for file, text in EXAMPLES.items()
+            {"text": example["text"], "files": [*example["files"]], "icon": example["files"][0]}
+            for example in offered
         ],
     )
     box = gr.MultimodalTextbox(

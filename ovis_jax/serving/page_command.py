@@ -32,7 +32,8 @@ def ui(
     notes = Console(stderr=True, highlight=False)
     notes.print(f"loading {model} ...")
     ovis = load(model, dtype=dtype, adapters=adapters, mesh=mesh)
-    blocks = page.build(ovis, model_name(model))
-    address = page.launch(blocks, host, port)
-    notes.print(f"open {address} in a browser; Ctrl-C ends", soft_wrap=True)
-    blocks.block_thread()
+    with page.apart():  # behind the loading: paths of the user's are relative to where it began
+        blocks = page.build(ovis, model_name(model))
+        address = page.launch(blocks, host, port)
+        notes.print(f"open {address} in a browser; Ctrl-C ends", soft_wrap=True)
+        blocks.block_thread()

@@ -4,7 +4,7 @@ import html
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -30,13 +30,21 @@ log = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 """What the text box holds: "text", and the paths of "files"."""
+Said = tuple[dict[str, Any], ...]
+"""The messages that the chat shows. The server keeps them: a browser that sent them back could
+name any file in them, and Gradio would serve a copy of it."""
 
 
 class Visits:
-    """All visitors of one model; they take turns, and each can stop its own answer."""
+    """All visitors of one model; they take turns, and each can stop its own answer.
 
-    def __init__(self, ovis: LoadedOvis):
-        self._ovis = ovis
+    Args:
+      ovis: the model.
+      examples: messages to begin with, in the order in which the chat offers them.
+    """
+
+    def __init__(self, ovis: LoadedOvis, examples: Sequence[Message]):
+        self._ovis, self._examples = ovis, examples
         self._stops: dict[str, threading.Event] = {}
 
     def look(self, message: Message, talk: Talk, max_partition: int, seen: Any) -> tuple:
@@ -58,10 +66,21 @@ class Visits:
             gr.Warning(html.escape(fault), title="Not a picture to ask about")
         return box, shown, now
 
-    def ask(self, message: Message, chat: list[Any], talk: Talk, request: gr.Request) -> tuple:
+    def take_example(self, chosen: gr.SelectData) -> Message:
+        """Put an example that was clicked into the text box.
+
+        A browser says which one, and nothing else of what it sends is used.
+        """
+        index = chosen.index
+        if type(index) is not int or not 0 <= index < len(self._examples):
+            raise gr.Error("There is no such example.", title="Not sent", print_exception=False)
+        return self._examples[index]
+
+    def ask(self, message: Message, said: Said, talk: Talk, request: gr.Request) -> tuple:
         """Move what is in the text box into the conversation.
 
-        Gives the text box, the chat, the conversation, the message, the note and the new button.
+        Gives the text box, the chat, what it shows, the conversation, the message, the note and
+        the new button.
         """
         opened, faults = open_files(message["files"])
         try:
@@ -72,18 +91,18 @@ class Visits:
             text = html.escape(str(error))
             raise gr.Error(text, title="Not sent", print_exception=False) from None
         self._stops[str(request.session_hash)] = threading.Event()
-        said: list[Any] = [
+        pictures = (
             {"role": "user", "content": {"path": path, "alt_text": "a picture"}}
             for path in message["files"]
-        ]
-        said.append({"role": "user", "content": message["text"].strip()})
-        waiting = [*chat, *said, _answer("…")]
+        )
+        said = (*said, *pictures, {"role": "user", "content": message["text"].strip()})
         box = gr.MultimodalTextbox(value=EMPTY, submit_btn=False, stop_btn=True)
-        return box, waiting, asked, message, panel.note(READING), gr.Button(interactive=False)
+        note, new = panel.note(READING), gr.Button(interactive=False)
+        return box, [*said, _answer("…")], said, asked, message, note, new
 
     def answer(
         self,
-        chat: list[Any],
+        said: Said,
         talk: Talk,
         message: Message,
         max_partition: int,
@@ -96,11 +115,10 @@ class Visits:
     ) -> Iterator[tuple]:
         """Answer the last question, until the model or the visitor stops.
 
-        Gives the chat, the conversation, the text box, the note and the new button.
+        Gives the chat, what it shows, the conversation, the text box, the note and the new button.
         """
         stop = self._stops.setdefault(str(request.session_hash), threading.Event())
-        same, before = gr.skip(), chat[:-1]  # without the "…"
-        step, shown = None, 0.0
+        same, step, shown = gr.skip(), None, 0.0
         try:
             answerer = Answerer(
                 self._ovis,
@@ -115,18 +133,19 @@ class Visits:
                     if stop.is_set():
                         break
                     if time.monotonic() - shown > SHOWN_EVERY:
-                        yield [*before, _answer(step.text)], same, same, panel.progress(step), same
+                        chat, note = [*said, _answer(step.text)], panel.progress(step)
+                        yield chat, same, same, same, note, same
                         shown = time.monotonic()
         except OvisError as error:
-            yield give_back(chat, talk, message, str(error))
+            yield give_back(said, talk, message, str(error))
         except Exception:  # whatever a device may raise
             log.exception("an answer on the page failed")
-            yield give_back(chat, talk, message, FAILED)
+            yield give_back(said, talk, message, FAILED)
         else:
             text = step.text if step else ""
             note = panel.progress(step, STOPPED if stop.is_set() else "") if step else ""
-            chat, talk = [*before, _answer(text or "…")], talk.answered(text)
-            yield chat, talk, _ready(EMPTY), note, _new()
+            said = (*said, _answer(text or "…"))
+            yield list(said), said, talk.answered(text), _ready(EMPTY), note, _new()
 
     def stop(self, request: gr.Request) -> None:
         """End the visitor's answer: the button was pressed."""
@@ -146,26 +165,22 @@ def choose(temperature: float, top_p: float, top_k: int) -> Sampling:
     return Sampling(temperature, int(top_k) or None, top_p if top_p < 1 else None)
 
 
-def give_back(chat: list[Any], talk: Talk, message: Message, why: str = NOT_BEGUN) -> tuple:
+def give_back(said: Said, talk: Talk, message: Message, why: str = NOT_BEGUN) -> tuple:
     """Put a question that gets no answer into the text box again, with why in the chat.
 
     Gives what `Visits.answer` gives.
     """
-    said = [*chat[:-1], _answer(f"⚠️ {html.escape(why, quote=False)}")]
-    return said, talk.take_back(), _ready(message), panel.note(LEFT_OUT), _new()
-
-
-def take_example(chosen: gr.SelectData) -> Message:
-    """Put an example that was clicked into the text box."""
-    return {
-        "text": chosen.value["text"],
-        "files": [file["path"] for file in chosen.value["files"]],
-    }
+    said = (*said, _answer(f"⚠️ {html.escape(why, quote=False)}"))
+    return list(said), said, talk.take_back(), _ready(message), panel.note(LEFT_OUT), _new()
 
 
 def begin_anew() -> tuple:
-    """Give the chat, conversation, text box, note, panel and its origin of a new conversation."""
-    return [], Talk(), EMPTY, "", panel.NO_PICTURES, None
+    """Begin a new conversation.
+
+    Gives the chat, what it shows, the conversation, the text box, the note, the panel and its
+    origin.
+    """
+    return [], (), Talk(), EMPTY, "", panel.NO_PICTURES, None
 
 
 def _ready(message: Message) -> gr.MultimodalTextbox:

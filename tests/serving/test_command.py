@@ -46,7 +46,7 @@ def test_what_it_serves(served):
     assert host == "127.0.0.1" and f"at http://127.0.0.1:{port}/v1" in notes
     assert "note:" not in notes and config.timeout_graceful_shutdown > 1
     assert asked == {"num_slots": SLOTS, "max_length": 1024 + 2048, "piece": 128}
-    with TestClient(config.app) as client:  # and shuts its engine down behind it
+    with TestClient(config.app, base_url="http://localhost") as client:  # and shuts its engine down behind it
         assert client.get("/v1/models").status_code == 401
         key = {"authorization": "Bearer sesame"}
         (model,) = client.get("/v1/models", headers=key).json()["data"]
@@ -56,7 +56,7 @@ def test_what_it_serves(served):
 def test_an_open_server_is_told_of(served):
     (config, _), _, notes = served(host="0.0.0.0", port=0, drain=1.0)
     assert "no --api-key is set" in notes
-    with TestClient(config.app):
+    with TestClient(config.app, base_url="http://localhost"):
         pass
 
 
