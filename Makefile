@@ -1,21 +1,22 @@
-# Every target makes the virtual environment that it needs, on the first Python >= 3.11 that it finds.
-# PYTHON=/path/to/python chooses another; VENV=DIR puts the environment elsewhere.
+# Each target creates the virtual environment it needs, with the first Python >= 3.11 it finds.
+# PYTHON=/path/to/python selects another interpreter; VENV=DIR another location.
 
 VENV ?= .venv
 VENV_NEWEST ?= .venv-newest
 VENV_TPU ?= .venv-tpu
 BIN := $(VENV)/bin
 
-# The first of some interpreters that runs and is new enough: $(call python,CANDIDATES,MINOR).
+# $(call python,CANDIDATES,MINOR): the first candidate that runs and is at least Python 3.MINOR.
 python = $(firstword $(foreach p,$(1),$(shell $(p) -c 'import sys; sys.exit(sys.version_info[:2] < (3,$(2)))' 2>/dev/null && echo $(p))))
 PYENV_PYTHONS := $(sort $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.*/bin/python))
 PYTHON ?= $(call python,python3 python3.11 python3.12 python3.13 python3.14 $(PYENV_PYTHONS),11)
 PYTHON_NEWEST ?= $(call python,python3.14 python3.13 python3 $(PYENV_PYTHONS),13)
 
-.PHONY: demo test test-newest test-tpu lint format bench bench-parts bench-train bench-train-memory \
-	bench-accelerators bench-conversion bench-full-size bench-serving docs page-picture \
-	ovis-tiny pink short clean
+.PHONY: demo test test-fast test-newest test-tpu lint format dist bench bench-parts bench-train \
+	bench-train-memory bench-accelerators bench-conversion bench-full-size bench-serving docs \
+	page-picture ovis-tiny pink short clean
 
+# Converts the bundled checkpoint and asks it about four pictures.
 demo: $(VENV)/run
 	rm -rf checkpoints/demo
 	$(BIN)/python -m convert.from_hf ovis-tiny checkpoints/demo
@@ -27,16 +28,22 @@ demo: $(VENV)/run
 ask = printf '%s' 'examples/$(1).png: $(2) ' && \
 	$(BIN)/ovis-jax generate --model checkpoints/demo --image examples/$(1).png --prompt '$(2)'
 
-# On Python 3.11 this compares with PyTorch; elsewhere with the frozen results of the original code.
+# All tests. On Python 3.11 they also compare with PyTorch; on other versions only with the frozen
+# results of the original code.
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n auto
+
+# The tests to run after an edit, without those that are slow or need PyTorch or a browser. Under two
+# minutes on two cores.
+test-fast: $(VENV)/test
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not torch and not browser'
 
 # The newest JAX on Python >= 3.13, without PyTorch.
 test-newest: $(VENV_NEWEST)/test
 	$(VENV_NEWEST)/bin/python -m pytest -n auto
 
-# The 9B compiled for TPUs: no chip is needed. The environment is one of its own: where libtpu is
-# installed, every other command looks for chips. Seven minutes.
+# Compiles the 9B for TPUs; no TPU is needed. It has its own environment, because JAX looks for TPUs
+# wherever libtpu is installed. Seven minutes.
 test-tpu: $(VENV_TPU)/tpu
 	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m pytest tests/plan/test_compile_tpu.py
 
@@ -45,41 +52,46 @@ lint: $(VENV)/test $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
+# Wheel and sdist, into dist/.
+dist: $(VENV)/dev
+	rm -rf dist
+	$(BIN)/python -m build
+
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 need_torch = @$(BIN)/python -c 'import torch' 2>/dev/null || \
-	{ echo 'PyTorch, which this compares with, comes with Python 3.11 alone: $(VENV) has another'; exit 1; }
+	{ echo 'this needs PyTorch, which is installed on Python 3.11 only, and $(VENV) has another Python'; \
+	exit 1; }
 
-# Beside PyTorch, stage by stage, on random weights with the 9B's proportions.
+# Compares with PyTorch, stage by stage, on random weights with the 9B's proportions.
 bench: $(VENV)/test
 	$(need_torch)
-	$(BIN)/python -m benchmarks.against_torch
+	$(BIN)/python -m benchmarks.inference_against_torch
 
-# Apart from PyTorch: generation, the visual path, compiling.
+# Generation, the visual path and compile times, without PyTorch.
 bench-parts: $(VENV)/test
-	$(BIN)/python -m benchmarks.generate --model ovis-tiny
-	$(BIN)/python -m benchmarks.vision --model ovis-tiny
-	$(BIN)/python -m benchmarks.compile --model ovis-tiny
+	$(BIN)/python -m benchmarks.generation_speed --model ovis-tiny
+	$(BIN)/python -m benchmarks.vision_speed --model ovis-tiny
+	$(BIN)/python -m benchmarks.compile_time --model ovis-tiny
 
-# One training step beside PyTorch's, on one core each.
+# One training step compared with PyTorch's, on one core each.
 bench-train: $(VENV)/test
 	$(need_torch)
 	$(BIN)/python -m benchmarks.train_against_torch --threads 1
 
-# The 9B model's training steps compiled for eight TPU v5p chips, which the machine need not have.
-# Ten minutes.
+# Compiles the 9B's training steps for eight TPU v5p chips; no TPU is needed. Ten minutes.
 bench-train-memory: $(VENV_TPU)/tpu
-	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m benchmarks.train_memory
+	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m benchmarks.compile_train_step
 
-# Conversions of a checkpoint as large as the published one beside `cp -r`; needs 62 GB of disk.
+# Converts a checkpoint as large as the published one, compared with `cp -r`; needs 62 GB of disk.
 bench-conversion: $(VENV)/test | checkpoints/random-9b
 	$(BIN)/python -m benchmarks.conversion checkpoints/random-9b --folder checkpoints
 
-# The 9B in bfloat16 on this CPU, from the folder to a short answer: 24 GiB of memory, 41 GB of disk.
+# Runs the 9B in bfloat16 on this CPU up to a short answer; needs 24 GiB of memory, 41 GB of disk.
 bench-full-size: $(VENV)/test | checkpoints/converted-9b
-	$(BIN)/python -m benchmarks.full_size checkpoints/converted-9b --length 320 --crops 1 --new-tokens 8
+	$(BIN)/python -m benchmarks.full_size_inference checkpoints/converted-9b --length 320 --crops 1 --new-tokens 8
 
 checkpoints/random-9b: | $(VENV)/test
 	$(BIN)/python -m benchmarks.make_checkpoint --config 9b $@
@@ -87,74 +99,74 @@ checkpoints/random-9b: | $(VENV)/test
 checkpoints/converted-9b: | checkpoints/random-9b
 	$(BIN)/python -m convert.from_hf checkpoints/random-9b $@
 
-# The server with eight questions at once beside one after the other, and a thousand of all kinds.
+# Server throughput with eight concurrent requests and with one, then a thousand mixed requests.
 bench-serving: $(VENV)/test
-	$(BIN)/python -m benchmarks.serving --requests 1000
+	$(BIN)/python -m benchmarks.server_throughput --requests 1000
 
-# docs/ as pages, into site/.
+# Builds the pages of docs/ into site/.
 docs: $(VENV)/docs
 	$(BIN)/mkdocs build
 
-# The picture of the page in docs/, by a browser: needs chromium, which Debian has as a package.
+# Takes the screenshot of the page for docs/; needs Chromium (a package in Debian).
 page-picture: $(VENV)/test
-	PYTHONPATH=. $(BIN)/python tests/page_picture.py docs/images/page.png
+	PYTHONPATH=.:tests $(BIN)/python tests/ui/page_picture.py docs/images/page.png
 
-# The 9B's decode step and prefill compiled for TPU slices; the rows for GPUs by arithmetic.
+# Compiles the 9B's decode step and prefill for TPU slices; figures for GPUs are computed by formula.
 bench-accelerators: $(VENV_TPU)/tpu
-	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m benchmarks.accelerators
+	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m benchmarks.compile_for_accelerators
 
-# Makes the checkpoint that comes with the library again, from nothing: drawing, tokenizer, training,
-# export and scores. 73 minutes on two cores with AVX-512. Huge pages spare a fifth of the time.
+# Trains the bundled checkpoint from scratch: data, tokenizer, training, export and scores. 73 minutes
+# on two cores with AVX-512. Huge pages save a fifth of the time.
 TINY := checkpoints/ovis-tiny
 TINY_DATA := data/ovis-tiny
 ovis-tiny: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 ovis-tiny: $(VENV)/train
 	rm -rf $(TINY) $(TINY_DATA) $(TINY_DATA)-hard $(TINY_DATA)-places
-	$(BIN)/python -m recipes.ovis_tiny.draw_data $(TINY_DATA)
-	$(BIN)/python -m recipes.ovis_tiny.draw_data $(TINY_DATA)-hard --seed 1 --validation 0 --test 0 \
-		--more count=2 count_colour=2 exists=2 where=2 follow_up=2
-	$(BIN)/python -m recipes.ovis_tiny.draw_data $(TINY_DATA)-places --seed 4 --validation 0 --test 0 \
-		--more where=5 follow_up=3 count_colour=2
-	$(BIN)/python -m recipes.ovis_tiny.tokenizer $(TINY_DATA)/train.jsonl $(TINY)/tokenizer
-	$(BIN)/python -m recipes.ovis_tiny.start $(TINY)/tokenizer $(TINY)/start
-	$(BIN)/python -m recipes.ovis_tiny.sight $(TINY)/start $(TINY)/sight
+	$(BIN)/python -m recipes.ovis_tiny.generate_dataset $(TINY_DATA)
+	$(BIN)/python -m recipes.ovis_tiny.generate_dataset $(TINY_DATA)-hard --seed 1 --validation 0 --test 0 \
+		--frequency count=2 count_colour=2 exists=2 where=2 follow_up=2
+	$(BIN)/python -m recipes.ovis_tiny.generate_dataset $(TINY_DATA)-places --seed 4 --validation 0 --test 0 \
+		--frequency where=5 follow_up=3 count_colour=2
+	$(BIN)/python -m recipes.ovis_tiny.train_tokenizer $(TINY_DATA)/train.jsonl $(TINY)/tokenizer
+	$(BIN)/python -m recipes.ovis_tiny.init_checkpoint $(TINY)/tokenizer $(TINY)/start
+	$(BIN)/python -m recipes.ovis_tiny.pretrain_vision $(TINY)/start $(TINY)/pretrained-vision
 	$(BIN)/ovis-jax train recipes/ovis_tiny/stage1.toml
 	$(BIN)/ovis-jax train recipes/ovis_tiny/stage2.toml
-	$(BIN)/python -m recipes.ovis_tiny.sight $(TINY)/stage2/model $(TINY)/aligned --words --hold 3 --steps 250 --seed 1
+	$(BIN)/python -m recipes.ovis_tiny.pretrain_vision $(TINY)/stage2/model $(TINY)/aligned --align-words --anchor-weight 3 --steps 250 --seed 1
 	$(BIN)/ovis-jax train recipes/ovis_tiny/stage3.toml
-	$(BIN)/python -m recipes.ovis_tiny.sight $(TINY)/stage3/model $(TINY)/aligned-again --words --hold 6 --steps 300 --seed 2
+	$(BIN)/python -m recipes.ovis_tiny.pretrain_vision $(TINY)/stage3/model $(TINY)/aligned-again --align-words --anchor-weight 6 --steps 300 --seed 2
 	$(BIN)/ovis-jax train recipes/ovis_tiny/stage4.toml
 	$(BIN)/ovis-jax train recipes/ovis_tiny/stage5.toml
 	$(BIN)/python -m convert.to_hf $(TINY)/stage5/model $(TINY)/hub --dtype bfloat16
-	$(BIN)/python -m recipes.ovis_tiny.score $(TINY)/hub $(TINY_DATA)/test.jsonl --json $(TINY)/scores.json
-	$(BIN)/python -m recipes.ovis_tiny.card $(TINY)/hub $(TINY)/scores.json $(TINY_DATA)/test.jsonl
+	$(BIN)/python -m recipes.ovis_tiny.measure_accuracy $(TINY)/hub $(TINY_DATA)/test.jsonl --json $(TINY)/accuracy.json
+	$(BIN)/python -m recipes.ovis_tiny.model_card $(TINY)/hub $(TINY)/accuracy.json $(TINY_DATA)/test.jsonl
 	rm -rf ovis_jax/assets/ovis-tiny
 	cp -r $(TINY)/hub ovis_jax/assets/ovis-tiny
 
-# A colour that ovis-tiny has never seen, by low-rank adapters; and short answers, by DPO. Each prints
-# what the model scores before and after.
+# Two fine-tuning examples: LoRA teaches ovis-tiny a new colour, DPO teaches it short answers. Each
+# prints the scores before and after.
 pink: $(VENV)/train
 	rm -rf data/pink checkpoints/pink
-	$(BIN)/python -m recipes.ovis_tiny.draw_data data/pink --train 4000 --validation 64 --test 320 --colour pink
-	$(BIN)/python -m recipes.ovis_tiny.draw_data data/known --train 0 --validation 0 --test 650 --seed 2
+	$(BIN)/python -m recipes.ovis_tiny.generate_dataset data/pink --train 4000 --validation 64 --test 320 --colour pink
+	$(BIN)/python -m recipes.ovis_tiny.generate_dataset data/known --train 0 --validation 0 --test 650 --seed 2
 	$(BIN)/ovis-jax train recipes/ovis_tiny/pink.toml
 	for set in pink known; do \
-		$(BIN)/python -m recipes.ovis_tiny.score ovis-tiny data/$$set/test.jsonl; \
-		$(BIN)/python -m recipes.ovis_tiny.score ovis-tiny data/$$set/test.jsonl --adapters checkpoints/pink/adapters; \
+		$(BIN)/python -m recipes.ovis_tiny.measure_accuracy ovis-tiny data/$$set/test.jsonl; \
+		$(BIN)/python -m recipes.ovis_tiny.measure_accuracy ovis-tiny data/$$set/test.jsonl --adapters checkpoints/pink/adapters; \
 	done
 
 short: $(VENV)/train
 	rm -rf data/pairs checkpoints/short
-	$(BIN)/python -m recipes.ovis_tiny.draw_data data/pairs --train 0 --validation 0 --test 650 --pairs 80000 --seed 2
+	$(BIN)/python -m recipes.ovis_tiny.generate_dataset data/pairs --train 0 --validation 0 --test 650 --pairs 80000 --seed 2
 	$(BIN)/ovis-jax train recipes/ovis_tiny/short.toml
 	for model in ovis-tiny checkpoints/short/model; do \
-		$(BIN)/python -m recipes.ovis_tiny.score $$model data/pairs/test.jsonl --short; \
+		$(BIN)/python -m recipes.ovis_tiny.measure_accuracy $$model data/pairs/test.jsonl --accept-short; \
 	done
 
 clean:
 	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_TPU) checkpoints
 
-# Stamps: an environment with a set of extras installed, made again when pyproject.toml changes.
+# Stamp files: environments with a set of extras, reinstalled when pyproject.toml changes.
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found: install one, or make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)

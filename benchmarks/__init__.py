@@ -1,1 +1,1 @@
-"""One file a question; each prints a table and can write JSON."""
+"""Benchmarks: one script per question. Each prints a table and can write JSON."""

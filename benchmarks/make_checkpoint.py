@@ -1,8 +1,8 @@
-"""A checkpoint as large as the published: `python -m benchmarks.make_checkpoint --config 9b DST`.
+"""Write a checkpoint with random weights: `python -m benchmarks.make_checkpoint --config 9b DST`.
 
-It has exactly the published keys, shapes, dtype and shards, and random weights. They are cut from
-one pool of random numbers, so that it is made as fast as the disk writes, and the same seed makes
-the same bytes. Its tokenizer is that of a golden checkpoint.
+It has the published keys, shapes, dtype and shards. The weights are slices of one array of random
+numbers, so that the disk limits the speed; the same seed gives the same bytes. The tokenizer is
+that of a golden checkpoint.
 """
 
 import re
@@ -15,31 +15,32 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from benchmarks.checkpoints import write_small_files
-from benchmarks.models import PRESETS
-from ovis_jax.checkpoint.keymap import hub_keys, unused_shapes
-from ovis_jax.checkpoint.safetensors_files import CHUNK
-from ovis_jax.checkpoint.writer import (
+from benchmarks.support.benchmark_model import PRESETS
+from benchmarks.support.random_checkpoints import write_config_and_tokenizer
+from ovis_jax.checkpoint.key_map import make_hub_key_map, unused_tensor_shapes
+from ovis_jax.checkpoint.output_dirs import atomic_dir, check_disk_space
+from ovis_jax.checkpoint.safetensors_reader import CHUNK_BYTES
+from ovis_jax.checkpoint.safetensors_writer import (
     MAX_SHARD_BYTES,
-    Tensors,
-    check_space,
-    tensor_bytes,
-    whole_or_absent,
-    write_tensors,
+    TensorSpecs,
+    count_bytes,
+    plan_shards,
+    total_bytes,
+    write_shards,
 )
 from ovis_jax.config import OvisConfig
 from ovis_jax.sharding import param_shapes
 
 MODULES = ("llm.model.embed", "llm.model.layers", "llm.", "visual_tokenizer.backbone", "visual", "")
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "")
-POOL_BYTES = 1 << 26
+RANDOM_BYTES = 1 << 26
 
 
-def hub_tensors(config: OvisConfig) -> Tensors:
-    """Every tensor of the Hub's layout in the order of the published files, in bfloat16."""
+def list_published_tensors(config: OvisConfig) -> TensorSpecs:
+    """Return all tensors of the Hub's layout in bfloat16, in the order of the published files."""
     shapes = param_shapes(config)
-    found = {key: shapes[path] for key, path in hub_keys(config).parameters.items()}
-    found |= unused_shapes(config)
+    tensor_shapes = {key: shapes[path] for key, path in make_hub_key_map(config).parameters.items()}
+    tensor_shapes |= unused_tensor_shapes(config)
 
     def order(key: str) -> tuple[int, int, int]:
         module = next(n for n, prefix in enumerate(MODULES) if key.startswith(prefix))
@@ -47,48 +48,49 @@ def hub_tensors(config: OvisConfig) -> Tensors:
         matrix = next(n for n, name in enumerate(MATRICES) if name in key)
         return module, int(layer[1]) if layer else 0, matrix
 
-    return {key: ("BF16", found[key]) for key in sorted(found, key=order)}
+    return {key: ("BF16", tensor_shapes[key]) for key in sorted(tensor_shapes, key=order)}
 
 
-def make(
+def write_random_checkpoint(
     config: OvisConfig, folder: Path, seed: int = 0, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> int:
-    """Write the checkpoint; gives its bytes of weights.
+    """Write a checkpoint with random weights, and return the bytes of its weights.
 
     Raises:
       OvisError: the folder exists and is not empty.
-      OSError: the disk is too small, or a file cannot be written.
+      OSError: the disk has too little space, or a file cannot be written.
     """
-    tensors = hub_tensors(config)
-    total = sum(tensor_bytes(*tensor) for tensor in tensors.values())
-    check_space(folder, total)
+    tensors = list_published_tensors(config)
+    total = total_bytes(tensors)
+    check_disk_space(folder, total)
     rng = np.random.default_rng(seed)
-    pool = rng.normal(scale=0.02, size=POOL_BYTES // 2).astype(ml_dtypes.bfloat16)
-    pool = pool.view(np.uint8).data
+    numbers = rng.normal(scale=0.02, size=RANDOM_BYTES // 2).astype(ml_dtypes.bfloat16)
+    data = numbers.view(np.uint8).data
 
-    def chunks(key: str) -> Iterator[memoryview]:
-        left = tensor_bytes(*tensors[key])
-        while left:
-            size = min(left, CHUNK)
-            start = 2 * int(rng.integers((len(pool) - size) // 2 + 1))
-            yield pool[start : start + size]
-            left -= size
+    def read_tensor(key: str) -> Iterator[memoryview]:
+        remaining = count_bytes(*tensors[key])
+        while remaining:
+            size = min(remaining, CHUNK_BYTES)
+            start = 2 * int(rng.integers((len(data) - size) // 2 + 1))
+            yield data[start : start + size]
+            remaining -= size
 
-    with whole_or_absent(folder) as partial:
-        write_tensors(partial, tensors, chunks, max_shard_bytes, {"format": "pt"})
-        write_small_files(partial, config, "bfloat16")
+    with atomic_dir(folder) as partial:
+        shards = plan_shards(tensors, max_shard_bytes)
+        write_shards(partial, tensors, read_tensor, shards, metadata={"format": "pt"})
+        write_config_and_tokenizer(partial, config, "bfloat16")
     return total
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(metavar="DST")],
-    config: Annotated[str, typer.Option(help="One of " + ", ".join(PRESETS))] = "9b",
-    seed: int = 0,
+    folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create.")],
+    config: Annotated[str, typer.Option(help="Config: " + ", ".join(PRESETS) + ".")] = "9b",
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
     """Write a checkpoint in the Hub's layout with random weights."""
     if config not in PRESETS:
-        raise typer.BadParameter(f"{config!r}; there are {', '.join(PRESETS)}")
-    total = make(PRESETS[config](), folder, seed)
+        raise typer.BadParameter(f"{config!r}, expected one of {', '.join(PRESETS)}")
+    total = write_random_checkpoint(PRESETS[config](), folder, seed)
     Console().print(f"{folder}: {total:,} bytes of weights", soft_wrap=True)
 
 

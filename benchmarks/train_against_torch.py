@@ -1,10 +1,11 @@
-"""One training step beside PyTorch's: tokens a second and peak memory, on one small model.
+"""Compares a training step with PyTorch: tokens per second and peak memory of a small model.
 
-`python -m benchmarks.train_against_torch`. Both sides learn everything of the same model from the
-same batch with the same loss and AdamW behind clipping. Each side is a process of its own, and the
-two take turns, repeat by repeat, so that what else the machine does meets both. PyTorch's side is
-`tests/reference/ovis_torch.py`; its bfloat16 is autocast over float32 weights. Peak memory is the
-process's own; "in steps" is what the steps added to the libraries, the model and compiled code.
+`python -m benchmarks.train_against_torch`. Both implementations train all parameters of the same
+model on the same batch, with the same loss and with AdamW after gradient clipping. Each runs in its
+own process, and they take turns step by step, so that other load on the machine affects both.
+PyTorch's model is `tests/reference/ovis_torch.py`; its bfloat16 is autocast over float32 weights.
+"Peak MiB" is the peak memory of the process; "in steps" excludes the libraries, the model and
+compilation.
 """
 
 import json
@@ -27,27 +28,38 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from benchmarks.models import prompts
+from benchmarks.support.benchmark_model import random_inputs
+from benchmarks.support.machine_peaks import describe_machine, restrict_to_cores
+from benchmarks.support.results import JsonOption, write_results
 from ovis_jax import Ovis
 from ovis_jax.config import DecoderConfig, OvisConfig, VisionConfig, VisualTokenizerConfig
-from ovis_jax.inputs.conversation import IGNORED
-from ovis_jax.training.losses import Batch
-from ovis_jax.training.parts import PARTS, split
-from ovis_jax.training.step import Recipe, stack, start, step
+from ovis_jax.inputs.conversation import IGNORE_INDEX
+from ovis_jax.training.config import StepConfig
+from ovis_jax.training.losses import TrainBatch
+from ovis_jax.training.train_step import init_train_state, stack_micro_batches, train_step
+from ovis_jax.training.trainable import TRAINABLE_PARTS, split_params
 
 ROOT = Path(__file__).parent.parent
-SIDES = ("jax", "torch")
+IMPLEMENTATIONS = ("jax", "torch")
 HUGE_PAGES = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
-"""Memory is kept from step to step, in pages of 2 MiB."""
+"""Environment that keeps memory between steps, in pages of 2 MiB."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """What is trained: `width` is that of vision and decoder; one 84-pixel crop a row."""
+class TrainingCase:
+    """A step to measure.
+
+    Attributes:
+      width: width of the vision encoder and of the decoder.
+      dtype: dtype of the computation.
+      rows: rows per batch, with one crop of 84 x 84 pixels each.
+      length: positions per row.
+      threads: number of cores per implementation.
+    """
 
     width: int
     dtype: str
@@ -56,8 +68,8 @@ class Case:
     threads: int
 
 
-def config(width: int) -> OvisConfig:
-    """A small model: heads of 32, four blocks on either side."""
+def small_config(width: int) -> OvisConfig:
+    """Return the config of a small model: heads of 32, four blocks in each transformer."""
     vision = VisionConfig(
         width=width,
         depth=4,
@@ -87,97 +99,101 @@ def config(width: int) -> OvisConfig:
     return OvisConfig(tokenizer, decoder, 8192, eos_ids=(1, 107), bos_id=2, pad_id=0)
 
 
-def batch(case: Case) -> Batch:
-    """Random rows that begin with a crop; the second half of each is learned."""
-    inputs = prompts(config(case.width), case.rows, case.length, crops=1)
-    learned = np.arange(case.length) >= case.length // 2
-    return Batch(inputs, jnp.where(learned, inputs.tokens, IGNORED))
+def random_batch(case: TrainingCase) -> TrainBatch:
+    """Return random rows that begin with a crop and have labels in their second half."""
+    inputs = random_inputs(small_config(case.width), case.rows, case.length, crops_per_row=1)
+    has_label = np.arange(case.length) >= case.length // 2
+    return TrainBatch(inputs, jnp.where(has_label, inputs.tokens, IGNORE_INDEX))
 
 
-def jax_step(case: Case) -> Callable[[], float]:
-    """A call that makes one step and gives its loss."""
-    model = Ovis(config(case.width))
-    recipe = Recipe(compute_dtype=jnp.dtype(case.dtype))
-    learned, frozen = split(jax.jit(model.init)(jax.random.key(0)), list(PARTS))
-    state = start(recipe, learned)
-    batches = jax.device_put(stack([batch(case)]))
-    compiled = step.lower(model, recipe, state, frozen, batches).compile()
+def make_jax_step(case: TrainingCase) -> Callable[[], float]:
+    """Return a function that runs one step and returns its loss."""
+    model = Ovis(small_config(case.width))
+    config = StepConfig(max_steps=1000, compute_dtype=cast(Any, case.dtype))
+    params = jax.jit(model.init)(jax.random.key(0))
+    trainable, frozen = split_params(params, list(TRAINABLE_PARTS))
+    state = init_train_state(config, trainable)
+    batches = jax.device_put(stack_micro_batches([random_batch(case)]))
+    compiled = train_step.lower(model, config, state, frozen, batches).compile()
 
-    def call() -> float:
+    def run_step() -> float:
         nonlocal state
         state, metrics = compiled(state, frozen, batches)
         return float(jax.block_until_ready((state, metrics))[1].loss)
 
-    return call
+    return run_step
 
 
-def torch_step(case: Case) -> Callable[[], float]:
-    """The same in PyTorch."""
+def make_torch_step(case: TrainingCase) -> Callable[[], float]:
+    """Return the same function for PyTorch."""
     sys.path.insert(0, str(ROOT / "tests"))
-    # Neither is installed where the package is only used.
+    # Type checkers cannot resolve these: users of the package do not have them.
     torch: Any = import_module("torch")
     reference_module: Any = import_module("reference.ovis_torch")
     torch.set_num_threads(case.threads)
-    reference = reference_module.OvisTorch.random(config(case.width), seed=0)
+    reference = reference_module.OvisTorch.random(small_config(case.width), seed=0)
     parameters = list(reference.model.requires_grad_(True).parameters())
-    recipe = Recipe()
+    config = StepConfig(max_steps=1000)
     optimizer = torch.optim.AdamW(
         parameters,
-        lr=recipe.learning_rate,
-        betas=(recipe.b1, recipe.b2),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=0.0,
         fused=True,
     )
-    inputs, labels = batch(case)
+    inputs, labels = random_batch(case)
     pixels = np.ascontiguousarray(inputs.pixels.transpose(0, 3, 1, 2))
     labels = np.array(labels)
 
-    def call() -> float:
+    def run_step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bfloat16"):
             loss = reference.loss(inputs.tokens, labels, pixels)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         return loss.item()
 
-    return call
+    return run_step
 
 
-def side(name: str, case: Case) -> None:
-    """Be one side: for each line read make a step, and say what it took.
-
-    The first answer comes after two steps that nobody asked for.
-    """
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-case.threads :])
-    call = {"jax": jax_step, "torch": torch_step}[name](case)
-    before = peak_bytes()
+def worker_main(implementation: str, case: TrainingCase) -> None:
+    """Run two steps, then one step per input line, and print each measurement as a JSON line."""
+    restrict_to_cores(case.threads)
+    run_step = {"jax": make_jax_step, "torch": make_torch_step}[implementation](case)
+    before = peak_process_memory()
     for _ in range(2):
-        call()
+        run_step()
     print(json.dumps({"before": before}), flush=True)
     for _ in sys.stdin:
-        begun, cpu = time.perf_counter(), time.process_time()
-        loss = call()
-        took, cpu = time.perf_counter() - begun, time.process_time() - cpu
-        answer = {"seconds": took, "cpu_seconds": cpu, "loss": loss, "peak": peak_bytes()}
-        print(json.dumps(answer), flush=True)
+        start, cpu_start = time.perf_counter(), time.process_time()
+        loss = run_step()
+        measurement = {
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - cpu_start,
+            "loss": loss,
+            "peak": peak_process_memory(),
+        }
+        print(json.dumps(measurement), flush=True)
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held so far."""
+def peak_process_memory() -> int:
+    """Return the peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class Side:
-    """A process that is one side."""
+class StepWorker:
+    """A process that runs the steps of one implementation."""
 
-    def __init__(self, name: str, case: Case, huge_pages: bool):
+    def __init__(self, implementation: str, case: TrainingCase, huge_pages: bool):
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(case.threads)}
         if huge_pages:
             environment |= HUGE_PAGES
-        code = f"from benchmarks.train_against_torch import *; side({name!r}, {case!r})"
-        self.process = subprocess.Popen(
+        code = (
+            "from benchmarks.train_against_torch import *;"
+            f" worker_main({implementation!r}, {case!r})"
+        )
+        self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=ROOT,
             env=environment,
@@ -185,75 +201,80 @@ class Side:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.before: int = self.read()["before"]
-        self.answers: list[dict[str, float]] = []
+        self._before: int = self._read()["before"]
+        self._measurements: list[dict[str, float]] = []
 
-    def read(self) -> dict[str, Any]:
-        """The next answer."""
-        line = cast(IO[str], self.process.stdout).readline()
+    def _read(self) -> dict[str, Any]:
+        line = cast(IO[str], self._process.stdout).readline()
         if not line:
-            raise SystemExit(f"a side ended with exit code {self.process.wait()}")
+            raise SystemExit(f"a worker exited with code {self._process.wait()}")
         return json.loads(line)
 
-    def step(self) -> None:
-        """Ask for a step."""
-        print("step", file=self.process.stdin, flush=True)
-        self.answers.append(self.read())
+    def run_step(self) -> None:
+        """Run a step and record its measurement."""
+        print("step", file=self._process.stdin, flush=True)
+        self._measurements.append(self._read())
 
-    def summary(self, case: Case) -> dict[str, Any]:
-        """Medians and extremes over the steps; ends the process."""
-        self.process.communicate()
-        seconds = [answer["seconds"] for answer in self.answers]
+    def finish(self, case: TrainingCase) -> dict[str, Any]:
+        """End the process, and return medians and extremes over the steps."""
+        self._process.communicate()
+        seconds = [x["seconds"] for x in self._measurements]
         return {
             "tokens_per_second": case.rows * case.length / statistics.median(seconds),
             "seconds": statistics.median(seconds),
             "fastest": min(seconds),
             "slowest": max(seconds),
-            "cpu_seconds": statistics.median(answer["cpu_seconds"] for answer in self.answers),
-            "peak": self.answers[-1]["peak"],
-            "before": self.before,
-            "losses": [answer["loss"] for answer in self.answers],
+            "cpu_seconds": statistics.median(x["cpu_seconds"] for x in self._measurements),
+            "peak": self._measurements[-1]["peak"],
+            "before": self._before,
+            "losses": [x["loss"] for x in self._measurements],
         }
 
 
-def compare(case: Case, repeats: int, huge_pages: bool = False) -> dict[str, dict[str, Any]]:
-    """Let both sides make steps in turn; what each took, by side."""
-    sides = {name: Side(name, case, huge_pages) for name in SIDES}
+def compare_training_steps(
+    case: TrainingCase, repeats: int, huge_pages: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Run steps of both implementations in turn, and return the measurements of each."""
+    workers = {name: StepWorker(name, case, huge_pages) for name in IMPLEMENTATIONS}
     for _ in range(repeats):
-        for one in sides.values():
-            one.step()
-    return {name: one.summary(case) for name, one in sides.items()}
+        for worker in workers.values():
+            worker.run_step()
+    return {name: worker.finish(case) for name, worker in workers.items()}
 
 
 def main(
-    width: Annotated[list[int] | None, typer.Option(help="May be repeated.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
-    rows: Annotated[int, typer.Option(help="Of a batch, each with one crop.")] = 32,
-    length: Annotated[int, typer.Option(help="Positions of a row.")] = 96,
-    repeats: Annotated[int, typer.Option(help="Steps a side.")] = 7,
-    threads: Annotated[int, typer.Option(help="Cores that each side may use.")] = 2,
-    huge_pages: Annotated[bool, typer.Option(help="For both sides' memory (glibc).")] = False,
-    output: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
+    width: Annotated[
+        list[int] | None, typer.Option(help="Width of the model; may be repeated.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Dtype of the computation; may be repeated.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Number of rows per batch, each with one crop.")] = 32,
+    length: Annotated[int, typer.Option(help="Number of positions per row.")] = 96,
+    repeats: Annotated[int, typer.Option(help="Number of measured steps.")] = 7,
+    threads: Annotated[int, typer.Option(help="Number of cores per implementation.")] = 2,
+    huge_pages: Annotated[bool, typer.Option(help="Use huge pages (glibc).")] = False,
+    output: JsonOption = None,
 ) -> None:
-    """Measure one training step of both sides in turn."""
+    """Measure training steps of ovis_jax and PyTorch in turn."""
     names = (
         "width",
         "dtype",
-        "side",
+        "implementation",
         "tokens/s",
-        "s a step",
+        "s/step",
         "spread",
         "CPU s",
         "peak MiB",
         "in steps",
     )
     table = Table(*(Column(name, justify="right", no_wrap=True) for name in names))
-    found = []
+    results = []
     for one_width in width or [128, 512]:
         for one_dtype in dtype or ["float32", "bfloat16"]:
-            case = Case(one_width, one_dtype, rows, length, threads)
-            for name, result in compare(case, repeats, huge_pages).items():
-                found.append({"side": name, **asdict(case), **result})
+            case = TrainingCase(one_width, one_dtype, rows, length, threads)
+            for name, result in compare_training_steps(case, repeats, huge_pages).items():
+                results.append({"implementation": name, **asdict(case), **result})
                 table.add_row(
                     str(one_width),
                     one_dtype,
@@ -265,10 +286,12 @@ def main(
                     f"{result['peak'] / 2**20:.0f}",
                     f"{(result['peak'] - result['before']) / 2**20:.0f}",
                 )
-    Console().print(f"{rows} rows x {length} positions, one crop a row, {threads} core(s) a side")
+    Console().print(
+        f"{rows} rows x {length} positions, one crop per row, {threads} core(s) per implementation"
+    )
     Console().print(table)
     if output is not None:
-        output.write_text(json.dumps({"huge_pages": huge_pages, "rows": found}, indent=2))
+        write_results(output, machine=describe_machine(), huge_pages=huge_pages, rows=results)
 
 
 if __name__ == "__main__":

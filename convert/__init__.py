@@ -1,1 +1,4 @@
-"""Commands that convert checkpoints between the Hub layout and this library."""
+"""Entry points `python -m convert.from_hf` and `python -m convert.to_hf`.
+
+The code is in `ovis_jax.conversion`: a convert.py in the user's folder would shadow this package.
+"""

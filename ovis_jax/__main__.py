@@ -1,4 +1,4 @@
-"""`python -m ovis_jax` is the command `ovis-jax`."""
+"""`python -m ovis_jax` runs the command `ovis-jax`."""
 
 from ovis_jax.cli import main
 

@@ -1,4 +1,4 @@
-"""The command line's cache of compiled programs, so that a second run compiles nothing."""
+"""The command line's persistent compilation cache, so that a second run compiles nothing."""
 
 import os
 import sys
@@ -7,40 +7,50 @@ from pathlib import Path
 
 import jax
 
-FOLDER = "JAX_COMPILATION_CACHE_DIR"
-SHORTEST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+DIR_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+MIN_SECONDS_VARIABLE = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+MAX_SIZE_VARIABLE = "JAX_COMPILATION_CACHE_MAX_SIZE"
+
+MAX_SIZE = 10 * 2**30
+"""Default size limit of the cache in bytes. JAX removes the least recently used programs first."""
 
 
-def cache_folder() -> Path:
-    """Where compiled programs are kept: $XDG_CACHE_HOME/ovis_jax/compiled, or below ~/.cache."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification has relative paths ignored.
-    return (given if given.is_absolute() else Path.home() / ".cache") / "ovis_jax" / "compiled"
+def compilation_cache_dir() -> Path:
+    """The default folder: ovis_jax/compilation_cache in $XDG_CACHE_HOME, or in ~/.cache."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification says that relative paths must be ignored.
+    return (
+        (base if base.is_absolute() else Path.home() / ".cache") / "ovis_jax" / "compilation_cache"
+    )
 
 
-def keep_compiled() -> None:
-    """Let JAX keep what it compiles, and read it again in later runs.
+def enable_compilation_cache() -> None:
+    """Let JAX store compiled programs and load them in later runs.
 
-    What the user has set in JAX's own variables stands: the folder, and from how many seconds of
-    compiling on a program is kept. Where nothing is set, all are kept, even the small ones: they
-    are many, and each takes longer to compile than to read. JAX's key of a program holds the
-    versions and the device, so none is taken for another. Without a folder that can be written it
-    says so on stderr and goes on.
+    JAX's own environment variables take precedence: the folder, the size limit, and the compile
+    time from which programs are stored. By default all programs are stored, because even the small
+    ones take longer to compile than to load, and there are many. JAX's cache key includes versions
+    and devices, so a program is never loaded for another setup. If the folder cannot be written, a
+    note on stderr says so and nothing is stored.
     """
-    if not os.environ.get(SHORTEST):
+    if not os.environ.get(MIN_SECONDS_VARIABLE):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if os.environ.get(FOLDER):
+    # The size limit is only for the default folder: JAX cannot limit a folder that also has
+    # programs from before, which were stored without a limit.
+    if os.environ.get(DIR_VARIABLE):
         return
     try:
-        folder = cache_folder()
+        folder = compilation_cache_dir()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the home folder
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder is unknown
         print(
-            f"note: what is compiled is not kept for the next run: {error}; "
-            f"set {FOLDER} to a folder that can be written",
+            f"note: compiled programs are not stored for the next run: {error}; "
+            f"set {DIR_VARIABLE} to a writable folder",
             file=sys.stderr,
         )
     else:
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        if not os.environ.get(MAX_SIZE_VARIABLE):
+            jax.config.update("jax_compilation_cache_max_size", MAX_SIZE)

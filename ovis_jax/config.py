@@ -1,7 +1,7 @@
-"""What the Hub's config.json says of an Ovis model, as frozen dataclasses.
+"""The config of an Ovis model, read from the Hub's config.json into frozen dataclasses.
 
-Every field that decides the mathematics is read and never assumed: one that is missing, or that
-asks for something this implementation does not compute, raises `ConfigError` with its name.
+Every field that affects the computation is required. A missing field, or a value that this
+implementation does not support, raises a `ConfigError` that names it.
 """
 
 from collections.abc import Mapping
@@ -9,22 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from ovis_jax.fields import Fields, is_int, read_json, read_numbers, write_numbers
+from ovis_jax.json_fields import (
+    JsonObject,
+    is_int,
+    read_json,
+    read_positive_number_fields,
+    write_positive_number_fields,
+)
 
 TokenizeFunction = Literal["softmax", "gumbel_argmax", "st_argmax"]
 
 NUM_IMAGE_INDICATORS = 5
-"""Rows at the end of the visual embedding table that belong to the ids -301 .. -305."""
+"""Rows at the end of the visual embedding table that belong to the ids -301 to -305."""
 
-# Our names of fields -> those in the Hub's config.json; a field that is not here has one name.
-SHARED_NAMES = {
+# Our field names -> those of the Hub's config.json, where the two differ.
+_SHARED_NAMES = {
     "width": "hidden_size",
     "depth": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "mlp_width": "intermediate_size",
 }
-VISION_NAMES = SHARED_NAMES | {"norm_eps": "layer_norm_eps"}
-DECODER_NAMES = SHARED_NAMES | {
+_VISION_NAMES = _SHARED_NAMES | {"norm_eps": "layer_norm_eps"}
+_DECODER_NAMES = _SHARED_NAMES | {
     "num_kv_heads": "num_key_value_heads",
     "attn_softcap": "attn_logit_softcapping",
     "final_softcap": "final_logit_softcapping",
@@ -34,7 +40,7 @@ DECODER_NAMES = SHARED_NAMES | {
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The SigLIP encoder: sizes in pixels or channels."""
+    """The SigLIP encoder. Sizes are in pixels or channels."""
 
     width: int
     depth: int
@@ -47,21 +53,21 @@ class VisionConfig:
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side of a crop."""
+        """Number of patches along one side of a crop."""
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """P, the patches of a crop."""
+        """P: number of patches per crop."""
         return self.grid_size**2
 
     @classmethod
-    def from_hf(cls, config: Fields) -> Self:
+    def from_hf(cls, config: JsonObject) -> Self:
         """Read `visual_tokenizer_config.backbone_config`."""
-        config.require("model_type", "siglip_vision_model")
-        config.require("hidden_act", "gelu_pytorch_tanh")
-        vision = cls(**read_numbers(cls, config, VISION_NAMES))
-        config.divides("num_attention_heads", vision.num_heads, "hidden_size", vision.width)
+        config.require_value("model_type", "siglip_vision_model")
+        config.require_value("hidden_act", "gelu_pytorch_tanh")
+        vision = cls(**read_positive_number_fields(cls, config, _VISION_NAMES))
+        config.require_divisor("num_attention_heads", vision.num_heads, "hidden_size", vision.width)
         if vision.patch_size > vision.image_size:
             raise config.error(
                 "patch_size", vision.patch_size, f"at most image_size {vision.image_size}"
@@ -69,73 +75,80 @@ class VisionConfig:
         return vision
 
     def to_hf(self) -> dict[str, Any]:
-        """Write `visual_tokenizer_config.backbone_config`."""
+        """Return `visual_tokenizer_config.backbone_config`."""
         return {
             "model_type": "siglip_vision_model",
             "hidden_act": "gelu_pytorch_tanh",
-            **write_numbers(self, VISION_NAMES),
+            **write_positive_number_fields(self, _VISION_NAMES),
             "attention_dropout": 0.0,
         }
 
 
 @dataclass(frozen=True)
 class VisualTokenizerConfig:
-    """From vision features to a distribution over the visual vocabulary."""
+    """From vision features to a distribution over the visual vocabulary.
+
+    Attributes:
+      vision: the vision encoder.
+      vocab_size: U, the rows of the visual embedding table, including the image indicators.
+      hidden_stride: side of a block of patches that becomes one visual token.
+      tokenize_function: how logits become a distribution over visual words.
+      norm_eps: epsilon of the head's LayerNorm, the default of torch.nn.LayerNorm; no config file
+        states it.
+    """
 
     vision: VisionConfig
     vocab_size: int
-    """U: the rows of the visual embedding table, image indicators included."""
     hidden_stride: int
     tokenize_function: TokenizeFunction
     norm_eps: float = 1e-5
-    """Of the head's LayerNorm; stated in no config, it is the default of torch.nn.LayerNorm."""
 
     @property
     def num_words(self) -> int:
-        """W: the visual words that the softmax runs over, image indicators excluded."""
+        """W: number of visual words in the softmax, without the image indicators."""
         return self.vocab_size - NUM_IMAGE_INDICATORS
 
     @property
     def merged_grid_size(self) -> int:
-        """Visual tokens along one side of a crop, the zero-padded last row and column counted."""
+        """Number of visual tokens along one side of a crop, including zero-padded ones."""
         return -(-self.vision.grid_size // self.hidden_stride)
 
     @property
     def tokens_per_crop(self) -> int:
-        """M, the visual tokens of a crop."""
+        """M: number of visual tokens per crop."""
         return self.merged_grid_size**2
 
     @property
     def merged_width(self) -> int:
-        """Channels of a merged block of patches."""
+        """Number of channels of a merged block of patches."""
         return self.hidden_stride**2 * self.vision.width
 
     @classmethod
-    def from_hf(cls, config: Fields) -> Self:
+    def from_hf(cls, config: JsonObject) -> Self:
         """Read `visual_tokenizer_config`."""
-        config.require("model_type", "siglip_visual_tokenizer")
-        if config.optional("drop_cls_token", False):
+        config.require_value("model_type", "siglip_visual_tokenizer")
+        if config.get_optional("drop_cls_token", False):
             raise config.error("drop_cls_token", True, "false: SigLIP has no class token")
-        if config.optional("depths", None):
-            raise config.error("depths", config.get("depths"), "null: every block is used")
+        if config.get_optional("depths", None):
+            raise config.error("depths", config.get("depths"), "null: all blocks are used")
         function = config.get("tokenize_function")
         if function not in get_args(TokenizeFunction):
             known = ", ".join(get_args(TokenizeFunction))
             raise config.error("tokenize_function", function, f"one of {known}")
-        vocab_size = config.size("vocab_size")
+        vocab_size = config.get_positive_int("vocab_size")
         if vocab_size <= NUM_IMAGE_INDICATORS:
             raise config.error(
                 "vocab_size", vocab_size, f"more than the {NUM_IMAGE_INDICATORS} image indicators"
             )
         return cls(
-            vision=VisionConfig.from_hf(config.section("backbone_config")),
+            vision=VisionConfig.from_hf(config.get_object("backbone_config")),
             vocab_size=vocab_size,
-            hidden_stride=config.size("hidden_stride"),
+            hidden_stride=config.get_positive_int("hidden_stride"),
             tokenize_function=function,
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """Write `visual_tokenizer_config`."""
+        """Return `visual_tokenizer_config`."""
         return {
             "model_type": "siglip_visual_tokenizer",
             "vocab_size": self.vocab_size,
@@ -169,39 +182,35 @@ class DecoderConfig:
     tie_embeddings: bool = True
 
     def window(self, block: int) -> int | None:
-        """The attention window of a block in positions; None where it sees all that came before."""
+        """The sliding window of a block in positions; None for a global block."""
         return self.sliding_window if block % 2 == 0 else None
 
     @classmethod
-    def from_hf(cls, config: Fields, *, disable_tie_weight: bool) -> Self:
-        """Read `llm_config`."""
-        config.require("model_type", "gemma2")
-        config.require("hidden_activation", "gelu_pytorch_tanh")
-        config.require("attention_bias", False)
-        if config.optional("rope_scaling", None):
-            raise config.error(
-                "rope_scaling",
-                config.get("rope_scaling"),
-                "null: Gemma2's rotary angles are not scaled",
-            )
-        numbers = read_numbers(cls, config, DECODER_NAMES)
+    def from_hf(cls, config: JsonObject, *, disable_tie_weight: bool) -> Self:
+        """Read `llm_config`; `disable_tie_weight` is a field of the top level."""
+        config.require_value("model_type", "gemma2")
+        config.require_value("hidden_activation", "gelu_pytorch_tanh")
+        config.require_value("attention_bias", False)
+        if config.get_optional("rope_scaling", None):
+            expected = "null: Gemma2 does not scale rotary angles"
+            raise config.error("rope_scaling", config.get("rope_scaling"), expected)
+        numbers = read_positive_number_fields(cls, config, _DECODER_NAMES)
         decoder = cls(**numbers, tie_embeddings=not disable_tie_weight)
-        config.divides(
+        config.require_divisor(
             "num_key_value_heads", decoder.num_kv_heads, "num_attention_heads", decoder.num_heads
         )
-        types = config.optional("layer_types", None)
-        in_turn = ["sliding_attention", "full_attention"] * decoder.depth
-        if types is not None and types != in_turn[: decoder.depth]:
-            expected = "sliding and full attention in turn, sliding first"
+        types = config.get_optional("layer_types", None)
+        alternating = ["sliding_attention", "full_attention"] * decoder.depth
+        if types is not None and types != alternating[: decoder.depth]:
+            expected = "alternating sliding_attention and full_attention, sliding first"
             raise config.error("layer_types", types, expected)
         if decoder.head_dim % 2:
-            raise config.error(
-                "head_dim", decoder.head_dim, "an even number: rotary angles turn pairs"
-            )
+            expected = "an even number: rotary embedding rotates pairs of channels"
+            raise config.error("head_dim", decoder.head_dim, expected)
         return decoder
 
     def to_hf(self) -> dict[str, Any]:
-        """Write `llm_config`."""
+        """Return `llm_config`."""
         return {
             "model_type": "gemma2",
             "architectures": ["Gemma2ForCausalLM"],
@@ -211,25 +220,33 @@ class DecoderConfig:
             "attention_dropout": 0.0,
             "cache_implementation": "hybrid",
             "max_position_embeddings": 8192,
-            **write_numbers(self, DECODER_NAMES),
+            **write_positive_number_fields(self, _DECODER_NAMES),
         }
 
 
 @dataclass(frozen=True)
 class OvisConfig:
-    """A whole Ovis1.6-Gemma2 model."""
+    """A complete Ovis1.6-Gemma2 model.
+
+    Attributes:
+      visual_tokenizer: vision encoder and visual tokenizer.
+      decoder: the language model.
+      multimodal_max_length: maximum prompt length in positions, with each crop as its M tokens.
+      eos_ids: ids that end an answer.
+      bos_id: id that starts every prompt.
+      pad_id: id at padding.
+    """
 
     visual_tokenizer: VisualTokenizerConfig
     decoder: DecoderConfig
     multimodal_max_length: int
-    """The longest prompt, in positions after every crop has become its visual tokens."""
     eos_ids: tuple[int, ...]
     bos_id: int
     pad_id: int
 
     @property
     def vision(self) -> VisionConfig:
-        """The SigLIP encoder's config."""
+        """The config of the vision encoder."""
         return self.visual_tokenizer.vision
 
     @classmethod
@@ -237,21 +254,23 @@ class OvisConfig:
         """Read the parsed config.json and generation_config.json of a Hub folder.
 
         Raises:
-          ConfigError: a field that decides the mathematics is missing or not supported.
+          ConfigError: a field that affects the computation is missing or not supported.
         """
-        top = Fields(config, "config.json")
-        top.require("model_type", "ovis")
-        top.require("conversation_formatter_class", "GemmaConversationFormatter")
-        llm = top.section("llm_config")
-        stops = Fields(generation, "generation_config.json")
+        top = JsonObject(config, "config.json")
+        top.require_value("model_type", "ovis")
+        top.require_value("conversation_formatter_class", "GemmaConversationFormatter")
+        llm = top.get_object("llm_config")
+        stops = JsonObject(generation, "generation_config.json")
         eos = stops.get("eos_token_id")
         eos_ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
         ovis = cls(
-            visual_tokenizer=VisualTokenizerConfig.from_hf(top.section("visual_tokenizer_config")),
-            decoder=DecoderConfig.from_hf(
-                llm, disable_tie_weight=bool(top.optional("disable_tie_weight", False))
+            visual_tokenizer=VisualTokenizerConfig.from_hf(
+                top.get_object("visual_tokenizer_config")
             ),
-            multimodal_max_length=top.size("multimodal_max_length"),
+            decoder=DecoderConfig.from_hf(
+                llm, disable_tie_weight=bool(top.get_optional("disable_tie_weight", False))
+            ),
+            multimodal_max_length=top.get_positive_int("multimodal_max_length"),
             eos_ids=eos_ids,
             bos_id=stops.get("bos_token_id"),
             pad_id=stops.get("pad_token_id"),
@@ -260,13 +279,13 @@ class OvisConfig:
         for name, i in [*named_ids, ("bos_token_id", ovis.bos_id), ("pad_token_id", ovis.pad_id)]:
             if not is_int(i) or not 0 <= i < ovis.decoder.vocab_size:
                 raise stops.error(name, i, f"an id below vocab_size {ovis.decoder.vocab_size}")
-        width = top.optional("hidden_size", ovis.decoder.width)
+        width = top.get_optional("hidden_size", ovis.decoder.width)
         if width != ovis.decoder.width:
             raise top.error("hidden_size", width, f"llm_config.hidden_size {ovis.decoder.width}")
         return ovis
 
     def to_hf(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Write config.json and generation_config.json such that `from_hf` reads them back."""
+        """Return config.json and generation_config.json, which `from_hf` reads back."""
         ids = {"bos_token_id": self.bos_id, "pad_token_id": self.pad_id}
         config = {
             "architectures": ["Ovis"],

@@ -1,37 +1,37 @@
-"""The exceptions that bad input gets: each message names what is wrong, where, and what to do."""
+"""Exceptions for bad input. A message says what is wrong, where, and what to do."""
 
 
 class OvisError(Exception):
-    """Base of every error raised on bad input; the command line prints it as one line."""
+    """Base class of all errors for bad input. The command line prints its message in one line."""
 
 
 class ConfigError(OvisError):
-    """A config.json that lacks a field, or asks for mathematics that this model does not have."""
+    """A config file lacks a required field or has an unsupported value."""
 
 
 class CheckpointError(OvisError):
-    """A folder whose files, keys, shapes or dtypes are not those of an Ovis checkpoint."""
+    """The files, keys, shapes or dtypes of a folder are not those of an Ovis checkpoint."""
 
 
 class ImageError(OvisError):
-    """An image that cannot be decoded or cut into crops."""
+    """An image cannot be decoded or cut into crops."""
 
 
 class PromptError(OvisError):
-    """A prompt or conversation that the model cannot be given as it is."""
+    """A prompt or conversation is malformed."""
 
 
-class PromptTooLong(PromptError):
-    """A prompt of more positions than the model reads."""
+class PromptTooLongError(PromptError):
+    """A prompt has more positions than the model's maximum."""
 
 
 class RequestError(OvisError):
-    """A generation request whose options contradict each other, the model or the inputs."""
+    """Options of a request are out of range, or contradict each other, the model or the inputs."""
 
 
 class DataError(OvisError):
-    """A dataset file, or a row of one, that nothing can be learned from as it is."""
+    """A dataset file, or a row in it, is malformed."""
 
 
 class TrainingError(OvisError):
-    """A run of training that cannot go on."""
+    """A training run cannot continue."""

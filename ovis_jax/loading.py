@@ -1,32 +1,209 @@
-"""One call from a checkpoint to everything that an answer needs."""
+"""Loading a checkpoint, and asking the loaded model."""
 
+import math
+import time
+from collections import Counter
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, Literal, TypedDict, Unpack
 
+import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ovis_jax.checkpoint.adapters import load_adapters
 from ovis_jax.checkpoint.params import OnRead, load_params
-from ovis_jax.checkpoint.source import find_source
+from ovis_jax.checkpoint.resolve import resolve_checkpoint
 from ovis_jax.config import OvisConfig
-from ovis_jax.inputs.processor import Processor
-from ovis_jax.mesh_axes import automatic
+from ovis_jax.errors import RequestError
+from ovis_jax.inference.generate import Generation, stream
+from ovis_jax.inference.sampling import Sampling
+from ovis_jax.inputs.batch import pad_batch
+from ovis_jax.inputs.conversation import Prompt
+from ovis_jax.inputs.processor import Images, Processor
+from ovis_jax.mesh import to_automatic_axes
+from ovis_jax.model.lora import attach_adapters
 from ovis_jax.model.ovis import Ovis, Params
-from ovis_jax.sharding import TENSOR, Rules
-from ovis_jax.training.parts import Flat, join
+from ovis_jax.sharding import TENSOR, Rules, param_shapes
+
+
+class AskOptions(TypedDict, total=False):
+    """The keyword arguments of `LoadedOvis.ask`, which documents them."""
+
+    max_new_tokens: int
+    temperature: float | None
+    sampling: Sampling | None
+    seed: int
+    max_partition: int
+    assistant_prefix: str
+    parse_special_tokens: bool
 
 
 @dataclass(frozen=True)
+class PartialAnswer:
+    """An answer after one more token.
+
+    Attributes:
+      delta: Text that the token added.
+      text: All text so far.
+      tokens: All token ids so far, including the stop id.
+      finish_reason: "stop" or "length" at the last token, None before.
+      prompt_positions: Length of the prompt in positions.
+      seconds_to_first_token: Seconds from the call to the first token.
+      seconds: Seconds from the call to this token.
+    """
+
+    delta: str
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: Literal["stop", "length"] | None
+    prompt_positions: int
+    seconds_to_first_token: float
+    seconds: float
+
+
+@dataclass(frozen=True, repr=False)
 class LoadedOvis:
-    """A model with its parameters and its processor."""
+    """A model with its parameters and its processor.
+
+    Attributes:
+      config: The config of the checkpoint.
+      model: The model as pure functions.
+      params: Nested dict of arrays.
+      processor: Converts text and images to arrays, and ids to text.
+      name: Name of the checkpoint: a folder name, a repo id or "ovis-tiny".
+    """
 
     config: OvisConfig
     model: Ovis
     params: Params
     processor: Processor
+    name: str = "Ovis"
+
+    def __repr__(self) -> str:
+        vision, decoder = self.config.vision, self.config.decoder
+        num_params = sum(math.prod(shape) for shape in param_shapes(self.config).values())
+        leaves = [x for x in jax.tree.leaves(self.params) if isinstance(x, jax.Array)]
+        dtypes = ", ".join(sorted({str(x.dtype) for x in leaves}))
+        devices = set().union(*(x.devices() for x in leaves))
+        kinds = Counter(device.device_kind for device in devices)
+        return (
+            f"LoadedOvis({self.name}: Ovis1.6-Gemma2 with {num_params:,} parameters in {dtypes} on "
+            f"{', '.join(f'{number} x {kind}' for kind, number in kinds.items())}; "
+            f"vision encoder of {vision.depth} blocks and width {vision.width}, "
+            f"{self.config.visual_tokenizer.num_words:,} visual words, "
+            f"decoder of {decoder.depth} blocks and width {decoder.width})"
+        )
+
+    def ask(
+        self, prompt: Prompt, images: Images | None = None, **options: Unpack[AskOptions]
+    ) -> str:
+        """Answer one prompt.
+
+        Args:
+          prompt: A question, or a conversation as a list of turns
+            `{"role": "user" | "assistant", "content": CONTENT}`; CONTENT is a string or a list of
+            OpenAI content parts. "<image>" in a text marks the place of an image; without any, the
+            images come first.
+          images: An image or a list of images. An image is a path, the bytes of a file, a PIL image
+            or a numpy uint8 array [h, w, 3].
+          **options: Any of
+            max_new_tokens: Maximum number of tokens of the answer. Default 1024.
+            temperature: Short for `sampling=Sampling(temperature)`. Default None: greedy.
+            sampling: How tokens are chosen. Default None: greedy.
+            seed: Seed of the sampling. Default 0.
+            max_partition: Maximum number of cells that an image is cut into. Default 9.
+            assistant_prefix: Text that the answer begins with. Default "".
+            parse_special_tokens: Whether special tokens spelled out in the prompt become their ids.
+              Default True; pass False for text from people you do not trust.
+
+        Returns:
+          The answer, without `assistant_prefix`.
+
+        Raises:
+          OvisError: The prompt, an image or an option is invalid.
+        """
+        return "".join(self.ask_stream(prompt, images, **options))
+
+    def ask_stream(
+        self, prompt: Prompt, images: Images | None = None, **options: Unpack[AskOptions]
+    ) -> Iterator[str]:
+        """Answer one prompt piece by piece. Takes the arguments of `ask`.
+
+        Yields:
+          The next piece of the answer's text. The pieces join to the result of `ask`.
+
+        Raises:
+          OvisError: The prompt, an image or an option is invalid.
+        """
+        steps = self.stream_answer(prompt, images, **options)
+        return (step.delta for step in steps if step.delta)
+
+    def stream_answer(
+        self,
+        prompt: Prompt,
+        images: Images | None = None,
+        *,
+        max_new_tokens: int = 1024,
+        temperature: float | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        max_partition: int = 9,
+        assistant_prefix: str = "",
+        parse_special_tokens: bool = True,
+    ) -> Generator[PartialAnswer]:
+        """Answer one prompt token by token, with ids and times. Takes the arguments of `ask`.
+
+        Yields:
+          A `PartialAnswer` per token. Closing the generator ends the generation.
+
+        Raises:
+          OvisError: The prompt, an image or an option is invalid.
+        """
+        start = time.perf_counter()
+        if temperature is not None and sampling is not None:
+            raise RequestError("temperature and sampling are both given; pass only one of them")
+        sampling = sampling or Sampling(temperature)
+        example = self.processor.encode(
+            prompt,
+            images,
+            max_partition=max_partition,
+            assistant_prefix=assistant_prefix,
+            parse_special_tokens=parse_special_tokens,
+        )
+        buckets = self.processor.buckets
+        inputs = pad_batch([example.tokens], example.pixels, self.config, buckets)
+        chunks = stream(
+            self.model,
+            self.params,
+            inputs,
+            None if sampling.temperature is None else jax.random.key(seed),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+        )
+        return self._follow(chunks, len(example.tokens), max_new_tokens, start)
+
+    def _follow(
+        self, chunks: Iterator[Generation], prompt_positions: int, max_new_tokens: int, start: float
+    ) -> Generator[PartialAnswer]:
+        detokenizer, tokens, text, first = self.processor.new_detokenizer(), (), "", 0.0
+        for chunk in chunks:
+            token = int(np.asarray(chunk.tokens)[0, 0])
+            elapsed = time.perf_counter() - start
+            first = first or elapsed
+            tokens = (*tokens, token)
+            stopped = token in self.config.eos_ids
+            finished = stopped or len(tokens) == max_new_tokens
+            delta = "" if stopped else detokenizer.push(token)
+            delta += detokenizer.finish() if finished else ""
+            text += delta
+            reason = ("stop" if stopped else "length") if finished else None
+            yield PartialAnswer(
+                delta, text, tokens, reason, prompt_positions, round(first, 3), round(elapsed, 3)
+            )
 
 
 def load(
@@ -41,35 +218,37 @@ def load(
     """Load a checkpoint.
 
     Args:
-      path: a converted folder, a folder in the layout of the Hub, a repo id, which is fetched, or
-        "ovis-tiny", the small checkpoint that comes with the library.
-      dtype: of parameters and activations (float32, bfloat16 or float16); None for that of the
-        checkpoint.
-      mesh: where the parameters are to lie, each device reading only its own slice; None for the
-        default device. Of several processes each reads only what its devices hold.
-      rules: which axes of the mesh cut which letters: `TENSOR`, `FSDP`, `TENSOR_FSDP` or a table of
-        your own from letters to "data", "model" or other axes of the mesh.
-      adapters: a folder of low-rank adapters made by `save_adapters`; the matrices that they are of
-        become `LowRank` in the parameters.
-      on_read: called with the key and the bytes of each slice of a tensor that this process reads.
+      path: A converted folder, a folder in the Hub's layout, a repo id, which is downloaded, or
+        "ovis-tiny", the small checkpoint that ships with the library.
+      dtype: Dtype of parameters and activations: float32, bfloat16 or float16. None keeps the
+        checkpoint's own.
+      mesh: Mesh that the parameters are sharded over; every device reads only its own slices, and
+        every process only those of its devices. None uses the default device.
+      rules: Which mesh axis shards which letter: `TENSOR`, `FSDP`, `TENSOR_FSDP` or your own table
+        from letters to mesh axes such as "data" and "model".
+      adapters: Folder of LoRA adapters that `save_adapters` wrote. Each adapted matrix becomes a
+        `LowRank` in the parameters.
+      on_read: Called with the key and the bytes of each slice of a tensor that this process reads.
 
     Raises:
-      ConfigError: a config or tokenizer file is missing or asks for what is not supported.
-      CheckpointError: the weights or the adapters are not those of the config; names every fault.
-      OvisError: there is no such folder, repo or folder of adapters, or the parameters cannot be
-        laid on the mesh.
-      OSError: the Hub cannot be reached, or a file cannot be read.
+      ConfigError: A config or tokenizer file is missing, or asks for something unsupported.
+      CheckpointError: The weights or adapters do not match the config; all problems are named.
+      OvisError: There is no such checkpoint or folder of adapters, or the rules cannot shard the
+        parameters over the mesh.
+      OSError: The Hub cannot be reached, or a file cannot be read.
     """
-    mesh = mesh and automatic(mesh)
-    folder = find_source(path).folder
+    mesh = mesh and to_automatic_axes(mesh)
+    checkpoint = resolve_checkpoint(path)
+    folder = checkpoint.folder
     config = OvisConfig.from_folder(folder)
     processor = Processor.from_folder(folder, config)
-    # Before the weights: they are small, and may be those of another model.
-    added = None if adapters is None else load_adapters(adapters, config, mesh=mesh, rules=rules)
+    # Adapters first: they are small, and may belong to another model.
+    lora = None if adapters is None else load_adapters(adapters, config, mesh=mesh, rules=rules)
     params = load_params(folder, config, dtype=dtype, mesh=mesh, rules=rules, on_read=on_read)
-    if added is not None:
-        flat = cast(Flat, flatten_dict(params, sep="/"))
-        matrix = {path: flat[path.rpartition("/")[0]] for path in added.halves}
-        halves = {path: x.astype(matrix[path].dtype) for path, x in added.halves.items()}
-        params = join(halves, flat, added.scale)
-    return LoadedOvis(config, Ovis(config), params, processor)
+    if lora is not None:
+        flat: dict[str, Any] = flatten_dict(params, sep="/")
+        weights = {
+            path: x.astype(flat[path.rpartition("/")[0]].dtype) for path, x in lora.weights.items()
+        }
+        params = attach_adapters(params, weights, lora.scale)
+    return LoadedOvis(config, Ovis(config), params, processor, checkpoint.name)

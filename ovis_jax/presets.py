@@ -1,12 +1,21 @@
-"""The configs of the published models, one for benchmarks, and a tiny one for tests."""
+"""Configs of the published models, of a model for benchmarks, and of a tiny model for tests."""
 
 from typing import Any
 
 from ovis_jax.config import DecoderConfig, OvisConfig, VisionConfig, VisualTokenizerConfig
 
+_GEMMA2: dict[str, Any] = {
+    "sliding_window": 4096,
+    "attn_softcap": 50.0,
+    "final_softcap": 30.0,
+    "rope_theta": 10000.0,
+    "norm_eps": 1e-6,
+}
+"""Constants of every Gemma2 decoder."""
+
 
 def ovis1_6_gemma2_9b() -> OvisConfig:
-    """The published AIDC-AI/Ovis1.6-Gemma2-9B: 10.2 billion parameters."""
+    """The published AIDC-AI/Ovis1.6-Gemma2-9B, with 10.2 billion parameters."""
     return _published(
         width=3584,
         depth=42,
@@ -32,7 +41,7 @@ def ovis1_6_gemma2_27b() -> OvisConfig:
 
 
 def tiny() -> OvisConfig:
-    """A model for tests with the traps of the large ones: grouped heads, odd patch grid."""
+    """A model for tests, with grouped heads and an odd patch grid like the published ones."""
     vision = VisionConfig(
         width=48,
         depth=2,
@@ -58,14 +67,15 @@ def tiny() -> OvisConfig:
         rope_theta=10000.0,
         norm_eps=1e-6,
     )
-    return _whole(VisualTokenizerConfig(vision, 69, 2, "softmax"), decoder)
+    return _ovis(VisualTokenizerConfig(vision, 69, 2, "softmax"), decoder)
 
 
-def bench() -> OvisConfig:
-    """A model to measure on a small machine: the 9B's proportions in 410 million parameters.
+def benchmark() -> OvisConfig:
+    """A model for benchmarks on small machines: the 9B's proportions in 410 million parameters.
 
-    Vision has the 9B's sizes but for the depth. Decoder and vocabularies are a quarter as wide or
-    nearly so; heads keep their size, so that scores and products stand to each other as in the 9B.
+    The vision encoder has the 9B's sizes except for its depth. Decoder width and vocabularies are
+    about a quarter of the 9B's. Heads keep their size, so that attention scores and products have
+    the 9B's proportion.
     """
     decoder = DecoderConfig(
         vocab_size=64000,
@@ -76,31 +86,21 @@ def bench() -> OvisConfig:
         head_dim=256,
         mlp_width=4096,
         query_pre_attn_scalar=256,
-        **_SHARED,
+        **_GEMMA2,
     )
-    return _whole(VisualTokenizerConfig(_siglip(depth=4), 16384, 2, "softmax"), decoder)
+    return _ovis(VisualTokenizerConfig(_siglip(depth=4), 16384, 2, "softmax"), decoder)
 
 
 def _published(**decoder: Any) -> OvisConfig:
-    """What the published models share; `decoder` holds the sizes in which they differ."""
-    return _whole(
+    """A published model from the sizes of its decoder."""
+    return _ovis(
         VisualTokenizerConfig(_siglip(depth=27), 65536, 2, "softmax"),
-        DecoderConfig(vocab_size=256000, **_SHARED, **decoder),
+        DecoderConfig(vocab_size=256000, **_GEMMA2, **decoder),
     )
 
 
-_SHARED: dict[str, Any] = {
-    "sliding_window": 4096,
-    "attn_softcap": 50.0,
-    "final_softcap": 30.0,
-    "rope_theta": 10000.0,
-    "norm_eps": 1e-6,
-}
-"""What every Gemma2 decoder has."""
-
-
 def _siglip(depth: int) -> VisionConfig:
-    """SigLIP so400m at 384 pixels, of `depth` blocks."""
+    """SigLIP so400m at 384 pixels, with `depth` blocks."""
     return VisionConfig(
         width=1152,
         depth=depth,
@@ -113,7 +113,7 @@ def _siglip(depth: int) -> VisionConfig:
     )
 
 
-def _whole(visual_tokenizer: VisualTokenizerConfig, decoder: DecoderConfig) -> OvisConfig:
+def _ovis(visual_tokenizer: VisualTokenizerConfig, decoder: DecoderConfig) -> OvisConfig:
     return OvisConfig(
         visual_tokenizer, decoder, multimodal_max_length=8192, eos_ids=(1, 107), bos_id=2, pad_id=0
     )

@@ -1,10 +1,10 @@
-"""One table: parameter path -> axis letters; rules: letter -> mesh axis.
+"""The axes of every parameter, and the rules that shard them over a mesh.
 
-Shapes, shardings, the key map and every complaint about a shape are read from `PARAM_AXES`. The
-letters are the alphabet of the whole repository (B D E F H I K M N P S T U V A C), and W the visual
-words (U without the image indicators), p a patch's side in pixels, m the merging stride, R the rank
-of a low-rank adapter. A group in brackets is one dimension, the product of its letters; a number
-stands for itself.
+`PARAM_AXES` gives the axes of each parameter as letters, and a rule maps a letter to a mesh axis.
+Shapes, shardings, the key map and errors about shapes all come from this table. The letters are
+those of the whole repository, listed in docs/research.md, and two local ones: p is the side of a
+patch in pixels, m the stride that merges patches. A group in parentheses is one dimension, the
+product of its letters. A number is a size.
 """
 
 import math
@@ -60,37 +60,36 @@ PARAM_AXES: Mapping[str, str] = {
     "decoder/unembed": "V D",
 }
 
-_LOOKED_UP = {"vision/position", "visual_embedding", "decoder/embed"}
-"""Of two dimensions, but rows are looked up or added: nothing is multiplied by the whole."""
+_LOOKUP_TABLES = {"vision/position", "visual_embedding", "decoder/embed"}
+"""Two-dimensional parameters that `linear` does not multiply by."""
 
-_PADDED = "UW"
-"""Letters whose dimension gets rows of zeros where it would not divide: 65531 is odd."""
+_PADDED_LETTERS = "UW"
+"""Letters whose dimension is padded with rows of zeros to divide a mesh axis: 65531 is odd."""
 
 _DIMENSION = r"\([^)]*\)|\S+"
 
 Rules = Mapping[str, str]
 
 TENSOR: Rules = {axis: "model" for axis in "NKFAVUW"} | {"B": "data"}
-"""Tensor parallel: heads, MLP widths and vocabularies over "model", the batch over "data"."""
+"""Tensor parallelism: heads, MLP widths and vocabularies over "model", the batch over "data"."""
 
 FSDP: Rules = {"D": "data", "E": "data"}
-"""Weights over "data" along their width; for weights only, as activations have B there."""
+"""Weights over "data" along their width. For weights only, as activations have B on "data"."""
 
 TENSOR_FSDP: Rules = {**TENSOR, **FSDP}
 """Every weight over both mesh axes."""
 
-RULES: Mapping[str, Rules] = {"tensor": TENSOR, "fsdp": FSDP, "tensor_fsdp": TENSOR_FSDP}
-"""By the name that configs and commands use."""
+RULES_BY_NAME: Mapping[str, Rules] = {"tensor": TENSOR, "fsdp": FSDP, "tensor_fsdp": TENSOR_FSDP}
+"""The names of the rules in configs and commands."""
 
 
 def param_axes(config: OvisConfig) -> dict[str, str]:
-    """Every parameter path of a model with its letters, in one fixed order, block by block."""
+    """The axes of every parameter of a model by path, in a fixed order, block by block."""
     axes = {}
     for prefix, group in groupby(PARAM_AXES, lambda pattern: pattern.partition("*")[0]):
         patterns = list(group)
-        repeated = "*" in patterns[0]
         depth = (config.vision if prefix.startswith("vision/") else config.decoder).depth
-        for block in range(depth) if repeated else [0]:
+        for block in range(depth) if "*" in patterns[0] else [0]:
             for pattern in patterns:
                 axes[pattern.replace("*", str(block))] = PARAM_AXES[pattern]
     if config.decoder.tie_embeddings:
@@ -98,28 +97,28 @@ def param_axes(config: OvisConfig) -> dict[str, str]:
     return axes
 
 
-def param_letters(path: str) -> str:
-    """The letters of a parameter, such as "(N H) D" for "decoder/block_0/attn/q"."""
+def axes_of_param(path: str) -> str:
+    """The axes of a parameter, such as "(N H) D" for "decoder/block_0/attn/q"."""
     return PARAM_AXES[re.sub(r"/block_\d+/", "/block_*/", path)]
 
 
-def takes_adapter(path: str) -> bool:
-    """Whether a parameter is a matrix that `linear` multiplies by, so that it may be adapted."""
-    return len(dimensions(param_letters(path))) == 2 and path not in _LOOKED_UP
+def supports_adapter(path: str) -> bool:
+    """Whether a parameter is a matrix that `linear` multiplies by."""
+    return len(parse_axes(axes_of_param(path))) == 2 and path not in _LOOKUP_TABLES
 
 
 def adapter_axes(config: OvisConfig) -> dict[str, str]:
-    """Both halves of every adapter that a model may have: `path/a` "R in", `path/b` "out R"."""
+    """The axes of every adapter: `<matrix>/lora_a` "R in" and `<matrix>/lora_b` "out R"."""
     axes = {}
     for path, letters in param_axes(config).items():
-        if takes_adapter(path):
+        if supports_adapter(path):
             rows, columns = re.findall(_DIMENSION, letters)
-            axes |= {f"{path}/a": f"R {columns}", f"{path}/b": f"{rows} R"}
+            axes |= {f"{path}/lora_a": f"R {columns}", f"{path}/lora_b": f"{rows} R"}
     return axes
 
 
-def letter_sizes(config: OvisConfig, path: str) -> dict[str, int]:
-    """The size of every letter at a path; F and H are those of the part that the path is in."""
+def axis_letter_sizes(config: OvisConfig, path: str) -> dict[str, int]:
+    """The size of every letter at a path; F and H depend on whether the decoder holds the path."""
     tokenizer, vision, decoder = config.visual_tokenizer, config.vision, config.decoder
     in_decoder = path.startswith("decoder/")
     return {
@@ -140,28 +139,28 @@ def letter_sizes(config: OvisConfig, path: str) -> dict[str, int]:
     }
 
 
-def dimensions(letters: str) -> list[list[str]]:
+def parse_axes(axes: str) -> list[list[str]]:
     """The letters of each dimension: "(N H) D" -> [["N", "H"], ["D"]]."""
-    return [part.strip("()").split() for part in re.findall(_DIMENSION, letters)]
+    return [part.strip("()").split() for part in re.findall(_DIMENSION, axes)]
 
 
-def shape_of(letters: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape that letters stand for."""
+def shape_from_axes(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a parameter from its axes and the sizes of their letters."""
     return tuple(
         math.prod(int(letter) if letter.isdigit() else sizes[letter] for letter in group)
-        for group in dimensions(letters)
+        for group in parse_axes(axes)
     )
 
 
 def param_shapes(
     config: OvisConfig, mesh: Mesh | AbstractMesh | None = None, rules: Rules = TENSOR
 ) -> dict[str, tuple[int, ...]]:
-    """Every parameter path of a model with its shape, in the order of `param_axes`.
+    """The shape of every parameter of a model by path, in the order of `param_axes`.
 
-    With a mesh, the shape that it has there. The visual table and the visual head are cut along
-    their rows, of which there are U and W = U - 5. Where an axis of size n > 1 carries them, both
-    have U rows rounded up to a multiple of n; those behind the true ones are zeros. As both have
-    the same number, the product of the head's words with the table is made without moving a shard.
+    With a mesh, the shapes include padding. The visual table has U rows and the visual head W =
+    U - 5. If a mesh axis of size n > 1 shards them, both get U rounded up to a multiple of n; the
+    additional rows are zeros. Both get the same number, so that the product of the head's words
+    with the table needs no communication of shards.
     """
     return _shapes(param_axes(config), config, mesh, rules)
 
@@ -169,7 +168,7 @@ def param_shapes(
 def adapter_shapes(
     config: OvisConfig, rank: int, mesh: Mesh | AbstractMesh | None = None, rules: Rules = TENSOR
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of each half of `adapter_axes`, padded on a mesh as its matrix is."""
+    """The shape of every adapter of rank `rank` by path, padded on a mesh like its matrix."""
     return _shapes(adapter_axes(config), config, mesh, rules, R=rank)
 
 
@@ -178,30 +177,31 @@ def _shapes(
     config: OvisConfig,
     mesh: Mesh | AbstractMesh | None,
     rules: Rules,
-    **more: int,
+    **more_sizes: int,
 ) -> dict[str, tuple[int, ...]]:
     return {
-        path: shape_of(letters, _sizes_on(mesh, rules, letter_sizes(config, path)) | more)
+        path: shape_from_axes(letters, _padded_sizes(config, path, mesh, rules) | more_sizes)
         for path, letters in axes.items()
     }
 
 
-def _sizes_on(
-    mesh: Mesh | AbstractMesh | None, rules: Rules, sizes: dict[str, int]
+def _padded_sizes(
+    config: OvisConfig, path: str, mesh: Mesh | AbstractMesh | None, rules: Rules
 ) -> dict[str, int]:
-    """The sizes of letters with the padding that they have on a mesh."""
+    """`axis_letter_sizes` with the padding for a mesh."""
+    sizes = axis_letter_sizes(config, path)
     padded = {}
-    for letter in _PADDED:
+    for letter in _PADDED_LETTERS:
         parts = 1 if mesh is None else mesh.shape.get(rules.get(letter, ""), 1)
         if parts > 1:
             padded[letter] = -(-sizes["U"] // parts) * parts
     return sizes | padded
 
 
-def true_rows(config: OvisConfig, letters: str) -> int | None:
-    """The rows of a parameter without padding, where it may have some; else None."""
-    first = dimensions(letters)[0][0]
-    return letter_sizes(config, "")[first] if first in _PADDED else None
+def unpadded_rows(config: OvisConfig, axes: str) -> int | None:
+    """The number of real rows of a parameter that may be padded on a mesh; None for others."""
+    first = parse_axes(axes)[0][0]
+    return axis_letter_sizes(config, "")[first] if first in _PADDED_LETTERS else None
 
 
 def pad_params(
@@ -210,10 +210,10 @@ def pad_params(
     mesh: Mesh | AbstractMesh,
     rules: Rules = TENSOR,
 ) -> dict[str, Any]:
-    """Parameters in the shapes that `param_shapes` gives for a mesh, to be placed there.
+    """Pad plain arrays in memory to the shapes that `param_shapes` returns for a mesh.
 
-    For plain arrays in memory that are not padded; `load_params` gives them padded and placed. With
-    padding they may be used and saved as without it, on any device.
+    `load_params` returns parameters that are padded already. Padded parameters can be used and
+    saved like unpadded ones, on any device.
     """
     shapes = param_shapes(config, mesh, rules)
     flat: dict[str, Any] = flatten_dict(params, sep="/")
@@ -227,14 +227,14 @@ def pad_params(
 def param_shardings(
     config: OvisConfig, mesh: Mesh | AbstractMesh, rules: Rules = TENSOR
 ) -> dict[str, NamedSharding]:
-    """How each parameter lies on a mesh, in the shapes of `param_shapes` with that mesh.
+    """The sharding of every parameter by path, for the shapes of `param_shapes` with that mesh.
 
-    A dimension goes where the rules send the first of its letters that they name. Letters without a
-    rule, and mesh axes that the mesh does not have, leave a dimension whole.
+    The first letter of a dimension that has a rule decides. A dimension is replicated if none of
+    its letters has a rule, or if the mesh lacks the axis.
 
     Raises:
-      OvisError: a letter's size is not a multiple of its mesh axis (U and W are padded to one), or
-        two dimensions of one parameter would lie on the same mesh axis.
+      OvisError: a letter's size does not divide by its mesh axis (U and W are padded), or the rules
+        put two dimensions of a parameter on one mesh axis.
     """
     return _shardings(param_axes(config), config, mesh, rules)
 
@@ -242,7 +242,7 @@ def param_shardings(
 def adapter_shardings(
     config: OvisConfig, mesh: Mesh | AbstractMesh, rules: Rules = TENSOR
 ) -> dict[str, NamedSharding]:
-    """How each half of `adapter_axes` lies on a mesh: as its matrix does, and R whole.
+    """The sharding of every adapter by path: that of its matrix, with R replicated.
 
     Raises:
       OvisError: as `param_shardings`.
@@ -255,37 +255,38 @@ def _shardings(
 ) -> dict[str, NamedSharding]:
     return {
         path: NamedSharding(
-            mesh,
-            _spec(path, letters, _sizes_on(mesh, rules, letter_sizes(config, path)), mesh, rules),
+            mesh, _spec(path, letters, _padded_sizes(config, path, mesh, rules), mesh, rules)
         )
         for path, letters in axes.items()
     }
 
 
 def _spec(
-    path: str,
-    letters: str,
-    sizes: Mapping[str, int],
-    mesh: Mesh | AbstractMesh,
-    rules: Rules,
+    path: str, letters: str, sizes: Mapping[str, int], mesh: Mesh | AbstractMesh, rules: Rules
 ) -> PartitionSpec:
-    axes: list[str | None] = []
-    for group in dimensions(letters):
+    spec: list[str | None] = []
+    for group in parse_axes(letters):
         letter = next((letter for letter in group if letter in rules), group[0])
         axis = rules.get(letter)
         if axis not in mesh.shape:
-            axes.append(None)
+            spec.append(None)
             continue
-        if axis in axes:
+        if axis in spec:
             raise OvisError(
                 f"{path} {letters!r}: the rules put two dimensions on mesh axis {axis!r}, the"
-                f" second by letter {letter}; leave one of them out of the rules"
+                f" second by letter {letter}; remove one of the two letters from the rules"
             )
         if sizes[letter] % mesh.shape[axis]:
             raise OvisError(
                 f"{path} {letters!r}: letter {letter} has size {sizes[letter]}, which mesh axis"
                 f" {axis!r} of size {mesh.shape[axis]} does not divide; use a mesh whose {axis!r}"
-                f" axis divides it, or rules without {letter} (each device then has all of it)"
+                f" axis divides it, or rules without {letter}, which replicate the dimension"
             )
-        axes.append(axis)
-    return PartitionSpec(*axes)
+        spec.append(axis)
+    return PartitionSpec(*spec)
+
+
+def mesh_axis(letter: str, size: int, mesh: Mesh | AbstractMesh) -> str | None:
+    """The mesh axis over which `TENSOR` shards a letter; None if `size` is not divisible by it."""
+    axis = TENSOR[letter]
+    return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,47 +22,54 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook(
-    ["ovis_jax.model", "ovis_jax.inference", "ovis_jax.training"], "beartype.beartype"
+    ["ovis_jax.model", "ovis_jax.inference", "ovis_jax.training", "ovis_jax.engine"],
+    "beartype.beartype",
 )
 
 # The same examples in every run, and no failure because the machine is busy.
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
 
-AS_USERS_COMPILE = {
-    "test_parity.py",
-    "test_reference.py",
-    "test_verify.py",
-    "test_not_in_goldens.py",
-    "test_attention.py",
-    "test_loop_memory.py",
-    "test_ovis_tiny.py",
-}
-"""Tests of numbers, answers and memory. All others' programs take half the time to compile."""
-
 GOLDEN = Path(__file__).parent / "golden"
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-collect_ignore_glob = [] if HAS_TORCH else ["reference/*", "*/test_parity.py", "*/*_torch.py"]
+MISSING_FOR_BROWSER = browsers.missing()
+MISSING = {"torch": not HAS_TORCH, "browser": bool(MISSING_FOR_BROWSER)}
+"""Marker -> whether what its tests need is missing here."""
 
-MISSING = browsers.missing()
-collect_ignore_glob += ["serving/test_page.py"] if MISSING else []
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files by their markers, without the cost of importing them.
+
+    A file is left out if what its tests need is missing, or if `-m` excludes its marker.
+    """
+    if collection_path.suffix != ".py":
+        return None
+    excluded = set(re.findall(r"not (\w+)", config.getoption("markexpr")))
+    excluded |= {name for name, is_missing in MISSING.items() if is_missing}
+    marked = re.compile(r"^pytestmark = .*?^(?!    )", re.M | re.S).search(
+        collection_path.read_text()
+    )
+    found = re.findall(r"pytest\.mark\.(\w+)", marked[0]) if marked else []
+    return bool(excluded.intersection(found)) or None
 
 
 def pytest_report_header() -> list[str]:
-    against = "PyTorch and the golden files" if HAS_TORCH else "the golden files alone"
-    page = f"NOT TESTED, for want of {', '.join(MISSING)}" if MISSING else "tested in chromium"
+    against = "PyTorch and the golden files" if HAS_TORCH else "the golden files only"
+    page = "tested in Chromium"
+    if MISSING_FOR_BROWSER:
+        page = f"NOT TESTED, because {', '.join(MISSING_FOR_BROWSER)} is missing"
     return [f"compared with {against}", f"the page of ovis-jax ui: {page}"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before any fixture compiles
 def pytest_runtest_setup(item: pytest.Item) -> None:
     name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
-    wanted = str(item.path.name not in AS_USERS_COMPILE).lower()
+    wanted = str(item.get_closest_marker("optimized") is None).lower()
     if os.environ.get(name) != wanted:
         import jax
 
-        os.environ[name] = wanted  # for processes under test
+        os.environ[name] = wanted  # for subprocesses
         jax.config.update(name.lower(), wanted == "true")
         jax.clear_caches()
 

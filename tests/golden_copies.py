@@ -1,4 +1,4 @@
-"""Copies of the golden checkpoints, to be converted or to have faults put in."""
+"""Copies of the golden checkpoints, for conversion and for faults."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ DTYPES = {
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a folder, read by the official library."""
+    """Every tensor of a folder, read by the safetensors package."""
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)
@@ -27,37 +27,37 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
+    """The content of every file of a folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def flip_last_bit(path: Path) -> None:
-    """Turn one bit of a file."""
+    """Flip the last bit of a file."""
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
 
 
 def copy_golden(name: str, destination: Path) -> Path:
-    """A copy that may be changed."""
+    """Copy a golden checkpoint and return the copy."""
     shutil.copytree(GOLDEN / name, destination)
     return destination
 
 
 def rewrite_shard(path: Path, changes: Mapping[str, np.ndarray | None]) -> None:
-    """Replace, add or (None) remove tensors of a file, leaving any index as it is."""
+    """Replace, add or (None) remove tensors of a file; an index file does not change."""
     tensors = {**load_file(path), **changes}
     save_file({key: value for key, value in tensors.items() if value is not None}, path)
 
 
 def shard_with(folder: Path, key: str) -> Path:
-    """The file that holds a key."""
+    """The file that contains a tensor."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     return folder / index["weight_map"][key]
 
 
 def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
-    """Equal dtype, shape and bytes."""
+    """Whether dtype, shape and bytes are equal."""
     return (
         left.dtype == right.dtype
         and left.shape == right.shape

@@ -1,7 +1,7 @@
-"""Stand-ins for the parts of lmms-eval 0.7 and VLMEvalKit that the plug-ins meet.
+"""Fakes of the parts of lmms-eval 0.7 and VLMEvalKit that the models for them use.
 
-What is as there: names and modules, what the base classes' constructors leave behind, which methods
-are abstract, the order of a request's arguments, and how a message reaches `generate_inner`.
+They copy the names and modules, the attributes that the base classes set, their abstract methods,
+the order of a request's arguments, and how a message reaches `generate_inner`.
 """
 
 import abc
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-PARTS = ("ovis_jax.evaluation.lmms_eval_model", "ovis_jax.evaluation.vlmeval_model")
+MODEL_MODULES = ("ovis_jax.evaluation.lmms_eval_model", "ovis_jax.evaluation.vlmeval_model")
 
 
 @dataclass
@@ -35,7 +35,7 @@ class CacheHook:
         self.kept.append(res)
 
 
-class LMMs(abc.ABC):
+class Lmms(abc.ABC):
     is_simple = True
 
     def __init__(self):
@@ -72,7 +72,7 @@ class BaseModel:
 
 
 def install_lmms_eval(monkeypatch) -> None:
-    _install(monkeypatch, "lmms_eval.api.model", lmms=LMMs)
+    _install(monkeypatch, "lmms_eval.api.model", lmms=Lmms)
     _install(monkeypatch, "lmms_eval.models.registry_v2", ModelManifest=ModelManifest)
 
 
@@ -96,5 +96,5 @@ def _install(monkeypatch, name: str, **values: Any) -> None:
         monkeypatch.setitem(sys.modules, module.__name__, module)
     for key, value in values.items():
         setattr(module, key, value)
-    for part in PARTS:  # imported anew, and forgotten afterwards
-        monkeypatch.delitem(sys.modules, part, raising=False)
+    for module_name in MODEL_MODULES:  # so that they are imported again with the fakes
+        monkeypatch.delitem(sys.modules, module_name, raising=False)

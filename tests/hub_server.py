@@ -1,4 +1,4 @@
-"""A server on loopback that speaks as much of the Hub's API as fetching a checkpoint takes."""
+"""A local server with the part of the Hub's API that downloads of checkpoints use."""
 
 import hashlib
 import json
@@ -14,45 +14,55 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Repo:
-    """A repo: `commits` holds the files of each commit, `refs` where branches are.
+    """A repository.
 
-    `stated` replaces the sha256 that is stated of a file, of which none is stated without
-    `lfs`. A repo with a `token` is gated; one that is `private` is not even told of to others.
+    Attributes:
+      commits: content of files by name, by commit.
+      refs: commit by branch.
+      stated_sha256: SHA-256 by file name that replaces the true one.
+      token: token that a gated or private repository requires.
+      private: whether requests without the token find no repository.
+      lfs: whether the SHA-256 of shards is stated.
     """
 
     commits: dict[str, dict[str, bytes]]
     refs: dict[str, str]
-    stated: dict[str, str] = field(default_factory=dict)
+    stated_sha256: dict[str, str] = field(default_factory=dict)
     token: str = ""
     private: bool = False
     lfs: bool = True
 
     @classmethod
-    def of(cls, folder: Path, commit: str = "a" * 40) -> "Repo":
-        """One commit, of the files of a folder and one that no conversion needs."""
+    def from_folder(cls, folder: Path, commit: str = "a" * 40) -> "Repo":
+        """A repository with one commit: the files of a folder, and one that is not needed."""
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
         return cls({commit: files | {"pytorch_model.bin": b"not needed"}}, {"main": commit})
 
     def sha256(self, commit: str, name: str) -> str:
-        return self.stated.get(name) or hashlib.sha256(self.commits[commit][name]).hexdigest()
+        computed = hashlib.sha256(self.commits[commit][name]).hexdigest()
+        return self.stated_sha256.get(name, computed)
 
 
 @dataclass
 class Fault:
-    """What goes wrong with a request whose method and path fit, so many times.
+    """A fault for requests whose method and path match.
 
-    `does` is a status, or a share of the answer, after which the connection is closed, or what is
-    called in the middle of the answer.
+    Attributes:
+      method: HTTP method.
+      path: regular expression that is searched in the path.
+      effect: a status, a share of the response after which the connection is closed, or a function
+        to call in the middle of the response.
+      times: number of requests with the fault.
     """
 
     method: str
     path: str
-    does: int | float | Callable[[], None]
+    effect: int | float | Callable[[], None]
     times: int = 10**6
 
 
 class Hub(ThreadingHTTPServer):
-    """The server; `asked` lists method, path and range of what it was asked for."""
+    """The server; `requests` lists method, path and range of every request."""
 
     daemon_threads = True
 
@@ -60,8 +70,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, Repo] = {}
         self.faults: list[Fault] = []
-        self.asked: list[tuple[str, str, str]] = []
-        self.after: Callable[[str, str], None] = lambda method, path: None
+        self.requests: list[tuple[str, str, str]] = []
+        self.after_request: Callable[[str, str], None] = lambda method, path: None
         self.lock = Lock()
         self.address = f"http://127.0.0.1:{self.server_port}"
 
@@ -70,19 +80,19 @@ class Hub(ThreadingHTTPServer):
             for fault in self.faults:
                 if fault.times and method == fault.method and re.search(fault.path, path):
                     fault.times -= 1
-                    return fault.does
+                    return fault.effect
         return None
 
-    def fetched(self, suffix: str = "") -> list[str]:
-        """The names of files whose content, not a range of it, was asked for, in order."""
-        whole = [path for method, path, part in self.asked if method == "GET" and not part]
-        names = [path.rpartition("/")[2] for path in whole if "/resolve/" in path]
+    def downloads(self, suffix: str = "") -> list[str]:
+        """The names of files that were requested, not a range of them, in order."""
+        paths = [path for method, path, part in self.requests if method == "GET" and not part]
+        names = [path.rpartition("/")[2] for path in paths if "/resolve/" in path]
         return [name for name in names if name.endswith(suffix)]
 
 
 @contextmanager
 def hub_server() -> Iterator[Hub]:
-    """A hub without repos, as long as the block runs."""
+    """Run a server without repositories while the block runs."""
     with Hub() as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
@@ -109,15 +119,15 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with self.server.lock:
-            self.server.asked.append((self.command, path, self.headers.get("Range", "")))
-        does = self.server.fault(self.command, path)
-        if isinstance(does, int):
-            self._send(does, b"{}", {"Retry-After": "0"})
+            self.server.requests.append((self.command, path, self.headers.get("Range", "")))
+        effect = self.server.fault(self.command, path)
+        if isinstance(effect, int):
+            self._send(effect, b"{}", {"Retry-After": "0"})
         else:
-            self._serve(path, does)
-        self.server.after(self.command, path)
+            self._serve(path, effect)
+        self.server.after_request(self.command, path)
 
-    def _serve(self, path: str, does: float | Callable[[], None] | None) -> None:
+    def _serve(self, path: str, effect: float | Callable[[], None] | None) -> None:
         found = re.fullmatch(
             r"/(?:api/models/)?([^/]+/[^/]+?)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?", path
         )
@@ -149,14 +159,14 @@ class _Handler(BaseHTTPRequestHandler):
             end = min(int(part[2] or size), size - 1)
             content, status = content[start : end + 1], 206
             headers["Content-Range"] = f"bytes {start}-{end}/{size}"
-        self._send(status, content, headers, does)
+        self._send(status, content, headers, effect)
 
     def _send(
         self,
         status: int,
         content: bytes,
         headers: dict[str, str],
-        does: float | Callable[[], None] | None = None,
+        effect: float | Callable[[], None] | None = None,
     ) -> None:
         self.send_response(status)
         for name, value in headers.items():
@@ -165,14 +175,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        part = int((does if isinstance(does, float) else 0.5) * len(content))
+        part = int((effect if isinstance(effect, float) else 0.5) * len(content))
         self.wfile.write(content[:part])
-        if isinstance(does, float):
+        if isinstance(effect, float):
             self.close_connection = True
             return
-        if does is not None:
-            does()
-        with suppress(ConnectionError):  # whoever asked may have gone
+        if effect is not None:
+            effect()
+        with suppress(ConnectionError):  # the client can close the connection
             self.wfile.write(content[part:])
 
 

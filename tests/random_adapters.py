@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from ovis_jax.config import OvisConfig
-from ovis_jax.sharding import adapter_axes, letter_sizes, shape_of
+from ovis_jax.sharding import adapter_axes, axis_letter_sizes, shape_from_axes
 
 
 def random_adapters(
@@ -16,7 +16,7 @@ def random_adapters(
     halves = {}
     for path, letters in adapter_axes(config).items():
         if re.fullmatch(targets, path.rpartition("/")[0]):
-            shape = shape_of(letters, letter_sizes(config, path) | {"R": rank})
-            std = 0.2 if path.endswith("/b") else shape[1] ** -0.5
+            shape = shape_from_axes(letters, axis_letter_sizes(config, path) | {"R": rank})
+            std = 0.2 if path.endswith("/lora_b") else shape[1] ** -0.5
             halves[path] = rng.normal(0, std, shape).astype(np.float32)
     return halves

@@ -1,4 +1,4 @@
-"""The tiny model with few blocks: compiling them is most of what tests cost."""
+"""The tiny model with fewer blocks, whose compilation takes most of the tests' time."""
 
 import json
 import re
@@ -11,11 +11,11 @@ from ovis_jax import presets
 from ovis_jax.config import OvisConfig
 
 VISION_DEPTH, DECODER_DEPTH = 1, 2
-"""The decoder's two blocks: one sees a window, one everything."""
+"""The first decoder block is local, the second global."""
 
 
 def shallow_config() -> OvisConfig:
-    """The preset `tiny`, with these blocks."""
+    """The preset `tiny` with these depths."""
     c = presets.tiny()
     vision = replace(c.visual_tokenizer.vision, depth=VISION_DEPTH)
     return replace(
@@ -26,7 +26,7 @@ def shallow_config() -> OvisConfig:
 
 
 def copy_shallow(destination: Path) -> Path:
-    """A copy of the golden float32 checkpoint with its first blocks alone."""
+    """Copy the first blocks of the golden float32 checkpoint."""
     folder = copy_golden("tiny-f32", destination)
     config = json.loads((folder / "config.json").read_text())
     config["llm_config"]["num_hidden_layers"] = DECODER_DEPTH

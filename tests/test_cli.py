@@ -1,4 +1,4 @@
-"""The command line as a user runs it: in a process of its own, from another folder."""
+"""The command line as users run it: as a separate process, in another folder."""
 
 import json
 import os
@@ -12,6 +12,8 @@ import pytest
 from golden_copies import GOLDEN, copy_golden
 from PIL import Image
 
+import ovis_jax
+
 ROOT = Path(__file__).parents[1]
 MODEL = str(GOLDEN / "tiny-f32")
 WIDE = str(GOLDEN / "images" / "wide.png")
@@ -20,15 +22,15 @@ WIDE = str(GOLDEN / "images" / "wide.png")
 def run(*arguments: object, cwd: Path, text: str | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-W", "error", "-m", "ovis_jax", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    # One for all tests of a run: what one has compiled the next one reads.
+    # All tests of a run share one compilation cache.
     environment |= {"XDG_CACHE_HOME": str(cwd.parent / "cache")}
     return subprocess.run(
         command, cwd=cwd, env=environment, input=text, capture_output=True, text=True, timeout=300
     )
 
 
-def refused(*arguments: object, cwd: Path) -> str:
-    """The one line that a refused command prints."""
+def run_invalid(*arguments: object, cwd: Path) -> str:
+    """Run a command that fails, and return its one-line error."""
     result = run(*arguments, cwd=cwd)
     assert result.returncode == 2, result
     assert result.stdout == "" and "Traceback" not in result.stderr
@@ -36,6 +38,7 @@ def refused(*arguments: object, cwd: Path) -> str:
     return result.stderr
 
 
+@pytest.mark.slow
 def test_generate_prints_the_original_text(tmp_path):
     case = np.load(GOLDEN / "cases" / "tiny-f32" / "wide.npz")
     meta = json.loads(str(case["meta"]))
@@ -51,22 +54,24 @@ def test_generate_prints_the_original_text(tmp_path):
     assert answer["prompt_positions"] == len(case["merged_mask"])
 
 
-def test_a_model_cut_over_devices(tmp_path):
-    """Of the eight that the tests' processes have."""
+@pytest.mark.slow
+def test_tensor_parallel(tmp_path):
+    """The processes under test have eight devices."""
     golden = GOLDEN / "cases" / "tiny-f32" / "wide.npz"
     case = np.load(golden)
     text = json.loads(str(case["meta"]))["text"]
     ask = ["generate", "--model", MODEL, "--image", WIDE, "--prompt", text, "--max-new-tokens", 24]
     result = run(*ask, "--tensor-parallel", 2, cwd=tmp_path)
     assert result.stdout == str(case["original_generate_text"]) + "\n", result.stderr
-    message = refused(*ask, "--tensor-parallel", 16, cwd=tmp_path)
-    assert "mesh: data 1 x model 16 is 16 devices, and JAX has 8" in message
-    assert "letter A has size 4" in refused(*ask, "--tensor-parallel", 8, cwd=tmp_path)
+    message = run_invalid(*ask, "--tensor-parallel", 16, cwd=tmp_path)
+    assert "16 devices" in message and "has 8" in message
+    assert "letter A has size 4" in run_invalid(*ask, "--tensor-parallel", 8, cwd=tmp_path)
     result = run("verify", MODEL, golden, "--tensor-parallel", 2, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_generate_samples_by_its_seed(tmp_path):
+@pytest.mark.slow
+def test_sampling_depends_on_the_seed(tmp_path):
     def answer(seed: int) -> list[int]:
         options = ["--temperature", 2.0, "--top-p", 0.95, "--top-k", 50, "--seed", seed]
         limits = ["--max-new-tokens", 12, "--json"]
@@ -76,7 +81,8 @@ def test_generate_samples_by_its_seed(tmp_path):
     assert answer(1) == answer(1) != answer(2)
 
 
-def test_chat_remembers(tmp_path):
+@pytest.mark.slow
+def test_chat(tmp_path):
     lines = f"/image {WIDE}\nWho?\n/image none.png\nWhy?\n/new\nWho?\n/exit\n"
     result = run("chat", "--model", MODEL, "--max-new-tokens", 3, cwd=tmp_path, text=lines)
     assert result.returncode == 0, result.stderr
@@ -85,7 +91,7 @@ def test_chat_remembers(tmp_path):
     assert with_image != without
 
 
-def test_inspect_counts(tmp_path):
+def test_inspect(tmp_path):
     result = run("inspect", GOLDEN / "tiny-bf16-sharded", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = [line.split("│")[1:-1] for line in result.stdout.splitlines() if "│" in line]
@@ -96,11 +102,13 @@ def test_inspect_counts(tmp_path):
     assert table["visual_embedding"] == [1, 69 * 64, 2 * 69 * 64]
 
 
-def test_inspect_fetches_nothing(tmp_path):
-    message = refused("inspect", "somebody/a-model", cwd=tmp_path)
-    assert "somebody/a-model is no folder; a repo is fetched by python -m convert" in message
+@pytest.mark.slow
+def test_inspect_downloads_nothing(tmp_path):
+    message = run_invalid("inspect", "somebody/a-model", cwd=tmp_path)
+    assert "somebody/a-model is not a folder" in message and "ovis-jax convert" in message
 
 
+@pytest.mark.slow
 def test_verify_passes_and_fails(tmp_path):
     cases = [GOLDEN / "cases" / "tiny-f32" / f"{name}.npz" for name in ("tiny", "wide")]
     result = run("verify", MODEL, *cases, cwd=tmp_path)
@@ -110,23 +118,28 @@ def test_verify_passes_and_fails(tmp_path):
     assert result.returncode == 1 and "FAIL" in result.stdout
 
 
+@pytest.mark.slow
 def test_usage(tmp_path):
     assert run("generate", "--model", MODEL, cwd=tmp_path).returncode == 2
     assert run("nonsense", cwd=tmp_path).returncode == 2
-    helped = run("--help", cwd=tmp_path)
-    assert helped.returncode == 0
-    assert all(name in helped.stdout for name in ("generate", "chat", "inspect", "verify"))
+    shown = run("--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert all(name in shown.stdout for name in ("generate", "chat", "inspect", "verify"))
+    assert "--install-completion" in shown.stdout
+    assert run("--version", cwd=tmp_path).stdout == f"ovis-jax {ovis_jax.__version__}\n"
 
 
-def test_bad_images(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no image")
+@pytest.mark.slow
+def test_invalid_images(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     Image.new("RGB", (300, 2)).save(tmp_path / "flat.png")
     ask = ["generate", "--model", MODEL, "--prompt", "Who?", "--max-partition", 1, "--image"]
-    assert "none.png" in refused(*ask, "none.png", cwd=tmp_path)
-    assert "broken.png" in refused(*ask, "broken.png", cwd=tmp_path)
-    assert "300" in refused(*ask, "flat.png", cwd=tmp_path)
+    assert "none.png" in run_invalid(*ask, "none.png", cwd=tmp_path)
+    assert "broken.png" in run_invalid(*ask, "broken.png", cwd=tmp_path)
+    assert "300" in run_invalid(*ask, "flat.png", cwd=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -137,13 +150,14 @@ def test_bad_images(tmp_path):
         (["--prompt", "word " * 9000], "8192"),
     ],
 )
-def test_bad_requests(options, message, tmp_path):
-    assert message in refused("generate", "--model", MODEL, *options, cwd=tmp_path)
+def test_invalid_requests(options, message, tmp_path):
+    assert message in run_invalid("generate", "--model", MODEL, *options, cwd=tmp_path)
 
 
-def test_bad_folders(tmp_path):
+@pytest.mark.slow
+def test_invalid_folders(tmp_path):
     def answer(folder: Path) -> str:
-        return refused("generate", "--model", folder, "--prompt", "Who?", cwd=tmp_path)
+        return run_invalid("generate", "--model", folder, "--prompt", "Who?", cwd=tmp_path)
 
     assert "neither a folder nor a repo id" in answer(Path("no such folder"))
     empty = tmp_path / "empty"
@@ -160,7 +174,8 @@ def test_bad_folders(tmp_path):
     assert "conversation_formatter_class is 'QwenConversationFormatter'" in answer(other)
 
 
-def test_a_broken_checkpoint_is_one_table(tmp_path):
+@pytest.mark.slow
+def test_all_problems_of_a_checkpoint_are_in_one_table(tmp_path):
     folder = copy_golden("tiny-bf16-sharded", tmp_path / "a")
     (folder / "model-00002-of-00003.safetensors").unlink()
     shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model.safetensors")

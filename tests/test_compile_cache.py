@@ -1,20 +1,29 @@
-"""The command line keeps what it compiles; in processes of their own, as a user runs it."""
+"""The command line's compilation cache, in processes of their own, as a user runs it."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from ovis_jax.compile_cache import DIR_VARIABLE, MAX_SIZE, MAX_SIZE_VARIABLE, MIN_SECONDS_VARIABLE
+
 ROOT = Path(__file__).parents[1]
-OWN = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+VARIABLES = (DIR_VARIABLE, MIN_SECONDS_VARIABLE, MAX_SIZE_VARIABLE)
 
 
 def run(cwd: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-m", "ovis_jax", *arguments]
-    environment = {k: v for k, v in os.environ.items() if k not in OWN}
+    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | variables
     result = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-W", "error", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     return result
@@ -22,34 +31,57 @@ def run(cwd: Path, *arguments: str, **variables: str) -> subprocess.CompletedPro
 
 def answer(cwd: Path, cache: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     options = ("--prompt", "Hello!", "--max-new-tokens", "4", "--model", "ovis-tiny")
-    return run(cwd, "generate", *options, XDG_CACHE_HOME=str(cache), **variables)
+    command = ("-m", "ovis_jax", "generate", *options)
+    return run(cwd, *command, XDG_CACHE_HOME=str(cache), **variables)
 
 
 def programs(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name.endswith("-cache")}
 
 
-def test_a_second_run_reads_what_the_first_compiled(tmp_path):
+@pytest.mark.slow
+def test_a_second_run_loads_what_the_first_compiled(tmp_path):
     first = answer(tmp_path, tmp_path / "cache")
-    kept = programs(tmp_path / "cache" / "ovis_jax" / "compiled")
-    assert any("begin" in name for name in kept) and any("continue" in name for name in kept)
+    stored = programs(tmp_path / "cache" / "ovis_jax" / "compilation_cache")
+    for program in ("prefill_and_decode", "decode_more"):
+        assert any(program in name for name in stored)
     assert first.stderr == ""
     log = {"JAX_LOG_COMPILES": "1", "JAX_LOGGING_LEVEL": "DEBUG"}
     second = answer(tmp_path, tmp_path / "cache", **log)
     assert second.stdout == first.stdout and len(first.stdout) > 1
-    assert programs(tmp_path / "cache" / "ovis_jax" / "compiled") == kept
-    assert "Persistent compilation cache hit for 'jit__begin'" in second.stderr
+    assert programs(tmp_path / "cache" / "ovis_jax" / "compilation_cache") == stored
+    assert "Persistent compilation cache hit for 'jit_prefill_and_decode'" in second.stderr
     assert "cache miss" not in second.stderr.lower()
 
 
-def test_the_users_folder_stands(tmp_path):
-    own = {OWN[0]: str(tmp_path / "own")}
+@pytest.mark.slow
+def test_jaxs_variables_take_precedence(tmp_path):
+    """The folder is the user's; the size limit is too small for a second program."""
+    own = {DIR_VARIABLE: str(tmp_path / "own"), MAX_SIZE_VARIABLE: "1000000"}
     answer(tmp_path, tmp_path / "cache", **own)
-    assert programs(tmp_path / "own") and not (tmp_path / "cache").exists()
+    stored = programs(tmp_path / "own")
+    assert stored and sum(map(len, stored.values())) <= 1_000_000
+    assert not (tmp_path / "cache").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_one_note(tmp_path):
+@pytest.mark.slow
+def test_the_default_size_limit(tmp_path):
+    script = (
+        "import json, jax, ovis_jax.compile_cache as c; c.enable_compilation_cache(); "
+        "print(json.dumps([jax.config.jax_compilation_cache_max_size,"
+        " jax.config.jax_compilation_cache_dir]))"
+    )
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    expected = [MAX_SIZE, str(tmp_path / "ovis_jax" / "compilation_cache")]
+    assert json.loads(run(tmp_path, "-c", script, **cache).stdout) == expected
+    limited = run(tmp_path, "-c", script, **cache, **{MAX_SIZE_VARIABLE: "12345"})
+    assert json.loads(limited.stdout)[0] == 12345
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    result = run(tmp_path, "inspect", "ovis-tiny", XDG_CACHE_HOME=str(tmp_path / "cache"))
-    assert result.stderr.startswith("note: what is compiled is not kept for the next run: ")
-    assert result.stderr.count("\n") == 1 and OWN[0] in result.stderr
+    command = ("-m", "ovis_jax", "inspect", "ovis-tiny")
+    result = run(tmp_path, *command, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert result.stderr.startswith("note: compiled programs are not stored for the next run: ")
+    assert result.stderr.count("\n") == 1 and DIR_VARIABLE in result.stderr

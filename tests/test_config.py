@@ -8,9 +8,9 @@ import pytest
 from ovis_jax import presets
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import ConfigError
-from ovis_jax.fields import read_json
+from ovis_jax.json_fields import read_json
 
-PRESETS = [presets.tiny, presets.bench, presets.ovis1_6_gemma2_9b, presets.ovis1_6_gemma2_27b]
+PRESETS = [presets.tiny, presets.benchmark, presets.ovis1_6_gemma2_9b, presets.ovis1_6_gemma2_27b]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -133,7 +133,7 @@ def test_an_unsupported_value_is_named(section, key, value, message):
     "key, value, message",
     [
         ("rope_scaling", {"type": "linear"}, "rope_scaling"),
-        ("layer_types", ["full_attention"] * 4, "sliding and full attention in turn"),
+        ("layer_types", ["full_attention"] * 4, "layer_types is .*, sliding first"),
     ],
 )
 def test_an_unsupported_addition_is_named(key, value, message):

@@ -1,4 +1,4 @@
-"""Every block of code in docs/ runs as it is printed."""
+"""Every code block in docs/ runs as it is printed."""
 
 import contextlib
 import os
@@ -11,12 +11,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import typer
 from typer.main import get_command
 
-from convert import from_hf
 from ovis_jax.cli import app
-from ovis_jax.training.config import read_config
+from ovis_jax.training.config import read_train_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -24,7 +22,7 @@ README = ROOT / "README.md"
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """Those whose fence says nothing but the language, which may be none."""
+    """Return the blocks whose fence states this language and nothing else."""
     found = re.findall(r"^```(.*?)\n(.*?)^```$", page.read_text(), re.S | re.M)
     return [text for said, text in found if said == language]
 
@@ -41,16 +39,18 @@ def test_pages_are_found():
     assert len(WITH_PYTHON) >= 4 and len(WITH_COMMANDS) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
 def test_python_runs(page, monkeypatch):
-    """The blocks of a page are one program."""
+    """The blocks of a page form one program."""
     monkeypatch.chdir(ROOT)
     exec(compile("\n".join(blocks(page, "python")), page.name, "exec"), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=name)
 def test_commands_run(page, tmp_path):
-    """The blocks of a page are one session, which ends at the first command that fails."""
+    """The blocks of a page form one session, which ends at the first command that fails."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for file, text in re.findall(
         r'^```python title="(.+)"\n(.*?)^```', page.read_text(), re.S | re.M
@@ -69,19 +69,17 @@ def test_commands_run(page, tmp_path):
     try:
         output, _ = process.communicate(timeout=600)
     finally:
-        with contextlib.suppress(ProcessLookupError):  # what a page began and did not end
+        with contextlib.suppress(ProcessLookupError):  # background processes of the page
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output
 
 
-def test_what_cannot_run_here_is_there():
-    """Commands in blocks without a language need the Hub or a user: targets, extras and options."""
+def test_commands_that_cannot_run_here_exist():
+    """Blocks without a language need the Hub or a user: check targets, extras and options."""
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    convert = typer.Typer()
-    convert.command()(from_hf.command)
-    commands = {**vars(get_command(app))["commands"], "convert.from_hf": get_command(convert)}
+    commands = vars(get_command(app))["commands"]
     seen = set()
     for page in [*PAGES, README]:
         for line in "".join(blocks(page, "")).splitlines():
@@ -92,31 +90,31 @@ def test_what_cannot_run_here_is_there():
                 case ["make", target]:
                     assert target in targets, line
                 case ["pip", "install", package]:
-                    assert package in {f"ovis-jax[{extra}]" for extra in extras}, line
-                case ["ovis-jax", name, *rest] | ["python", "-m", name, *rest]:
-                    known = {option for x in commands[name].params for option in x.opts}
+                    assert package in {f".[{extra}]" for extra in extras}, line
+                case ["ovis-jax", command, *rest]:
+                    known = {option for x in commands[command].params for option in x.opts}
                     assert {word for word in rest if word.startswith("-")} <= known, line
                 case _:
                     raise AssertionError(line)
             seen.add(words[0])
-    assert seen == {"make", "pip", "ovis-jax", "python"}
+    assert seen == {"make", "pip", "ovis-jax"}
 
 
-def test_the_training_config_is_one(tmp_path):
+def test_the_training_config_is_valid(tmp_path):
     (text,) = blocks(ROOT / "docs" / "training.md", "toml")
     path = tmp_path / "recipe.toml"
     path.write_text(text)
-    config = read_config(path)
+    config = read_train_config(path)
     assert config.mesh is not None and config.mesh.data * config.mesh.model == 8
     lora = re.search(r"^# (lora = .*)$", text, re.M)
     assert lora
-    path.write_text(re.sub(r"^parts = .*$", lora[1], text, flags=re.M))
-    assert read_config(path).learn.lora is not None
+    path.write_text(re.sub(r"^trainable = .*$", lora[1], text, flags=re.M))
+    assert read_train_config(path).lora is not None
 
 
 @pytest.mark.parametrize("page", [*PAGES, README], ids=name)
-def test_links_lead_somewhere(page):
-    """To a file and, where they name one, to a heading in it."""
+def test_links_point_to_files_and_headings(page):
+    """A link names a file and optionally a heading in it."""
     for path, heading in re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#([^)]*))?\)", page.read_text()):
         target = page.parent / path
         assert target.exists(), path

@@ -1,3 +1,5 @@
+"""Axes, shapes and shardings of the parameters."""
+
 import dataclasses
 import math
 
@@ -14,12 +16,12 @@ from ovis_jax.sharding import (
     TENSOR,
     TENSOR_FSDP,
     adapter_shapes,
-    dimensions,
-    letter_sizes,
+    axes_of_param,
+    axis_letter_sizes,
     pad_params,
-    param_letters,
     param_shapes,
     param_shardings,
+    parse_axes,
 )
 
 
@@ -27,6 +29,7 @@ def mesh(data: int, model: int) -> Mesh:
     return Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))
 
 
+@pytest.mark.slow
 def test_parameters_of_the_published_models():
     shapes = param_shapes(presets.ovis1_6_gemma2_9b())
     assert len(shapes) == 916 - 13
@@ -44,7 +47,7 @@ def test_parameters_of_the_published_models():
     assert large["decoder/block_45/attn/o"] == (4608, 4096)
 
 
-def test_order_is_fixed_and_block_by_block():
+def test_parameters_are_ordered_block_by_block():
     paths = list(param_shapes(presets.tiny()))
     assert paths[0] == "vision/patch"
     assert paths[-1] == "decoder/final_norm"
@@ -64,17 +67,17 @@ def test_unembed_only_when_untied():
     assert param_shapes(untied)["decoder/unembed"] == (600, 64)
 
 
-def test_letters_of_a_path():
-    assert param_letters("decoder/block_11/attn/q") == "(N H) D"
-    assert param_letters("vision/block_0/attn/q_bias") == "(A H)"
-    assert dimensions("W (m m E)") == [["W"], ["m", "m", "E"]]
-    assert letter_sizes(presets.tiny(), "vision/patch")["F"] == 64
-    assert letter_sizes(presets.tiny(), "decoder/embed")["F"] == 128
+def test_axes_of_a_parameter():
+    assert axes_of_param("decoder/block_11/attn/q") == "(N H) D"
+    assert axes_of_param("vision/block_0/attn/q_bias") == "(A H)"
+    assert parse_axes("W (m m E)") == [["W"], ["m", "m", "E"]]
+    assert axis_letter_sizes(presets.tiny(), "vision/patch")["F"] == 64
+    assert axis_letter_sizes(presets.tiny(), "decoder/embed")["F"] == 128
 
 
 def test_every_letter_of_the_table_has_a_size():
-    sizes = letter_sizes(presets.tiny(), "decoder/")
-    used = {letter for axes in PARAM_AXES.values() for dim in dimensions(axes) for letter in dim}
+    sizes = axis_letter_sizes(presets.tiny(), "decoder/")
+    used = {letter for axes in PARAM_AXES.values() for dim in parse_axes(axes) for letter in dim}
     assert used <= sizes.keys()
 
 
@@ -93,7 +96,7 @@ def test_specs_by_rules():
     assert fsdp["decoder/final_norm"].spec == PartitionSpec("data")
     both = param_shardings(config, grid, TENSOR_FSDP)
     assert both["decoder/block_3/mlp/down"].spec == PartitionSpec("data", "model")
-    # The first letters of its columns, the merged patches, have no rule; the vision width has.
+    # Of the letters of its columns (m m E), only E has a rule.
     assert both["visual_tokenizer/head"].spec == PartitionSpec("model", "data")
     assert both["vision/patch"].spec == PartitionSpec("data", None, None, None)
 
@@ -104,7 +107,7 @@ def test_axes_that_the_mesh_lacks_are_ignored():
     assert specs["decoder/embed"].spec == PartitionSpec(None, "data")
 
 
-def test_published_9b_shards_over_eight():
+def test_the_9b_shards_over_eight_devices():
     shardings = param_shardings(presets.ovis1_6_gemma2_9b(), mesh(1, 8), TENSOR)
     shapes = param_shapes(presets.ovis1_6_gemma2_9b(), mesh(1, 8), TENSOR)
     assert shapes["visual_tokenizer/head"] == (65536, 4608)
@@ -112,23 +115,23 @@ def test_published_9b_shards_over_eight():
     assert local < sum(map(math.prod, shapes.values())) / 8 * 1.01
 
 
-def test_only_the_visual_vocabulary_is_padded_and_only_where_it_is_cut():
+def test_only_a_sharded_visual_vocabulary_is_padded():
     config = presets.tiny()
     plain, rows = param_shapes(config), {"U": 70, "W": 70}
     for path, shape in param_shapes(config, mesh(4, 2), TENSOR_FSDP).items():
-        first = dimensions(param_letters(path))[0][0]
+        first = parse_axes(axes_of_param(path))[0][0]
         assert shape == (rows.get(first, plain[path][0]), *plain[path][1:]), path
     assert param_shapes(config, mesh(8, 1), TENSOR_FSDP) == plain
     assert param_shapes(config, mesh(4, 2), FSDP) == plain
     line = Mesh(np.array(jax.devices()), ("data",))
     assert param_shapes(config, line, {"U": "data"})["visual_embedding"] == (72, 64)
     assert param_shapes(config, line, {"U": "data"})["visual_tokenizer/head"] == (64, 192)
-    halves = adapter_shapes(config, 4, mesh(4, 2), TENSOR)
-    assert halves["visual_tokenizer/head/b"] == (70, 4)
-    assert halves["visual_tokenizer/head/a"] == (4, 192)
+    adapters = adapter_shapes(config, 4, mesh(4, 2), TENSOR)
+    assert adapters["visual_tokenizer/head/lora_b"] == (70, 4)
+    assert adapters["visual_tokenizer/head/lora_a"] == (4, 192)
 
 
-def test_parameters_in_memory_are_padded_with_zeros():
+def test_pad_params_pads_with_zeros():
     config = presets.tiny()
     params = {"visual_embedding": np.ones((69, 64), np.float16)}
     table = pad_params(params, config, mesh(4, 2))["visual_embedding"]
@@ -136,8 +139,8 @@ def test_parameters_in_memory_are_padded_with_zeros():
     np.testing.assert_array_equal(table, np.repeat([[1.0], [0.0]], [69, 1], axis=0) * np.ones(64))
 
 
-def test_letter_that_does_not_divide():
-    # 2 heads of 16 make 32 rows, which 4 would divide: it is the heads that must.
+def test_a_letter_that_the_mesh_axis_does_not_divide():
+    # 4 divides the 32 rows of 2 heads of 16, but it must divide the number of heads.
     with pytest.raises(OvisError) as error:
         param_shardings(presets.tiny(), mesh(2, 4), TENSOR)
     message = str(error.value)

@@ -1,4 +1,4 @@
-"""One of two processes with four CPU devices each; run by test_processes.py."""
+"""One of two processes with four CPU devices each; test_distributed.py starts them."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from ovis_jax.sharding import param_shapes
 
 
 def inputs() -> ovis_jax.Inputs:
-    """Eight rows of one crop each, one of them shorter."""
+    """Eight rows with one crop each; one row is shorter."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(108, 600, (8, 24)).astype(np.int32)
     tokens[:, 1:10] = -300
@@ -32,7 +32,7 @@ def inputs() -> ovis_jax.Inputs:
 def load_and_count(
     checkpoint: str, mesh: Mesh, rules: dict[str, str]
 ) -> tuple[ovis_jax.LoadedOvis, int]:
-    """Load onto a mesh; gives the bytes that this process has read too."""
+    """Load onto a mesh; also returns the number of bytes that this process read."""
     sizes: list[int] = []
     ovis = ovis_jax.load(
         checkpoint, mesh=mesh, rules=rules, on_read=lambda key, size: sizes.append(size)
@@ -41,7 +41,7 @@ def load_and_count(
 
 
 def bytes_held(ovis: ovis_jax.LoadedOvis) -> tuple[int, int]:
-    """Bytes of the checkpoint that this process's devices hold, each once; and of all of it."""
+    """Bytes of the checkpoint that this process holds, without copies, and bytes of all of it."""
     held = whole = 0
     shapes = param_shapes(ovis.config)
     for path, array in flatten_dict(ovis.params, sep="/").items():
@@ -54,15 +54,15 @@ def bytes_held(ovis: ovis_jax.LoadedOvis) -> tuple[int, int]:
     return held, whole
 
 
-def lay(sharding: NamedSharding, x: np.ndarray) -> jax.Array:
-    """An array that every process has, across the devices of all."""
+def place(sharding: NamedSharding, x: np.ndarray) -> jax.Array:
+    """Shard an array that every process has over the devices of all processes."""
     return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
 
 def main() -> None:
-    """Load onto a mesh of both processes, answer, and let process 0 write down what came out."""
+    """Load onto a mesh of both processes and answer; process 0 writes the results."""
     address, index, checkpoint, folder = sys.argv[1:]
-    ovis_jax.start_processes(address, 2, int(index), timeout=120)
+    ovis_jax.initialize_distributed(address, 2, int(index), timeout=120)
     assert (jax.process_count(), jax.local_device_count(), jax.device_count()) == (2, 4, 8)
     whole = inputs()
     found = dict(whole._asdict())
@@ -75,7 +75,7 @@ def main() -> None:
         held, all_bytes = bytes_held(ovis)
         read = {"read": size, "held": held, "whole": all_bytes}
         rows = NamedSharding(mesh, PartitionSpec("data"))
-        placed = jax.tree.map(partial(lay, rows), whole)
+        placed = jax.tree.map(partial(place, rows), whole)
         logits = ovis_jax.forward(ovis.model, ovis.params, placed)
         out = ovis_jax.generate(ovis.model, ovis.params, placed, max_new_tokens=8, eos_ids=())
         found[f"{name} logits"] = process_allgather(logits, tiled=True)

@@ -1,1 +1,1 @@
-"""Folders of safetensors files: their keys, faults and tensors; parameters read and written."""
+"""Reading and writing checkpoint folders: safetensors files, Hub keys, parameters, adapters."""

@@ -1,7 +1,7 @@
-"""Low-rank adapters in a folder of their own, beside the config of the model they belong to."""
+"""LoRA adapters in a folder of their own, with the config of their base model."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,91 +10,93 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
+from safetensors.numpy import load_file
 
-from ovis_jax.checkpoint.keymap import tensor_problems
-from ovis_jax.checkpoint.params import cut_padding, list_arrays, place
-from ovis_jax.checkpoint.problems import CheckpointProblems, Problem
-from ovis_jax.checkpoint.safetensors_files import (
-    Header,
-    TensorEntry,
-    map_file,
-    read_header,
-    view_tensor,
-)
-from ovis_jax.checkpoint.safetensors_stream import write_file
-from ovis_jax.checkpoint.writer import array_pieces, check_space, whole_or_absent, write_json
+from ovis_jax.checkpoint.checkpoint_problems import CheckpointProblem, CheckpointValidationError
+from ovis_jax.checkpoint.file_io import write_json
+from ovis_jax.checkpoint.key_map import check_tensor
+from ovis_jax.checkpoint.output_dirs import atomic_dir, check_disk_space
+from ovis_jax.checkpoint.params import index_arrays, put_on_devices, remove_padding
+from ovis_jax.checkpoint.safetensors_reader import SafetensorsHeader, read_header
+from ovis_jax.checkpoint.safetensors_writer import save_arrays
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import CheckpointError, OvisError
-from ovis_jax.fields import Fields, read_json
+from ovis_jax.json_fields import JsonObject, read_json
 from ovis_jax.sharding import (
     TENSOR,
     Rules,
     adapter_axes,
     adapter_shapes,
     adapter_shardings,
-    letter_sizes,
-    shape_of,
+    axis_letter_sizes,
+    shape_from_axes,
 )
 
-TENSORS_FILE = "adapters.safetensors"
-RECORD_FILE = "adapters.json"
-FORMAT = 1
+ADAPTER_WEIGHTS_FILE = "adapters.safetensors"
+ADAPTER_CONFIG_FILE = "adapters.json"
+ADAPTER_FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Adapters:
-    """Adapters of one rank, each of which stands for scale * b a beside its matrix.
+class LoraAdapters:
+    """LoRA adapters of one rank; each adds scale * b a to its matrix.
 
-    `halves` holds `path/a` [rank, in] and `path/b` [out, rank] for the path of every matrix.
+    Attributes:
+      weights: float32 arrays `path/lora_a` [rank, in] and `path/lora_b` [out, rank] for each
+        matrix path.
+      rank: the rank of all adapters.
+      scale: factor of their products.
     """
 
-    halves: dict[str, jax.Array]
+    weights: dict[str, jax.Array]
     rank: int
     scale: float
 
     @property
-    def matrices(self) -> list[str]:
+    def matrix_paths(self) -> list[str]:
         """The paths of the matrices that have an adapter."""
-        return [path.removesuffix("/a") for path in self.halves if path.endswith("/a")]
+        return [path.removesuffix("/lora_a") for path in self.weights if path.endswith("/lora_a")]
 
 
 def save_adapters(
-    folder: str | Path, adapters: Mapping[str, Any], config: OvisConfig, *, scale: float
+    folder: str | Path, weights: Mapping[str, Any], config: OvisConfig, *, scale: float
 ) -> None:
-    """Write adapters as a folder, which appears only when it is complete.
+    """Write LoRA adapters as a folder, which appears when it is complete.
 
     Args:
-      folder: it must not hold anything.
-      adapters: float32, `path/a` [rank, in] and `path/b` [out, rank], as `training.parts` has them.
-      config: of the model that they were trained beside.
-      scale: what multiplies their products.
+      folder: folder to create; it must not exist or be empty.
+      weights: float32 arrays, `path/lora_a` [rank, in] and `path/lora_b` [out, rank] for each
+        matrix path.
+      config: config of the base model.
+      scale: factor of the products b a.
 
     Raises:
-      CheckpointError: the adapters are not halves of matrices of `config`, all of one rank.
-      OvisError: the folder exists and is not empty, the scale is not above 0, or an array is not
-        all on this host's devices.
-      OSError: too little space, or a file cannot be written.
+      CheckpointError: the weights are not adapters of matrices of `config`, all of one rank.
+      OvisError: the folder is not empty, the scale is not above 0, or an array is not entirely on
+        the devices of this host.
+      OSError: the disk has too little space, or a file cannot be written.
     """
     folder = Path(folder)
     if not (math.isfinite(scale) and scale > 0):
         raise OvisError(f"adapters: scale is {scale!r}, expected a number above 0")
-    adapters = cut_padding(adapters, adapter_axes(config), config)
-    listing = list_arrays("adapters", adapters)
-    shapes = {entry.key: entry.shape for entry in listing.tensors}
-    ranks = [shape[0] for key, shape in shapes.items() if key.endswith("/a") and shape]
-    rank = max(ranks, key=ranks.count, default=0)  # of most: those of another are the fault
-    header = Header(listing.tensors, listing.unusable, listing.problems)
-    _account("adapters", "adapters", header, config, rank)
+    weights = remove_padding(weights, adapter_axes(config), config)
+    index = index_arrays("adapters", weights)
+    ranks = [x.shape[0] for x in index.tensors if x.key.endswith("/lora_a") and x.shape]
+    rank = max(ranks, key=ranks.count, default=0)  # the most frequent; other ranks are faults
+    header = SafetensorsHeader(index.tensors, index.unusable_keys, index.problems)
+    _check_adapters("adapters", "adapters", header, config, rank)
     config_json, _ = config.to_hf()
-    record = {"format": FORMAT, "rank": rank, "scale": float(scale), "config": config_json}
-    check_space(folder, sum(x.nbytes for x in adapters.values()))
-    with whole_or_absent(folder) as partial:
-        write_file(
-            partial / TENSORS_FILE,
-            {path: ("F32", shapes[path]) for path in sorted(shapes)},
-            lambda path: array_pieces(np.asarray(adapters[path])),
-        )
-        write_json(partial / RECORD_FILE, record)
+    record = {
+        "format": ADAPTER_FORMAT_VERSION,
+        "rank": rank,
+        "scale": float(scale),
+        "config": config_json,
+    }
+    check_disk_space(folder, sum(x.nbytes for x in weights.values()))
+    with atomic_dir(folder) as partial:
+        arrays = {path: np.asarray(x) for path, x in weights.items()}
+        save_arrays(partial / ADAPTER_WEIGHTS_FILE, arrays)
+        write_json(partial / ADAPTER_CONFIG_FILE, record)
 
 
 def load_adapters(
@@ -103,67 +105,76 @@ def load_adapters(
     *,
     mesh: Mesh | None = None,
     rules: Rules = TENSOR,
-) -> Adapters:
-    """Read a folder that `save_adapters` made, for a model of `config`.
+) -> LoraAdapters:
+    """Read a folder that `save_adapters` wrote.
 
-    The halves are float32. On a mesh they lie as their matrices do; without one they are on the
-    default device, where a CPU device uses the mapped file (as in `load_params`).
+    Args:
+      folder: folder of adapters.
+      config: config of the base model.
+      mesh: mesh over which the adapters are sharded as their matrices are; None for the default
+        device.
+      rules: sharding rules for the mesh.
 
     Raises:
       CheckpointError: the adapters belong to a model of another config, or the tensors are not
-        whole adapters of its matrices and of the stated rank; names every fault.
+        complete adapters of its matrices with the recorded rank; all faults are reported.
       ConfigError: adapters.json cannot be read, or lacks a field.
-      OvisError: `folder` does not hold adapters, or they cannot be laid on the mesh by the rules.
+      OvisError: `folder` has no adapters, or the rules cannot shard them over the mesh.
       OSError: a file cannot be read.
     """
     folder = Path(folder)
-    if not (folder / RECORD_FILE).is_file():
-        what = f"holds no {RECORD_FILE}" if folder.is_dir() else "is not a folder"
-        raise OvisError(f"adapters {folder}: it {what}; give a folder that save_adapters has made")
-    rank, scale = _read_record(folder, config)
-    path = folder / TENSORS_FILE
-    if not path.is_file():
-        missing = Problem(TENSORS_FILE, "", "missing file", "a file", "none of that name")
-        header = Header(problems=(missing,), readable=False)
-    else:
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        found = f"it has no {ADAPTER_CONFIG_FILE}" if folder.is_dir() else "it is not a folder"
+        raise OvisError(f"adapters {folder}: {found}; give a folder that save_adapters wrote")
+    rank, scale = _read_adapter_config(folder, config)
+    path = folder / ADAPTER_WEIGHTS_FILE
+    if path.is_file():
         header = read_header(path)
-    _account(f"adapters {folder}", TENSORS_FILE, header, config, rank)
+    else:
+        fault = "missing file", "a file", "no file of that name"
+        row = CheckpointProblem(ADAPTER_WEIGHTS_FILE, "", *fault)
+        header = SafetensorsHeader(problems=(row,), readable=False)
+    _check_adapters(f"adapters {folder}", ADAPTER_WEIGHTS_FILE, header, config, rank)
     shardings = {} if mesh is None else adapter_shardings(config, mesh, rules)
     shapes = adapter_shapes(config, rank, mesh, rules)
-    mapped = map_file(path)
-
-    def load(key: str, entry: TensorEntry) -> jax.Array:
-        return place(key, view_tensor(mapped, entry), "F32", shardings.get(key), shapes[key])
-
-    entries = {entry.key: entry for entry in header.tensors}
-    return Adapters({key: load(key, entries[key]) for key in sorted(entries)}, rank, scale)
+    weights = {
+        key: put_on_devices(key, array, "F32", shardings.get(key), shapes[key])
+        for key, array in sorted(load_file(path).items())
+    }
+    return LoraAdapters(weights, rank, scale)
 
 
-def _read_record(folder: Path, config: OvisConfig) -> tuple[int, float]:
-    """Rank and scale, when the record is of a model of this config."""
-    path = folder / RECORD_FILE
-    record = Fields(read_json(path), str(path))
-    if (found := record.get("format")) != FORMAT:
+def _read_adapter_config(folder: Path, config: OvisConfig) -> tuple[int, float]:
+    """Read rank and scale, and check that the base model has this config."""
+    path = folder / ADAPTER_CONFIG_FILE
+    record = JsonObject(read_json(path), str(path))
+    if (found := record.get("format")) != ADAPTER_FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format is {found!r}, expected {FORMAT}; save the adapters again with this"
-            " version of ovis_jax"
+            f"{path}: format is {found!r}, expected {ADAPTER_FORMAT_VERSION}; save the adapters"
+            " again with this version of ovis_jax"
         )
-    rank, scale = record.size("rank"), record.positive("scale")
-    expected = _deciding(config.to_hf()[0])
-    stated = _deciding(dict(record.section("config").values))
+    rank, scale = record.get_positive_int("rank"), record.get_positive_number("scale")
+    expected = _architecture_fields(config.to_hf()[0])
+    stated = _architecture_fields(dict(record.get_object("config").values))
     problems = [
-        Problem(RECORD_FILE, f"config: {key}", "another config", repr(value), repr(stated.get(key)))
+        CheckpointProblem(
+            ADAPTER_CONFIG_FILE,
+            f"config: {key}",
+            "another config",
+            repr(value),
+            repr(stated.get(key)),
+        )
         for key, value in expected.items()
         if stated.get(key) != value
     ]
     if problems:
-        advice = "give the checkpoint that they were trained beside, or adapters of this one"
-        raise CheckpointProblems(f"adapters {folder}", problems, advice)
+        advice = "give the checkpoint that they were trained with, or adapters of this one"
+        raise CheckpointValidationError(f"adapters {folder}", problems, advice)
     return rank, scale
 
 
-def _deciding(config_json: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json that decide what a matrix means; not its ids and lengths."""
+def _architecture_fields(config_json: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config.json that change what a matrix means: no ids, no lengths."""
     flat: dict[str, Any] = flatten_dict(config_json, sep=".")
     return {
         key: value
@@ -173,35 +184,35 @@ def _deciding(config_json: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _account(subject: str, file: str, header: Header, config: OvisConfig, rank: int) -> None:
-    """Hold tensors to the adapters that a model may have.
+def _check_adapters(
+    subject: str, file: str, header: SafetensorsHeader, config: OvisConfig, rank: int
+) -> None:
+    """Check that tensors are complete adapters of matrices of a config.
 
     Raises:
-      CheckpointProblems: with all rows.
+      CheckpointValidationError: with all faults.
     """
     problems = list(header.problems)
     axes = adapter_axes(config)
-    known = {entry.key for entry in header.tensors} | header.unusable
-    for entry in header.tensors:
-        if entry.key not in axes:
-            expected = "path/a or path/b of a matrix that products are made with"
-            found = f"{entry.dtype} {list(entry.shape)}"
-            problems.append(Problem(file, entry.key, "unknown key", expected, found))
+    known = {info.key for info in header.tensors} | header.unusable_keys
+
+    def report(key: str, problem: str, expected: str, found: str) -> None:
+        problems.append(CheckpointProblem(file, key, problem, expected, found))
+
+    for info in header.tensors:
+        if info.key not in axes:
+            expected = "path/lora_a or path/lora_b of a matrix that can have an adapter"
+            report(info.key, "unknown key", expected, f"{info.dtype} {list(info.shape)}")
             continue
-        sizes = letter_sizes(config, entry.key) | {"R": rank}
-        problems += tensor_problems(entry, axes[entry.key], sizes, "F32")
-        for other in _other_half(entry.key, known):
-            shape = list(shape_of(axes[other], sizes))
-            expected = f"{shape} {axes[other]!r} beside {entry.key}"
-            problems.append(Problem(file, other, "missing key", expected, "no such tensor"))
+        sizes = axis_letter_sizes(config, info.key) | {"R": rank}
+        problems += check_tensor(info, axes[info.key], sizes, "F32")
+        matrix, _, factor = info.key.rpartition("/")
+        other = f"{matrix}/{'lora_b' if factor == 'lora_a' else 'lora_a'}"
+        if other not in known:
+            shape = list(shape_from_axes(axes[other], sizes))
+            expected = f"{shape} {axes[other]!r}, as for {info.key}"
+            report(other, "missing key", expected, "no such tensor")
     if not known and not problems:
-        problems.append(Problem(file, "", "no adapters", "two tensors for each matrix", "none"))
+        report("", "no adapters", "two tensors for each matrix", "none")
     if problems:
-        raise CheckpointProblems(subject, problems, "save the adapters again, whole")
-
-
-def _other_half(key: str, known: Iterable[str]) -> list[str]:
-    """The key of the other half of an adapter, if it is missing."""
-    matrix, _, half = key.rpartition("/")
-    other = f"{matrix}/{'b' if half == 'a' else 'a'}"
-    return [] if other in known else [other]
+        raise CheckpointValidationError(subject, problems, "save the adapters again")

@@ -1,17 +1,17 @@
-"""sha256 of files: what the Hub publishes, and whether a folder still holds it."""
+"""SHA-256 of shards: published by the Hub, recorded in conversion.json, and computed from files."""
 
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from ovis_jax.checkpoint.hub import digests
-from ovis_jax.checkpoint.problems import CheckpointProblems, Problem, naming_file
-from ovis_jax.checkpoint.source import Source
-from ovis_jax.checkpoint.writer import CONVERSION_FILE
+from ovis_jax.checkpoint.checkpoint_problems import CheckpointProblem, CheckpointValidationError
+from ovis_jax.checkpoint.conversion_record import CONVERSION_FILE
+from ovis_jax.checkpoint.file_io import add_file_name_to_os_errors
+from ovis_jax.checkpoint.resolve import ResolvedCheckpoint
 from ovis_jax.errors import OvisError
-from ovis_jax.fields import read_json
+from ovis_jax.json_fields import read_json
 
-PUBLISHED: Mapping[str, Mapping[str, str]] = {
+PUBLISHED_SHA256: Mapping[str, Mapping[str, str]] = {
     "AIDC-AI/Ovis1.6-Gemma2-9B": {
         f"model-{number:05}-of-00005.safetensors": digest
         for number, digest in enumerate(
@@ -26,71 +26,74 @@ PUBLISHED: Mapping[str, Mapping[str, str]] = {
         )
     }
 }
-"""Repo id -> file -> sha256, as the Hub shows it of the first published revision."""
+"""Repo id -> file name -> SHA-256, as the Hub shows it for the first published revision."""
 
 
-def published(source: Source) -> Mapping[str, str]:
-    """What a checkpoint's shards hash to where they were published.
+def get_published_sha256(checkpoint: ResolvedCheckpoint) -> Mapping[str, str]:
+    """Return the SHA-256 of a checkpoint's shards as published on the Hub, by file name.
 
-    A folder is taken for the known repo whose files have the same names.
+    A folder counts as a known repository if its shards have the same names.
 
     Raises:
-      OvisError: no checksums are known of it, or the repo may not be read.
+      OvisError: no checksums of the checkpoint are published, or the repository cannot be read.
       OSError: the Hub cannot be reached.
     """
-    if source.revision is not None and source.name not in PUBLISHED:
-        shards = digests(source.name, source.revision)
-        if shards:
-            return shards
-    names = {path.name for path in source.folder.glob("*.safetensors")}
-    for repo, known in PUBLISHED.items():
-        if source.name == repo or names == known.keys():
+    if checkpoint.revision is not None and checkpoint.name not in PUBLISHED_SHA256:
+        from ovis_jax.checkpoint.hub import fetch_shard_sha256
+
+        if sha256 := fetch_shard_sha256(checkpoint.name, checkpoint.revision):
+            return sha256
+    names = {path.name for path in checkpoint.folder.glob("*.safetensors")}
+    for repo_id, known in PUBLISHED_SHA256.items():
+        if checkpoint.name == repo_id or names == known.keys():
             return known
+    advice = "" if checkpoint.bundled else ", or give the repo id of the checkpoint"
     raise OvisError(
-        f"no published checksums are known of {source.name}; leave out --verify, or give the id of"
-        " the repo that it is of"
+        f"no published checksums of {checkpoint.label} are known; leave out --verify{advice}"
     )
 
 
-def recorded(folder: Path) -> Mapping[str, str]:
-    """What conversion.json says that the shards of a converted folder hash to.
+def read_recorded_sha256(checkpoint: ResolvedCheckpoint) -> Mapping[str, str]:
+    """Return the SHA-256 of a converted folder's shards as recorded in conversion.json.
 
     Raises:
-      OvisError: it is no converted folder, or was made without checksums.
+      OvisError: the folder is not a converted one, or was converted without checksums.
       ConfigError: conversion.json cannot be read.
     """
-    path = folder / CONVERSION_FILE
-    digests = read_json(path).get("sha256") if path.exists() else None
-    if not digests:
+    path = checkpoint.folder / CONVERSION_FILE
+    sha256 = read_json(path).get("sha256") if path.exists() else None
+    if not sha256:
         raise OvisError(
-            f"{folder} has no checksums: convert.from_hf writes them into {CONVERSION_FILE}, unless"
-            " --no-checksums was given"
+            f"{checkpoint.label} has no recorded checksums: ovis-jax convert writes them to"
+            f" {CONVERSION_FILE} of the converted folder, unless --no-checksums is given"
         )
-    return digests
+    return sha256
 
 
-def sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal.
+def compute_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal.
 
     Raises:
-      OSError: it cannot be read.
+      OSError: the file cannot be read.
     """
-    with naming_file(path), path.open("rb") as file:
+    with add_file_name_to_os_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check(folder: Path, expected: Mapping[str, str]) -> None:
-    """Hold the files of a folder to their checksums.
+def verify_sha256(folder: Path, expected: Mapping[str, str | None]) -> None:
+    """Compare the files of a folder with their SHA-256.
 
     Raises:
-      CheckpointProblems: with a row for every file that is not there or is another.
+      CheckpointValidationError: with a row for every file that is missing or differs.
       OSError: a file cannot be read.
     """
     problems = []
-    for name, digest in sorted(expected.items()):
+    for name, sha256 in sorted(expected.items()):
         path = folder / name
-        found = sha256(path) if path.is_file() else "no such file"
-        if found != digest:
-            problems.append(Problem(name, "", "wrong sha256", digest, found))
+        found = compute_sha256(path) if path.is_file() else "no such file"
+        if found != sha256:
+            problems.append(CheckpointProblem(name, "", "wrong sha256", str(sha256), found))
     if problems:
-        raise CheckpointProblems(str(folder), problems, "get these files again")
+        raise CheckpointValidationError(
+            str(folder), problems, "download or write these files again"
+        )

@@ -1,7 +1,7 @@
-"""What is asked of the Hub, all of it through huggingface_hub, its cache and its tokens.
+"""Downloads from the Hugging Face Hub with huggingface_hub, its cache and its tokens.
 
-A revision is turned into a commit once, by `fetch_files`; all else is asked of that commit, so that
-a branch that moves meanwhile cannot mix two checkpoints.
+`download_files` resolves a revision to a commit once. All other requests are for that commit, so
+that a branch that moves in the meantime cannot mix two checkpoints.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,73 +18,92 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from ovis_jax.checkpoint.safetensors_files import Header, parse_header, read_header
+from ovis_jax.checkpoint.safetensors_reader import SafetensorsHeader, parse_header, read_header
 from ovis_jax.errors import OvisError
 
-_HEADER_BYTES = 1 << 17  # fetched at once: nearly all headers of published shards are shorter
-_LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
+_HEADER_BLOCK_BYTES = 1 << 17  # one request; nearly all headers of published shards are shorter
+_LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that can read it"
 
 
-def fetch_files(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """Fetch the files of a repo whose names fit; gives their folder, named by the commit.
+def download_files(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Download the files of a repository whose names match patterns.
+
+    Args:
+      repo_id: such as "AIDC-AI/Ovis1.6-Gemma2-9B".
+      revision: branch, tag or commit; None for the default branch.
+      patterns: file name patterns, such as "*.json".
+
+    Returns:
+      The folder of the files in the Hub's cache, whose name is the commit.
 
     Raises:
-      OvisError: there is no such repo or revision, or it may not be read with this token.
+      OvisError: the repository or revision does not exist, or the token cannot read it.
       OSError: the Hub cannot be reached.
     """
-    with told_in_one_line(repo):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    with hub_errors(repo_id):
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
 
 
-def fetch_file(repo: str, commit: str, name: str, bar: type[tqdm] = tqdm) -> None:
-    """Fetch one file into the folder of its commit, where it is not there yet.
+def download_file(
+    repo_id: str, commit: str, file_name: str, progress_bar: type[tqdm] = tqdm
+) -> None:
+    """Download one file into the folder of its commit in the Hub's cache, unless it is there.
 
     Raises:
-      OvisError, OSError: as `fetch_files`.
+      OvisError, OSError: as `download_files`.
     """
-    with told_in_one_line(repo):
-        hf_hub_download(repo, name, revision=commit, tqdm_class=bar)
+    with hub_errors(repo_id):
+        hf_hub_download(repo_id, file_name, revision=commit, tqdm_class=progress_bar)
 
 
-def header_on_hub(repo: str, commit: str, folder: Path, path: Path) -> Header | None:
-    """The header of a file that will stand at `path`, or None where the repo has no such file.
+def read_remote_header(
+    repo_id: str, commit: str, folder: Path, path: Path
+) -> SafetensorsHeader | None:
+    """Read the header of a safetensors file by a range request, unless the file is local.
 
-    It is read over the network, a range of bytes, unless the file is in `folder` already. So all
-    keys, shapes and dtypes are known before the first tensor is fetched.
+    Args:
+      repo_id: the repository.
+      commit: its commit.
+      folder: folder of the commit in the Hub's cache.
+      path: path that the file has in `folder` once it is downloaded.
+
+    Returns:
+      The header, or None if the repository has no such file.
 
     Raises:
-      OvisError, OSError: as `fetch_files`.
+      OvisError, OSError: as `download_files`.
     """
     if path.is_file():
         return read_header(path)
-    where = f"{repo}@{commit}/{path.relative_to(folder).as_posix()}"
-    with told_in_one_line(repo):
+    url = f"{repo_id}@{commit}/{path.relative_to(folder).as_posix()}"
+    with hub_errors(repo_id):
         try:
-            with HfFileSystem().open(where, "rb", block_size=_HEADER_BYTES) as file:
+            with HfFileSystem().open(url, "rb", block_size=_HEADER_BLOCK_BYTES) as file:
                 return parse_header(path, cast(BinaryIO, file))
         except FileNotFoundError:
             return None
 
 
-def digests(repo: str, commit: str) -> Mapping[str, str]:
-    """The sha256 of every shard of a repo, as the Hub states them.
+def fetch_shard_sha256(repo_id: str, commit: str) -> Mapping[str, str]:
+    """Fetch the SHA-256 of every safetensors file of a repository, by file name.
 
     Raises:
-      OvisError, OSError: as `fetch_files`.
+      OvisError, OSError: as `download_files`.
     """
-    with told_in_one_line(repo):
-        files = HfApi().model_info(repo, revision=commit, files_metadata=True).siblings or ()
-        stated = {file.rfilename: file.lfs.sha256 for file in files if file.lfs is not None}
-        return {name: found for name, found in stated.items() if name.endswith(".safetensors")}
+    with hub_errors(repo_id):
+        info = HfApi().model_info(repo_id, revision=commit, files_metadata=True)
+        files = {file.rfilename: file.lfs.sha256 for file in info.siblings or () if file.lfs}
+        return {name: found for name, found in files.items() if name.endswith(".safetensors")}
 
 
-def remove_from_cache(path: Path) -> None:
-    """Remove a file of the cache and its content, which other revisions of its repo lose with it.
+def delete_from_cache(path: Path) -> None:
+    """Delete a file from the Hub's cache, for all revisions of its repository.
 
-    Content that the cache shares with other repos stays as long as one of these has it.
+    Content that other repositories share stays as long as one of them links to it. A path outside
+    the cache is left alone.
 
     Raises:
-      OSError: it cannot be removed.
+      OSError: it cannot be deleted.
     """
     snapshots = path.parents[1]
     if snapshots.name != "snapshots" or not path.exists():
@@ -101,36 +120,36 @@ def remove_from_cache(path: Path) -> None:
 
 
 @contextmanager
-def told_in_one_line(repo: str) -> Iterator[None]:
-    """Say what the client raises in one line that says what to do; no token is ever part of it.
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Convert errors of huggingface_hub to one line that says what to do, without the token.
 
     Raises:
-      OvisError: there is no such repo or revision, or it may not be read with this token.
-      OSError: all else.
+      OvisError: the repository or revision does not exist, or the token cannot read it.
+      OSError: any other error.
     """
-    tried = f"{repo}: there is no such folder, and as a repo id of the Hub it"
+    subject = f"{repo_id}: there is no such folder, and as a repo id of the Hub it"
     try:
         yield
-    # The client lets through the errors of whichever HTTP library its version is built on.
+    # huggingface_hub lets errors through from the HTTP library that its version uses.
     except Exception as error:
         causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__) is not None:
             causes.append(cause)
-        answered = [cause for cause in causes if getattr(cause, "response", None) is not None]
-        status = getattr(answered[0], "response").status_code if answered else None  # noqa: B009
+        responses = [cause for cause in causes if getattr(cause, "response", None) is not None]
+        status = getattr(responses[0], "response").status_code if responses else None  # noqa: B009
         if _any(causes, GatedRepoError):
-            message = f"is gated: ask for access on its page of the Hub, then {_LOGIN}"
+            message = f"is gated: request access on its page of the Hub, then {_LOGIN}"
         elif _any(causes, RevisionNotFoundError):
             message = "has no such revision; give a branch, tag or commit that it has"
         elif _any(causes, RepositoryNotFoundError, HFValidationError):
             message = f"was not found; check its name, and if it is private {_LOGIN}"
         elif status in (401, 403):
-            message = f"may not be read, says the Hub ({status}); {_LOGIN}"
+            message = f"cannot be read, according to the Hub ({status}); {_LOGIN}"
         else:
-            said = _first_line(answered[0] if answered else causes[-1])
-            again = "see that the Hub can be reached; the same command goes on with what is there"
-            raise OSError(f"{tried} could not be fetched: {said}; {again}") from error
-        raise OvisError(f"{tried} {message}") from error
+            reason = _first_line(responses[0] if responses else causes[-1])
+            retry = "check that the Hub can be reached; the same command resumes the download"
+            raise OSError(f"{subject} could not be downloaded: {reason}; {retry}") from error
+        raise OvisError(f"{subject} {message}") from error
 
 
 def _any(errors: Sequence[BaseException], *kinds: type[BaseException]) -> bool:

@@ -1,4 +1,4 @@
-"""Parameters from a folder, straight onto a mesh, and back into one."""
+"""Reading parameters from a checkpoint folder onto a mesh, and writing them back."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -11,101 +11,103 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from ovis_jax.checkpoint.folder import CheckpointFolder, ReadHeader, header_there, open_checkpoint
-from ovis_jax.checkpoint.keymap import Plan, account, hub_keys, own_keys
-from ovis_jax.checkpoint.problems import Problem, naming_file
-from ovis_jax.checkpoint.safetensors_files import DTYPES, TensorEntry, map_file, view_tensor
-from ovis_jax.checkpoint.writer import (
+from ovis_jax.api_type_checks import check_argument_types
+from ovis_jax.checkpoint.checkpoint_problems import CheckpointProblem
+from ovis_jax.checkpoint.conversion_record import (
     CONVERSION_FILE,
-    FORMAT,
+    is_converted,
+    make_conversion_record,
+    set_config_dtype,
+)
+from ovis_jax.checkpoint.file_io import add_file_name_to_os_errors, write_json
+from ovis_jax.checkpoint.key_map import (
+    MatchedTensors,
+    make_converted_key_map,
+    make_hub_key_map,
+    match_tensors,
+)
+from ovis_jax.checkpoint.output_dirs import atomic_dir, check_disk_space
+from ovis_jax.checkpoint.safetensors_reader import DTYPES, TensorInfo, map_file, view_tensor
+from ovis_jax.checkpoint.safetensors_writer import (
     MAX_SHARD_BYTES,
-    array_pieces,
-    cast,
-    check_space,
-    conversion_record,
-    tensor_bytes,
-    whole_or_absent,
-    with_dtype,
-    write_json,
-    write_tensors,
+    cast_array,
+    plan_shards,
+    split_array,
+    total_bytes,
+    write_shards,
+)
+from ovis_jax.checkpoint.tensor_index import (
+    HeaderReader,
+    TensorIndex,
+    read_local_header,
+    read_tensor_index,
 )
 from ovis_jax.config import OvisConfig
-from ovis_jax.errors import CheckpointError, ConfigError, OvisError
-from ovis_jax.fields import read_json
+from ovis_jax.errors import ConfigError, OvisError
+from ovis_jax.json_fields import read_json
+from ovis_jax.model.ovis import Params
 from ovis_jax.sharding import (
     TENSOR,
     Rules,
     param_axes,
     param_shapes,
     param_shardings,
-    true_rows,
+    unpadded_rows,
 )
-
-Params = dict[str, Any]
 
 OnRead = Callable[[str, int], None]
 """Called with a tensor's key and the bytes of each slice of it that this process reads."""
 
 
-def plan_parameters(
+def match_checkpoint(
     folder: Path,
     config: OvisConfig,
     dtype: DTypeLike | None = None,
-    read: ReadHeader = header_there,
-) -> tuple[Plan, str]:
-    """Where each parameter stands in a folder of either layout, and the dtype it is to have.
+    read_header: HeaderReader = read_local_header,
+) -> tuple[MatchedTensors, str]:
+    """Match the tensors of a folder in either layout with the parameters of a config.
 
-    That dtype ("F32", "F16", "BF16") is `dtype`, to which any of the three is then cast, or the one
-    that config.json states, which every parameter must then have. `read` is as in
-    `open_checkpoint`.
+    Args:
+      folder: a converted folder, or one in the Hub's layout.
+      config: config whose parameters are expected.
+      dtype: dtype to cast to, from any of the three; None for the one that config.json states,
+        which every parameter must then have.
+      read_header: as in `read_tensor_index`.
+
+    Returns:
+      The matched tensors, and the dtype of the parameters: "F32", "F16" or "BF16".
 
     Raises:
-      ConfigError: config.json states no dtype that parameters may have, and none was given.
-      CheckpointError: the folder's files do not hold exactly the parameters of `config`.
+      ConfigError: config.json states no dtype that parameters can have, and none is given.
+      CheckpointError: the folder does not contain exactly the parameters of `config`.
     """
-    stored = None if dtype is not None else declared_dtype(folder)
-    keys = own_keys(config) if is_converted(folder) else hub_keys(config)
-    plan = account(open_checkpoint(folder, read), config, keys, stored)
-    return plan, stored or dtype_name(dtype)
+    stored = None if dtype is not None else read_config_dtype(folder)
+    make_key_map = make_converted_key_map if is_converted(folder) else make_hub_key_map
+    index = read_tensor_index(folder, read_header)
+    matched = match_tensors(index, config, make_key_map(config), stored)
+    return matched, stored or safetensors_dtype(dtype)
 
 
-def is_converted(folder: Path) -> bool:
-    """Whether a folder was written by this library, so that its tensors have our names.
-
-    Raises:
-      CheckpointError: it was, in a format of another version.
-      ConfigError: conversion.json cannot be read.
-    """
-    path = folder / CONVERSION_FILE
-    if not path.exists():
-        return False
-    found = read_json(path).get("format")
-    if found != FORMAT:
-        raise CheckpointError(
-            f"{path}: format is {found!r}, expected {FORMAT}; convert the checkpoint again with"
-            " this version of ovis_jax"
-        )
-    return True
-
-
-def declared_dtype(folder: Path) -> str:
-    """The dtype that config.json states: "F32", "F16" or "BF16".
+def read_config_dtype(folder: Path) -> str:
+    """Read the dtype that config.json states: "F32", "F16" or "BF16".
 
     Raises:
-      ConfigError: it states none, or one that parameters may not have.
+      ConfigError: it states none, or one that parameters cannot have.
     """
     path = folder / "config.json"
     name = read_json(path).get("torch_dtype")
     if not isinstance(name, str):
-        raise ConfigError(f"{path}: torch_dtype is {name!r}, expected a dtype; name one to cast to")
+        raise ConfigError(
+            f"{path}: torch_dtype is {name!r}, expected a dtype; give the dtype to cast to"
+        )
     try:
-        return dtype_name(name)
+        return safetensors_dtype(name)
     except OvisError as error:
         raise ConfigError(f"{path}: torch_dtype: {error}") from error
 
 
-def dtype_name(dtype: DTypeLike | None) -> str:
-    """The safetensors name of a dtype given in any of the ways of jax.
+def safetensors_dtype(dtype: DTypeLike | None) -> str:
+    """Return the safetensors name of a dtype: "F32", "F16" or "BF16".
 
     Raises:
       OvisError: it is not float32, float16 or bfloat16.
@@ -129,75 +131,88 @@ def load_params(
     rules: Rules = TENSOR,
     on_read: OnRead | None = None,
 ) -> Params:
-    """Read the parameters of a converted folder or of one in the Hub's layout.
+    """Read the parameters of a converted folder, or of one in the Hub's layout.
 
-    Returns a nested dict of arrays in the shapes of `param_shapes`, of the stored dtype or `dtype`.
-    With a mesh each device reads only its own slice of the mapped files, and has zeros where the
-    mesh's shapes go beyond them. Without one the arrays are on the default device; a CPU device
-    uses the mapped files where they are (a donated array is copied first), so replace such files by
-    renaming and do not write into them. `on_read` is told of every slice, once where several
-    devices hold the same.
+    A CPU device without a mesh uses the mapped files without a copy (a donated array is copied
+    first), so replace such files by renaming and do not write to them.
+
+    Args:
+      folder: the checkpoint.
+      config: its config.
+      dtype: float32, float16 or bfloat16 to cast to; None keeps the stored dtype.
+      mesh: mesh whose devices each read their own slices only; None for the default device.
+      rules: sharding rules for the mesh.
+      on_read: called for each slice that is read, once if several devices hold the same one.
+
+    Returns:
+      A nested dict of arrays in the shapes of `param_shapes`, with zeros where the shapes of the
+      mesh are padded.
 
     Raises:
       ConfigError: config.json states no usable dtype and none is given.
-      CheckpointError: the files do not hold exactly the parameters of `config`.
-      OvisError: the parameters cannot be laid on the mesh by the rules.
+      CheckpointError: the files do not contain exactly the parameters of `config`.
+      OvisError: the rules cannot shard the parameters over the mesh.
       OSError: a file cannot be read.
     """
-    plan, target = plan_parameters(folder, config, dtype)
+    matched, target = match_checkpoint(folder, config, dtype)
     shardings = None if mesh is None else param_shardings(config, mesh, rules)
     shapes = param_shapes(config, mesh, rules)
-    mapped = {path: map_file(path) for path in {entry.path for entry in plan.sources.values()}}
+    mapped = {path: map_file(path) for path in {info.path for info in matched.sources.values()}}
 
-    def load(path: str, entry: TensorEntry) -> jax.Array:
-        view = view_tensor(mapped[entry.path], entry)
+    def load(path: str, info: TensorInfo) -> jax.Array:
+        view = view_tensor(mapped[info.path], info)
         sharding = None if shardings is None else shardings[path]
-        told = None if on_read is None else partial(on_read, entry.key)
-        return place(entry.key, view, target, sharding, shapes[path], told)
+        on_slice = None if on_read is None else partial(on_read, info.key)
+        return put_on_devices(info.key, view, target, sharding, shapes[path], on_slice)
 
-    flat = {path: load(path, entry) for path, entry in plan.sources.items()}
+    flat = {path: load(path, info) for path, info in matched.sources.items()}
     return unflatten_dict(flat, sep="/")
 
 
-def place(
+def put_on_devices(
     key: str,
     array: np.ndarray,
     dtype: str,
     sharding: NamedSharding | None,
     shape: tuple[int, ...],
-    on_read: Callable[[int], None] | None = None,
+    on_slice: Callable[[int], None] | None = None,
 ) -> jax.Array:
-    """An array in a dtype on the default device, or each device's slice of it alone.
+    """Cast an array and put it on the default device, or its slices on the devices of a sharding.
 
-    With a sharding it gets `shape`, with zeros behind what the array has. `on_read` is called with
-    the bytes of each slice of `array` that is used.
+    Args:
+      key: name of the tensor, for errors.
+      array: host array of any shape.
+      dtype: "F32", "F16" or "BF16".
+      sharding: sharding of the result; None for the default device.
+      shape: shape of the result with a sharding; the rest of it is filled with zeros.
+      on_slice: called with the bytes of each slice of `array` that is used.
 
     Raises:
       CheckpointError: a number is too large for the dtype.
     """
     slices: set[str] = set()
 
-    def use(index: tuple[slice, ...] | None) -> np.ndarray:
+    def cast_slice(index: tuple[slice, ...] | None) -> np.ndarray:
         part = array if index is None else array[index]
-        if on_read is not None and str(index) not in slices:
+        if on_slice is not None and str(index) not in slices:
             slices.add(str(index))
-            on_read(part.nbytes)
-        return cast(key, part, dtype)
+            on_slice(part.nbytes)
+        return cast_array(key, part, dtype)
 
     if sharding is None:
-        return jax.device_put(use(None))
+        return jax.device_put(cast_slice(None))
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        part = use(index)
+        part = cast_slice(index)
         local = sharding.shard_shape(shape)
-        pads = [(0, size - there) for size, there in zip(local, part.shape, strict=True)]
+        pads = [(0, size - used) for size, used in zip(local, part.shape, strict=True)]
         return np.pad(part, pads) if part.shape != local else part
 
     return jax.make_array_from_callback(shape, sharding, read)
 
 
 def save_params(
-    folder: Path,
+    folder: str | Path,
     params: Mapping[str, Any],
     config: OvisConfig,
     *,
@@ -205,75 +220,94 @@ def save_params(
     files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write parameters as a converted folder, which appears only when it is complete.
+    """Write parameters as a converted folder, which appears when it is complete.
 
-    All leaves must have one dtype unless `dtype` names the one to cast to. The padding that they
-    have on a mesh is not written. `files` are further files by name, such as those of the
-    tokenizer; without them only weights and configs are there.
+    The padding that parameters have on a mesh is not written.
+
+    Args:
+      folder: folder to create; it must not exist or be empty.
+      params: nested dict of arrays, all of one dtype unless `dtype` is given.
+      config: config of the parameters.
+      dtype: float32, float16 or bfloat16 to cast to.
+      files: further files by name, such as those of the tokenizer.
+      max_shard_bytes: limit for the tensors of a file.
 
     Raises:
-      CheckpointError: `params` are not those of `config`, or are of several dtypes.
-      OvisError: the folder exists and is not empty, or a leaf is not all on this host's devices.
-      OSError: too little space, or a file cannot be written.
+      CheckpointError: `params` are not those of `config`, or have several dtypes.
+      OvisError: the folder is not empty, or an array is not entirely on the devices of this host.
+      OSError: the disk has too little space, or a file cannot be written.
+      TypeError: `params` or `config` has another type.
     """
-    leaves = cut_padding(flatten_dict(params, sep="/"), param_axes(config), config)
-    listing = list_arrays("params", leaves)
-    known = (entry.dtype for entry in listing.tensors if entry.dtype in DTYPES)
+    check_argument_types("save_params", params=(params, Mapping), config=(config, OvisConfig))
+    folder = Path(folder)
+    arrays = remove_padding(flatten_dict(params, sep="/"), param_axes(config), config)
+    index = index_arrays("params", arrays)
+    known = (info.dtype for info in index.tensors if info.dtype in DTYPES)
     stored = None if dtype is not None else next(known, None)
-    account(listing, config, own_keys(config), stored)
-    target = stored or dtype_name(dtype)
+    match_tensors(index, config, make_converted_key_map(config), stored)
+    target = stored or safetensors_dtype(dtype)
     tensors = {path: (target, shape) for path, shape in param_shapes(config).items()}
 
-    def chunks(path: str) -> Iterator[memoryview]:
-        return array_pieces(cast(path, np.asarray(leaves[path]), target))
+    def read_tensor(path: str) -> Iterator[memoryview]:
+        return split_array(cast_array(path, np.asarray(arrays[path]), target))
 
-    check_space(folder, sum(tensor_bytes(*tensor) for tensor in tensors.values()))
-    with whole_or_absent(folder) as partial:
-        digests = write_tensors(partial, tensors, chunks, max_shard_bytes)
+    check_disk_space(folder, total_bytes(tensors))
+    with atomic_dir(folder) as partial:
+        shards = plan_shards(tensors, max_shard_bytes)
+        sha256 = write_shards(partial, tensors, read_tensor, shards)
         config_json, generation_json = config.to_hf()
-        write_json(partial / "config.json", with_dtype(config_json, target))
+        write_json(partial / "config.json", set_config_dtype(config_json, target))
         write_json(partial / "generation_config.json", generation_json)
         for name, content in (files or {}).items():
-            with naming_file(partial / name):
+            with add_file_name_to_os_errors(partial / name):
                 (partial / name).write_bytes(content)
-        write_json(partial / CONVERSION_FILE, conversion_record(tensors, digests))
+        write_json(partial / CONVERSION_FILE, make_conversion_record(tensors, sha256))
 
 
-def cut_padding(
-    leaves: Mapping[str, Any], axes: Mapping[str, str], config: OvisConfig
+def remove_padding(
+    arrays: Mapping[str, Any], axes: Mapping[str, str], config: OvisConfig
 ) -> dict[str, Any]:
-    """Arrays without the rows of zeros that they have on a mesh beyond those of the config.
+    """Remove the rows of zeros that pad arrays on a mesh beyond the sizes in the config.
 
-    Rows that hold anything else are no padding: they stay, and are then a wrong shape.
+    Rows that are not zero are not padding. They stay, and the shape check then reports them.
+
+    Args:
+      arrays: arrays by path.
+      axes: axis letters by path.
+      config: config of the arrays.
     """
-    cut = dict(leaves)
-    for path, leaf in leaves.items():
-        rows = true_rows(config, axes[path]) if path in axes else None
-        if rows is None or not isinstance(leaf, jax.Array | np.ndarray):
+    result = dict(arrays)
+    for path, array in arrays.items():
+        rows = unpadded_rows(config, axes[path]) if path in axes else None
+        if rows is None or not isinstance(array, jax.Array | np.ndarray):
             continue
-        here = isinstance(leaf, np.ndarray) or leaf.is_fully_addressable
-        if here and leaf.ndim and leaf.shape[0] > rows:
-            whole = np.asarray(leaf)
-            cut[path] = leaf if np.any(whole[rows:]) else whole[:rows]
-    return cut
+        local = isinstance(array, np.ndarray) or array.is_fully_addressable
+        if local and array.ndim and array.shape[0] > rows:
+            padded = np.asarray(array)
+            result[path] = array if np.any(padded[rows:]) else padded[:rows]
+    return result
 
 
-def list_arrays(name: str, leaves: Mapping[str, Any]) -> CheckpointFolder:
-    """Arrays in memory as if they stood in a folder, so that they are held to the same account.
+def index_arrays(name: str, arrays: Mapping[str, Any]) -> TensorIndex:
+    """Return the index of arrays in memory, so that they are checked like those of a folder.
+
+    Args:
+      name: what messages call the arrays.
+      arrays: arrays by key; other values become problems.
 
     Raises:
-      OvisError: a leaf is not all on this host's devices.
+      OvisError: an array is not entirely on the devices of this host.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    entries, problems = [], []
-    for path, leaf in leaves.items():
-        if not isinstance(leaf, jax.Array | np.ndarray):
-            found = type(leaf).__name__
-            problems.append(Problem(name, path, "not an array", "an array", found))
-        elif isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            raise OvisError(f"{path}: parts are on other hosts' devices; gather it to save it")
+    dtype_names = {dtype: dtype_name for dtype_name, dtype in DTYPES.items()}
+    infos, problems = [], []
+    for key, array in arrays.items():
+        if not isinstance(array, jax.Array | np.ndarray):
+            found = type(array).__name__
+            problems.append(CheckpointProblem(name, key, "not an array", "an array", found))
+        elif isinstance(array, jax.Array) and not array.is_fully_addressable:
+            raise OvisError(f"{key}: parts are on devices of other hosts; gather it to save it")
         else:
-            dtype = names.get(leaf.dtype, str(leaf.dtype))
-            entries.append(TensorEntry(Path(name), path, dtype, leaf.shape, 0, leaf.nbytes))
+            dtype = dtype_names.get(array.dtype, str(array.dtype))
+            infos.append(TensorInfo(Path(name), key, dtype, array.shape, 0, array.nbytes))
     unusable = frozenset(row.key for row in problems)
-    return CheckpointFolder(Path(name), tuple(entries), {}, unusable, tuple(problems))
+    return TensorIndex(Path(name), tuple(infos), {}, unusable, tuple(problems))

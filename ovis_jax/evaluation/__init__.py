@@ -1,1 +1,1 @@
-"""How well a model answers: questions in files, published figures, plug-ins for two harnesses."""
+"""Accuracy: question files, exact match, published scores; models for lmms-eval, VLMEvalKit."""

@@ -7,68 +7,96 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from ovis_jax import mesh_axes
-from ovis_jax.checkpoint.source import find_source
-from ovis_jax.console import Adapters, MaxPartition, Model, OtherDtype, TensorParallel
+from ovis_jax.checkpoint.resolve import resolve_checkpoint
+from ovis_jax.console import (
+    AdaptersOption,
+    DtypeOption,
+    MaxPartitionOption,
+    ModelOption,
+    TensorParallelOption,
+)
 from ovis_jax.errors import RequestError
-from ovis_jax.evaluation.published import published
+from ovis_jax.evaluation.batch_answering import accuracy_by_kind
+from ovis_jax.evaluation.evaluate import (
+    ChooseBy,
+    EvalSettings,
+    accuracy_table,
+    evaluate_questions,
+)
+from ovis_jax.evaluation.published_prompts_and_scores import load_published_benchmarks
 from ovis_jax.evaluation.questions import read_questions
-from ovis_jax.evaluation.results import Results, model_fingerprint, questions_fingerprint
-from ovis_jax.evaluation.run import By, Settings, accuracy, evaluate, table
+from ovis_jax.evaluation.results_file import (
+    ResultsFile,
+    fingerprint_model,
+    fingerprint_questions,
+)
 from ovis_jax.loading import load
+from ovis_jax.mesh import tensor_parallel_mesh
 
-DEFAULTS = Settings()
+DEFAULTS = EvalSettings()
 
 
 def eval_(
-    questions: Annotated[Path, typer.Argument(help="A .jsonl file, or a folder of such files.")],
-    model: Model = "ovis-tiny",
-    out: Annotated[
-        Path | None, typer.Option(help="Where the answers go; a run that was stopped goes on.")
+    questions: Annotated[
+        Path, typer.Argument(help="Question file (.jsonl), or a folder of such files.")
+    ],
+    model: ModelOption = "ovis-tiny",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File for the results; if it exists, the evaluation resumes."),
     ] = None,
-    dtype: OtherDtype = None,
-    adapters: Adapters = None,
-    tensor_parallel: TensorParallel = 1,
-    by: Annotated[By, typer.Option(help="How options are chosen.")] = "letter",
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Ask as the file says, not with published prompts.")
+    dtype: DtypeOption = None,
+    adapters: AdaptersOption = None,
+    tensor_parallel: TensorParallelOption = 1,
+    choose_by: Annotated[
+        ChooseBy, typer.Option(help="How the model chooses among the options of a question.")
+    ] = DEFAULTS.choose_by,
+    raw_prompts: Annotated[
+        bool,
+        typer.Option("--raw-prompts", help="Ask without the published prompt templates."),
     ] = False,
-    batch: Annotated[int, typer.Option(help="Questions asked at once.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(help="Number of questions per batch.")
+    ] = DEFAULTS.batch_size,
     max_new_tokens: Annotated[
-        int, typer.Option(help="The longest answer, in tokens.")
+        int, typer.Option(help="Maximum number of tokens per answer.")
     ] = DEFAULTS.max_new_tokens,
-    max_partition: MaxPartition = DEFAULTS.max_partition,
+    max_partition: MaxPartitionOption = DEFAULTS.max_partition,
 ) -> None:
-    """Ask the questions of a file, and say how many answers are right, beside published figures."""
-    if batch < 1:
-        raise RequestError(f"batch is {batch}, expected at least 1")
-    mesh = mesh_axes.tensor_parallel(tensor_parallel)
-    asked = read_questions(questions, plain=plain)
-    settings = Settings(batch, max_new_tokens, max_partition, by)
-    folders = [find_source(model).folder, *([adapters] if adapters else [])]
-    head = {
-        "model": model_fingerprint(folders) if out else "",
-        "questions": questions_fingerprint(asked),
+    """Measure a model's accuracy on question files, and compare it with published scores."""
+    if batch_size < 1:
+        raise RequestError(f"--batch-size is {batch_size}, expected at least 1")
+    mesh = tensor_parallel_mesh(tensor_parallel)
+    asked = read_questions(questions, raw_prompts=raw_prompts)
+    settings = EvalSettings(batch_size, max_new_tokens, max_partition, choose_by)
+    folders = [resolve_checkpoint(model).folder, *([adapters] if adapters else [])]
+    header = {
+        "model": fingerprint_model(folders) if output else "",
+        "questions": fingerprint_questions(asked),
         "max_new_tokens": max_new_tokens,
         "max_partition": max_partition,
-        "choices_by": by,
+        "choose_by": choose_by,
         "dtype": dtype,
     }
     notes = Console(stderr=True, highlight=False)
-    with Results(out, head) as results:
-        answered = {result["id"] for result in results.done}
+    with ResultsFile(output, header) as file:
+        answered = {result["id"] for result in file.results}
         rest = [question for question in asked if question.id not in answered]
         if answered:
-            notes.print(f"{len(answered)} of {len(asked)} questions are answered in {out}")
+            notes.print(f"{len(answered)} of {len(asked)} questions are already in {output}")
         if rest:
             ovis = load(model, dtype=dtype, adapters=adapters, mesh=mesh)
-            new = evaluate(ovis, rest, settings)
+            results = evaluate_questions(ovis, rest, settings)
             hidden = not notes.is_terminal
-            for result in track(new, "answering", len(rest), console=notes, disable=hidden):
-                results.add(result)
-    counts = accuracy(results.done)
+            for result in track(results, "answering", len(rest), console=notes, disable=hidden):
+                file.add(result)
+    accuracies = accuracy_by_kind((result["kind"], result["correct"]) for result in file.results)
     console = Console(highlight=False)
-    console.print(table(counts))
-    for name in filter(None, map(published().benchmark, counts)):
-        if name in published().otherwise:
-            console.print(f"{name}: published otherwise than here: {published().otherwise[name]}")
+    console.print(accuracy_table(accuracies))
+    published = load_published_benchmarks()
+    for benchmark in filter(None, map(published.find_benchmark, accuracies)):
+        if benchmark in published.metric_notes:
+            console.print(
+                f"{benchmark}: the published score is not exact match:"
+                f" {published.metric_notes[benchmark]}"
+            )

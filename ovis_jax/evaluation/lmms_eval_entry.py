@@ -1,16 +1,17 @@
-"""What lmms-eval's entry-point group `lmms_eval.models` loads: the name of the model's class."""
+"""The entry point for lmms-eval (group `lmms_eval.models`); it does not import JAX."""
 
 from typing import Any
 
 
 def manifest() -> Any:
-    """The `ModelManifest` of `--model ovis_jax`; lmms-eval imports the class when it is asked for.
+    """Return the `ModelManifest` that makes `lmms-eval --model ovis_jax` available.
 
-    The class takes text and pictures ("simple" in lmms-eval), which all tasks give.
+    lmms-eval imports the model's class only when the model is selected. The class takes text and
+    images, which lmms-eval calls a "simple" model.
     """
     from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
     return ModelManifest(
         model_id="ovis_jax",
-        simple_class_path="ovis_jax.evaluation.lmms_eval_model.OvisJax",
+        simple_class_path="ovis_jax.evaluation.lmms_eval_model.OvisForLmmsEval",
     )

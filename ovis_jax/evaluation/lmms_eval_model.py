@@ -1,7 +1,7 @@
-"""A model of lmms-eval: `lmms-eval --model ovis_jax --model_args pretrained=DIR --tasks ...`.
+"""A model for lmms-eval: `lmms-eval --model ovis_jax --model_args pretrained=DIR --tasks ...`.
 
-lmms-eval imports this module, and it imports lmms-eval; nothing else here does. Written to the
-interface `lmms` of lmms-eval 0.7, for models that take text and pictures.
+It implements the interface `lmms` of lmms-eval 0.7 for models that take text and images. No other
+module imports lmms-eval.
 """
 
 from collections import defaultdict
@@ -14,26 +14,27 @@ from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 from ovis_jax.errors import RequestError
-from ovis_jax.evaluation.published import published
-from ovis_jax.evaluation.requests import Request, answers
+from ovis_jax.evaluation.batch_answering import group_by_length, pad_to_batch, repeat_last
+from ovis_jax.evaluation.harness import HarnessRequest, answer_requests
+from ovis_jax.evaluation.published_prompts_and_scores import load_published_benchmarks
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inference.score import score
-from ovis_jax.inputs.answers import encode_answers
+from ovis_jax.inputs.candidate_answers import encode_answers
 from ovis_jax.loading import load
-from ovis_jax.training.evaluation import like_length, turns_length
 
 
-class OvisJax(lmms):
-    """Ovis in JAX as lmms-eval sees it.
+class OvisForLmmsEval(lmms):
+    """Ovis as an lmms-eval model.
 
     Args:
-      pretrained: as for `ovis_jax.load`.
-      batch_size: questions asked at once.
-      device: ignored; JAX chooses.
-      dtype: compute in this dtype, not as stored.
-      adapters: a folder of low-rank adapters.
-      max_partition: the most cells of an image.
-      seed: of sampling, where a task asks for it.
+      pretrained: checkpoint, as for `ovis_jax.load`.
+      batch_size: number of questions per batch.
+      device: ignored; JAX chooses the device.
+      dtype: dtype of the computation; None for that of the checkpoint.
+      adapters: folder of low-rank adapters.
+      max_partition: maximum number of cells that an image is split into; None for the published
+        setting.
+      seed: sampling seed, for tasks that sample.
     """
 
     is_simple = True
@@ -51,90 +52,93 @@ class OvisJax(lmms):
         super().__init__()
         self._ovis = load(pretrained, dtype=dtype, adapters=adapters)
         self.batch_size = int(batch_size)
-        self._max_partition = int(max_partition or published().settings["max_partition"])
+        self._published = load_published_benchmarks().settings
+        self._max_partition = int(max_partition or self._published["max_partition"])
         self._seed = int(seed)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answer each request; those of the same settings are answered together."""
+        """Answer requests; those with equal settings are batched together."""
         groups: dict[str, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             groups[repr(sorted(request.args[1].items()))].append(i)
-        found = [""] * len(requests)
+        answers = [""] * len(requests)
         for indices in groups.values():
-            asked = [self._request(requests[i].args) for i in indices]
+            batch = [self._request(requests[i].args) for i in indices]
             settings = requests[indices[0]].args[1]
-            for i, text in zip(indices, self._answer(asked, settings), strict=True):
-                found[i] = text
+            for i, text in zip(indices, self._answer(batch, settings), strict=True):
+                answers[i] = text
                 args = requests[i].args
                 self.cache_hook.add_partial("generate_until", (args[0], args[1]), text)
-        return found
+        return answers
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
-        """Answer each request's rounds; the task makes each of them from the answers so far."""
-        found = []
+        """Answer requests of several rounds; the task builds each round from previous answers."""
+        results = []
         for request in requests:
             text, settings, doc_to_visual, doc_to_text, doc_id, task, split = request.args
             doc = self.task_dict[task][split][doc_id]
-            visuals, said, known = doc_to_visual(doc), [], None
+            visuals, answers, round_info = doc_to_visual(doc), [], None
             while True:
-                said += self._answer([Request(text, _images(visuals))], settings)
-                visuals, text, is_over, outputs, known = doc_to_text(
-                    doc, previous_output=said, round_idx=len(said), previous_round_info=known
+                answers += self._answer([HarnessRequest(text, _check_images(visuals))], settings)
+                visuals, text, is_over, outputs, round_info = doc_to_text(
+                    doc,
+                    previous_output=answers,
+                    round_idx=len(answers),
+                    previous_round_info=round_info,
                 )
-                said = list(outputs)
+                answers = list(outputs)
                 if is_over:
                     break
-            found.append(said)
-        return found
+            results.append(answers)
+        return results
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """The loss of each continuation, and whether greedy decoding begins with it.
+        """Return each continuation's loss per token, and whether greedy decoding gives it.
 
-        The loss, minus the log-probability a token: lmms-eval takes the option with the least of
-        what its models return here.
+        The loss is the negative mean log-probability: lmms-eval selects the option with the lowest
+        value that a model returns here.
         """
-        asked, targets = [], []
+        batchable, targets = [], []
         for request in requests:
             text, target, *rest = request.args
-            if not rest:  # without a picture or document: for mutual information
-                asked.append(Request(text or " "))
+            if not rest:  # no image and no document: lmms-eval computes mutual information
+                batchable.append(HarnessRequest(text or " "))
                 targets.append(target)
                 continue
             doc = self.task_dict[rest[2]][rest[3]][rest[1]]
-            asked.append(Request(text, _images(rest[0](doc))))
+            batchable.append(HarnessRequest(text, _check_images(rest[0](doc))))
             targets.append(target if isinstance(target, str) else target(doc))
-        found = [(0.0, False)] * len(requests)
-        lengths = [turns_length(request.images, request.turns) for request in asked]
-        for indices in like_length(lengths, self.batch_size):
-            filled = indices + indices[-1:] * (self.batch_size - len(indices))
-            inputs = self._ovis.processor(
-                [asked[i].turns for i in filled],
-                [asked[i].images for i in filled],
-                max_partition=self._max_partition,
-            )
-            given = encode_answers(self._ovis.processor, [[targets[i]] for i in filled])
-            scores = score(self._ovis.model, self._ovis.params, inputs, given)
+        results = [(0.0, False)] * len(requests)
+        for indices in group_by_length([x.length for x in batchable], self.batch_size):
+            examples = [
+                batchable[i].encode(self._ovis.processor, self._max_partition) for i in indices
+            ]
+            inputs = pad_to_batch(self._ovis.processor, examples, self.batch_size)
+            texts = repeat_last([[targets[i]] for i in indices], self.batch_size)
+            answers = encode_answers(self._ovis.processor, texts)
+            scores = score(self._ovis.model, self._ovis.params, inputs, answers)
             losses, greedy = -np.asarray(scores.mean_log_probs), np.asarray(scores.greedy)
             for n, i in enumerate(indices):
-                found[i] = float(losses[n, 0]), bool(greedy[n, 0])
-        return found
+                results[i] = float(losses[n, 0]), bool(greedy[n, 0])
+        return results
 
-    def _request(self, args: Sequence[Any]) -> Request:
+    def _request(self, args: Sequence[Any]) -> HarnessRequest:
         text, _, doc_to_visual, doc_id, task, split = args
-        return Request(text, _images(doc_to_visual(self.task_dict[task][split][doc_id])))
+        visuals = doc_to_visual(self.task_dict[task][split][doc_id])
+        return HarnessRequest(text, _check_images(visuals))
 
-    def _answer(self, asked: Sequence[Request], settings: Mapping[str, Any]) -> list[str]:
-        """Answer requests of the same settings, each cut where one of `until` begins."""
+    def _answer(self, requests: Sequence[HarnessRequest], settings: Mapping[str, Any]) -> list[str]:
+        """Answer requests with the same settings, and cut each answer at the `until` strings."""
         if settings.get("num_beams") not in (None, 1):
             raise RequestError(f"num_beams is {settings['num_beams']}, expected 1: greedy decoding")
         temperature = settings.get("temperature") or 0.0
         samples = settings.get("do_sample", temperature > 0) and temperature > 0
         sampling = Sampling(temperature, None, settings.get("top_p")) if samples else Sampling()
-        texts = answers(
+        texts = answer_requests(
             self._ovis,
-            asked,
-            batch=self.batch_size,
-            max_new_tokens=settings.get("max_new_tokens", published().settings["max_new_tokens"]),
+            requests,
+            batch_size=self.batch_size,
+            max_new_tokens=settings.get("max_new_tokens", self._published["max_new_tokens"]),
             max_partition=self._max_partition,
             sampling=sampling,
             key=jax.random.key(self._seed) if samples else None,
@@ -145,13 +149,13 @@ class OvisJax(lmms):
         return texts
 
 
-def _images(visuals: Sequence[Any] | None) -> list[Image.Image]:
-    """The pictures of a task; what is none of them is refused."""
-    found = [visual for visual in visuals or () if visual is not None]
-    for visual in found:
-        if not isinstance(visual, Image.Image):
+def _check_images(visuals: Sequence[Any] | None) -> list[Image.Image]:
+    """Return the images of a task; raise an error if it has other media."""
+    images = [visual for visual in visuals or () if visual is not None]
+    for image in images:
+        if not isinstance(image, Image.Image):
             raise RequestError(
-                f"a task gave a {type(visual).__name__} to look at, expected pictures: "
-                "this model reads no video and no sound"
+                f"a task has a {type(image).__name__} as input, expected a PIL image: this model"
+                " supports neither video nor audio"
             )
-    return found
+    return images

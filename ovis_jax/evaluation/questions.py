@@ -1,12 +1,12 @@
-"""Files of questions with their answers: JSON lines, or a folder of such files.
+"""Question files: JSON lines, or a folder of such files, with questions and expected answers.
 
     {"image": PATHS, "question": TEXT, "answer": TEXT}
     {"image": PATHS, "question": TEXT, "choices": [TEXT, ...], "answer": LETTER, NUMBER or TEXT}
 
-PATHS is a path or a list of them, relative to the file; `image` may be left out. `hint` stands
-before a question, `kind` names the group that it is counted in (else the file's name), and `id` it
-itself. A row of a training set (`conversations`) is a question too: its last answer is the expected
-one, and it is asked as it stands.
+PATHS is a path or a list of paths relative to the file. Optional fields: `image`, `hint` (inserted
+before the question), `kind` (accuracy is reported per kind; the default is the file's name) and
+`id`. A row of a training set (`conversations`) is a question too: the last answer is the expected
+one, and its prompt is used unchanged.
 """
 
 import os
@@ -17,171 +17,177 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ovis_jax.errors import DataError, OvisError
-from ovis_jax.evaluation.published import LETTERS, published
+from ovis_jax.evaluation.published_prompts_and_scores import (
+    OPTION_LETTERS,
+    load_published_benchmarks,
+)
 from ovis_jax.inputs.conversation import Turn
-from ovis_jax.training.rows import Row, read_images, read_row, read_values
+from ovis_jax.inputs.dataset import (
+    DatasetRow,
+    parse_image_paths,
+    parse_row,
+    read_json_rows,
+    require_text,
+)
 
-Way = Literal["exact", "yes_no", "choice"]
-"""How an answer is compared: as it is; as yes or no; or as the letter of an option."""
-
-YES_NO = ("yes", "no")
+AnswerType = Literal["text", "yes_no", "multiple_choice"]
+"""Answers are compared as exact text, as yes or no, or as the letter of an option."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question with its answer.
+class EvalQuestion:
+    """A question with its expected answer.
 
     Attributes:
-      id: its name, once in all files.
-      row: what is asked, and as the last turn what is expected; for options, the letter.
-      way: how the answer is compared.
-      choices: the options.
+      id: the question's id, unique over all files.
+      row: the prompt, followed by the expected answer; for multiple choice the option's letter.
+      answer_type: how answers are compared.
+      options: the options of a multiple-choice question.
     """
 
     id: str
-    row: Row
-    way: Way = "exact"
-    choices: tuple[str, ...] = ()
+    row: DatasetRow
+    answer_type: AnswerType = "text"
+    options: tuple[str, ...] = ()
 
     @property
     def expected(self) -> str:
-        """The right answer."""
+        """The expected answer."""
         return self.row.turns[-1]["content"]
 
     @property
     def prompt(self) -> list[Turn]:
-        """What is asked."""
+        """The conversation up to and including the question."""
         return list(self.row.turns[:-1])
 
-    def read(self, text: str) -> str:
-        """What a model's text says: for options the letter that it names, or "" if it names none.
+    def parse_answer(self, text: str) -> str:
+        """Reduce a model's text to what is compared.
 
-        A letter counts alone, or in front of a mark, as in "B." or "(B) the dog"; so does the whole
-        text of an option. "A dog" names no letter.
+        For multiple choice this is the option's letter, or "" if the text names no option. A letter
+        counts if it is the whole text or is followed by punctuation, as in "B." or "(B) the dog".
+        The full text of an option counts too. "A dog" names no option.
         """
         text = text.strip()
-        if self.way == "yes_no":
+        if self.answer_type == "yes_no":
             return text.rstrip(".").casefold()
-        if self.way == "choice":
-            letters = LETTERS[: len(self.choices)]
-            if found := re.match(rf"\(?([{letters}])([).:,]|$)", text):
-                return found[1]
-            plain = [choice.strip().rstrip(".").casefold() for choice in self.choices]
-            said = text.rstrip(".").casefold()
-            return letters[plain.index(said)] if said in plain else ""
+        if self.answer_type == "multiple_choice":
+            letters = OPTION_LETTERS[: len(self.options)]
+            if match := re.match(rf"\(?([{letters}])([).:,]|$)", text):
+                return match[1]
+            options = [option.strip().rstrip(".").casefold() for option in self.options]
+            answer = text.rstrip(".").casefold()
+            return letters[options.index(answer)] if answer in options else ""
         return text
 
-    def is_right(self, text: str) -> bool:
-        """Whether a model's text is the right answer."""
-        expected = self.expected if self.way == "choice" else self.read(self.expected)
-        return self.read(text) == expected
+    def is_correct(self, text: str) -> bool:
+        """Return whether a model's text is the expected answer."""
+        expected = self.expected
+        if self.answer_type != "multiple_choice":
+            expected = self.parse_answer(expected)
+        return self.parse_answer(text) == expected
 
 
-def read_questions(path: Path, *, plain: bool = False) -> list[Question]:
-    """Read a file of questions, or every file of a folder whose name ends with .jsonl.
+def read_questions(path: Path, *, raw_prompts: bool = False) -> list[EvalQuestion]:
+    """Read a question file, or every .jsonl file of a folder.
 
     Args:
       path: the file or folder.
-      plain: ask as the files say, without what the published prompts add.
+      raw_prompts: use each question as its prompt, without the published prompt templates.
 
     Raises:
-      DataError: there is none, or rows are not as they should be: names the file, row and field of
-        the first.
+      DataError: there is no question, or rows are invalid; names file, row and field of the first.
     """
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
-        raise DataError(f"{path}: the folder holds no file whose name ends with .jsonl")
-    found: list[Question] = []
-    faults: list[str] = []
-    rows_of: dict[str, str] = {}
+        raise DataError(f"{path}: the folder has no file whose name ends with .jsonl")
+    questions: list[EvalQuestion] = []
+    errors: list[str] = []
+    row_of_id: dict[str, str] = {}
     for file in files:
-        for number, value in enumerate(read_values(file), 1):
+        for number, value in enumerate(read_json_rows(file), 1):
             name = f"{file}: row {number}"
             try:
-                question = _question(value, name, file, number, plain)
-                if question.id in rows_of:
-                    raise DataError(f"id is {question.id!r}, as in {rows_of[question.id]}")
+                question = _parse_question(value, name, file, number, raw_prompts)
+                if question.id in row_of_id:
+                    raise DataError(f"id is {question.id!r}, as in {row_of_id[question.id]}")
             except OvisError as error:
-                faults.append(f"{name}: {error}")
+                errors.append(f"{name}: {error}")
                 continue
-            rows_of[question.id] = name
-            found.append(question)
-    if faults:
-        more = f" (and {len(faults) - 1} rows more)" if len(faults) > 1 else ""
-        raise DataError(faults[0] + more)
-    if not found:
+            row_of_id[question.id] = name
+            questions.append(question)
+    if errors:
+        more = f" (and {len(errors) - 1} more invalid rows)" if len(errors) > 1 else ""
+        raise DataError(errors[0] + more)
+    if not questions:
         raise DataError(f"{path}: no questions")
-    return found
+    return questions
 
 
-def _question(value: Any, name: str, file: Path, number: int, plain: bool) -> Question:
+def _parse_question(
+    value: Any, name: str, file: Path, number: int, raw_prompts: bool
+) -> EvalQuestion:
     if isinstance(value, DataError):
         raise value
     if not isinstance(value, Mapping):
-        raise DataError(f"a {type(value).__name__}, expected an object")
-    given = str(value.get("id", f"{file.stem}-{number}"))
+        raise DataError(f"the row is a {type(value).__name__}, expected an object")
+    question_id = str(value.get("id", f"{file.stem}-{number}"))
     kind = str(value.get("kind") or file.stem)
     if "conversations" in value:
-        row = read_row(value, name, str(file.parent))
+        row = parse_row(value, name, str(file.parent))
         if row.turns[-1]["role"] != "assistant":
             raise DataError("conversations does not end with an answer from gpt")
-        _check_images(row.images)
-        return Question(given, replace(row, kind=kind))
-    asked, hint = _text(value, "question"), _text(value, "hint", "")
-    images = read_images(value, str(file.parent))
-    _check_images(images)
-    choices = _choices(value)
-    answer = _answer(value, choices)
-    way: Way = "exact"
-    prompt = published().ask_open(asked, hint)
-    if choices:
-        options = dict(zip(LETTERS, choices, strict=False))
-        way, prompt = "choice", published().ask_choice(asked, options, hint)
-    elif answer.strip().rstrip(".").casefold() in YES_NO:
-        way, prompt = "yes_no", published().ask_yes_no(asked, hint)
-    turns = ({"role": "user", "content": asked if plain else prompt},)
-    turns += ({"role": "assistant", "content": answer},)
-    return Question(given, Row(name, images, turns, kind=kind), way, choices)
-
-
-def _text(value: Mapping[str, Any], field: str, default: str | None = None) -> str:
-    if default is not None and value.get(field) is None:
-        return default
-    if field not in value:
-        raise DataError(f"{field} is missing; the row has {', '.join(sorted(value)) or 'nothing'}")
-    if not isinstance(value[field], str) or not value[field].strip():
-        raise DataError(f"{field} is {value[field]!r}, expected a text")
-    return value[field]
-
-
-def _choices(value: Mapping[str, Any]) -> tuple[str, ...]:
-    choices = value.get("choices")
-    if choices is None:
-        return ()
-    if not isinstance(choices, list) or not all(isinstance(x, str) and x.strip() for x in choices):
-        raise DataError(f"choices is {choices!r}, expected a list of texts")
-    if not 2 <= len(choices) <= len(LETTERS):
-        raise DataError(f"choices has {len(choices)} entries, expected 2 to {len(LETTERS)}")
-    return tuple(choices)
-
-
-def _answer(value: Mapping[str, Any], choices: Sequence[str]) -> str:
-    """The expected answer; of options, the letter."""
-    answer = value.get("answer")
-    letters = LETTERS[: len(choices)]
-    if not choices or (isinstance(answer, str) and len(answer) == 1 and answer in letters):
-        return _text(value, "answer")
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        return letters[answer]
-    if isinstance(answer, str) and list(choices).count(answer) == 1:
-        return letters[choices.index(answer)]
-    raise DataError(
-        f"answer is {answer!r}, expected a letter from {letters[0]} to {letters[-1]}, the number "
-        "of a choice from 0, or a choice"
+        _check_files_exist(row.image_paths)
+        return EvalQuestion(question_id, replace(row, kind=kind))
+    question = require_text(value, "question")
+    hint = "" if value.get("hint") is None else require_text(value, "hint")
+    paths = parse_image_paths(value, str(file.parent))
+    _check_files_exist(paths)
+    options = _parse_options(value)
+    expected = _parse_expected(value, options)
+    published = load_published_benchmarks()
+    answer_type: AnswerType = "text"
+    prompt = published.open_prompt(question, hint)
+    if options:
+        answer_type = "multiple_choice"
+        by_letter = dict(zip(OPTION_LETTERS, options, strict=False))
+        prompt = published.multiple_choice_prompt(question, by_letter, hint)
+    elif expected.strip().rstrip(".").casefold() in ("yes", "no"):
+        answer_type, prompt = "yes_no", published.yes_no_prompt(question, hint)
+    turns = ({"role": "user", "content": question if raw_prompts else prompt},)
+    turns += ({"role": "assistant", "content": expected},)
+    return EvalQuestion(
+        question_id, DatasetRow(name, paths, turns, kind=kind), answer_type, options
     )
 
 
-def _check_images(paths: Sequence[str]) -> None:
+def _parse_options(row: Mapping[str, Any]) -> tuple[str, ...]:
+    options = row.get("choices")
+    if options is None:
+        return ()
+    if not isinstance(options, list) or not all(isinstance(x, str) and x.strip() for x in options):
+        raise DataError(f"choices is {options!r}, expected a list of non-empty strings")
+    if not 2 <= len(options) <= len(OPTION_LETTERS):
+        raise DataError(f"choices has {len(options)} entries, expected 2 to {len(OPTION_LETTERS)}")
+    return tuple(options)
+
+
+def _parse_expected(row: Mapping[str, Any], options: Sequence[str]) -> str:
+    """Return the expected answer; for multiple choice, its letter."""
+    answer = row.get("answer")
+    letters = OPTION_LETTERS[: len(options)]
+    if not options or (isinstance(answer, str) and len(answer) == 1 and answer in letters):
+        return require_text(row, "answer")
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
+        return letters[answer]
+    if isinstance(answer, str) and list(options).count(answer) == 1:
+        return letters[options.index(answer)]
+    raise DataError(
+        f"answer is {answer!r}, expected a letter from {letters[0]} to {letters[-1]}, the number"
+        " of a choice counted from 0, or the text of a choice"
+    )
+
+
+def _check_files_exist(paths: Sequence[str]) -> None:
     for path in paths:
         if not os.path.isfile(path):
-            raise DataError(f"image is {path!r}, which is no file")
+            raise DataError(f"image is {path!r}, which is not a file")

@@ -1,8 +1,10 @@
-"""A model of VLMEvalKit, with the prompts of its own class for Ovis1.6-Gemma2-9B.
+"""A model for VLMEvalKit, with the prompts of its own class for Ovis1.6-Gemma2-9B.
 
-VLMEvalKit lists its models in `vlmeval.config.supported_VLM`; add this one there:
+Add it to VLMEvalKit's list of models, `vlmeval.config.supported_VLM`:
 
-    supported_VLM["ovis-jax"] = partial(OvisJax, model_path="checkpoints/ovis1.6-gemma2-9b")
+    supported_VLM["ovis-jax"] = partial(
+        OvisForVLMEvalKit, model_path="checkpoints/ovis1.6-gemma2-9b"
+    )
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,24 +14,28 @@ from vlmeval.dataset import DATASET_TYPE  # pyright: ignore[reportMissingImports
 from vlmeval.vlm.base import BaseModel  # pyright: ignore[reportMissingImports]
 
 from ovis_jax.errors import RequestError
-from ovis_jax.evaluation.published import LETTERS, published
-from ovis_jax.evaluation.requests import Request, answers
-from ovis_jax.inputs.conversation import IMAGE_TEXT
-from ovis_jax.inputs.image import open_image
+from ovis_jax.evaluation.harness import HarnessRequest, answer_requests
+from ovis_jax.evaluation.published_prompts_and_scores import (
+    OPTION_LETTERS,
+    load_published_benchmarks,
+)
+from ovis_jax.inputs.conversation import IMAGE_PLACEHOLDER
+from ovis_jax.inputs.open_image import open_image
 from ovis_jax.loading import load
 
 Message = Sequence[Mapping[str, str]]
-"""`{"type": "text" | "image", "value": TEXT or PATH}`, in order."""
+"""VLMEvalKit's message: `{"type": "text" | "image", "value": TEXT or PATH}` in order."""
 
 
-class OvisJax(BaseModel):
-    """Ovis in JAX as VLMEvalKit sees it; greedy.
+class OvisForVLMEvalKit(BaseModel):
+    """Ovis as a VLMEvalKit model, with greedy decoding.
 
     Args:
-      model_path: as for `ovis_jax.load`.
-      max_new_tokens: the longest answer; None for the published setting.
-      max_partition: the most cells of an image; None for the published setting.
-      dtype: compute in this dtype, not as stored.
+      model_path: checkpoint, as for `ovis_jax.load`.
+      max_new_tokens: maximum number of tokens per answer; None for the published setting.
+      max_partition: maximum number of cells that an image is split into; None for the published
+        setting.
+      dtype: dtype of the computation; None for that of the checkpoint.
     """
 
     INSTALL_REQ = False
@@ -44,29 +50,30 @@ class OvisJax(BaseModel):
         dtype: str | None = None,
     ):
         super().__init__()
-        settings = published().settings
+        self._published = load_published_benchmarks()
+        settings = self._published.settings
         self._ovis = load(model_path, dtype=dtype)
         self._max_new_tokens = max_new_tokens or settings["max_new_tokens"]
         self._max_partition = max_partition or settings["max_partition"]
 
     def use_custom_prompt(self, dataset: str) -> bool:
-        """Whether `build_prompt` makes the prompts of a data set."""
+        """Return whether `build_prompt` builds the prompts of a dataset."""
         return DATASET_TYPE(dataset) in ("Y/N", "MCQ")
 
     def build_prompt(self, line: Any, dataset: str) -> Message:
-        """The published prompt of a row: its text, then its pictures, written to files."""
-        options = {x: line[x] for x in LETTERS if x in line and _is_there(line[x])}
-        hint = line["hint"] if "hint" in line and _is_there(line["hint"]) else ""
+        """Build the published prompt of a row: its text, then its images as files."""
+        options = {x: line[x] for x in OPTION_LETTERS if x in line and _has_value(line[x])}
+        hint = line["hint"] if "hint" in line and _has_value(line["hint"]) else ""
         if DATASET_TYPE(dataset) == "Y/N":
-            text = published().ask_yes_no(line["question"])
+            text = self._published.yes_no_prompt(line["question"])
         elif options:
-            text = published().ask_choice(line["question"], options, hint)
+            text = self._published.multiple_choice_prompt(line["question"], options, hint)
         else:
-            text = published().ask_open(line["question"], hint)
+            text = self._published.open_prompt(line["question"], hint)
         paths = self.dump_image(line, dataset)
         message = [{"type": "text", "value": text}]
         message += [{"type": "image", "value": path} for path in paths]
-        if dataset.startswith("MMMU_"):  # pictures stand within these texts
+        if dataset.startswith("MMMU_"):  # images appear within these texts
             from vlmeval.dataset import MMMUDataset  # pyright: ignore[reportMissingImports]
 
             return MMMUDataset.split_MMMU(message)
@@ -74,37 +81,42 @@ class OvisJax(BaseModel):
 
     def generate_inner(self, message: Message, dataset: str | None = None) -> str:
         """Answer a message."""
-        request = to_request(message)
-        return answers(
+        return answer_requests(
             self._ovis,
-            [request],
-            batch=1,
+            [message_to_request(message)],
+            batch_size=1,
             max_new_tokens=self._max_new_tokens,
             max_partition=self._max_partition,
         )[0]
 
 
-def to_request(message: Message) -> Request:
-    """One text with "<image>" where a picture stands; a single one stands before a single text.
+def message_to_request(message: Message) -> HarnessRequest:
+    """Join a message to one text with "<image>" for each image.
+
+    If the message is one image and one text, the image comes first.
 
     Raises:
-      RequestError: the message holds something else, such as a video.
-      ImageError: a picture cannot be read.
+      RequestError: the message has another type of content, such as a video.
+      ImageError: an image cannot be read.
     """
-    kinds = [item["type"] for item in message]
-    for kind in kinds:
-        if kind not in ("text", "image"):
-            raise RequestError(f"a message holds {kind!r}, expected text and image alone")
+    types = [item["type"] for item in message]
+    for content_type in types:
+        if content_type not in ("text", "image"):
+            raise RequestError(
+                f"a message has content of type {content_type!r}, expected 'text' or 'image'"
+            )
     paths = [item["value"] for item in message if item["type"] == "image"]
     parts = [
-        IMAGE_TEXT if item["type"] == "image" else item["value"].replace(IMAGE_TEXT, "")
+        IMAGE_PLACEHOLDER
+        if item["type"] == "image"
+        else item["value"].replace(IMAGE_PLACEHOLDER, "")
         for item in message
     ]
-    if sorted(kinds) == ["image", "text"]:
-        parts.sort(key=lambda part: part != IMAGE_TEXT)
-    return Request("\n".join(parts), [open_image(path) for path in paths])
+    if sorted(types) == ["image", "text"]:
+        parts.sort(key=lambda part: part != IMAGE_PLACEHOLDER)
+    return HarnessRequest("\n".join(parts), [open_image(path) for path in paths])
 
 
-def _is_there(value: Any) -> bool:
-    """Whether a cell of a table holds something: what is missing is not equal to itself."""
-    return value is not None and value == value
+def _has_value(cell: Any) -> bool:
+    """Return whether a table cell is neither None nor NaN."""
+    return cell is not None and cell == cell

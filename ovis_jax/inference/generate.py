@@ -1,6 +1,6 @@
-"""Generation: one compiled program that reads the prompts and then writes token after token."""
+"""Generation: one compiled program that reads the prompts and then generates token by token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -9,39 +9,41 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
+from ovis_jax.api_type_checks import check_argument_types
 from ovis_jax.errors import RequestError
-from ovis_jax.inference.sampling import Sampling, images_key, pick
+from ovis_jax.inference.sampling import Sampling, derive_image_key, sample
 from ovis_jax.inputs.batch import Inputs
-from ovis_jax.mesh_axes import replicated, with_automatic_axes
+from ovis_jax.mesh import replicate_if_explicit, run_with_automatic_axes
+from ovis_jax.model.cpu import squeeze_single_row, unsqueeze_single_row
 from ovis_jax.model.kv_cache import Cache
 from ovis_jax.model.ovis import Ovis, Params
 
-_copy, _all = with_automatic_axes(jnp.copy), with_automatic_axes(jnp.all)
+_copy, _all = run_with_automatic_axes(jnp.copy), run_with_automatic_axes(jnp.all)
 
 
 class Generation(NamedTuple):
-    """New tokens of each row."""
+    """Generated tokens of each row."""
 
-    tokens: Int[Array, "B N"]
-    """Token ids, the stop id included; the pad id behind it."""
+    tokens: Int[Array, "B n"]
+    """Token ids, including the stop id; the pad id after it."""
     lengths: Int[Array, "B"]
-    """How many tokens of each row count, the stop id among them."""
-    log_probs: Float[Array, "B N"]
+    """Number of tokens in each row, including the stop id."""
+    log_probs: Float[Array, "B n"]
     """Log-probability of each token under the model, before any sampling step; 0 at padding."""
 
 
-class _State(NamedTuple):
-    """What passes from one step to the next."""
+class GenerationState(NamedTuple):
+    """The state between two decode steps."""
 
     cache: Cache
-    last: Int[Array, "B"]
+    last_tokens: Int[Array, "B"]
     done: Bool[Array, "B"]
     seen: Bool[Array, "B V"] | None
     step: Int[Array, ""]
 
 
-class _Request(NamedTuple):
-    """What stays the same over all steps; `eos_ids` is an array so that it needs no compilation."""
+class GenerationOptions(NamedTuple):
+    """What all steps share. `eos_ids` is an array so that other stop ids compile nothing."""
 
     sampling: Sampling
     eos_ids: Int[Array, "stops"]
@@ -60,29 +62,33 @@ def generate(
 ) -> Generation:
     """Answer a batch of prompts.
 
-    One jitted program: prefill, then a loop that ends when every row has met a stop id. Pure, so it
-    may be called inside the caller's own `jax.jit`, `vmap` or mesh. It compiles once for each shape
-    of `inputs`, `max_new_tokens`, and set of sampling steps in use.
+    This is one jitted program: prefill, then a loop that ends when every row has a stop id. It is
+    pure, so you may call it in your own `jax.jit`, `vmap` or mesh. It compiles once for each shape
+    of `inputs`, each `max_new_tokens` and each set of sampling steps.
 
     Args:
-      model: static.
-      params: of the model, on any device or mesh.
-      inputs: from `Processor`.
-      key: for sampling; may be None when greedy.
-      max_new_tokens: N, static.
-      sampling: greedy unless it says otherwise.
-      eos_ids: stop ids; None for those of the checkpoint; an empty sequence never stops.
+      model: The model; static.
+      params: The model's parameters, on any device or mesh.
+      inputs: The prompts, from `Processor`.
+      key: Random key for sampling; may be None if decoding is greedy.
+      max_new_tokens: Maximum number n of tokens per row; static.
+      sampling: Sampling options; greedy by default.
+      eos_ids: Stop ids; None for the checkpoint's own, an empty sequence for none.
 
     Returns:
-      `Generation` with tokens [B, N].
+      `Generation` with tokens int32 [B, n].
 
     Raises:
-      RequestError: `max_new_tokens` below 1, a sampling value out of range, or sampling with no
-        key.
+      RequestError: `max_new_tokens` is below 1, a sampling value is out of range, or there is a
+        temperature but no key.
+      TypeError: `model`, `params` or `inputs` has another type.
     """
-    request = _request(model, inputs, key, max_new_tokens, sampling, eos_ids)
-    _, out = _begin(model, params, inputs, request, max_new_tokens, max_new_tokens)
-    return replicated(out)
+    check_argument_types(
+        "generate", model=(model, Ovis), params=(params, Mapping), inputs=(inputs, Inputs)
+    )
+    options = make_options(model, inputs, key, max_new_tokens, sampling, eos_ids)
+    _, out = prefill_and_decode(model, params, inputs, options, max_new_tokens, max_new_tokens)
+    return replicate_if_explicit(out)
 
 
 def stream(
@@ -94,55 +100,84 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     eos_ids: Sequence[int] | None = None,
-    chunk: int = 1,
+    chunk_size: int = 1,
 ) -> Iterator[Generation]:
-    """Like `generate`, but yield the tokens as they come, `chunk` of them at a time.
+    """Generate like `generate`, but yield the tokens in chunks.
 
-    Each yield is a `Generation` of the new columns alone ([B, chunk]; the last one may hold fewer
-    that count). While the caller looks at one, the next is already being computed, but for the
-    first, which comes as soon as the prompts are read.
+    The first chunk comes as soon as the prompts are read. While the caller handles a later one, the
+    next is already being computed.
+
+    Args:
+      model: As in `generate`.
+      params: As in `generate`.
+      inputs: As in `generate`.
+      key: As in `generate`.
+      max_new_tokens: As in `generate`.
+      sampling: As in `generate`.
+      eos_ids: As in `generate`.
+      chunk_size: Number of tokens per row in a chunk; static.
+
+    Yields:
+      A `Generation` with only the new tokens, int32 [B, chunk_size].
+
+    Raises:
+      RequestError: `chunk_size` is below 1, or as in `generate`.
+      TypeError: As in `generate`.
     """
-    request = _request(model, inputs, key, max_new_tokens, sampling, eos_ids)
-    if chunk < 1:
-        raise RequestError(f"stream: chunk is {chunk}, expected at least 1")
-    width = min(chunk, max_new_tokens)
-    return _stream(model, params, inputs, request, max_new_tokens, width)
+    check_argument_types(
+        "stream", model=(model, Ovis), params=(params, Mapping), inputs=(inputs, Inputs)
+    )
+    options = make_options(model, inputs, key, max_new_tokens, sampling, eos_ids)
+    if chunk_size < 1:
+        raise RequestError(f"stream: chunk_size is {chunk_size}, expected at least 1")
+    width = min(chunk_size, max_new_tokens)
+    return _stream_chunks(model, params, inputs, options, max_new_tokens, width)
 
 
-def _stream(
-    model: Ovis, params: Params, inputs: Inputs, request: _Request, total: int, width: int
+def _stream_chunks(
+    model: Ovis,
+    params: Params,
+    inputs: Inputs,
+    options: GenerationOptions,
+    max_new_tokens: int,
+    width: int,
 ) -> Iterator[Generation]:
-    state, piece = _begin(model, params, inputs, request, total, width)
-    yield replicated(piece)  # at once: what goes on may have to be compiled first
-    if width == total or all_done(state.done):
+    state, chunk = prefill_and_decode(model, params, inputs, options, max_new_tokens, width)
+    yield replicate_if_explicit(chunk)  # at once: the next program may have to be compiled
+    if width == max_new_tokens or all_done(state.done):
         return
-    state, piece = _continue(model, params, state, request, min(width, total - width), width)
-    for start in range(2 * width, total + width, width):
-        done, ahead = state.done, None
-        if start < total:
-            done = _copy(done)  # the state itself is given away
-            columns = min(width, total - start)
-            state, ahead = _continue(model, params, state, request, columns, width)
-        yield replicated(piece)
-        if ahead is None or all_done(done):
+    columns = min(width, max_new_tokens - width)
+    state, chunk = decode_more(model, params, state, options, columns, width)
+    for start in range(2 * width, max_new_tokens + width, width):
+        done, next_chunk = state.done, None
+        if start < max_new_tokens:
+            done = _copy(done)  # the state itself is donated
+            columns = min(width, max_new_tokens - start)
+            state, next_chunk = decode_more(model, params, state, options, columns, width)
+        yield replicate_if_explicit(chunk)
+        if next_chunk is None or all_done(done):
             return
-        piece = ahead
+        chunk = next_chunk
 
 
 def all_done(done: Bool[Array, "B"]) -> bool:
-    """Whether every row is, wherever the rows lie."""
+    """Whether every row is done, whatever the sharding of the rows."""
     return bool(_all(done))
 
 
-def _request(
+def make_options(
     model: Ovis,
     inputs: Inputs,
     key: Array | None,
     max_new_tokens: int,
     sampling: Sampling,
     eos_ids: Sequence[int] | None,
-) -> _Request:
-    """Check what the caller asks for."""
+) -> GenerationOptions:
+    """Check the arguments of `generate`, and convert them to arrays.
+
+    Raises:
+      RequestError: As in `generate`, or the inputs are not a batch.
+    """
     if max_new_tokens < 1:
         raise RequestError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     if inputs.tokens.ndim != 2 or inputs.tokens.shape != inputs.positions.shape:
@@ -154,88 +189,93 @@ def _request(
     if sampling.temperature is not None and key is None:
         raise RequestError("sampling with a temperature needs a key: pass jax.random.key(seed)")
     ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
-    return _Request(sampling.as_arrays(), jnp.asarray(ids, jnp.int32), key)
+    return GenerationOptions(sampling.as_arrays(), jnp.asarray(ids, jnp.int32), key)
 
 
 @partial(jax.jit, static_argnums=(0, 4, 5))
-@with_automatic_axes
-def _begin(
-    model: Ovis, params: Params, inputs: Inputs, request: _Request, max_new_tokens: int, width: int
-) -> tuple[_State, Generation]:
-    """Read the prompts and write the first `width` tokens."""
+@run_with_automatic_axes
+def prefill_and_decode(
+    model: Ovis,
+    params: Params,
+    inputs: Inputs,
+    options: GenerationOptions,
+    max_new_tokens: int,
+    width: int,
+) -> tuple[GenerationState, Generation]:
+    """Read the prompts and generate the first `width` tokens."""
     B, T = inputs.tokens.shape
-    key = None if request.key is None else images_key(request.key)
+    key = None if options.key is None else derive_image_key(options.key)
     logits, cache = model.prefill(params, inputs, T + max_new_tokens, key)
-    penalty = request.sampling.repetition_penalty is not None
-    state = _State(
+    has_penalty = options.sampling.repetition_penalty is not None
+    state = GenerationState(
         cache=cache,
-        last=jnp.full((B,), model.config.pad_id, jnp.int32),
-        done=jnp.max(jnp.asarray(inputs.positions), axis=1) < 0,  # a row of padding
-        seen=jnp.zeros(logits.shape, bool) if penalty else None,
+        last_tokens=jnp.full((B,), model.config.pad_id, jnp.int32),
+        done=jnp.max(jnp.asarray(inputs.positions), axis=1) < 0,  # rows that are only padding
+        seen=jnp.zeros(logits.shape, bool) if has_penalty else None,
         step=jnp.int32(0),
     )
-    state, out = _choose(model, logits, state, _empty(model, B, width), request, 0)
-    if width == 1:  # no loop that writes nothing: it would be half of what is compiled
+    state, out = _append_token(model, logits, state, _empty(model, B, width), options, 0)
+    if width == 1:  # a loop without iterations would double the compile time
         return state, out
-    return _write(model, params, state, out, request, 1, width)
+    return _decode_loop(model, params, state, out, options, 1, width)
 
 
 @partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
-@with_automatic_axes
-def _continue(
-    model: Ovis, params: Params, state: _State, request: _Request, columns: Array, width: int
-) -> tuple[_State, Generation]:
-    """Write up to `columns` more tokens into a piece of `width` columns; `state` is given away."""
-    out = _empty(model, state.last.shape[0], width)
-    return _write(model, params, state, out, request, 0, columns)
-
-
-def _write(
+@run_with_automatic_axes
+def decode_more(
     model: Ovis,
     params: Params,
-    state: _State,
+    state: GenerationState,
+    options: GenerationOptions,
+    columns: Array,
+    width: int,
+) -> tuple[GenerationState, Generation]:
+    """Generate up to `columns` more tokens per row, padded to `width` columns; donates `state`."""
+    out = _empty(model, state.last_tokens.shape[0], width)
+    return _decode_loop(model, params, state, out, options, 0, columns)
+
+
+def _decode_loop(
+    model: Ovis,
+    params: Params,
+    state: GenerationState,
     out: Generation,
-    request: _Request,
+    options: GenerationOptions,
     first: int,
     end: int | Array,
-) -> tuple[_State, Generation]:
-    """Fill columns `first` to `end` of `out`, or fewer when every row is done."""
-    single = state.last.shape[0] == 1
+) -> tuple[GenerationState, Generation]:
+    """Fill the columns from `first` up to `end` of `out`, or fewer if every row is done."""
 
-    # The axis of a single row is not carried: XLA's CPU backend leaves it out of products, and what
-    # is carried in one shape and multiplied in another it copies, four times a step.
-    def narrow(cache: Cache) -> Cache:
-        return cache._replace(blocks=jax.tree.map(lambda x: x[0] if single else x, cache.blocks))
-
-    def widen(cache: Cache) -> Cache:
-        return cache._replace(blocks=jax.tree.map(lambda x: x[None] if single else x, cache.blocks))
-
-    def more(carry: tuple[_State, Generation, Array]) -> Array:
+    def more(carry: tuple[GenerationState, Generation, Array]) -> Array:
         state, _, column = carry
         return (column < end) & ~jnp.all(state.done)
 
-    def step(carry: tuple[_State, Generation, Array]) -> tuple[_State, Generation, Array]:
+    def step(
+        carry: tuple[GenerationState, Generation, Array],
+    ) -> tuple[GenerationState, Generation, Array]:
         state, out, column = carry
-        logits, cache = model.decode(params, state.last, widen(state.cache))
-        state, out = _choose(model, logits, state._replace(cache=cache), out, request, column)
-        return state._replace(cache=narrow(cache)), out, column + 1
+        cache = unsqueeze_single_row(state.cache)
+        logits, cache = model.decode(params, state.last_tokens, cache)
+        state = state._replace(cache=squeeze_single_row(cache))
+        state, out = _append_token(model, logits, state, out, options, column)
+        return state, out, column + 1
 
-    state = state._replace(cache=narrow(state.cache))
+    state = state._replace(cache=squeeze_single_row(state.cache))
     state, out, _ = jax.lax.while_loop(more, step, (state, out, jnp.int32(first)))
-    return state._replace(cache=widen(state.cache)), out
+    return state._replace(cache=unsqueeze_single_row(state.cache)), out
 
 
-def _choose(
+def _append_token(
     model: Ovis,
     logits: Float[Array, "B V"],
-    state: _State,
+    state: GenerationState,
     out: Generation,
-    request: _Request,
+    options: GenerationOptions,
     column: int | Array,
-) -> tuple[_State, Generation]:
-    """Pick a token a row and put it down; rows that are done get the pad id."""
-    key = None if request.key is None else jax.random.fold_in(request.key, state.step)
-    token = pick(logits, request.sampling, state.seen, key)
+) -> tuple[GenerationState, Generation]:
+    """Sample one token per row into a column of `out`; rows that are done get the pad id."""
+    key = None if options.key is None else jax.random.fold_in(options.key, state.step)
+    token = sample(logits, options.sampling, state.seen, key)
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
     token = jnp.where(state.done, model.config.pad_id, token)
     out = Generation(
@@ -246,8 +286,8 @@ def _choose(
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-    stopped = jnp.any(token[:, None] == request.eos_ids, axis=1)
-    return _State(state.cache, token, state.done | stopped, seen, state.step + 1), out
+    stopped = jnp.any(token[:, None] == options.eos_ids, axis=1)
+    return GenerationState(state.cache, token, state.done | stopped, seen, state.step + 1), out
 
 
 def _empty(model: Ovis, rows: int, width: int) -> Generation:

@@ -1,8 +1,9 @@
-"""A look inside the visual vocabulary: which visual words the model sees where, and how surely.
+"""Which visual words the model sees where, and how certain it is.
 
-Every visual token is a distribution over the rows of the visual embedding table, its visual words.
+Every visual token is a distribution over visual words, the rows of the visual embedding table.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -11,146 +12,161 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from ovis_jax.api_type_checks import check_argument_types
 from ovis_jax.errors import RequestError
 from ovis_jax.inputs.batch import Inputs
-from ovis_jax.mesh_axes import under_any_mesh
-from ovis_jax.model.layers import exact
+from ovis_jax.mesh import allow_explicit_mesh
+from ovis_jax.model.linear import linear
 from ovis_jax.model.ovis import Ovis, Params
-from ovis_jax.model.visual_tokenizer import VisualTokens, tokenize
+from ovis_jax.model.visual_tokenizer import VisualTokens, scan_visual_tokens, tokenize
 
 
 class VisualWords(NamedTuple):
-    """What each visual token of each crop is made of; float32, over the true words alone.
+    """Statistics of the M visual tokens of each crop, row by row on a square grid.
 
-    The M tokens of a crop stand row by row, on a square grid.
+    Attributes:
+      words: the k most likely words of each token, most likely first, as rows of the visual
+        embedding table.
+      probabilities: the probabilities of these words.
+      entropy: entropy of each token's distribution in nats, from 0 for a single word to
+        log(number of words).
+      total: sum of each token's distribution: 1, up to rounding.
+      mean: mean distribution over a crop's tokens, which says how much the crop uses a word.
     """
 
     words: Int[Array, "I M k"]
-    """The likeliest words of each token, as rows of the visual embedding table; likeliest first."""
     probabilities: Float[Array, "I M k"]
-    """Of these words."""
     entropy: Float[Array, "I M"]
-    """Of each token's distribution, in nats: 0 for one word alone, log(number of words) for all."""
     total: Float[Array, "I M"]
-    """The sum of each token's distribution: 1, up to rounding."""
-    mean: Float[Array, "I words"]
-    """The mean of the distributions of a crop's tokens: how much a word is used in it."""
+    mean: Float[Array, "I W"]
 
     @property
     def effective(self) -> Float[Array, "I M"]:
-        """The effective number of words of each token: exp(entropy), from 1 on."""
+        """The effective number of words of each token: exp(entropy), at least 1."""
         return jnp.exp(self.entropy)
 
 
 class SharedWords(NamedTuple):
-    """The words that two images have in common."""
+    """The visual words that two images share.
+
+    Attributes:
+      mass: shared probability from 0 to 1: the sum over words of the smaller mean probability.
+      words: the k words that share the most, in falling order.
+      first: their mean probability in the first image.
+      second: their mean probability in the second image.
+    """
 
     mass: Float[Array, ""]
-    """The probability that the mean distributions share, from 0 to 1: the sum of the smaller."""
     words: Int[Array, "k"]
-    """The words that share most, most first."""
     first: Float[Array, "k"]
-    """Their mean probability in the first image."""
     second: Float[Array, "k"]
-    """Their mean probability in the second image."""
 
 
-@partial(jax.jit, static_argnames=("model", "k"))
-@under_any_mesh
 def visual_words(model: Ovis, params: Params, inputs: Inputs, *, k: int = 10) -> VisualWords:
-    """What each visual token is made of.
+    """Summarize the distribution of every visual token.
 
-    Pure, so it may be called inside the caller's own `jax.jit` or mesh. The distributions are
-    looked at a part at a time, as in `generate`, and are never all in memory. They are computed in
+    The function is pure, so it can be called inside a jitted function or under a mesh. It computes
+    the distributions in chunks, as `generate` does, so that memory is bounded. They are computed in
     float32 from the logits, whatever the dtype of the model, without the noise of gumbel_argmax.
 
     Args:
       model: static.
-      params: of the model, on any device or mesh; what pads the words on a mesh is left out.
-      inputs: from `Processor`; their pixels are looked at, crops in order of appearance.
-      k: how many of the likeliest words to give for each token, static.
+      params: parameters of the model, on any device or mesh; padding words are left out.
+      inputs: from `Processor`; only the pixels are used.
+      k: number of words per token in the result; static.
+
+    Returns:
+      Float32 statistics for the crops in order of appearance.
 
     Raises:
       RequestError: `k` is below 1 or above the number of words, or there is no crop.
+      TypeError: `model`, `params` or `inputs` has another type.
     """
-    c = model.config.visual_tokenizer
-    _check_k(k, c.num_words, "visual words")
+    check_argument_types(
+        "visual_words", model=(model, Ovis), params=(params, Mapping), inputs=(inputs, Inputs)
+    )
+    _check_k(k, model.config.visual_tokenizer.num_words, "visual words")
     if not len(inputs.pixels):
         raise RequestError("visual_words: the inputs hold no image")
+    return _visual_words(model, params, inputs, k)
 
-    def look(used: Array, tokens: VisualTokens) -> tuple[Array, tuple[Array, ...]]:
+
+@partial(jax.jit, static_argnums=(0, 3))
+@allow_explicit_mesh
+def _visual_words(model: Ovis, params: Params, inputs: Inputs, k: int) -> VisualWords:
+    c = model.config.visual_tokenizer
+
+    def summarize(sums: Array, tokens: VisualTokens) -> tuple[Array, tuple[Array, ...]]:
         logits = tokens.logits[..., : c.num_words].astype(jnp.float32)
         p = tokenize(logits, c.tokenize_function)
         entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0), axis=-1)
         probabilities, words = jax.lax.top_k(p, k)
-        return used + p.sum(axis=1), (words, probabilities, entropy, p.sum(axis=-1))
+        return sums + p.sum(axis=1), (words, probabilities, entropy, p.sum(axis=-1))
 
-    pixels = jnp.asarray(inputs.pixels)
-    unused = jnp.zeros((len(pixels), c.num_words), jnp.float32)
-    used, (words, probabilities, entropy, total) = model.scan_words(params, pixels, look, unused)
-    return VisualWords(words, probabilities, entropy, total, used / c.tokens_per_crop)
+    features = model.encode_vision(params, jnp.asarray(inputs.pixels))[-1]
+    sums = jnp.zeros((len(features), c.num_words), jnp.float32)
+    sums, (words, probabilities, entropy, total) = scan_visual_tokens(
+        c, params["visual_tokenizer"], features, summarize, sums
+    )
+    return VisualWords(words, probabilities, entropy, total, sums / c.tokens_per_crop)
 
 
 @partial(jax.jit, static_argnames="k")
-@under_any_mesh
+@allow_explicit_mesh
 def shared_words(
-    first: Float[Array, "words"], second: Float[Array, "words"], *, k: int = 10
+    first: Float[Array, "W"], second: Float[Array, "W"], *, k: int = 10
 ) -> SharedWords:
-    """Compare how much two images use each word.
+    """Compare how much two images use each visual word.
 
     Args:
-      first: how much each word is used in the first image, such as the mean over its crops of
-        `VisualWords.mean`.
-      second: the same for the other.
-      k: how many words to give, static.
+      first: mean distribution of the first image, such as the mean of `VisualWords.mean` over its
+        crops.
+      second: the same for the second image.
+      k: number of words in the result; static.
 
     Raises:
       RequestError: `k` is below 1 or above the number of words.
     """
     _check_k(k, first.shape[-1], "visual words")
-    both = jnp.minimum(first, second)
-    _, words = jax.lax.top_k(both, k)
-    return SharedWords(jnp.sum(both), words, first[words], second[words])
+    shared = jnp.minimum(first, second)
+    _, words = jax.lax.top_k(shared, k)
+    return SharedWords(jnp.sum(shared), words, first[words], second[words])
 
 
 @partial(jax.jit, static_argnames="k")
-@under_any_mesh
+@allow_explicit_mesh
 def nearest_tokens(
     params: Params, embeddings: Float[Array, "n D"], *, k: int = 5
 ) -> tuple[Int[Array, "n k"], Float[Array, "n k"]]:
-    """The text tokens whose embeddings have the largest cosine with each of some embeddings.
+    """Find the text tokens whose embeddings have the largest cosine similarity to given ones.
 
     Args:
-      params: of the whole model.
+      params: parameters of the complete model.
       embeddings: such as rows of the visual embedding table, `params["visual_embedding"][words]`.
-        A float32 array [n, V] is made for them.
-      k: how many tokens to give for each, static.
+        The function creates a float32 array [n, V] for them.
+      k: number of tokens per embedding; static.
 
     Returns:
-      The ids, nearest first, and the cosines, float32.
+      The ids, nearest first, and their cosines in float32.
 
     Raises:
       RequestError: `k` is below 1 or above the number of tokens.
+      TypeError: `params` is not a dict.
     """
+    check_argument_types("nearest_tokens", params=(params, Mapping))
     table = params["decoder"]["embed"]
     _check_k(k, table.shape[0], "text tokens")
-    products = jnp.einsum(
-        "nD,VD->nV",
-        embeddings.astype(table.dtype),
-        table,
-        precision=exact(table),
-        preferred_element_type=jnp.float32,
-    )
-    cosines = products / (_lengths(embeddings)[:, None] * _lengths(table))
+    products = linear(embeddings.astype(table.dtype), table, out_dtype=jnp.float32)
+    cosines = products / (_norms(embeddings)[:, None] * _norms(table))
     found, ids = jax.lax.top_k(cosines, k)
     return ids, found
 
 
-def _lengths(rows: Float[Array, "n D"]) -> Float[Array, "n"]:
-    """The length of each row, and something above 0 for a row of zeros, whose cosine is then 0."""
+def _norms(rows: Float[Array, "n D"]) -> Float[Array, "n"]:
+    """The norm of each row, at least 1e-15, so that the cosine with a row of zeros is 0."""
     return jnp.maximum(jnp.linalg.norm(rows.astype(jnp.float32), axis=-1), 1e-15)
 
 
-def _check_k(k: int, most: int, what: str) -> None:
-    if not 1 <= k <= most:
-        raise RequestError(f"k is {k}, expected 1 to {most}: there are {most} {what}")
+def _check_k(k: int, maximum: int, what: str) -> None:
+    if not 1 <= k <= maximum:
+        raise RequestError(f"k is {k}, expected 1 to {maximum}: there are {maximum} {what}")

@@ -1,7 +1,7 @@
-"""Compiling ahead: everything that `generate` and `stream` need for the shapes that will come."""
+"""Compiling ahead of time what `generate` and `stream` need for given batch shapes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,20 +11,28 @@ from jax import Array
 from jax.sharding import Sharding
 from jaxtyping import Key
 
+from ovis_jax.api_type_checks import check_argument_types
 from ovis_jax.errors import RequestError
-from ovis_jax.inference.generate import _begin, _continue, _Request, _request, _State, all_done
+from ovis_jax.inference.generate import (
+    GenerationOptions,
+    GenerationState,
+    all_done,
+    decode_more,
+    make_options,
+    prefill_and_decode,
+)
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.buckets import Bucket
 from ovis_jax.model.ovis import Ovis, Params
 
 
-class Warm(NamedTuple):
-    """What was compiled."""
+class CompiledBucket(NamedTuple):
+    """A bucket whose programs are compiled."""
 
     bucket: Bucket
     seconds: float
-    """What tracing and compiling took; less where JAX's persistent cache had the programs."""
+    """Time for tracing and compiling; shorter if JAX's persistent cache had the programs."""
 
 
 def warmup(
@@ -36,36 +44,39 @@ def warmup(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     eos_ids: Sequence[int] | None = None,
-    chunk: int | None = None,
+    chunk_size: int | None = None,
     sharding: Sharding | None = None,
-) -> list[Warm]:
-    """Compile what requests of some shapes need, without running the model.
+) -> list[CompiledBucket]:
+    """Compile the programs for batches of given shapes, without running the model.
 
-    Afterwards `generate` compiles nothing for inputs of these shapes, nor does `stream` if `chunk`
-    was given, as long as the other arguments are of the same kind: `max_new_tokens`, which sampling
-    steps are None, how many stop ids, whether there is a key. Their values do not matter.
+    Afterwards `generate` compiles nothing for inputs of these shapes, and neither does `stream` if
+    `chunk_size` was given. The other arguments must be of the same kind: the same `max_new_tokens`,
+    the same sampling steps that are None, as many stop ids, and a key or none. Their values do not
+    matter.
 
     Args:
-      model: as `generate` gets it.
-      params: the parameters that will be used: where they lie is part of the program.
-      buckets: the shapes, each a `Bucket` (rows, length, crops). Give the processor the same ones
-        (`Processor.buckets`), and every batch has one of them.
-      key: some key if requests will have one; None if not.
-      max_new_tokens: N.
-      sampling: what `generate` will get.
-      eos_ids: what `generate` will get.
-      chunk: what `stream` will get; None if it is not used.
-      sharding: where the inputs will lie; None for numpy arrays, as they come from the processor.
+      model: As in `generate`.
+      params: The parameters that will be used, because their sharding is part of the program.
+      buckets: The shapes, each a `Bucket` (rows, length, crops). If the processor has the same
+        buckets (`Processor.buckets`), every batch has one of these shapes.
+      key: Any key if the requests will have one, else None.
+      max_new_tokens: As in `generate`.
+      sampling: As in `generate`.
+      eos_ids: As in `generate`.
+      chunk_size: As in `stream`; None if `stream` is not used.
+      sharding: Sharding of the inputs; None for numpy arrays, as the processor makes them.
 
     Returns:
-      One `Warm` a bucket, in order.
+      One `CompiledBucket` per bucket, in order.
 
     Raises:
-      RequestError: there is no bucket, or one that no batch of this model can have, or what
-        `generate` and `stream` would raise. Nothing has been compiled then.
+      RequestError: There is no bucket, no batch of this model can have a bucket's shape, or
+        `generate` or `stream` would raise it. Nothing is compiled then.
+      TypeError: `model` or `params` has another type.
     """
+    check_argument_types("warmup", model=(model, Ovis), params=(params, Mapping))
     if not buckets:
-        raise RequestError("warmup: there is no bucket; give at least one, such as (1, 512, 1)")
+        raise RequestError("warmup: there is no bucket; pass at least one, such as (1, 512, 1)")
     shapes = []
     for n, given in enumerate(buckets):
         if not isinstance(given, tuple) or not 2 <= len(given) <= 3:
@@ -74,60 +85,66 @@ def warmup(
             )
         shapes.append(Bucket(*given))
         shapes[-1].check(model.config)
-    if chunk is not None and chunk < 1:
-        raise RequestError(f"stream: chunk is {chunk}, expected at least 1")
-    placed = sharding is not None or any(
+    if chunk_size is not None and chunk_size < 1:
+        raise RequestError(f"warmup: chunk_size is {chunk_size}, expected at least 1")
+    committed = sharding is not None or any(
         getattr(x, "committed", False) for x in jax.tree.leaves(params)
     )
-    found = []
+    compiled = []
     for shape in shapes:
         start = time.perf_counter()
-        inputs = _inputs(model, shape, sharding)
-        request = _request(model, inputs, key, max_new_tokens, sampling, eos_ids)
-        _begin.lower(model, params, inputs, request, max_new_tokens, max_new_tokens).compile()
-        if chunk is not None:
-            width = min(chunk, max_new_tokens)
-            _stream(model, params, inputs, request, max_new_tokens, width, placed)
-        found.append(Warm(shape, time.perf_counter() - start))
-    return found
+        inputs = _abstract_inputs(model, shape, sharding)
+        options = make_options(model, inputs, key, max_new_tokens, sampling, eos_ids)
+        arguments = model, params, inputs, options, max_new_tokens
+        prefill_and_decode.lower(*arguments, max_new_tokens).compile()
+        if chunk_size is not None:
+            _compile_stream(*arguments, min(chunk_size, max_new_tokens), committed)
+        compiled.append(CompiledBucket(shape, time.perf_counter() - start))
+    return compiled
 
 
-def _inputs(model: Ovis, shape: Bucket, sharding: Sharding | None) -> Any:
-    """The shapes of a batch."""
+def _abstract_inputs(model: Ovis, shape: Bucket, sharding: Sharding | None) -> Any:
+    """Return the inputs of a bucket as shapes without values."""
     vision = model.config.vision
     pixels = (shape.crops, vision.image_size, vision.image_size, vision.num_channels)
     shapes = [((shape.rows, shape.length), np.int32)] * 2 + [(pixels, np.float32)]
     return Inputs(*(jax.ShapeDtypeStruct(*x, sharding=sharding) for x in shapes))  # pyright: ignore
 
 
-def _stream(
-    model: Ovis, params: Params, inputs: Inputs, request: _Request, total: int, width: int, placed
+def _compile_stream(
+    model: Ovis,
+    params: Params,
+    inputs: Inputs,
+    options: GenerationOptions,
+    max_new_tokens: int,
+    width: int,
+    committed: bool,
 ) -> None:
-    """Compile the first chunk, those that follow it, and the question whether all is done."""
-    begin = _begin.lower(model, params, inputs, request, total, width)
-    shardings = begin.compile().output_shardings[0]
-    state = _laid(begin.out_info[0], shardings, placed)
-    _ask(state)
-    for _ in range(3 if width < total else 0):
-        step = _continue.lower(model, params, state, request, 1, width)
-        again = _laid(step.out_info[0], step.compile().output_shardings[0], placed)
-        _ask(again)
-        if again == state:
+    """Compile the first chunk, the later chunks, and the check whether all rows are done."""
+    first = prefill_and_decode.lower(model, params, inputs, options, max_new_tokens, width)
+    state = _abstract_state(first.out_info[0], first.compile().output_shardings[0], committed)
+    _compile_all_done(state)
+    for _ in range(3 if width < max_new_tokens else 0):
+        later = decode_more.lower(model, params, state, options, 1, width)
+        shardings = later.compile().output_shardings[0]
+        next_state = _abstract_state(later.out_info[0], shardings, committed)
+        _compile_all_done(next_state)
+        if next_state == state:
             return
-        # On a mesh a step may lay its state otherwise than it got it: one more program.
-        state = again
+        # On a mesh the sharding of the state may change in the first chunks: one more program.
+        state = next_state
 
 
-def _laid(state: Any, shardings: Any, placed: bool) -> Any:
-    """The shapes of a state that lies as a program leaves it."""
+def _abstract_state(state: Any, shardings: Any, committed: bool) -> Any:
+    """Return a state as shapes with the shardings that a program gives it."""
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s if placed else None),
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s if committed else None),
         state,
         shardings,
     )
 
 
-def _ask(state: _State) -> None:
+def _compile_all_done(state: GenerationState) -> None:
     done = state.done
     zeros = jnp.zeros(done.shape, done.dtype)
     all_done(jnp.copy(zeros if done.sharding is None else jax.device_put(zeros, done.sharding)))

@@ -1,1 +1,1 @@
-"""Host side: images and text become arrays, with numpy and Pillow only."""
+"""Host side: images and text become numpy arrays, without JAX."""

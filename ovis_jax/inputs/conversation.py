@@ -1,198 +1,259 @@
-"""A conversation becomes ids in which IMAGE_MARK still stands for each image, and labels.
+"""Conversations become token ids, with one IMAGE_TOKEN_ID per image, and labels.
 
 Source: `GemmaConversationFormatter` in ovis/model/conversation_formatter.py of AIDC-AI/Ovis, commit
 d248e34.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from ovis_jax.errors import PromptError
+from ovis_jax.inputs.open_image import ImageSource
 from ovis_jax.inputs.tokenizer import TURN_END, TURN_START, Tokenizer
 
-IMAGE_TEXT = "<image>"
-"""What stands in a prompt for an image."""
-IMAGE_MARK = -200
-"""What stands in the ids for an image."""
-IGNORED = -100
-"""The label of a position that is not learned."""
+IMAGE_PLACEHOLDER = "<image>"
+"""Marks the place of an image in a text."""
+IMAGE_TOKEN_ID = -200
+"""The id of an image before its placeholder ids are inserted."""
+IGNORE_INDEX = -100
+"""The label of a position that the model does not learn."""
 
-Turn = Mapping[str, str]
-"""`{"role": "user" | "assistant", "content": str}`."""
+Turn = Mapping[str, Any]
+"""`{"role": "user" | "assistant", "content": CONTENT}`; CONTENT is a string or a list of parts.
+
+A part is `{"type": "text", "text": str}`, `{"type": "image_url", "image_url": {"url": "data:..."}}`
+or `{"type": "image", "image": ImageSource}`.
+"""
 Prompt = str | Sequence[Turn]
-"""What the user says, or a conversation whose last turn is the user's."""
+"""The user's text, or a conversation whose last turn is the user's."""
 
 OPENINGS = {"user": f"{TURN_START}user\n", "assistant": f"{TURN_START}model\n"}
 CLOSING = f"{TURN_END}\n"
 
-ROLES_OF_ORIGINAL = {"human": "user", "gpt": "assistant"}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
-class Formatted(NamedTuple):
-    """Ids and labels of a conversation, of the same length; IMAGE_MARK is one id an image."""
+class EncodedConversation(NamedTuple):
+    """Ids and labels of a conversation, of equal length."""
 
     ids: list[int]
     labels: list[int]
 
 
-def read_turns(prompt: Prompt, num_images: int, name: str = "the prompt") -> list[Turn]:
-    """Check a prompt, and give its images their places.
-
-    A prompt without any "<image>" gets one a line for each image, before its first user turn.
+def parse_prompt(
+    prompt: Prompt, images: Sequence[ImageSource] = (), name: str = "the prompt"
+) -> tuple[list[Turn], list[ImageSource]]:
+    """Check a prompt and match its images with their places.
 
     Args:
-      prompt: a string, or turns.
-      num_images: how many images come with it.
-      name: what complaints call the prompt.
+      prompt: A string, or turns.
+      images: The images for each "<image>" in the text. If the text has none, the images come
+        first, one per line before the first user turn. Images in content parts do not count here.
+      name: How error messages call the prompt.
+
+    Returns:
+      The turns, whose content is a string with one "<image>" per image, and all images in order of
+      appearance.
 
     Raises:
-      PromptError: it is empty, holds a turn that the model does not know, or holds more or fewer
-        "<image>" than there are images.
+      PromptError: The prompt is empty, a turn is malformed, or the number of "<image>" differs from
+        the number of images.
     """
-    turns: list[Turn] = (
+    if not isinstance(prompt, Sequence):
+        raise PromptError(f"{name} is a {type(prompt).__name__}, expected a string or turns")
+    given: list[Turn] = (
         [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     )
-    if not turns:
-        raise PromptError(f"{name} has no turns; give at least one of the user's")
-    for number, turn in enumerate(turns, 1):
-        _check_turn(turn, name if isinstance(prompt, str) else f"turn {number} of {name}")
-    num_marks = sum(turn["content"].count(IMAGE_TEXT) for turn in turns)
-    first_user = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
-    if num_marks == 0 and first_user is not None:
-        content = f"{IMAGE_TEXT}\n" * num_images + turns[first_user]["content"]
-        turns[first_user] = {"role": "user", "content": content}
-    elif num_marks != num_images:
-        raise PromptError(
-            f"{name} holds {IMAGE_TEXT} {_times(num_marks)}, but {num_images} "
-            f"image{'s come' if num_images != 1 else ' comes'} with it; give one image for each "
-            f"{IMAGE_TEXT}, or write none and every image is put first"
+    if not given:
+        raise PromptError(f"{name} has no turns; pass at least one user turn")
+    turns: list[Turn] = []
+    slots: list[list[ImageSource | None]] = []  # per turn; None takes the next of `images`
+    for number, turn in enumerate(given, 1):
+        text, found = _read_turn(
+            turn, name if isinstance(prompt, str) else f"turn {number} of {name}"
         )
-    return turns
+        turns.append({"role": turn["role"], "content": text})
+        slots.append(found)
+    num_places = sum(image is None for found in slots for image in found)
+    first_user = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
+    if num_places == 0 and first_user is not None:
+        content = f"{IMAGE_PLACEHOLDER}\n" * len(images) + turns[first_user]["content"]
+        turns[first_user] = {"role": "user", "content": content}
+        slots[first_user] = [*images, *slots[first_user]]
+    elif num_places != len(images):
+        times = "once" if num_places == 1 else f"{num_places} times"
+        come = "1 image comes" if len(images) == 1 else f"{len(images)} images come"
+        raise PromptError(
+            f"{name} holds {IMAGE_PLACEHOLDER} {times}, but {come} with it; pass one image for "
+            f"each {IMAGE_PLACEHOLDER}, or write none to put all images first"
+        )
+    remaining = iter(images)
+    ordered = [next(remaining) if x is None else x for found in slots for x in found]
+    return turns, ordered
 
 
-def format_prompt(
+def add_image_placeholders(text: str, num_images: int) -> str:
+    """Put "<image>" lines before a text, unless the text places its images itself."""
+    return text if IMAGE_PLACEHOLDER in text else f"{IMAGE_PLACEHOLDER}\n" * num_images + text
+
+
+def encode_prompt(
     turns: Sequence[Turn],
     tokenizer: Tokenizer,
-    preface: str = "",
+    assistant_prefix: str = "",
     *,
-    control: bool = True,
+    parse_special_tokens: bool = True,
     name: str = "the prompt",
-) -> Formatted:
-    """Format turns that the model is to answer.
+) -> EncodedConversation:
+    """Encode turns that the model answers.
 
     Args:
-      turns: what `read_turns` gives.
-      tokenizer: text -> ids.
-      preface: how the answer begins.
-      control: whether control marks spelled out in a turn become control ids.
-      name: what complaints call the prompt.
+      turns: The turns that `parse_prompt` returns.
+      tokenizer: The model's tokenizer.
+      assistant_prefix: Text that the answer begins with.
+      parse_special_tokens: Whether special tokens spelled out in a text become their ids.
+      name: How error messages call the prompt.
 
     Raises:
-      PromptError: the last turn is not the user's, or the preface holds "<image>".
+      PromptError: The last turn is not the user's, or the prefix holds "<image>".
     """
     if turns[-1]["role"] != "user":
         raise PromptError(
-            f"the last turn of {name} is the assistant's, so nothing is left to answer; end with "
-            "a user turn, and give the beginning of an answer as preface"
+            f"the last turn of {name} is the assistant's, so there is nothing to answer; end with "
+            "a user turn, and pass the beginning of an answer as assistant_prefix"
         )
-    if IMAGE_TEXT in preface:
-        raise PromptError(f"the preface of {name} holds {IMAGE_TEXT}; images stand in turns only")
-    asked = format_conversation(turns, tokenizer, control=control)
+    if IMAGE_PLACEHOLDER in assistant_prefix:
+        raise PromptError(
+            f"the assistant_prefix of {name} holds {IMAGE_PLACEHOLDER}; put images into turns"
+        )
+    prompt = encode_conversation(turns, tokenizer, parse_special_tokens=parse_special_tokens)
     opening = tokenizer.encode(OPENINGS["assistant"])
-    answer = tokenizer.encode(preface.strip(), control=control)
-    return Formatted(
-        [*asked.ids, *opening, *answer], [*asked.labels, *[IGNORED] * len(opening), *answer]
+    prefix = tokenizer.encode(assistant_prefix.strip(), parse_special_tokens=parse_special_tokens)
+    return EncodedConversation(
+        [*prompt.ids, *opening, *prefix], [*prompt.labels, *[IGNORE_INDEX] * len(opening), *prefix]
     )
 
 
-def format_conversation(
-    turns: Sequence[Turn], tokenizer: Tokenizer, *, control: bool = True
-) -> Formatted:
-    """Format a whole conversation: the labels are the assistant's text and its closing mark."""
-    ids = [tokenizer.id_of("<bos>")]
-    labels = [IGNORED]
+def encode_conversation(
+    turns: Sequence[Turn], tokenizer: Tokenizer, *, parse_special_tokens: bool = True
+) -> EncodedConversation:
+    """Encode a finished conversation; the model learns the assistant's text and end of turn."""
+    ids = [tokenizer.token_to_id("<bos>")]
+    labels = [IGNORE_INDEX]
     *_, newline = tokenizer.encode(CLOSING)
     for turn in turns:
         opening = tokenizer.encode(OPENINGS[turn["role"]])
-        said = encode_said(turn["content"].strip(), tokenizer, control=control)
-        ids += [*opening, *said, newline]
-        learned = _learned(said) if turn["role"] == "assistant" else [IGNORED] * len(said)
-        labels += [*[IGNORED] * len(opening), *learned, IGNORED]
-    return Formatted(ids, labels)
+        content = encode_turn_content(
+            turn["content"].strip(), tokenizer, parse_special_tokens=parse_special_tokens
+        )
+        ids += [*opening, *content, newline]
+        learned = turn["role"] == "assistant"
+        labels += [IGNORE_INDEX] * len(opening)
+        # An image in an answer is not learned.
+        labels += [i if learned and i != IMAGE_TOKEN_ID else IGNORE_INDEX for i in content]
+        labels.append(IGNORE_INDEX)
+    return EncodedConversation(ids, labels)
 
 
-def encode_said(
-    text: str, tokenizer: Tokenizer, *, closed: bool = True, control: bool = True
+def encode_turn_content(
+    text: str,
+    tokenizer: Tokenizer,
+    *,
+    add_end_of_turn: bool = True,
+    parse_special_tokens: bool = True,
 ) -> list[int]:
-    """Encode what stands in a turn, an IMAGE_MARK for each "<image>", and the mark that closes it.
+    """Encode the text of a turn, with IMAGE_TOKEN_ID for each "<image>".
 
-    Without `closed` the mark is left out.
+    The stretches between images are encoded separately, as in the original.
     """
-    *mark, _ = tokenizer.encode(CLOSING)
-    return [*_encode_with_images(text, tokenizer, control), *(mark if closed else [])]
+    ids: list[int] = []
+    for number, part in enumerate(text.split(IMAGE_PLACEHOLDER)):
+        ids += [IMAGE_TOKEN_ID] if number else []
+        ids += tokenizer.encode(part, parse_special_tokens=parse_special_tokens)
+    *end_of_turn, _ = tokenizer.encode(CLOSING)
+    return [*ids, *end_of_turn] if add_end_of_turn else ids
 
 
-def place_images(formatted: Formatted, marks: Sequence[Sequence[int]]) -> Formatted:
-    """Put the ids `marks[n]` in the place of the n-th IMAGE_MARK; none of them is learned."""
+def insert_image_placeholders(
+    encoded: EncodedConversation, placeholder_ids: Sequence[Sequence[int]]
+) -> EncodedConversation:
+    """Replace the n-th IMAGE_TOKEN_ID with `placeholder_ids[n]`, which the model does not learn."""
     ids: list[int] = []
     labels: list[int] = []
-    remaining = iter(marks)
-    for i, label in zip(formatted.ids, formatted.labels, strict=True):
-        placed = next(remaining) if i == IMAGE_MARK else [i]
-        ids += placed
-        labels += [IGNORED] * len(placed) if i == IMAGE_MARK else [label]
-    return Formatted(ids, labels)
+    remaining = iter(placeholder_ids)
+    for i, label in zip(encoded.ids, encoded.labels, strict=True):
+        inserted = next(remaining) if i == IMAGE_TOKEN_ID else [i]
+        ids += inserted
+        labels += [IGNORE_INDEX] * len(inserted) if i == IMAGE_TOKEN_ID else [label]
+    return EncodedConversation(ids, labels)
 
 
-def from_original(turns: Sequence[Turn]) -> list[Turn]:
-    """Convert turns `{"from": "human" | "gpt", "value": str}` of the original's data.
+def turns_from_sharegpt(conversations: Sequence[Mapping[str, str]]) -> list[Turn]:
+    """Convert turns `{"from": "human" | "gpt", "value": str}`, the format of the original's data.
 
     Raises:
-      PromptError: a turn lacks one of the two, or is from somebody else.
+      PromptError: A turn lacks a key, or has another role.
     """
     converted: list[Turn] = []
-    for number, turn in enumerate(turns, 1):
+    for number, turn in enumerate(conversations, 1):
         if not {"from", "value"} <= turn.keys():
             raise PromptError(f"turn {number} has the keys {sorted(turn)}, expected from and value")
-        if turn["from"] not in ROLES_OF_ORIGINAL:
+        if turn["from"] not in SHAREGPT_ROLES:
             raise PromptError(
                 f"turn {number} is from {turn['from']!r}, expected human or gpt: "
-                "Gemma2 knows no other, and no system turn"
+                "Gemma2 has no other roles and no system turn"
             )
-        converted.append({"role": ROLES_OF_ORIGINAL[turn["from"]], "content": turn["value"]})
+        converted.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
     return converted
 
 
-def _check_turn(turn: Turn, name: str) -> None:
+def _read_turn(turn: Turn, name: str) -> tuple[str, list[ImageSource | None]]:
+    """Check a turn and return its text and, for each "<image>", its image or None if unknown."""
     if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
         found = sorted(turn) if isinstance(turn, Mapping) else type(turn).__name__
         raise PromptError(f"{name} is {found}, expected an object with role and content")
     if turn["role"] == "system":
         raise PromptError(
             f"{name} is a system turn, which Gemma2 does not have; "
-            "write its text at the beginning of the first user turn"
+            "put its text at the beginning of the first user turn"
         )
     if turn["role"] not in OPENINGS:
         raise PromptError(f"{name} has the role {turn['role']!r}, expected user or assistant")
-    if not isinstance(turn["content"], str):
-        raise PromptError(f"{name} holds a {type(turn['content']).__name__}, expected a string")
-    if turn["role"] == "user" and not turn["content"].strip():
-        raise PromptError(f"{name} is empty; write what the model is to answer")
+    content = turn["content"]
+    if isinstance(content, str):
+        text = content
+        images: list[ImageSource | None] = [None] * content.count(IMAGE_PLACEHOLDER)
+    elif isinstance(content, Sequence) and not isinstance(content, bytes):
+        parts = [_read_part(part, f"part {n} of {name}") for n, part in enumerate(content, 1)]
+        text = "\n".join(text for text, _ in parts)
+        images = [image for _, found in parts for image in found]
+    else:
+        raise PromptError(
+            f"the content of {name} is a {type(content).__name__}, "
+            "expected a string or a list of parts"
+        )
+    if turn["role"] == "user" and not text.strip():
+        raise PromptError(f"{name} is empty; write the text that the model should answer")
+    return text, images
 
 
-def _encode_with_images(text: str, tokenizer: Tokenizer, control: bool) -> list[int]:
-    """Encode the text on each side of an "<image>" by itself, IMAGE_MARK between."""
-    first, *rest = [tokenizer.encode(part, control=control) for part in text.split(IMAGE_TEXT)]
-    ids = first
-    for part in rest:
-        ids += [IMAGE_MARK, *part]
-    return ids
-
-
-def _learned(ids: list[int]) -> list[int]:
-    """Labels of what the assistant said; an image in it is not learned."""
-    return [IGNORED if i == IMAGE_MARK else i for i in ids]
-
-
-def _times(number: int) -> str:
-    return "once" if number == 1 else f"{number} times"
+def _read_part(part: Any, name: str) -> tuple[str, list[ImageSource | None]]:
+    """Check a content part and return what `_read_turn` returns for a turn."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return text, [None] * text.count(IMAGE_PLACEHOLDER)
+        case {"type": "image", "image": image}:
+            return IMAGE_PLACEHOLDER, [cast(ImageSource, image)]
+        case {"type": "image_url", "image_url": {"url": str(url)}} if url.startswith("data:"):
+            return IMAGE_PLACEHOLDER, [url]
+        case {"type": "image_url", "image_url": {"url": str(url)}}:
+            raise PromptError(
+                f"{name} has the URL {url[:100]!r}, expected a data: URL: images are not "
+                'downloaded here; pass a file as {"type": "image", "image": PATH}'
+            )
+    found = f"has the type {kind!r}" if kind is not None else f"is a {type(part).__name__}"
+    raise PromptError(
+        f'{name} {found}, expected {{"type": "text", "text": ...}}, {{"type": "image", "image": '
+        '...} or {"type": "image_url", "image_url": {"url": ...}}'
+    )

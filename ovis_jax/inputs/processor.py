@@ -1,64 +1,64 @@
-"""Prompts and images become the arrays that the model reads; ids become text again."""
+"""Prompts and images become the model's input arrays; generated ids become text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, TypeVar, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
 from ovis_jax.config import NUM_IMAGE_INDICATORS, OvisConfig
-from ovis_jax.errors import ConfigError, ImageError, PromptError, PromptTooLong
-from ovis_jax.inputs.batch import (
-    Example,
-    Inputs,
-    as_rows,
-    first_positions,
-    last_positions,
-    pad_batch,
-)
+from ovis_jax.errors import ConfigError, ImageError, PromptError, PromptTooLongError
+from ovis_jax.inputs.batch import Example, Inputs, pad_batch, truncate_left, truncate_right
 from ovis_jax.inputs.buckets import Bucket
 from ovis_jax.inputs.conversation import (
-    IGNORED,
-    Formatted,
+    IGNORE_INDEX,
+    EncodedConversation,
     Prompt,
     Turn,
-    format_conversation,
-    format_prompt,
-    place_images,
-    read_turns,
+    encode_conversation,
+    encode_prompt,
+    insert_image_placeholders,
+    parse_prompt,
 )
-from ovis_jax.inputs.image import (
+from ovis_jax.inputs.image_processing import (
     IMAGE_SLOT,
-    Images,
-    ImageSettings,
-    choose_grid,
-    count_images,
-    crops,
-    placeholders,
+    ImageLayout,
+    ImageProcessorConfig,
+    layout_image,
+    preprocess_image,
 )
-from ovis_jax.inputs.tokenizer import TextStream, Tokenizer
+from ovis_jax.inputs.open_image import ImageSource, list_images, open_image
+from ovis_jax.inputs.tokenizer import IncrementalDetokenizer, Tokenizer
 
-Entry = TypeVar("Entry")
+Images = ImageSource | Sequence[ImageSource]
+"""The images of one prompt."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Processor:
-    """What stands between the user's text and images and the model's arrays."""
+    """Converts between the user's text and images and the model's arrays.
+
+    Attributes:
+      config: The model's config.
+      tokenizer: The model's tokenizer.
+      image_config: Crop size and normalization.
+      buckets: Shapes that batches are padded to; if empty, the ladder in inputs/buckets.py.
+    """
 
     config: OvisConfig
     tokenizer: Tokenizer
-    image_settings: ImageSettings
-    buckets: tuple[Bucket, ...] = ()  # that batches are padded to; none: inputs/buckets.py's ladder
+    image_config: ImageProcessorConfig
+    buckets: tuple[Bucket, ...] = ()
 
     @classmethod
     def from_folder(cls, folder: Path, config: OvisConfig) -> Self:
         """Read the tokenizer and preprocessor_config.json of a checkpoint folder.
 
         Raises:
-          ConfigError: a file is missing, is not supported, or does not go with `config`.
+          ConfigError: A file is missing, not supported, or does not match `config`.
         """
         if config.vision.num_channels != 3:
             raise ConfigError(
@@ -72,212 +72,303 @@ class Processor:
                 f"{config.decoder.vocab_size} of config.json; use the tokenizer of this checkpoint"
             )
         for piece, i in [("<bos>", config.bos_id), ("<pad>", config.pad_id)]:
-            if tokenizer.id_of(piece) != i:
+            if tokenizer.token_to_id(piece) != i:
                 raise ConfigError(
-                    f"{folder}: the tokenizer gives {piece} the id {tokenizer.id_of(piece)}, but "
-                    f"generation_config.json gives it {i}; use the tokenizer of this checkpoint"
+                    f"{folder}: the tokenizer gives {piece} the id {tokenizer.token_to_id(piece)}, "
+                    f"but generation_config.json gives it {i}; use the tokenizer of this checkpoint"
                 )
-        return cls(config, tokenizer, ImageSettings.from_folder(folder, config.vision.image_size))
+        image_config = ImageProcessorConfig.from_folder(folder, config.vision.image_size)
+        return cls(config, tokenizer, image_config)
+
+    def __repr__(self) -> str:
+        size, tokens = self.image_config.crop_size, self.config.visual_tokenizer.tokens_per_crop
+        buckets = ", ".join("x".join(map(str, bucket)) for bucket in self.buckets)
+        return (
+            f"Processor({len(self.tokenizer.pieces):,} text tokens, {size} x {size} pixel crops "
+            f"with {tokens} visual tokens each, at most {self.config.multimodal_max_length:,} "
+            f"positions, buckets: {buckets or 'default'})"
+        )
 
     def __call__(
         self,
-        prompts: Sequence[Prompt],
-        images: Sequence[Images] | None = None,
+        prompts: Prompt | Sequence[Prompt],
+        images: Images | Sequence[Images] | None = None,
         *,
         max_partition: int | Sequence[int] = 9,
-        preface: str | Sequence[str] = "",
+        assistant_prefix: str | Sequence[str] = "",
         truncate: bool = False,
-        control: bool = True,
+        parse_special_tokens: bool = True,
     ) -> Inputs:
-        """Make a batch of prompts that the model is to answer.
+        """Make a padded batch of prompts that the model answers.
 
         Args:
-          prompts: B prompts, each a string or a list of turns
-            `{"role": "user" | "assistant", "content": str}`. An image stands where "<image>" is
-            written; without any, the images stand first.
-          images: one list of PIL images a prompt.
-          max_partition: the most cells an image is cut into; one number, or one a prompt.
-          preface: how the answer begins; one text, or one a prompt.
-          truncate: cut prompts that are too long: their last positions are kept, so the first
-            images and the beginning of the text go.
-          control: whether control marks such as "<eos>" in a text become control ids, as in the
-            original. Say False for text of people you do not trust.
+          prompts: B prompts, or one. A prompt is a string or a list of turns
+            `{"role": "user" | "assistant", "content": CONTENT}`, where CONTENT is a string or a
+            list of OpenAI content parts, which may hold images. "<image>" in a text marks the place
+            of an image; without any, the images come first.
+          images: The images of each prompt: a list of images, or one image. For one prompt, its own
+            images. `open_image` lists the forms that an image may have.
+          max_partition: Maximum number of cells that an image is cut into; one number, or one per
+            prompt.
+          assistant_prefix: Text that the answer begins with; one, or one per prompt.
+          truncate: Whether to cut a prompt that is too long. Its last positions are kept, so the
+            first images and the beginning of the text are dropped.
+          parse_special_tokens: Whether special tokens such as "<eos>" in a text become their ids,
+            as in the original. Pass False for text from people you do not trust.
+
+        Returns:
+          `Inputs` with tokens and positions int32 [B, T] and pixels float32 [I, h, w, C].
 
         Raises:
-          PromptError: a prompt is empty, malformed, or does not go with its images.
-          PromptTooLong: a prompt is too long, and is not to be cut.
-          ImageError: an image cannot be decoded or cut into crops.
-          RequestError: none of the processor's `buckets` holds the batch.
+          PromptError: A prompt is empty or malformed, or does not match its images.
+          PromptTooLongError: A prompt is too long, and `truncate` is False.
+          ImageError: An image cannot be read, decoded or cut into crops.
+          RequestError: None of the processor's `buckets` holds the batch.
         """
-        if isinstance(prompts, str) or not prompts:
-            raise PromptError("prompts must be a list of at least one prompt")
+        one_prompt = isinstance(prompts, str) or _is_conversation(prompts)
+        if one_prompt:
+            prompts, images = [cast(Prompt, prompts)], [cast(Images, images)]
+        elif not isinstance(prompts, Sequence) or not prompts:
+            raise PromptError("prompts must be one prompt or a list of at least one prompt")
         batch = len(prompts)
-        image_lists = [()] * batch if images is None else images
-        one = np.ndim(max_partition) == 0
-        partitions = cast(Sequence[int], [max_partition] * batch if one else max_partition)
-        prefaces = [preface] * batch if isinstance(preface, str) else preface
+        if images is None:
+            images = [()] * batch
         arguments = zip(
-            prompts,
-            _one_each(image_lists, batch, "images"),
-            _one_each(partitions, batch, "max_partition"),
-            _one_each(prefaces, batch, "preface"),
+            cast(Sequence[Prompt], prompts),
+            _one_each(list_images(cast(Images, images), "the prompts"), batch, "images"),
+            _one_each(max_partition, batch, "max_partition"),
+            _one_each(assistant_prefix, batch, "assistant_prefix"),
             strict=True,
         )
-        examples: list[Example] = []
-        keep = "last" if truncate else "all"
-        for number, (prompt, row_images, partition, beginning) in enumerate(arguments):
-            name = f"prompts[{number}]"
-            turns = read_turns(prompt, count_images(row_images, name), name)
-            formatted = format_prompt(turns, self.tokenizer, beginning, control=control, name=name)
-            examples.append(self._example(formatted, row_images, partition, name, keep))
+        examples = [
+            self.encode(
+                prompt,
+                row_images,
+                max_partition=partition,
+                assistant_prefix=prefix,
+                truncate=truncate,
+                parse_special_tokens=parse_special_tokens,
+                name="the prompt" if one_prompt else f"prompts[{b}]",
+            )
+            for b, (prompt, row_images, partition, prefix) in enumerate(arguments)
+        ]
         pixels = np.concatenate([example.pixels for example in examples])
         return pad_batch([e.tokens for e in examples], pixels, self.config, self.buckets)
 
-    def training_example(
+    def encode(
+        self,
+        prompt: Prompt,
+        images: Images | None = None,
+        *,
+        max_partition: int = 9,
+        assistant_prefix: str = "",
+        max_length: int | None = None,
+        truncate: bool = False,
+        parse_special_tokens: bool = True,
+        name: str = "the prompt",
+    ) -> Example:
+        """Encode one prompt without padding.
+
+        The length is checked before any image is decoded, if the images are PIL images that were
+        opened but not loaded.
+
+        Args:
+          prompt: As in `__call__`.
+          images: As in `__call__`, for one prompt.
+          max_partition: As in `__call__`.
+          assistant_prefix: As in `__call__`.
+          max_length: Maximum number of positions, at most the model's own limit, which is the
+            default.
+          truncate: As in `__call__`.
+          parse_special_tokens: As in `__call__`.
+          name: How error messages call the prompt.
+
+        Returns:
+          An `Example` with tokens int32 [T] and pixels float32 [I, h, w, C].
+
+        Raises:
+          PromptError: The prompt is empty or malformed, or does not match its images.
+          PromptTooLongError: The prompt is too long, and `truncate` is False.
+          ImageError: An image cannot be read, decoded or cut into crops.
+        """
+        turns, sources = parse_prompt(prompt, list_images(images, name), name)
+        encoded = encode_prompt(
+            turns,
+            self.tokenizer,
+            assistant_prefix,
+            parse_special_tokens=parse_special_tokens,
+            name=name,
+        )
+        side = "left" if truncate else None
+        return self._build_example(encoded, sources, max_partition, max_length, side, name)
+
+    def encode_training_example(
         self,
         turns: Sequence[Turn],
-        images: Images = (),
+        images: Images | None = None,
         *,
         max_partition: int = 9,
         max_length: int | None = None,
         truncate: bool = False,
-        control: bool = True,
+        parse_special_tokens: bool = True,
     ) -> Example:
-        """Make an example of a conversation whose assistant turns are learned.
+        """Encode a conversation whose assistant turns the model learns.
 
         Args:
-          turns: the conversation.
-          images: in order of appearance.
-          max_partition: the most cells an image is cut into.
-          max_length: the longest example, in positions; None for the model's own limit.
-          truncate: cut a conversation that is too long: its first positions are kept, so the last
-            answers go.
-          control: see `__call__`.
+          turns: The conversation.
+          images: The images in order of appearance.
+          max_partition: Maximum number of cells that an image is cut into.
+          max_length: Maximum number of positions, at most the model's own limit, which is the
+            default.
+          truncate: Whether to cut a conversation that is too long. Its first positions are kept, so
+            the last answers are dropped.
+          parse_special_tokens: As in `__call__`.
+
+        Returns:
+          An `Example` with tokens and labels int32 [T] and pixels float32 [I, h, w, C].
 
         Raises:
-          PromptError: the conversation is malformed, too long, without an assistant turn, or does
-            not go with its images; or cutting it would cut an image or leave no answer.
-          ImageError: an image cannot be decoded or cut into crops.
+          PromptError: The conversation is malformed, too long, does not match its images or has no
+            assistant turn; or the cut would go through an image or leave no answer.
+          ImageError: An image cannot be read, decoded or cut into crops.
         """
         name = "the conversation"
-        turns = read_turns(turns, count_images(images, name), name)
-        formatted = format_conversation(turns, self.tokenizer, control=control)
-        if all(label == IGNORED for label in formatted.labels):
-            raise PromptError(f"{name} has no assistant turn, so nothing could be learned from it")
-        keep = "first" if truncate else "all"
-        return self._example(formatted, images, max_partition, name, keep, max_length)
+        turns, sources = parse_prompt(turns, list_images(images, name), name)
+        encoded = encode_conversation(
+            turns, self.tokenizer, parse_special_tokens=parse_special_tokens
+        )
+        if all(label == IGNORE_INDEX for label in encoded.labels):
+            raise PromptError(f"{name} has no assistant turn, so there is nothing to learn")
+        side = "right" if truncate else None
+        return self._build_example(encoded, sources, max_partition, max_length, side, name)
 
-    def from_reference(
+    def convert_hf_inputs(
         self,
         input_ids: Sequence[ArrayLike] | np.ndarray,
         pixel_values: ArrayLike | None = None,
         attention_mask: Sequence[ArrayLike] | np.ndarray | None = None,
     ) -> Inputs:
-        """Make a batch of the original's own inputs, to check the model apart from preprocessing.
+        """Convert the original PyTorch model's inputs, to compare models without preprocessing.
 
         Args:
-          input_ids: int [u], [B, u] or a list of rows: one -300 a crop; padded on either side.
-          pixel_values: float32 [I, C, H, W], in order of appearance; None if there are no crops.
-          attention_mask: bool, shaped like `input_ids`: False is padding. Without it the pad id is.
+          input_ids: int [u], [B, u] or a list of rows, with one -300 per crop; padded on either
+            side.
+          pixel_values: float32 [I, C, h, w], in order of appearance; None if there are no crops.
+          attention_mask: bool, shaped like `input_ids`, False at padding. By default the pad id is
+            padding.
 
         Raises:
-          PromptError: an id is not one of the model's, a row is empty, or the mask does not fit.
-          ImageError: the crops are not as many, or not of the shape, that the ids ask for.
+          PromptError: An id is unknown, a row is empty, or the mask has another shape.
+          ImageError: The number or shape of the crops does not match the ids.
         """
-        padded = as_rows(input_ids)
+        padded = _as_rows(input_ids)
         masks = [row != self.config.pad_id for row in padded]
         if attention_mask is not None:
-            given = [mask.astype(bool) for mask in as_rows(attention_mask)]
+            given = [mask.astype(bool) for mask in _as_rows(attention_mask)]
             if [len(mask) for mask in given] != [len(mask) for mask in masks]:
                 raise PromptError("attention_mask has another shape than input_ids")
             masks = given
         rows = [row[mask] for row, mask in zip(padded, masks, strict=True)]
         for number, row in enumerate(rows):
             self._check_ids(row, f"row {number} of input_ids")
-        side = self.image_settings.side
-        pixels = np.asarray(np.zeros((0, 3, side, side)) if pixel_values is None else pixel_values)
+        size = self.image_config.crop_size
+        pixels = np.asarray(np.zeros((0, 3, size, size)) if pixel_values is None else pixel_values)
         num_crops = sum(row.tolist().count(IMAGE_SLOT) for row in rows)
-        if pixels.shape != (num_crops, 3, side, side):
+        if pixels.shape != (num_crops, 3, size, size):
             raise ImageError(
                 f"pixel_values has the shape {list(pixels.shape)}, expected "
-                f"{[num_crops, 3, side, side]}: one crop for each {IMAGE_SLOT} in input_ids"
+                f"{[num_crops, 3, size, size]}: one crop for each {IMAGE_SLOT} in input_ids"
             )
         rows = [self._expand(row, row) for row in rows]
         return pad_batch(rows, pixels.transpose(0, 2, 3, 1), self.config, self.buckets)
 
     def decode(self, tokens: ArrayLike) -> str | list[str]:
-        """Decode generated ids up to the first stop id, special ids left out.
+        """Decode generated ids up to the first stop id, skipping special tokens.
 
         Args:
-          tokens: int [N], which gives one text, or [B, N], which gives one a row.
+          tokens: int [n], which gives one text, or [B, n], which gives one per row.
 
         Raises:
-          PromptError: a number before the stop id is not the id of a piece.
+          PromptError: A number before the stop id is not the id of a piece.
         """
         if np.ndim(tokens) == 2:
             return [self._decode_row(row.tolist()) for row in np.asarray(tokens)]
         return self._decode_row(np.asarray(tokens).tolist())
 
-    def stream_text(self) -> TextStream:
-        """A decoder that takes generated ids one by one."""
-        return TextStream(self.tokenizer)
+    def new_detokenizer(self) -> IncrementalDetokenizer:
+        """Create a decoder that takes generated ids one by one."""
+        return IncrementalDetokenizer(self.tokenizer)
 
-    def _decode_row(self, ids: list[int]) -> str:
-        stops = (n for n, i in enumerate(ids) if i in self.config.eos_ids)
-        return self.tokenizer.decode(ids[: next(stops, len(ids))])
+    def image_layout(self, image: Image.Image, max_partition: int = 9) -> ImageLayout:
+        """Return how an image is cut into crops and how many positions it takes in a prompt.
 
-    def _example(
+        Raises:
+          ImageError: The image has no pixels, or `max_partition` is below 1.
+        """
+        return layout_image(
+            image.width,
+            image.height,
+            self.image_config.crop_size,
+            self.config.visual_tokenizer.tokens_per_crop,
+            max_partition,
+        )
+
+    def count_image_tokens(self, images: Sequence[Image.Image], max_partition: int = 9) -> int:
+        """Count the positions that images take in a prompt: visual tokens and indicators."""
+        return sum(self.image_layout(image, max_partition).num_tokens for image in images)
+
+    def _build_example(
         self,
-        formatted: Formatted,
-        images: Images,
+        encoded: EncodedConversation,
+        sources: Sequence[ImageSource],
         max_partition: int,
+        max_length: int | None,
+        truncation_side: Literal["left", "right"] | None,
         name: str,
-        keep: Literal["all", "first", "last"],
-        max_length: int | None = None,
     ) -> Example:
-        """Put the images into a formatted conversation, and hold it to the longest length."""
-        marks = [self._placeholders(image, max_partition) for image in images]
-        ids, labels = np.array(place_images(formatted, marks))
-        # "<pad>" spelled out in a text is masked in the original: it has no position, no effect.
+        """Insert the images into an encoded conversation, and enforce the maximum length."""
+        images = [open_image(x, f"image {n} of {name}") for n, x in enumerate(sources, 1)]
+        layouts = [self.image_layout(image, max_partition) for image in images]
+        placed = insert_image_placeholders(encoded, [x.placeholder_ids for x in layouts])
+        ids, labels = np.array(placed)
+        # The original masks "<pad>" spelled out in a text: it has no position and no effect.
         kept = ids != self.config.pad_id
         ids, labels = ids[kept], labels[kept]
         tokens, labels = self._expand(ids, ids), self._expand(labels, ids)
         limit = self.config.multimodal_max_length
+        if max_length is not None and max_length < 1:
+            raise PromptError(f"max_length is {max_length}, expected at least 1")
         limit = limit if max_length is None else min(limit, max_length)
-        if len(tokens) > limit and keep == "all":
-            text_length = len(tokens) - self.image_length(images, max_partition)
-            raise PromptTooLong(
-                f"{name} is {len(tokens)} positions long, more than the {limit} that the model "
-                f"reads; {self._advice(limit - text_length, images, max_partition)}"
+        if len(tokens) > limit and truncation_side is None:
+            room = limit - len(tokens) + sum(layout.num_tokens for layout in layouts)
+            raise PromptTooLongError(
+                f"{name} is {len(tokens)} positions long, more than the {limit} allowed; "
+                f"{self._advise(room, images, max_partition)}"
             )
-        side = self.image_settings.side
-        pixels = [crops(image, self.image_settings, max_partition)[0] for image in images]
-        none = np.zeros((0, side, side, 3), np.float32)
-        example = Example(tokens, labels, np.concatenate([none, *pixels]))
-        if keep == "first":
-            return first_positions(example, limit)
-        return last_positions(example, limit, self.config.visual_tokenizer.tokens_per_crop)
-
-    def _placeholders(self, image: Image.Image, max_partition: int) -> list[int]:
-        side = self.image_settings.side
-        return placeholders(choose_grid(image.width, image.height, side, max_partition))
-
-    def image_length(self, images: Images, max_partition: int) -> int:
-        """The positions that images take, indicators and the visual tokens of all their crops."""
-        marks = np.array([i for image in images for i in self._placeholders(image, max_partition)])
-        return len(self._expand(marks, marks))
+        size = self.image_config.crop_size
+        pixels = [preprocess_image(image, self.image_config, max_partition)[0] for image in images]
+        example = Example(
+            tokens, labels, np.concatenate([np.zeros((0, size, size, 3), np.float32), *pixels])
+        )
+        if truncation_side == "right":
+            return truncate_right(example, limit)
+        return truncate_left(example, limit, self.config.visual_tokenizer.tokens_per_crop)
 
     def _expand(self, values: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Repeat the values at each IMAGE_SLOT of `ids`, one a visual token: [u] -> int32 [T]."""
+        """Repeat the values at each IMAGE_SLOT of `ids` per visual token: [u] -> int32 [T]."""
         repeats = np.where(ids == IMAGE_SLOT, self.config.visual_tokenizer.tokens_per_crop, 1)
         return np.repeat(values, repeats).astype(np.int32)
 
-    def _advice(self, room: int, images: Images, max_partition: int) -> str:
-        """How a prompt that is too long can be made to fit, with `room` positions for images."""
+    def _advise(self, room: int, images: Sequence[Image.Image], max_partition: int) -> str:
+        """Say how a prompt that is too long can fit, with `room` positions left for images."""
         for smaller in range(max_partition - 1, 0, -1):
-            if images and self.image_length(images, smaller) <= room:
+            if images and self.count_image_tokens(images, smaller) <= room:
                 return f"it fits with max_partition={smaller}"
-        return f"shorten the text{' or give fewer images' if images else ''}"
+        return f"shorten the text{' or pass fewer images' if images else ''}"
+
+    def _decode_row(self, ids: list[int]) -> str:
+        stops = (n for n, i in enumerate(ids) if i in self.config.eos_ids)
+        return self.tokenizer.decode(ids[: next(stops, len(ids))])
 
     def _check_ids(self, row: np.ndarray, name: str) -> None:
         vocab_size, lowest = self.config.decoder.vocab_size, IMAGE_SLOT - NUM_IMAGE_INDICATORS
@@ -288,12 +379,29 @@ class Processor:
                 f"or from {lowest} to {IMAGE_SLOT}"
             )
         if not len(row):
-            raise PromptError(f"{name} is nothing but padding")
+            raise PromptError(f"{name} holds only padding")
 
 
-def _one_each(values: Sequence[Entry], batch: int, name: str) -> Sequence[Entry]:
+def _is_conversation(prompts: Any) -> bool:
+    """Whether a list of turns was passed, rather than a list of prompts."""
+    return isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], Mapping)
+
+
+def _one_each(values: Any, batch: int, name: str) -> Sequence[Any]:
+    """Return one value per prompt; a single number or string counts for all of them."""
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+        return [values] * batch
     if len(values) != batch:
         raise PromptError(
-            f"{name} has {len(values)} entries for {batch} prompts; give one for each prompt"
+            f"{name} has {len(values)} entries for {batch} prompts; pass one for each prompt"
         )
-    return values
+    return cast(Sequence[Any], values)
+
+
+def _as_rows(values: Sequence[ArrayLike] | np.ndarray) -> list[np.ndarray]:
+    """Return a batch, or one row, as a list of rows."""
+    if not len(values):
+        raise PromptError("input_ids is empty, expected at least one row of ids")
+    if np.ndim(values[0]) == 0:
+        return [np.asarray(values)]
+    return [np.asarray(row) for row in values]

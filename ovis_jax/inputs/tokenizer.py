@@ -1,10 +1,10 @@
-"""Text to ids and back, with tokenizer.model (SentencePiece) or tokenizer.json.
+"""Text to token ids and back, with tokenizer.model (SentencePiece) or tokenizer.json.
 
-The fast tokenizer of the original, tokenizer.json, is the truth. It first cuts a text at its added
-tokens (control marks, runs of newlines, ...), then encodes each stretch of ordinary text by byte
-pair encoding. SentencePiece encodes ordinary text alike, but never reads control marks, and cuts
-at other places where U+2581 itself is typed. So the cutting is done here, for both alike, and a
-backend only ever sees ordinary text. Decoding needs nothing but the table of pieces.
+The original's fast tokenizer, tokenizer.json, is the reference. It first splits a text at its added
+tokens (special tokens, runs of newlines, ...), then encodes each stretch of ordinary text by byte
+pair encoding. SentencePiece encodes ordinary text in the same way, but it never recognizes special
+tokens, and it splits differently at a literal U+2581. So this module does the splitting for both,
+and the backend sees only ordinary text. Decoding needs only the vocabulary.
 """
 
 import re
@@ -16,16 +16,16 @@ import sentencepiece
 import tokenizers
 
 from ovis_jax.errors import ConfigError, PromptError
-from ovis_jax.fields import Fields, read_json
+from ovis_jax.json_fields import JsonObject, read_json
 
 TURN_START = "<start_of_turn>"
 TURN_END = "<end_of_turn>"
 
 SPACE = "▁"
-"""How pieces write a space."""
+"""A space in a piece."""
 
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
-"""The pieces that stand for one byte of a character without a piece of its own."""
+"""The pieces for single bytes, which encode characters that have no piece."""
 
 DECODER = {
     "type": "Sequence",
@@ -35,43 +35,42 @@ DECODER = {
         {"type": "Fuse"},
     ],
 }
-"""What a tokenizer.json must say of decoding, because `TextStream` does it."""
+"""The decoder that tokenizer.json must specify: the one `IncrementalDetokenizer` implements."""
 
 
 class Tokenizer:
-    """Text <-> ids; made by `from_folder`.
+    """Converts between text and ids; create it with `from_folder`.
 
     Args:
-      pieces: the text of every id.
-      added: the ids of the added tokens, by their text; a text is first cut at these.
-      special: the added tokens that decoding leaves out.
-      encode_ordinary: text in which no added token occurs -> ids.
+      pieces: The text of every id.
+      added_tokens: The id of each added token, by its text. Texts are split at these first.
+      special_tokens: The added tokens that decoding skips.
+      encode_ordinary: Encodes text in which no added token occurs.
     """
 
     def __init__(
         self,
         pieces: Sequence[str],
-        added: Mapping[str, int],
-        special: Collection[str],
+        added_tokens: Mapping[str, int],
+        special_tokens: Collection[str],
         encode_ordinary: Callable[[str], list[int]],
     ):
         self.pieces = pieces
-        self.special_ids = frozenset(added[piece] for piece in special)
+        self.special_ids = frozenset(added_tokens[piece] for piece in special_tokens)
         self._ids = {piece: i for i, piece in enumerate(pieces)}
-        self._added = added
+        self._added_tokens = added_tokens
         self._encode_ordinary = encode_ordinary
-        self._cuts = _cut_pattern(added, broken=())
-        # The marks that build a conversation are control marks whatever the tokenizer calls them.
-        self._safe_cuts = _cut_pattern(
-            added, broken={*special, *({TURN_START, TURN_END} & added.keys())}
-        )
+        self._splitter = _split_pattern(added_tokens, broken=())
+        # The turn markers count as special, even where the tokenizer does not mark them as special.
+        turn_markers = {TURN_START, TURN_END} & added_tokens.keys()
+        self._safe_splitter = _split_pattern(added_tokens, broken={*special_tokens, *turn_markers})
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
-        """Read tokenizer.model with tokenizer_config.json, or else tokenizer.json, of a folder.
+        """Read tokenizer.model with tokenizer_config.json, or otherwise tokenizer.json.
 
         Raises:
-          ConfigError: neither is there, or one cannot be read or asks for what is not supported.
+          ConfigError: The folder has neither, or a file cannot be read or is not supported.
         """
         if all((folder / name).exists() for name in ("tokenizer.model", "tokenizer_config.json")):
             return cls.from_sentencepiece(folder)
@@ -79,15 +78,15 @@ class Tokenizer:
             return cls.from_json(folder)
         raise ConfigError(
             f"{folder} holds neither tokenizer.model with tokenizer_config.json nor "
-            "tokenizer.json; copy them from the checkpoint it was made from"
+            "tokenizer.json; copy them from the original checkpoint"
         )
 
     @classmethod
     def from_sentencepiece(cls, folder: Path) -> Self:
-        """Read tokenizer.model, and the added tokens that tokenizer_config.json lists.
+        """Read tokenizer.model, and the added tokens in tokenizer_config.json.
 
         Raises:
-          ConfigError: one of them cannot be read or asks for what is not supported.
+          ConfigError: A file cannot be read or is not supported.
         """
         model = folder / "tokenizer.model"
         try:
@@ -95,26 +94,26 @@ class Tokenizer:
         except (OSError, RuntimeError) as error:
             raise ConfigError(f"{model} cannot be read by SentencePiece: {error}") from error
         name = "tokenizer_config.json"
-        listed = Fields(read_json(folder / name), name).section("added_tokens_decoder")
+        listed = JsonObject(read_json(folder / name), name).get_object("added_tokens_decoder")
         pieces = processor.id_to_piece(list(range(processor.get_piece_size())))
-        # tokenizer.json holds a tab as an ordinary piece, so it never joins a run of bytes.
+        # In tokenizer.json a tab is an ordinary piece, so it never joins a run of bytes.
         pieces = ["\t" if piece == "<0x09>" else piece for piece in pieces]
-        entries = [(i, listed.section(i)) for i in listed.values]
-        return cls(pieces, *_added_tokens(entries, pieces), processor.encode)
+        entries = [(i, listed.get_object(i)) for i in listed.values]
+        return cls(pieces, *_read_added_tokens(entries, pieces), processor.encode)
 
     @classmethod
     def from_json(cls, folder: Path) -> Self:
         """Read tokenizer.json; its merges may be strings or pairs.
 
         Raises:
-          ConfigError: it cannot be read or asks for what is not supported.
+          ConfigError: The file cannot be read or is not supported.
         """
         path = folder / "tokenizer.json"
-        fields = Fields(read_json(path), "tokenizer.json")
-        fields.require("decoder", DECODER)
+        fields = JsonObject(read_json(path), "tokenizer.json")
+        fields.require_value("decoder", DECODER)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        # The class that the library raises is Exception itself.
+        # The library raises plain Exception.
         except Exception as error:
             raise ConfigError(f"{path} cannot be read by tokenizers: {error}") from error
         ids = backend.get_vocab(with_added_tokens=True)
@@ -122,56 +121,56 @@ class Tokenizer:
         if [ids[piece] for piece in pieces] != list(range(len(pieces))):
             raise ConfigError(f"{path}: the ids of the pieces are not 0 to {len(pieces) - 1}")
         entries = [
-            (token["id"], Fields(token, f"tokenizer.json: added_tokens {token['id']}"))
+            (token["id"], JsonObject(token, f"tokenizer.json: added_tokens {token['id']}"))
             for token in fields.get("added_tokens")
         ]
         return cls(
             pieces,
-            *_added_tokens(entries, pieces),
+            *_read_added_tokens(entries, pieces),
             lambda text: backend.encode(text, add_special_tokens=False).ids,
         )
 
-    def encode(self, text: str, *, control: bool = True) -> list[int]:
-        """Encode a text; no id is put before or after it.
+    def encode(self, text: str, *, parse_special_tokens: bool = True) -> list[int]:
+        """Encode a text, without adding ids before or after it.
 
         Args:
-          text: any text that has a UTF-8 form.
-          control: whether a control mark such as "<eos>" that is spelled out in the text becomes
-            its control id, as in the original; else it is encoded as ordinary text.
+          text: Any text that has a UTF-8 form.
+          parse_special_tokens: Whether a special token such as "<eos>" that is spelled out in the
+            text becomes its id, as in the original. Otherwise it is encoded as ordinary text.
 
         Raises:
-          PromptError: the text holds half of a surrogate pair.
+          PromptError: The text holds half of a surrogate pair.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise PromptError(
                 f"character {error.start} of the text is {text[error.start]!r}, half of a "
-                "surrogate pair, which is no character; remove it or add its other half"
+                "surrogate pair, which is not a character; remove it or add its other half"
             ) from None
         ids: list[int] = []
-        cuts = self._cuts if control else self._safe_cuts
-        for stretch in cuts.split(text):
-            if stretch in self._added:
-                ids.append(self._added[stretch])
+        splitter = self._splitter if parse_special_tokens else self._safe_splitter
+        for stretch in splitter.split(text):
+            if stretch in self._added_tokens:
+                ids.append(self._added_tokens[stretch])
             elif stretch:
                 ids += self._encode_ordinary(stretch)
         return ids
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Decode ids; `skip_special` leaves control ids out, else they give their names.
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Decode ids.
 
         Raises:
-          PromptError: a number is not the id of a piece.
+          PromptError: A number is not the id of a piece.
         """
-        stream = TextStream(self, skip_special=skip_special)
-        return "".join([*map(stream.push, ids), stream.finish()])
+        detokenizer = IncrementalDetokenizer(self, skip_special_tokens=skip_special_tokens)
+        return "".join([*map(detokenizer.push, ids), detokenizer.finish()])
 
-    def id_of(self, piece: str) -> int:
-        """The id of a piece.
+    def token_to_id(self, piece: str) -> int:
+        """Return the id of a piece.
 
         Raises:
-          ConfigError: there is no such piece.
+          ConfigError: There is no such piece.
         """
         if piece not in self._ids:
             raise ConfigError(
@@ -180,20 +179,20 @@ class Tokenizer:
         return self._ids[piece]
 
 
-class TextStream:
-    """Decodes ids one by one; what it gives joins to what `Tokenizer.decode` gives for all.
+class IncrementalDetokenizer:
+    """Decodes ids one by one; the returned texts join to the result of `Tokenizer.decode`.
 
-    Bytes are held back until the run of bytes they stand in ends, so no half of a character is
-    ever given out. `finish` gives the bytes that are still held back at the end.
+    Bytes are held back until their run ends, so part of a character is never returned. `finish`
+    returns what is still held back at the end.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special else frozenset()
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._bytes = bytearray()
 
     def push(self, token: int) -> str:
-        """The text that is sure once `token` is known, often empty.
+        """Add an id and return the text that is now certain, which is often empty.
 
         Raises:
           PromptError: `token` is not the id of a piece.
@@ -212,7 +211,7 @@ class TextStream:
         return self.finish() + piece.replace(SPACE, " ")
 
     def finish(self) -> str:
-        """The text of the bytes held back; U+FFFD for each byte of a run that is not UTF-8."""
+        """Return the text of the held-back bytes: U+FFFD per byte if they are not UTF-8."""
         run, self._bytes = self._bytes, bytearray()
         try:
             return run.decode()
@@ -220,36 +219,36 @@ class TextStream:
             return "\ufffd" * len(run)
 
 
-def _cut_pattern(added: Collection[str], broken: Collection[str]) -> re.Pattern[str]:
-    """A pattern that cuts a text at added tokens: leftmost first, then the longest.
+def _split_pattern(added_tokens: Collection[str], broken: Collection[str]) -> re.Pattern[str]:
+    """Compile a pattern that splits a text at added tokens: leftmost first, then longest.
 
-    Of a `broken` token only the first character is cut out, and the rest is left to be read on:
-    neither part is the token any more, so no backend can see it.
+    Only the first character of a `broken` token is split off, and the rest stays in the text.
+    Neither part is the token any more, so no backend can recognize it.
     """
     parts = [
         f"{re.escape(token[0])}(?={re.escape(token[1:])})" if token in broken else re.escape(token)
-        for token in sorted(added, key=len, reverse=True)
+        for token in sorted(added_tokens, key=len, reverse=True)
     ]
     return re.compile(f"({'|'.join(parts)})" if parts else "(?!)")
 
 
-def _added_tokens(
-    entries: Iterable[tuple[Any, Fields]], pieces: Sequence[str]
+def _read_added_tokens(
+    entries: Iterable[tuple[Any, JsonObject]], pieces: Sequence[str]
 ) -> tuple[dict[str, int], set[str]]:
-    """The ids of the added tokens by their text, and the texts of the special ones."""
+    """Return the id of each added token, and the special tokens."""
     added: dict[str, int] = {}
     special: set[str] = set()
     for key, token in entries:
         for flag in ("lstrip", "rstrip", "single_word", "normalized"):
-            token.require(flag, False)
+            token.require_value(flag, False)
         i, text = int(key), token.get("content")
         if not 0 <= i < len(pieces) or pieces[i] != text:
             raise token.error(
-                "content", text, f"the piece that the vocabulary of {len(pieces)} has at id {i}"
+                "content", text, f"the piece with id {i} in the vocabulary of {len(pieces)}"
             )
         added[text] = i
         if token.get("special"):
             if len(text) < 2:
-                raise token.error("content", text, "two characters or more in a special token")
+                raise token.error("content", text, "at least two characters in a special token")
             special.add(text)
     return added, special

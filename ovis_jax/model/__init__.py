@@ -1,1 +1,1 @@
-"""Device side: pure functions of (params, arrays)."""
+"""Device side: the model as pure functions of (params, arrays)."""

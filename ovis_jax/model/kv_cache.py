@@ -1,7 +1,8 @@
-"""Keys and values of the positions read so far.
+"""The KV cache: keys and values of the positions read so far.
 
-A global block keeps every position; a local block keeps a ring of the last `sliding_window`. Both
-follow one rule: position p lies in slot p mod S. A full cache is a ring that never comes round.
+A global block caches every position, a local block only the last `sliding_window`, in a ring. Both
+follow one rule: position p is stored in slot p mod S. In a global block S is the maximum length, so
+that the ring never wraps around.
 """
 
 from typing import NamedTuple
@@ -13,103 +14,107 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ovis_jax.config import DecoderConfig
+from ovis_jax.model.cpu import write_slot
 
 KeyValue = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
 """Keys and values of one block."""
 
 
 class Cache(NamedTuple):
-    """The cache of all blocks, and how many positions each row has read."""
+    """The cache of all blocks.
+
+    Attributes:
+      blocks: keys and values of each block.
+      lengths: number of positions that each row has read.
+    """
 
     blocks: tuple[KeyValue, ...]
     lengths: Int[Array, "B"]
 
 
 def num_slots(config: DecoderConfig, block: int, max_length: int) -> int:
-    """S: the slots that a block needs for rows of up to `max_length` positions."""
+    """S: the number of slots of a block in a cache for up to `max_length` positions."""
     window = config.window(block)
     return max_length if window is None else min(window, max_length)
 
 
-def empty(config: DecoderConfig, rows: int, max_length: int, dtype: DTypeLike) -> Cache:
-    """The cache of rows that have read nothing."""
+def empty_cache(config: DecoderConfig, num_rows: int, max_length: int, dtype: DTypeLike) -> Cache:
+    """A cache in which no row has read anything."""
 
     def zeros(block: int) -> Array:
         slots = num_slots(config, block, max_length)
-        return jnp.zeros((rows, config.num_kv_heads, slots, config.head_dim), dtype)
+        return jnp.zeros((num_rows, config.num_kv_heads, slots, config.head_dim), dtype)
 
     blocks = tuple((zeros(i), zeros(i)) for i in range(config.depth))
-    return Cache(blocks, jnp.zeros((rows,), jnp.int32))
+    return Cache(blocks, jnp.zeros((num_rows,), jnp.int32))
 
 
-def slot_positions(lengths: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:
-    """The position that each slot holds once `lengths` positions were written; -1 where none."""
+def slot_positions(lengths: Int[Array, "B"], num_slots: int) -> Int[Array, "B S"]:
+    """The position stored in each slot after `lengths` positions; -1 for an empty slot."""
     last = lengths[:, None] - 1  # [B, 1]
-    positions = last - (last - jnp.arange(slots)) % slots
+    positions = last - (last - jnp.arange(num_slots)) % num_slots
     return jnp.maximum(positions, -1)
 
 
-def fill(
+def cache_prompt(
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
     positions: Int[Array, "B T"],
-    slots: int,
+    num_slots: int,
 ) -> KeyValue:
-    """The slots of a block after a whole prompt; `positions` is -1 at padding on either side."""
+    """Build a block's cache from the keys and values of full prompts.
+
+    Args:
+      k: keys of the prompts.
+      v: values of the prompts.
+      positions: positions from 0; -1 at padding, on either side.
+      num_slots: S of the block.
+    """
     lengths = jnp.max(positions, axis=1) + 1
     first = jnp.argmax(positions >= 0, axis=1)  # the column of position 0
-    columns = first[:, None] + jnp.maximum(slot_positions(lengths, slots), 0)  # [B, S]
+    columns = first[:, None] + jnp.maximum(slot_positions(lengths, num_slots), 0)  # [B, S]
     columns = columns[:, None, :, None]
     return jnp.take_along_axis(k, columns, axis=2), jnp.take_along_axis(v, columns, axis=2)
 
 
-def append(
+def append_chunk(
     block: KeyValue,
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
     positions: Int[Array, "B T"],
 ) -> KeyValue:
-    """Put T more positions a row in their slots, over those that leave.
+    """Write T more positions per row into a block's cache; in a ring they replace the oldest.
 
-    `positions` goes on where the row has come to, rising by one; -1 at padding on the right.
+    Args:
+      block: the cache of the block.
+      k: keys of the new positions.
+      v: values of the new positions.
+      positions: consecutive positions that continue each row; -1 at padding on the right.
     """
     slots, T = block[0].shape[2], k.shape[2]
     first = positions[:, :1]
-    held = slot_positions(jnp.max(positions, axis=1) + 1, slots)  # [B, S]
-    columns = jnp.clip(held - first, 0, T - 1)[:, None, :, None]
-    new = (held >= first)[:, None, :, None]
+    stored = slot_positions(jnp.max(positions, axis=1) + 1, slots)  # [B, S]
+    columns = jnp.clip(stored - first, 0, T - 1)[:, None, :, None]
+    is_new = (stored >= first)[:, None, :, None]
 
-    def put(old: Array, values: Array) -> Array:
-        return jnp.where(new, jnp.take_along_axis(values, columns, axis=2), old)
+    def update(old: Array, values: Array) -> Array:
+        return jnp.where(is_new, jnp.take_along_axis(values, columns, axis=2), old)
 
-    return put(block[0], k), put(block[1], v)
+    return update(block[0], k), update(block[1], v)
 
 
-def write(
+def append_token(
     block: KeyValue,
     k: Float[Array, "B K 1 H"],
     v: Float[Array, "B K 1 H"],
     positions: Int[Array, "B"],
 ) -> KeyValue:
-    """Put one more position a row in its slot, over the position that leaves."""
+    """Write one more position per row into a block's cache; in a ring it replaces the oldest."""
     slots = positions % block[0].shape[2]
 
-    def put(rows: Array, values: Array) -> Array:
-        if rows.shape[0] == 1:  # without an axis of rows, every backend does it in place
-            return _put(rows[0], values[0], slots[0])[None]
-        return jax.vmap(_put)(rows, values, slots)
+    def update(rows: Array, values: Array) -> Array:
+        if rows.shape[0] == 1:  # without a batch axis every backend updates in place
+            return write_slot(rows[0], values[0], slots[0])[None]
+        return jax.vmap(write_slot)(rows, values, slots)
 
-    return put(block[0], k), put(block[1], v)
-
-
-def _put(row: Float[Array, "K S H"], value: Float[Array, "K 1 H"], slot: Array) -> Array:
-    def update(row: Array, value: Array, slot: Array) -> Array:
-        return jax.lax.dynamic_update_slice(row, value, (0, slot, 0))
-
-    def choose(row: Array, value: Array, slot: Array) -> Array:
-        here = jnp.arange(row.shape[1]) == slot  # [S]
-        return jnp.where(here[:, None], value, row)
-
-    # XLA's CPU backend updates bfloat16 in a float32 copy of the whole; to choose is one pass.
-    cpu = update if row.dtype == jnp.float32 else choose
-    return jax.lax.platform_dependent(row, value, slot, cpu=cpu, default=update)
+    return update(block[0], k), update(block[1], v)

@@ -1,9 +1,9 @@
-"""The whole model: images and token ids -> logits, with or without a cache."""
+"""The complete model: images and token ids -> logits, with or without a KV cache."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,33 +12,55 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Key
 
+from ovis_jax.api_type_checks import check_argument_types
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import RequestError
 from ovis_jax.inputs.batch import Inputs
-from ovis_jax.inputs.image import IMAGE_SLOT, IMAGE_START
-from ovis_jax.mesh_axes import under_any_mesh
+from ovis_jax.inputs.image_processing import IMAGE_SLOT, IMAGE_START
+from ovis_jax.mesh import allow_explicit_mesh
+from ovis_jax.model.attention_kernels import AttentionKernel, KernelSetting, Platform
+from ovis_jax.model.cpu import lookup_rows
 from ovis_jax.model.decoder import Decoder
-from ovis_jax.model.kernels import Setting
 from ovis_jax.model.kv_cache import Cache
-from ovis_jax.model.layers import table_rows
-from ovis_jax.model.states import ImageStates, States
 from ovis_jax.model.vision import VisionEncoder
 from ovis_jax.model.visual_tokenizer import (
     VisualTokenizer,
     VisualTokens,
     embed_words,
     merge_patches,
+    scan_visual_tokens,
 )
 
 Params = dict[str, Any]
 """Nested dict of arrays; `ovis_jax.sharding.PARAM_AXES` lists the paths."""
 
-VISUAL_TOKENS_AT_ONCE = 512
-"""Visual tokens whose distributions `scan_words` holds at a time.
 
-In float32 one over 65536 words takes 256 KiB, several times over. So many rows are enough for the
-visual head and the table to be worth reading once more.
-"""
+class ImageStates(NamedTuple):
+    """The stages from crops to visual embeddings.
+
+    Attributes:
+      vision: the patch embeddings, then the output of each SigLIP block.
+      tokens: the stages of the visual tokenizer.
+      embeddings: the visual embeddings.
+    """
+
+    vision: tuple[Float[Array, "I P E"], ...]
+    tokens: VisualTokens
+    embeddings: Float[Array, "I M D"]
+
+
+class ForwardStates(NamedTuple):
+    """The stages of a forward pass.
+
+    Attributes:
+      images: None for inputs without crops.
+      inputs_embeds: text, indicators and visual tokens in one sequence, before scaling by sqrt(D).
+      hidden: the output of each decoder block; the last one is before the final norm.
+    """
+
+    images: ImageStates | None
+    inputs_embeds: Float[Array, "B T D"]
+    hidden: tuple[Float[Array, "B T D"], ...]
 
 
 def apply(module: nn.Module, params: Params, *arguments: Any) -> Any:
@@ -48,19 +70,26 @@ def apply(module: nn.Module, params: Params, *arguments: Any) -> Any:
 
 @dataclass(frozen=True)
 class Ovis:
-    """The model as pure functions of (params, arrays). It holds no array.
+    """The model as pure functions of (params, arrays). It holds no arrays.
 
-    With `remat`, which is for training, each block's gradient computes the block again instead of
-    keeping what was inside it. `attention` is the kernel that reads prompts and crops, or the
-    platform to choose for; `ovis_jax.model.kernels.attention_report` says what is chosen.
+    In the methods, `params` are the parameters of the complete model, with or without the padding
+    for a mesh, and `key` is for a checkpoint whose `tokenize_function` is "gumbel_argmax".
+
+    Attributes:
+      config: sizes and constants.
+      remat: whether gradients recompute each block instead of storing its activations.
+      attention_kernel: kernel for prompts and crops; "auto" chooses one for the platform.
+      platform: platform that the program is compiled for; None for the one that JAX runs on.
+        `ovis_jax.model.attention_kernels.attention_report` says which kernels run there.
     """
 
     config: OvisConfig
     remat: bool = False
-    attention: Setting = "auto"
+    attention_kernel: AttentionKernel = "auto"
+    platform: Platform | None = None
 
     def init(self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> Params:
-        """Random parameters, such as `jax.eval_shape` can take the shapes from."""
+        """Create random parameters; `jax.eval_shape` of this gives their shapes."""
         c = self.config
         vision = VisionEncoder(c.vision, dtype)
         visual_tokenizer = VisualTokenizer(c.visual_tokenizer, dtype)
@@ -78,97 +107,49 @@ class Ovis:
             "decoder": decoder.init(keys[2], embeds, positions)["params"],
         }
 
+    def encode_vision(
+        self, params: Params, pixels: Float[Array, "I h w C"]
+    ) -> tuple[Float[Array, "I P E"], ...]:
+        """Run the vision encoder on normalized crops; returns the states of `VisionEncoder`."""
+        setting = KernelSetting(self.attention_kernel, self.platform)
+        encoder = VisionEncoder(self.config.vision, remat=self.remat, kernel_setting=setting)
+        return apply(encoder, params["vision"], pixels)
+
     def embed_images(
-        self,
-        params: Params,
-        pixels: Float[Array, "I h w C"],
-        key: Key[Array, ""] | None = None,
-    ) -> ImageStates:
-        """Turn crops into visual embeddings.
-
-        Args:
-          params: of the whole model, padded for a mesh or not.
-          pixels: normalised crops.
-          key: for a checkpoint whose `tokenize_function` is gumbel_argmax; see `tokenize`.
-
-        Returns:
-          The states, with the true words alone. Cutting the padding off costs nothing where logits
-          and probabilities are not read; where they are, it gathers them from a mesh.
-        """
-        c = self.config
-        vision, merged = self._see(params, pixels)
-        tokenizer = VisualTokenizer(c.visual_tokenizer)
-        tokens = apply(tokenizer, params["visual_tokenizer"], merged, key)
-        embeddings = embed_words(tokens.probabilities, params["visual_embedding"])
-        words = c.visual_tokenizer.num_words
-        logits, probabilities = (x[..., :words] for x in (tokens.logits, tokens.probabilities))
-        tokens = VisualTokens(tokens.features, logits, probabilities)
-        return ImageStates(vision, tokens, embeddings)
-
-    def embed_crops(
-        self,
-        params: Params,
-        pixels: Float[Array, "I h w C"],
-        key: Key[Array, ""] | None = None,
+        self, params: Params, pixels: Float[Array, "I h w C"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "I M D"]:
-        """The visual embeddings of `embed_images` alone, in bounded memory.
+        """Compute the visual embeddings of normalized crops, in chunks so that memory is bounded.
 
-        Under gumbel_argmax each part of the tokens draws with a key of its own.
+        With "gumbel_argmax" each chunk draws with a key of its own.
         """
 
         def embed(carry: None, tokens: VisualTokens) -> tuple[None, Float[Array, "I m D"]]:
             return carry, embed_words(tokens.probabilities, params["visual_embedding"])
 
-        return self.scan_words(params, pixels, embed, None, key)[1]
+        features = self.encode_vision(params, pixels)[-1]
+        config, tokenizer_params = self.config.visual_tokenizer, params["visual_tokenizer"]
+        return scan_visual_tokens(config, tokenizer_params, features, embed, None, key)[1]
 
-    def scan_words(
-        self,
-        params: Params,
-        pixels: Float[Array, "I h w C"],
-        look: Callable[[Any, VisualTokens], tuple[Any, Any]],
-        carry: Any,
-        key: Key[Array, ""] | None = None,
-    ) -> tuple[Any, Any]:
-        """Look at all visual tokens, at no more of their distributions at a time than memory holds.
+    def embed_images_with_states(
+        self, params: Params, pixels: Float[Array, "I h w C"], key: Key[Array, ""] | None = None
+    ) -> ImageStates:
+        """Compute visual embeddings and every stage before them, all crops at once.
 
-        A part of every crop's tokens is looked at together, so that crops that are spread over
-        devices stay where they are. The parts divide the tokens: none is padded.
-
-        Args:
-          params: of the whole model, padded for a mesh or not.
-          pixels: normalised crops.
-          look: called with what is carried on and the m tokens of a part of each crop, with the
-            columns of padding that a head on a mesh has; gives what is carried on, and arrays
-            [I, m, ...].
-          carry: what the first part gets.
-          key: see `embed_images`.
-
-        Returns:
-          What was carried on to the end, and the arrays joined to [I, M, ...].
+        Logits and probabilities have the real words only. Removing the padding costs nothing where
+        they are not used; where they are, it gathers them from a mesh.
         """
-        tokenizer = VisualTokenizer(self.config.visual_tokenizer)
-        _, merged = self._see(params, pixels)
-        crops, M, width = merged.shape
-        enough = -(crops * M // -VISUAL_TOKENS_AT_ONCE)
-        parts = next(n for n in range(min(enough, M), M + 1) if M % n == 0)
+        c = self.config.visual_tokenizer
+        vision = self.encode_vision(params, pixels)
+        merged = merge_patches(vision[-1], c.hidden_stride)
+        tokens = apply(VisualTokenizer(c), params["visual_tokenizer"], merged, key)
+        embeddings = embed_words(tokens.probabilities, params["visual_embedding"])
+        unpadded = (x[..., : c.num_words] for x in (tokens.logits, tokens.probabilities))
+        return ImageStates(vision, VisualTokens(tokens.features, *unpadded), embeddings)
 
-        def one(carry: Any, part: tuple[Array, Array]) -> tuple[Any, Any]:
-            number, x = part
-            part_key = key if key is None or parts == 1 else jax.random.fold_in(key, number)
-            return look(carry, apply(tokenizer, params["visual_tokenizer"], x, part_key))
-
-        x = merged.reshape(crops, parts, M // parts, width).swapaxes(0, 1)
-        carry, out = jax.lax.scan(one, carry, (jnp.arange(parts), x))  # [parts, I, m, ...]
-        return carry, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(crops, M, *x.shape[3:]), out)
-
-    def _see(
-        self, params: Params, pixels: Float[Array, "I h w C"]
-    ) -> tuple[tuple[Float[Array, "I P E"], ...], Float[Array, "I M merged"]]:
-        """The states of the vision encoder, and the merged patches of the last."""
-        c = self.config
-        encoder = VisionEncoder(c.vision, remat=self.remat, attention=self.attention)
-        vision = apply(encoder, params["vision"], pixels)
-        return vision, merge_patches(vision[-1], c.visual_tokenizer.hidden_stride)
+    def decoder(self, *, remat: bool = False) -> Decoder:
+        """The decoder's module, with the model's attention kernel."""
+        setting = KernelSetting(self.attention_kernel, self.platform)
+        return Decoder(self.config.decoder, remat=remat, kernel_setting=setting)
 
     def embed_inputs(
         self,
@@ -176,13 +157,16 @@ class Ovis:
         tokens: Int[Array, "B T"],
         visual: Float[Array, "I M D"] | None,
     ) -> Float[Array, "B T D"]:
-        """One sequence of embeddings from text ids, indicator ids and visual slots.
+        """Embed text ids, image indicators and visual slots as one sequence.
 
-        Slots take the visual embeddings in order of appearance over the batch.
+        Args:
+          params: see the class.
+          tokens: ids as in `Inputs`.
+          visual: embeddings for the visual slots, in order of appearance over the batch.
         """
         text, table = params["decoder"]["embed"], params["visual_embedding"]
         x = text[jnp.maximum(tokens, 0)]  # [B, T, D]
-        # -301 .. -305 are the last five rows of the table before any padding, in that order.
+        # Ids -301 to -305 are the last five rows of the unpadded table, in that order.
         row = self.config.visual_tokenizer.num_words + (IMAGE_START - tokens)
         x = jnp.where((tokens <= IMAGE_START)[..., None], table[jnp.maximum(row, 0)], x)
         if visual is None:
@@ -194,16 +178,15 @@ class Ovis:
 
     def forward(
         self, params: Params, inputs: Inputs, key: Key[Array, ""] | None = None
-    ) -> tuple[Float[Array, "B T V"], States]:
-        """Float32 logits at every position, without a cache, and the states on the way there."""
+    ) -> tuple[Float[Array, "B T V"], ForwardStates]:
+        """Compute float32 logits at every position, without a cache, and the states before them."""
         pixels = jnp.asarray(inputs.pixels)
-        images = self.embed_images(params, pixels, key) if len(pixels) else None
+        images = self.embed_images_with_states(params, pixels, key) if len(pixels) else None
         visual = None if images is None else images.embeddings
         x = self.embed_inputs(params, jnp.asarray(inputs.tokens), visual)
-        positions = jnp.asarray(inputs.positions)
-        decoder = Decoder(self.config.decoder, remat=self.remat, attention=self.attention)
-        out = apply(decoder, params["decoder"], x, positions)
-        return out.logits, States(images, x, out.hidden_states)
+        decoder = self.decoder(remat=self.remat)
+        out = apply(decoder, params["decoder"], x, jnp.asarray(inputs.positions))
+        return out.logits, ForwardStates(images, x, out.hidden_states)
 
     def prefill(
         self,
@@ -212,19 +195,19 @@ class Ovis:
         max_length: int,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Read whole prompts.
+        """Read full prompts into a new cache.
 
         Args:
-          params: of the whole model.
+          params: see the class.
           inputs: the prompts.
-          max_length: positions a row may reach in all; the cache has room for so many.
-          key: see `embed_images`.
+          max_length: number of positions per row that the cache holds, prompt included.
+          key: see the class.
 
         Returns:
           Float32 logits of each row's last position, and the cache.
 
         Raises:
-          RequestError: the prompts alone are longer than `max_length`.
+          RequestError: the prompts are longer than `max_length`.
         """
         B, T = inputs.tokens.shape
         if T > max_length:
@@ -233,11 +216,10 @@ class Ovis:
             )
         positions = jnp.asarray(inputs.positions)
         pixels = jnp.asarray(inputs.pixels)
-        visual = self.embed_crops(params, pixels, key) if len(pixels) else None
+        visual = self.embed_images(params, pixels, key) if len(pixels) else None
         x = self.embed_inputs(params, jnp.asarray(inputs.tokens), visual)
         columns = jnp.argmax(positions, axis=1)
-        decoder = Decoder(self.config.decoder, attention=self.attention)
-        out = apply(decoder, params["decoder"], x, positions, None, columns, max_length)
+        out = apply(self.decoder(), params["decoder"], x, positions, None, columns, max_length)
         return out.logits[:, 0], Cache(out.key_values, jnp.max(positions, axis=1) + 1)
 
     def extend(
@@ -248,40 +230,58 @@ class Ovis:
         visual: Float[Array, "I M D"] | None,
         cache: Cache,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Read more of prompts whose beginning the cache holds.
+        """Read the next chunk of prompts whose beginning is in the cache.
 
         Args:
-          params: of the whole model.
-          tokens: as in `Inputs`.
-          positions: those that follow `cache.lengths`, at least one a row; -1 at padding on the
-            right.
-          visual: what the visual slots among `tokens` take, in order of appearance.
-          cache: what was read before; `kv_cache.empty` for nothing. It has to have room.
+          params: see the class.
+          tokens: ids as in `Inputs`.
+          positions: positions that continue `cache.lengths`, at least one per row; -1 at padding on
+            the right.
+          visual: embeddings for the visual slots among `tokens`, in order of appearance.
+          cache: with room for the new positions.
 
         Returns:
           Float32 logits of each row's last position, and the new cache.
         """
         x = self.embed_inputs(params, tokens, visual)
         columns = jnp.argmax(positions, axis=1)
-        decoder = Decoder(self.config.decoder)
-        out = apply(decoder, params["decoder"], x, positions, cache, columns)
+        out = apply(self.decoder(), params["decoder"], x, positions, cache, columns)
         return out.logits[:, 0], Cache(out.key_values, jnp.max(positions, axis=1) + 1)
 
     def decode(
         self, params: Params, tokens: Int[Array, "B"], cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Read one more text token a row; float32 logits of what follows, and the new cache."""
-        x = table_rows(params["decoder"]["embed"], tokens)[:, None]  # [B, 1, D]
+        """Read one text token per row; returns float32 logits of the next one, and the cache."""
+        x = lookup_rows(params["decoder"]["embed"], tokens)[:, None]  # [B, 1, D]
         positions = cache.lengths[:, None]  # [B, 1]
-        out = apply(Decoder(self.config.decoder), params["decoder"], x, positions, cache)
+        out = apply(self.decoder(), params["decoder"], x, positions, cache)
         return out.logits[:, 0], Cache(out.key_values, cache.lengths + 1)
 
 
-@partial(jax.jit, static_argnames=("model", "return_states"))
-@under_any_mesh
 def forward(
     model: Ovis, params: Params, inputs: Inputs, *, return_states: bool = False
-) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], States]:
-    """Float32 logits at every position; with `return_states`, also the states on the way there."""
+) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], ForwardStates]:
+    """Compute float32 logits at every position.
+
+    Args:
+      model: static.
+      params: parameters of the model, on any device or mesh.
+      inputs: from `Processor`.
+      return_states: whether to return the intermediate states too.
+
+    Raises:
+      TypeError: an argument has another type.
+    """
+    check_argument_types(
+        "forward", model=(model, Ovis), params=(params, Mapping), inputs=(inputs, Inputs)
+    )
+    return _forward(model, params, inputs, return_states)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+@allow_explicit_mesh
+def _forward(
+    model: Ovis, params: Params, inputs: Inputs, return_states: bool
+) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], ForwardStates]:
     logits, states = model.forward(params, inputs)
     return (logits, states) if return_states else logits

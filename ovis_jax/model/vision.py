@@ -1,7 +1,7 @@
-"""The SigLIP vision encoder: pixels of a crop -> one feature vector a patch.
+"""The SigLIP vision encoder (Zhai et al. 2023): pixels of a crop -> one feature vector per patch.
 
-Ovis reads the last block's output as it is: neither the final LayerNorm nor the pooling head of
-SigLIP is used, and neither is built here.
+Ovis uses the output of the last block directly. SigLIP's final LayerNorm and its pooling head are
+not used, and not built here.
 """
 
 import flax.linen as nn
@@ -11,17 +11,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from ovis_jax.config import VisionConfig
-from ovis_jax.model.kernels import Setting, attend_crops
-from ovis_jax.model.layers import gelu, layer_norm, linear
-
-matrix = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
-ones, zeros = nn.initializers.ones, nn.initializers.zeros
+from ovis_jax.model.attention_kernels import KernelSetting, crop_attention
+from ovis_jax.model.layers import LayerNorm, gelu
+from ovis_jax.model.linear import init_weight, linear
 
 
 def patchify(pixels: Float[Array, "I h w C"], patch_size: int) -> Float[Array, "I P patch"]:
-    """Cut crops into patches, row by row; channels of a patch in the order (C, row, column).
+    """Cut crops into patches, row by row.
 
-    Pixels at the right and the bottom that fill no whole patch are left out.
+    Args:
+      pixels: crops; pixels at the right and the bottom that do not fill a patch are dropped.
+      patch_size: side of a patch in pixels.
+
+    Returns:
+      The values of each patch, in the order (C, row, column).
     """
     I, h, w, C = pixels.shape  # noqa: E741
     rows, columns = h // patch_size, w // patch_size
@@ -30,28 +33,12 @@ def patchify(pixels: Float[Array, "I h w C"], patch_size: int) -> Float[Array, "
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(I, rows * columns, C * patch_size**2)
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm with scale and bias; channels from `width` on are padding."""
-
-    eps: float
-    dtype: DTypeLike
-    width: int | None = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:
-        """Normalise the last axis."""
-        E = x.shape[-1]
-        scale = self.param("scale", ones, (E,), self.dtype)
-        bias = self.param("bias", zeros, (E,), self.dtype)
-        return layer_norm(x, scale, bias, self.eps, self.width)
-
-
-class Attention(nn.Module):
-    """Every patch sees every patch of its crop."""
+class VisionAttention(nn.Module):
+    """Attention in which every patch sees every patch of its crop."""
 
     config: VisionConfig
     dtype: DTypeLike
-    attention: Setting = "auto"
+    kernel_setting: KernelSetting = KernelSetting()
 
     @nn.compact
     def __call__(self, x: Float[Array, "I P E"]) -> Float[Array, "I P E"]:
@@ -61,83 +48,84 @@ class Attention(nn.Module):
         H = E // A
 
         def project(name: str, x: Array) -> Array:
-            w = self.param(name, matrix, (E, E), self.dtype)
-            return linear(x, w, self.param(f"{name}_bias", zeros, (E,), self.dtype))
+            w = self.param(name, init_weight, (E, E), self.dtype)
+            bias = self.param(f"{name}_bias", nn.initializers.zeros, (E,), self.dtype)
+            return linear(x, w, bias)
 
         q, k, v = (project(name, x).reshape(I, P, A, H) for name in "qkv")
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [I, A, P, H]
-        out = attend_crops(q, k, v, scale=H**-0.5, setting=self.attention)  # [I, P, A, H]
+        out = crop_attention(q, k, v, scale=H**-0.5, setting=self.kernel_setting)
         return project("o", out.reshape(I, P, E))
 
 
-class MLP(nn.Module):
-    """Two layers with a gelu between."""
+class VisionMLP(nn.Module):
+    """Two linear layers with a GELU between them."""
 
     config: VisionConfig
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "I P E"]) -> Float[Array, "I P E"]:
-        """Apply to each patch."""
+        """Transform each patch."""
         E, F = self.config.width, self.config.mlp_width
-        up = self.param("up", matrix, (F, E), self.dtype)
+        zeros = nn.initializers.zeros
+        up = self.param("up", init_weight, (F, E), self.dtype)
         up_bias = self.param("up_bias", zeros, (F,), self.dtype)
-        down = self.param("down", matrix, (E, F), self.dtype)
+        down = self.param("down", init_weight, (E, F), self.dtype)
         down_bias = self.param("down_bias", zeros, (E,), self.dtype)
         return linear(gelu(linear(x, up, up_bias)), down, down_bias)
 
 
-class Block(nn.Module):
+class VisionBlock(nn.Module):
     """A pre-norm transformer block."""
 
     config: VisionConfig
     dtype: DTypeLike
-    attention: Setting = "auto"
+    kernel_setting: KernelSetting = KernelSetting()
 
     @nn.compact
     def __call__(self, x: Float[Array, "I P E"]) -> Float[Array, "I P E"]:
-        """Attention, then MLP, each added to what came in."""
-        eps = self.config.norm_eps
-        attn, mlp = (
-            Attention(self.config, self.dtype, self.attention, name="attn"),
-            MLP(self.config, self.dtype, name="mlp"),
-        )
-        x += attn(LayerNorm(eps, self.dtype, name="attn_norm")(x))
-        x += mlp(LayerNorm(eps, self.dtype, name="mlp_norm")(x))
+        """Add attention, then the MLP, to the residual."""
+        c = self.config
+        attn = VisionAttention(c, self.dtype, self.kernel_setting, name="attn")
+        mlp = VisionMLP(c, self.dtype, name="mlp")
+        x += attn(LayerNorm(c.norm_eps, self.dtype, name="attn_norm")(x))
+        x += mlp(LayerNorm(c.norm_eps, self.dtype, name="mlp_norm")(x))
         return x
 
 
 class VisionEncoder(nn.Module):
-    """SigLIP up to the last block.
+    """SigLIP up to its last block. It computes in the dtype of its parameters.
 
-    `dtype` is that of parameters made by `init`; applied, the encoder computes in the dtype of the
-    parameters that it is given. With `remat` a block's gradient computes the block again instead of
-    keeping it. `attention` is the kernel; see `ovis_jax.model.kernels`.
+    Attributes:
+      config: sizes.
+      dtype: dtype of the parameters that `init` creates.
+      remat: whether gradients recompute each block instead of storing its activations.
+      kernel_setting: attention kernel for crops.
     """
 
     config: VisionConfig
     dtype: DTypeLike = jnp.float32
     remat: bool = False
-    attention: Setting = "auto"
+    kernel_setting: KernelSetting = KernelSetting()
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "I h w C"]) -> tuple[Float[Array, "I P E"], ...]:
-        """Encode normalised pixels; gives the patch embeddings, then the output of each block."""
+        """Encode normalized pixels; returns the patch embeddings, then each block's output."""
         c = self.config
         E, P = c.width, c.num_patches
         shape = (E, c.num_channels, c.patch_size, c.patch_size)
-        patch = self.param(
-            "patch", nn.initializers.lecun_normal(in_axis=(1, 2, 3), out_axis=0), shape, self.dtype
-        )
-        bias = self.param("patch_bias", zeros, (E,), self.dtype)
+        init_patch = nn.initializers.lecun_normal(in_axis=(1, 2, 3), out_axis=0)
+        patch = self.param("patch", init_patch, shape, self.dtype)
+        bias = self.param("patch_bias", nn.initializers.zeros, (E,), self.dtype)
         position = self.param("position", nn.initializers.normal(0.02), (P, E), self.dtype)
 
-        # A convolution whose stride is its size is a product with cut-out patches.
+        # A convolution whose stride is its kernel size is a product with the patches.
         patches = patchify(pixels.astype(patch.dtype), c.patch_size)  # [I, P, C p p]
         x = linear(patches, patch.reshape(E, -1), bias) + position  # [I, P, E]
-        make_block = nn.remat(Block) if self.remat else Block
+        make_block = nn.remat(VisionBlock) if self.remat else VisionBlock
         states = [x]
         for i in range(c.depth):
-            x = make_block(c, self.dtype, self.attention, name=f"block_{i}")(x)
-            states.append(x)
+            block = make_block(c, self.dtype, self.kernel_setting, name=f"block_{i}")
+            states.append(block(states[-1]))
         return tuple(states)

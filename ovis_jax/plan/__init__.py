@@ -1,1 +1,1 @@
-"""Whether a model fits on devices that are not there, and how fast it could be on them."""
+"""Memory and latency estimates for a model on given devices, made without those devices."""

@@ -1,1 +1,1 @@
-"""Fine-tuning: losses, which parts learn, low-rank adapters, and one jitted step."""
+"""Fine-tuning: run config, batches, losses, the training step, checkpoints and the trainer."""

@@ -1,1 +1,1 @@
-"""The command `ovis-jax words`: a look at the visual words of pictures."""
+"""The command `ovis-jax words`: an entropy heat map of an image, and its visual words."""

@@ -10,98 +10,115 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from ovis_jax import mesh_axes
-from ovis_jax.console import MaxPartition, Model, TensorParallel, print_table
+from ovis_jax.console import MaxPartitionOption, ModelOption, TensorParallelOption, print_table
 from ovis_jax.errors import OvisError, RequestError
 from ovis_jax.inference.visual_words import nearest_tokens, shared_words, visual_words
-from ovis_jax.inputs.image import choose_grid, open_image
+from ovis_jax.inputs.image_processing import choose_grid
+from ovis_jax.inputs.open_image import open_image
 from ovis_jax.loading import LoadedOvis, load
-from ovis_jax.words.places import Place, places
+from ovis_jax.mesh import tensor_parallel_mesh
+from ovis_jax.words.crop_regions import CropRegion, crop_regions
 
 
 def words(
-    image: Annotated[list[Path], typer.Option(help="An image; give two to compare their words.")],
-    out: Annotated[Path, typer.Option(help="The heat map to write, such as words.png.")],
-    model: Model = "ovis-tiny",
-    top: Annotated[int, typer.Option(help="How many words to list.")] = 8,
-    max_partition: MaxPartition = 9,
-    tensor_parallel: TensorParallel = 1,
+    image: Annotated[
+        list[Path], typer.Option(help="Image file; repeat the option to compare two images.")
+    ],
+    out: Annotated[Path, typer.Option(help="File to write the heat map to, such as words.png.")],
+    model: ModelOption = "ovis-tiny",
+    top: Annotated[int, typer.Option(help="Number of visual words to list.")] = 8,
+    max_partition: MaxPartitionOption = 9,
+    tensor_parallel: TensorParallelOption = 1,
 ) -> None:
-    """Draw how sure the model is of the visual words of images, and list the words."""
-    figures = _figures()
+    """Draw the entropy of an image's visual tokens, and list its most frequent visual words."""
+    heatmap = _import_heatmap()
     if len(image) > 2:
-        raise RequestError(f"{len(image)} images, expected one, or two to compare")
-    kinds = figures.Figure().canvas.get_supported_filetypes()
-    if out.suffix.lstrip(".").lower() not in kinds:
-        raise RequestError(f"{out}: expected a name that ends with one of {', '.join(kinds)}")
+        raise RequestError(f"--image is given {len(image)} times, expected once or twice")
+    formats = heatmap.Figure().canvas.get_supported_filetypes()
+    if out.suffix.lstrip(".").lower() not in formats:
+        raise RequestError(
+            f"--out {out}: the suffix {out.suffix!r} is not an image format; use one of"
+            f" {', '.join(formats)}"
+        )
     images = [open_image(path) for path in image]
-    ovis = load(model, mesh=mesh_axes.tensor_parallel(tensor_parallel))
-    looks = [_look(ovis, picture, max_partition) for picture in images]
+    ovis = load(model, mesh=tensor_parallel_mesh(tensor_parallel))
+    usages = [_measure_usage(ovis, one, max_partition) for one in images]
     names = [path.name for path in image]
-    pictures = [
-        figures.Picture(name, picture, look.places, look.entropy)
-        for name, picture, look in zip(names, images, looks, strict=True)
-    ]
     console = Console(highlight=False)
+    columns = ["image", "crops", "visual tokens", "mean entropy (nats)", "mean effective words"]
     rows = [
         (
             name,
-            str(len(look.places)),
-            str(look.entropy.size),
-            f"{look.entropy.mean():.3f}",
-            f"{np.exp(look.entropy).mean():.2f}",
+            str(len(usage.regions)),
+            str(usage.entropy.size),
+            f"{usage.entropy.mean():.3f}",
+            f"{np.exp(usage.entropy).mean():.2f}",
         )
-        for name, look in zip(names, looks, strict=True)
+        for name, usage in zip(names, usages, strict=True)
     ]
-    heads = ["image", "crops", "visual tokens", "mean entropy (nats)", "mean effective words"]
-    print_table(console, heads, rows)
-    _list_words(ovis, names, [look.used for look in looks], top, console)
-    figures.entropy_figure(pictures).savefig(out, dpi=120)
-    console.print(f"{out} written", markup=False, soft_wrap=True)
+    print_table(console, columns, rows)
+    _print_words(ovis, names, [usage.word_probabilities for usage in usages], top, console)
+    figure = heatmap.plot_entropy(
+        [
+            heatmap.ImageEntropy(name, one, usage.regions, usage.entropy)
+            for name, one, usage in zip(names, images, usages, strict=True)
+        ]
+    )
+    figure.savefig(out, dpi=120)
+    console.print(f"wrote {out}", markup=False, soft_wrap=True)
 
 
-def _figures() -> Any:
+def _import_heatmap() -> Any:
     try:
-        from ovis_jax.words import figure
+        from ovis_jax.words import entropy_heatmap
     except ModuleNotFoundError as error:
-        raise OvisError(f"{error}; the heat map needs: pip install 'ovis-jax[train]'") from error
-    return figure
+        raise OvisError(
+            f"{error}; install matplotlib with: pip install '.[train]' in a clone of ovis_jax"
+        ) from error
+    return entropy_heatmap
 
 
-class _Look(NamedTuple):
-    """What is seen of an image: of each crop its place and its tokens' entropy, and the words."""
-
-    places: Sequence[Place]
+class _WordUsage(NamedTuple):
+    regions: Sequence[CropRegion]
     entropy: np.ndarray
-    used: np.ndarray
+    """Entropy of each visual token of each crop, float32 [I, M], in nats."""
+    word_probabilities: np.ndarray
+    """Mean probability of each visual word, float32 [words]."""
 
 
-def _look(ovis: LoadedOvis, image: Image.Image, max_partition: int) -> _Look:
+def _measure_usage(ovis: LoadedOvis, image: Image.Image, max_partition: int) -> _WordUsage:
     inputs = ovis.processor(["Look."], [[image]], max_partition=max_partition)
-    side = ovis.config.vision.image_size
-    grid = choose_grid(image.width, image.height, side, max_partition)
-    placed = places(image.width, image.height, grid, ovis.config.visual_tokenizer)
+    grid = choose_grid(image.width, image.height, ovis.config.vision.image_size, max_partition)
+    regions = crop_regions(image.width, image.height, grid, ovis.config.visual_tokenizer)
     found = visual_words(ovis.model, ovis.params, inputs, k=1)
-    # What stands behind the true crops fills up the bucket.
-    entropy, mean = (np.asarray(x)[: len(placed)] for x in (found.entropy, found.mean))
-    return _Look(placed, entropy, mean.mean(axis=0))
+    # Crops after the last region are padding.
+    entropy, mean = (np.asarray(x)[: len(regions)] for x in (found.entropy, found.mean))
+    return _WordUsage(regions, entropy, mean.mean(axis=0))
 
 
-def _list_words(
-    ovis: LoadedOvis, names: Sequence[str], used: Sequence[np.ndarray], top: int, console: Console
+def _print_words(
+    ovis: LoadedOvis,
+    names: Sequence[str],
+    probabilities: Sequence[np.ndarray],
+    top: int,
+    console: Console,
 ) -> None:
-    """The words that an image uses most, or that two images share, and the text nearest to each."""
-    shared = shared_words(jnp.asarray(used[0]), jnp.asarray(used[-1]), k=top)
+    """Print an image's most frequent words, or those that two images share, with near tokens."""
+    shared = shared_words(jnp.asarray(probabilities[0]), jnp.asarray(probabilities[-1]), k=top)
     rows = ovis.params["visual_embedding"][jnp.asarray(shared.words)]
     ids, _ = nearest_tokens(ovis.params, rows)
     texts = [
-        " ".join(repr(ovis.processor.tokenizer.decode([i], skip_special=False)) for i in row)
+        " ".join(repr(ovis.processor.tokenizer.decode([i], skip_special_tokens=False)) for i in row)
         for row in np.asarray(ids).tolist()
     ]
-    shares = [[f"{x[word]:.2%}" for word in np.asarray(shared.words)] for x in used]
-    table = zip(map(str, np.asarray(shared.words)), *shares, texts, strict=True)
+    shares = [[f"{x[word]:.2%}" for word in np.asarray(shared.words)] for x in probabilities]
     if len(names) == 2:
-        text = f"the two images share {float(shared.mass):.1%} of their visual words' probability"
-        console.print(text)
-    heads = ["visual word", *(f"in {name}" for name in names), "nearest text tokens"]
-    print_table(console, heads, table)
+        console.print(
+            f"the two images share {float(shared.mass):.1%} of the probability of their visual"
+            " words",
+            soft_wrap=True,
+        )
+    columns = ["visual word", *(f"in {name}" for name in names), "nearest text tokens"]
+    print_table(
+        console, columns, zip(map(str, np.asarray(shared.words)), *shares, texts, strict=True)
+    )

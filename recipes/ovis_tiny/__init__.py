@@ -1,1 +1,1 @@
-"""The small Ovis: its pictures, questions and tokenizer."""
+"""The recipe of ovis-tiny: generated pictures and questions, tokenizer, training and model card."""

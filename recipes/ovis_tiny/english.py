@@ -1,4 +1,4 @@
-"""The questions and answers of ovis-tiny in English."""
+"""Questions about pictures and their answers in English."""
 
 from recipes.ovis_tiny.phrasings import Phrasings
 from recipes.ovis_tiny.questions import Question
@@ -7,7 +7,7 @@ from recipes.ovis_tiny.scenes import Thing
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 
 OPENINGS = ("Look at the picture. ", "Look closely. ", "Please answer. ")
-"""What may stand before a question about a picture."""
+"""Sentences that may precede a question about a picture."""
 
 PHRASES = {
     "shape": Phrasings(
@@ -191,8 +191,8 @@ _PLACES = {
 _WITH_MORE = {1: "first", 2: "second"}
 
 
-def slots(question: Question) -> dict[str, str]:
-    """What the phrases of a question's kind leave open."""
+def template_slots(question: Question) -> dict[str, str]:
+    """Return the values for the slots of a question's templates."""
     return {
         "colour": question.colour,
         "the": _the(question),
@@ -202,8 +202,8 @@ def slots(question: Question) -> dict[str, str]:
     }
 
 
-def answer(question: Question) -> str:
-    """The answer, in a full sentence."""
+def full_answer(question: Question) -> str:
+    """Return the answer as a full sentence."""
     q = question
     match q.kind:
         case "shape":
@@ -215,7 +215,9 @@ def answer(question: Question) -> str:
         case "count":
             return f"There are {NUMBERS[q.number]} shapes."
         case "count_one":
-            return f"{answer(Question('count', number=q.number))[:-1]} in the {q.asked} picture."
+            return (
+                f"{full_answer(Question('count', number=q.number))[:-1]} in the {q.asked} picture."
+            )
         case "count_colour" if q.number < 2:
             return f"{'One' if q.number else 'No'} shape is {q.colour}."
         case "count_colour":
@@ -225,9 +227,9 @@ def answer(question: Question) -> str:
         case "exists":
             return f"No, there is no {q.colour} {q.shape}."
         case "where":
-            return f"{_upper(_the(q))} is {_PLACES[q.place]}."
+            return f"{_capitalize(_the(q))} is {_PLACES[q.place]}."
         case "size":
-            return f"{_upper(_the(q))} is {q.size}."
+            return f"{_capitalize(_the(q))} is {q.size}."
         case "digit" | "word":
             return f"The {q.kind} is {q.text}."
         case "compare" if q.number:
@@ -235,37 +237,37 @@ def answer(question: Question) -> str:
         case "compare":
             return "Both pictures have the same number of shapes."
         case "describe":
-            return f"There is {_list([f'{_whole(t)} {_PLACES[place]}' for t, place in q.things])}."
+            return f"There is {_enumerate([f'{_full_name(t)} {_PLACES[p]}' for t, p in q.things])}."
         case "follow_up":
             return f"It is {q.colour or q.size or _PLACES[q.place]}."
         case "echo":
             return f"{q.text}."
-    raise ValueError(f"no answer to a question of the kind {q.kind!r}")
+    raise ValueError(f"question kind {q.kind!r} has no answer template")
 
 
-def short(question: Question) -> str:
-    """The answer in as few words as will do."""
+def short_answer(question: Question) -> str:
+    """Return the answer in as few words as possible."""
     q = question
     match q.kind:
         case "shape":
-            return f"{_upper(_a(q.shape))}."
+            return f"{_capitalize(_a(q.shape))}."
         case "count" | "count_one":
-            return f"{_upper(NUMBERS[q.number])}."
+            return f"{_capitalize(NUMBERS[q.number])}."
         case "count_colour":
-            return f"{_upper(NUMBERS[q.number])}." if q.number else "None."
+            return f"{_capitalize(NUMBERS[q.number])}." if q.number else "None."
         case "exists":
             return "Yes." if q.yes else "No."
         case "colour" | "size" | "where" | "follow_up":
-            return f"{_upper(q.size or _PLACES.get(q.place) or q.colour)}."
+            return f"{_capitalize(q.size or _PLACES.get(q.place) or q.colour)}."
         case "compare":
             return f"The {_WITH_MORE[q.number]}." if q.number else "Both."
         case "describe":
-            return f"{_upper(_list([_a(f'{t.colour} {t.shape}') for t, _ in q.things]))}."
+            return f"{_capitalize(_enumerate([_a(f'{t.colour} {t.shape}') for t, _ in q.things]))}."
     return f"{q.text}."
 
 
 def _the(question: Question) -> str:
-    # The answer to "colour" is not to stand in the question.
+    # A "colour" question must not contain its answer.
     if not question.colour or question.kind == "colour":
         return f"the {question.shape}"
     return f"the {question.colour} {question.shape}"
@@ -275,14 +277,14 @@ def _a(noun: str) -> str:
     return f"an {noun}" if noun[:1] in "aeiou" else f"a {noun}"
 
 
-def _whole(thing: Thing) -> str:
+def _full_name(thing: Thing) -> str:
     return _a(f"{thing.size} {thing.colour} {thing.shape}")
 
 
-def _list(parts: list[str]) -> str:
+def _enumerate(parts: list[str]) -> str:
     *most, last = parts
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _upper(text: str) -> str:
+def _capitalize(text: str) -> str:
     return text[0].upper() + text[1:]

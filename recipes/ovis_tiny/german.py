@@ -1,16 +1,16 @@
-"""The questions and answers of ovis-tiny in German."""
+"""Questions about pictures and their answers in German."""
 
 from recipes.ovis_tiny.german_grammar import (
-    COLOURS,
-    PLACES,
-    SIZES,
-    bend,
-    it,
-    it_object,
-    one,
-    one_object,
-    the,
-    the_object,
+    COLOUR_WORDS,
+    PLACE_WORDS,
+    SIZE_WORDS,
+    definite_accusative,
+    definite_nominative,
+    indefinite_accusative,
+    indefinite_nominative,
+    inflect_adjective,
+    pronoun_accusative,
+    pronoun_nominative,
 )
 from recipes.ovis_tiny.phrasings import Phrasings
 from recipes.ovis_tiny.questions import Question
@@ -19,7 +19,7 @@ from recipes.ovis_tiny.scenes import Thing
 NUMBERS = "null eins zwei drei vier fünf sechs sieben acht neun zehn".split()
 
 OPENINGS = ("Schau dir das Bild an. ", "Schau genau hin. ", "Bitte antworte. ")
-"""What may stand before a question about a picture."""
+"""Sentences that may precede a question about a picture."""
 
 PHRASES = {
     "shape": Phrasings(
@@ -194,32 +194,41 @@ _NTH = {"first": "erste", "second": "zweite"}
 _WITH_MORE = {1: "erste", 2: "zweite"}
 
 
-def slots(question: Question) -> dict[str, str]:
-    """What the phrases of a question's kind leave open."""
+def template_slots(question: Question) -> dict[str, str]:
+    """Return the values for the slots of a question's templates."""
     q = question
     found = {"nth": _NTH.get(q.asked, ""), "text": q.text}
     if q.colour:
-        colour = COLOURS[q.colour]
-        found |= {"colour": colour, "colour_e": bend(colour, "e"), "colour_en": bend(colour, "en")}
+        colour = COLOUR_WORDS[q.colour]
+        found |= {
+            "colour": colour,
+            "colour_e": inflect_adjective(colour, "e"),
+            "colour_en": inflect_adjective(colour, "en"),
+        }
     if q.shape:
-        # The answer to "colour" is not to stand in the question.
+        # A "colour" question must not contain its answer.
         named = "" if q.kind == "colour" else q.colour
-        found |= {"the": the(q.shape, named), "the_object": the_object(q.shape, named)}
-        found |= {"it": it(q.shape), "it_object": it_object(q.shape)}
+        found |= {
+            "the": definite_nominative(q.shape, named),
+            "the_object": definite_accusative(q.shape, named),
+        }
+        found |= {"it": pronoun_nominative(q.shape), "it_object": pronoun_accusative(q.shape)}
     if q.shape and q.colour:
-        found["a"] = one_object(q.shape, COLOURS[q.colour])
+        found["a"] = indefinite_accusative(q.shape, COLOUR_WORDS[q.colour])
     return found
 
 
-def answer(question: Question) -> str:
-    """The answer, in a full sentence."""
+def full_answer(question: Question) -> str:
+    """Return the answer as a full sentence."""
     q = question
-    colour = COLOURS.get(q.colour, "")
+    colour = COLOUR_WORDS.get(q.colour, "")
     match q.kind:
         case "shape":
-            return f"Die {bend(colour, 'e')} Form ist {one(q.shape)}."
+            return (
+                f"Die {inflect_adjective(colour, 'e')} Form ist {indefinite_nominative(q.shape)}."
+            )
         case "colour":
-            return f"{_upper(the(q.shape))} ist {colour}."
+            return f"{_capitalize(definite_nominative(q.shape))} ist {colour}."
         case "count":
             return f"Es gibt {_shapes(q.number)}."
         case "count_one":
@@ -227,15 +236,19 @@ def answer(question: Question) -> str:
         case "count_colour" if q.number < 2:
             return f"{'Eine' if q.number else 'Keine'} Form ist {colour}."
         case "count_colour":
-            return f"{_upper(_shapes(q.number))} sind {colour}."
+            return f"{_capitalize(_shapes(q.number))} sind {colour}."
         case "exists" if q.yes:
-            return f"Ja, es gibt {one_object(q.shape, colour)}."
+            return f"Ja, es gibt {indefinite_accusative(q.shape, colour)}."
         case "exists":
-            return f"Nein, es gibt k{one_object(q.shape, colour)}."
+            return f"Nein, es gibt k{indefinite_accusative(q.shape, colour)}."
         case "where":
-            return f"{_upper(the(q.shape, q.colour))} ist {PLACES[q.place]}."
+            return (
+                f"{_capitalize(definite_nominative(q.shape, q.colour))} ist {PLACE_WORDS[q.place]}."
+            )
         case "size":
-            return f"{_upper(the(q.shape, q.colour))} ist {SIZES[q.size]}."
+            return (
+                f"{_capitalize(definite_nominative(q.shape, q.colour))} ist {SIZE_WORDS[q.size]}."
+            )
         case "digit":
             return f"Die Ziffer ist {q.text}."
         case "word":
@@ -245,37 +258,42 @@ def answer(question: Question) -> str:
         case "compare":
             return "Beide Bilder zeigen gleich viele Formen."
         case "describe":
-            return f"Es gibt {_list([f'{_whole(t)} {PLACES[place]}' for t, place in q.things])}."
+            return (
+                f"Es gibt {_enumerate([f'{_full_name(t)} {PLACE_WORDS[p]}' for t, p in q.things])}."
+            )
         case "follow_up":
-            return f"{_upper(it(q.shape))} ist {colour or SIZES.get(q.size) or PLACES[q.place]}."
+            found = colour or SIZE_WORDS.get(q.size) or PLACE_WORDS[q.place]
+            return f"{_capitalize(pronoun_nominative(q.shape))} ist {found}."
         case "echo":
             return f"{q.text}."
-    raise ValueError(f"no answer to a question of the kind {q.kind!r}")
+    raise ValueError(f"question kind {q.kind!r} has no answer template")
 
 
-def short(question: Question) -> str:
-    """The answer in as few words as will do."""
+def short_answer(question: Question) -> str:
+    """Return the answer in as few words as possible."""
     q = question
     match q.kind:
         case "shape":
-            return f"{_upper(one(q.shape))}."
+            return f"{_capitalize(indefinite_nominative(q.shape))}."
         case "count" | "count_one":
-            return f"{_upper(_number(q.number))}."
+            return f"{_capitalize(_number(q.number))}."
         case "count_colour":
-            return f"{_upper(_number(q.number))}." if q.number else "Keine."
+            return f"{_capitalize(_number(q.number))}." if q.number else "Keine."
         case "exists":
             return "Ja." if q.yes else "Nein."
         case "colour" | "size" | "where" | "follow_up":
-            return f"{_upper(SIZES.get(q.size) or PLACES.get(q.place) or COLOURS[q.colour])}."
+            found = SIZE_WORDS.get(q.size) or PLACE_WORDS.get(q.place) or COLOUR_WORDS[q.colour]
+            return f"{_capitalize(found)}."
         case "compare":
             return f"Das {_WITH_MORE[q.number]}." if q.number else "Beide."
         case "describe":
-            return f"{_upper(_list([one(t.shape, t.colour) for t, _ in q.things]))}."
+            names = [indefinite_nominative(t.shape, t.colour) for t, _ in q.things]
+            return f"{_capitalize(_enumerate(names))}."
     return f"{q.text}."
 
 
 def _number(number: int) -> str:
-    """A number of shapes."""
+    """The word for a number of shapes."""
     return "eine" if number == 1 else NUMBERS[number]
 
 
@@ -283,14 +301,14 @@ def _shapes(number: int) -> str:
     return f"{_number(number)} {'Form' if number == 1 else 'Formen'}"
 
 
-def _whole(thing: Thing) -> str:
-    return one_object(thing.shape, SIZES[thing.size], COLOURS[thing.colour])
+def _full_name(thing: Thing) -> str:
+    return indefinite_accusative(thing.shape, SIZE_WORDS[thing.size], COLOUR_WORDS[thing.colour])
 
 
-def _list(parts: list[str]) -> str:
+def _enumerate(parts: list[str]) -> str:
     *most, last = parts
     return f"{', '.join(most)} und {last}" if most else last
 
 
-def _upper(text: str) -> str:
+def _capitalize(text: str) -> str:
     return text[0].upper() + text[1:]

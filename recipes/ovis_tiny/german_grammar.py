@@ -1,6 +1,6 @@
-"""German words, and as much grammar as a named shape needs: gender, case and endings."""
+"""German words for colours, sizes, places and shapes, with gender, case and endings."""
 
-COLOURS = {
+COLOUR_WORDS = {
     "red": "rot",
     "green": "grün",
     "blue": "blau",
@@ -10,8 +10,8 @@ COLOURS = {
     "black": "schwarz",
     "pink": "rosa",
 }
-SIZES = {"big": "groß", "small": "klein"}
-PLACES = {
+SIZE_WORDS = {"big": "groß", "small": "klein"}
+PLACE_WORDS = {
     "top left": "oben links",
     "top": "oben",
     "top right": "oben rechts",
@@ -25,8 +25,8 @@ PLACES = {
     "right half": "in der rechten Hälfte",
 }
 
-_UNBENDING = ("lila", "orange", "rosa")
-"""Adjectives that take no ending."""
+_UNINFLECTED = ("lila", "orange", "rosa")
+"""Adjectives without endings."""
 
 _NOUNS = {
     "circle": ("der", "Kreis"),
@@ -39,57 +39,61 @@ _NOUNS = {
     "diamond": ("die", "Raute"),
 }
 
-# After ein and kein an adjective shows the gender that the article hides.
-_BARE = {"der": "er", "das": "es", "die": "e"}
+# Endings after ein and kein, which do not show the gender.
+_INDEFINITE_ENDINGS = {"der": "er", "das": "es", "die": "e"}
 
 
-def bend(adjective: str, ending: str) -> str:
-    """An adjective, in German, with an ending."""
-    return adjective if adjective in _UNBENDING else adjective + ending
+def inflect_adjective(adjective: str, ending: str) -> str:
+    """Add an ending to a German adjective, unless it is never inflected."""
+    return adjective if adjective in _UNINFLECTED else adjective + ending
 
 
-def the(shape: str, colour: str = "") -> str:
-    """Der rote Kreis, das rote Quadrat, die rote Raute; without a colour: der Kreis."""
+def definite_nominative(shape: str, colour: str = "") -> str:
+    """Name a shape in the nominative: der rote Kreis, das rote Quadrat, die rote Raute."""
     article, noun = _NOUNS[shape]
-    return _join(article, _bent(colour, "e"), noun)
+    return _join(article, _inflected_colour(colour, "e"), noun)
 
 
-def the_object(shape: str, colour: str = "") -> str:
-    """The accusative: den roten Kreis, das rote Quadrat, die rote Raute."""
+def definite_accusative(shape: str, colour: str = "") -> str:
+    """Name a shape in the accusative: den roten Kreis, das rote Quadrat, die rote Raute."""
     article, noun = _NOUNS[shape]
     if article == "der":
-        return _join("den", _bent(colour, "en"), noun)
-    return the(shape, colour)
+        return _join("den", _inflected_colour(colour, "en"), noun)
+    return definite_nominative(shape, colour)
 
 
-def one(shape: str, colour: str = "") -> str:
-    """Ein roter Kreis, ein rotes Quadrat, eine rote Raute."""
+def indefinite_nominative(shape: str, colour: str = "") -> str:
+    """Name a shape in the nominative: ein roter Kreis, ein rotes Quadrat, eine rote Raute."""
     article, noun = _NOUNS[shape]
-    return _join("eine" if article == "die" else "ein", _bent(colour, _BARE[article]), noun)
+    return _join(
+        "eine" if article == "die" else "ein",
+        _inflected_colour(colour, _INDEFINITE_ENDINGS[article]),
+        noun,
+    )
 
 
-def one_object(shape: str, *adjectives: str) -> str:
-    """The accusative, adjectives in German: einen roten Kreis, ein rotes Quadrat, eine rote Raute.
+def indefinite_accusative(shape: str, *adjectives: str) -> str:
+    """Name a shape in the accusative: einen roten Kreis, ein rotes Quadrat, eine rote Raute.
 
-    With "kein" before it in mind: einen, ein and eine become keinen, kein and keine.
+    Adjectives are German words. A preceding "k" makes keinen, kein and keine.
     """
     article, noun = _NOUNS[shape]
-    begin, ending = {"der": ("einen", "en"), "das": ("ein", "es"), "die": ("eine", "e")}[article]
-    return _join(begin, *[bend(adjective, ending) for adjective in adjectives], noun)
+    article, ending = {"der": ("einen", "en"), "das": ("ein", "es"), "die": ("eine", "e")}[article]
+    return _join(article, *[inflect_adjective(adjective, ending) for adjective in adjectives], noun)
 
 
-def it(shape: str) -> str:
-    """Er, es or sie."""
+def pronoun_nominative(shape: str) -> str:
+    """Return the nominative pronoun: er, es or sie."""
     return {"der": "er", "das": "es", "die": "sie"}[_NOUNS[shape][0]]
 
 
-def it_object(shape: str) -> str:
-    """The accusative: ihn, es or sie."""
+def pronoun_accusative(shape: str) -> str:
+    """Return the accusative pronoun: ihn, es or sie."""
     return {"der": "ihn", "das": "es", "die": "sie"}[_NOUNS[shape][0]]
 
 
-def _bent(colour: str, ending: str) -> str:
-    return bend(COLOURS[colour], ending) if colour else ""
+def _inflected_colour(colour: str, ending: str) -> str:
+    return inflect_adjective(COLOUR_WORDS[colour], ending) if colour else ""
 
 
 def _join(*words: str) -> str:

@@ -1,4 +1,4 @@
-"""From a question to what is said, in one of the LANGUAGES."""
+"""Phrasing of questions and answers in each language."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -11,19 +11,24 @@ from recipes.ovis_tiny.small_talk import Topic
 
 
 class Language(NamedTuple):
-    """How questions are asked and answered in one language; see `english` for each field."""
+    """Phrases of one language; `english` documents the fields."""
 
     phrases: Mapping[str, Phrasings]
     openings: Sequence[str]
-    slots: Callable[[Question], dict[str, str]]
-    answer: Callable[[Question], str]
-    short: Callable[[Question], str]
+    template_slots: Callable[[Question], dict[str, str]]
+    full_answer: Callable[[Question], str]
+    short_answer: Callable[[Question], str]
     topics: Mapping[str, Topic]
 
 
 LANGUAGES = {
     name: Language(
-        module.PHRASES, module.OPENINGS, module.slots, module.answer, module.short, topics
+        module.PHRASES,
+        module.OPENINGS,
+        module.template_slots,
+        module.full_answer,
+        module.short_answer,
+        topics,
     )
     for name, module, topics in (
         ("en", english, small_talk_english.TOPICS),
@@ -31,51 +36,59 @@ LANGUAGES = {
     )
 }
 
-NOT_OPENED = ("compare", "count_one", "follow_up", "text", "echo")
-"""Kinds whose questions take no opening such as "Look at the picture."."""
+KINDS_WITHOUT_OPENING = ("compare", "count_one", "follow_up", "text", "echo")
+"""Kinds whose questions have no opening such as "Look at the picture."."""
 
 
-class Said(NamedTuple):
+class PhrasedQuestion(NamedTuple):
     """A question and its answers in words."""
 
     question: str
     answer: str
-    short: str
+    short_answer: str
 
 
-def say(question: Question, name: str, rng: random.Random, *, unseen: bool = False) -> list[Said]:
-    """Say a question and its answer; a "follow_up" comes after its first question.
+def phrase_question(
+    question: Question, language: str, rng: random.Random, *, unseen: bool = False
+) -> list[PhrasedQuestion]:
+    """Phrase a question and its answer; a "follow_up" comes after its first question.
 
     Args:
-      question: what is asked.
-      name: the one of LANGUAGES.
-      rng: chooses the phrasing.
-      unseen: whether to take a phrasing that stands in the test only.
+      question: the question.
+      language: one of LANGUAGES.
+      rng: source of all random choices.
+      unseen: use a phrasing that occurs in the test set only.
     """
-    before = say(question.first, name, rng) if question.first else []
-    return [*before, _say(question, LANGUAGES[name], rng, unseen)]
+    first = phrase_question(question.first, language, rng) if question.first else []
+    return [*first, _phrase(question, LANGUAGES[language], rng, unseen)]
 
 
-def _say(question: Question, language: Language, rng: random.Random, unseen: bool) -> Said:
+def _phrase(
+    question: Question, language: Language, rng: random.Random, unseen: bool
+) -> PhrasedQuestion:
     if question.kind == "text":
         topic = language.topics[question.asked]
         x, y, z = [*topic.entries[question.text].split("/"), "", ""][:3]
         slots = {"x": x, "y": y, "z": z}
-        return Said(
-            _fill(topic.phrasings, slots, rng, unseen),
-            _capital(topic.answer.format(**slots)),
-            _capital(topic.short.format(**slots)),
+        return PhrasedQuestion(
+            _fill_template(topic.phrasings, slots, rng, unseen),
+            _capitalize(topic.answer.format(**slots)),
+            _capitalize(topic.short.format(**slots)),
         )
-    asked = _fill(language.phrases[question.phrasing], language.slots(question), rng, unseen)
-    # Test-only phrasings stand alone: what is new in them is the phrasing.
-    if question.kind not in NOT_OPENED and not unseen and rng.random() < 0.25:
+    asked = _fill_template(
+        language.phrases[question.phrasing], language.template_slots(question), rng, unseen
+    )
+    # Test-only phrasings have no opening, so that only the phrasing is new.
+    if question.kind not in KINDS_WITHOUT_OPENING and not unseen and rng.random() < 0.25:
         asked = rng.choice(language.openings) + asked
-    return Said(asked, language.answer(question), language.short(question))
+    return PhrasedQuestion(asked, language.full_answer(question), language.short_answer(question))
 
 
-def _fill(phrasings: Phrasings, slots: dict[str, str], rng: random.Random, unseen: bool) -> str:
+def _fill_template(
+    phrasings: Phrasings, slots: dict[str, str], rng: random.Random, unseen: bool
+) -> str:
     return rng.choice(phrasings.unseen if unseen else phrasings.seen).format(**slots)
 
 
-def _capital(text: str) -> str:
+def _capitalize(text: str) -> str:
     return text[0].upper() + text[1:]

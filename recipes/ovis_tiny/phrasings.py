@@ -1,14 +1,14 @@
-"""How something can be asked."""
+"""Alternative phrasings of a question, for training and for the test set."""
 
 from typing import NamedTuple
 
 
 class Phrasings(NamedTuple):
-    """Ways to ask one thing, with `{slots}` for what differs from question to question.
+    """Templates of one kind of question, with `{slots}` for its facts.
 
     Attributes:
-      seen: those that are learned.
-      unseen: those that stand in the test only; their words occur in what is learned.
+      seen: templates for all splits.
+      unseen: templates for the test set only; all their words occur in training.
     """
 
     seen: tuple[str, ...]

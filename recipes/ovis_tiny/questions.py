@@ -1,6 +1,6 @@
-"""What can be asked about a scene, and what is true: free of any language.
+"""Questions about scenes and their answers, independent of a language.
 
-A `Question` holds what is asked and what the answer is; `english` and `german` say both.
+A `Question` holds the facts of a question and of its answer; `english` and `german` phrase both.
 """
 
 import random
@@ -23,23 +23,23 @@ PICTURE_KINDS = (
     "describe",
     "follow_up",
 )
-"""Kinds that are asked about one picture."""
+"""Kinds of questions about one picture."""
 
 KINDS = (*PICTURE_KINDS, "compare", "text")
-"""Every kind that is scored."""
+"""Kinds of questions that are scored."""
 
 COLOUR_KINDS = ("shape", "colour", "count_colour", "exists", "where", "size", "describe")
-"""Kinds whose question or answer can name the colour of a thing."""
+"""Kinds whose question or answer can mention the colour of a thing."""
 
 PLACES = (
     ("top left", "top", "top right"),
     ("left", "middle", "right"),
     ("bottom left", "bottom", "bottom right"),
 )
-"""The names of the cells of a square picture."""
+"""Names of the cells of a square picture."""
 
-MOST_DESCRIBED = 4
-"""A picture with more things is not asked to be described; the answer would be too long."""
+MAX_DESCRIBED_THINGS = 4
+"""Maximum number of things in a picture to describe, which limits the length of the answer."""
 
 TOPICS = {
     "sum": tuple(f"{a} {b}" for a in range(1, 6) for b in range(1, 6)),
@@ -53,27 +53,27 @@ TOPICS = {
     "thanks": ("",),
     "who": ("",),
 }
-"""What is asked without a picture."""
+"""Topics of questions without a picture, and their entries."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and the facts that its answer states; unused fields are empty.
+    """The facts of a question and of its answer; unused fields are empty.
 
     Attributes:
-      kind: one of KINDS, or "count_one" (of the things in one of two pictures) or "echo" (repeat a
-        word), which only help in training.
-      asked: which property a "follow_up" asks for, which picture "count_one" counts in, or which
-        of TOPICS a "text" is about.
-      shape: the shape asked about or found.
-      colour: the colour asked about or found; empty where a thing is named by its shape alone.
+      kind: one of KINDS, or a kind for training only: "count_one" counts the things in one of two
+        pictures, "echo" repeats a word.
+      asked: the property that a "follow_up" asks for, the picture that "count_one" counts in, or
+        the topic of a "text".
+      shape: the shape in the question or in the answer.
+      colour: the colour in the question or in the answer; empty if the shape alone names a thing.
       size: one of SIZES.
       place: one of PLACES, or "left half" or "right half" of a wide picture.
-      number: a count; the picture with more things, 1 or 2, or 0 if none has.
-      yes: whether what is asked is so.
+      number: a count; for "compare", the picture with more things (1 or 2), or 0 if neither.
+      yes: answer to a yes-no question.
       text: a digit, a word or an entry of TOPICS.
-      things: what is described, in the order of the description.
-      first: the question that a "follow_up" follows.
+      things: things to describe and their places, in order.
+      first: the question before a "follow_up".
     """
 
     kind: str
@@ -90,58 +90,63 @@ class Question:
 
     @property
     def phrasing(self) -> str:
-        """The entry of a language's PHRASES that asks this."""
+        """Key of the phrasings in a language's PHRASES."""
         return f"{self.kind} {self.asked}" if self.kind in ("follow_up", "text") else self.kind
 
 
-def place_of(thing: Thing, columns: int) -> str:
-    """Where a thing is in a picture of so many columns."""
+def place_name(thing: Thing, columns: int) -> str:
+    """Return the name of the place of a thing in a picture with `columns` columns."""
     if columns == SQUARE:
         return PLACES[thing.row][thing.column]
     return "left half" if thing.column < SQUARE else "right half"
 
 
-def ask(kind: str, scene: Scene, rng: random.Random, colour: str = "") -> Question | None:
-    """Ask something of one of PICTURE_KINDS that has one true answer, or None if nothing has.
+def ask_about_scene(
+    kind: str, scene: Scene, rng: random.Random, colour: str = ""
+) -> Question | None:
+    """Make a question with exactly one true answer; None if the scene has no such question.
 
-    With a `colour`, the question or its answer names that colour; the kind is then one of
-    COLOUR_KINDS or "follow_up".
+    Args:
+      kind: one of PICTURE_KINDS; with a colour, one of COLOUR_KINDS or "follow_up".
+      scene: the scene.
+      rng: source of all random choices.
+      colour: colour that the question or its answer mentions.
     """
     return _ASK[kind](scene, rng, colour)
 
 
-def compare(first: Scene, second: Scene) -> Question:
-    """Ask which of two pictures has more things."""
+def compare_counts(first: Scene, second: Scene) -> Question:
+    """Make a question about which of two pictures has more things."""
     difference = len(first.things) - len(second.things)
     return Question("compare", number=0 if not difference else 1 if difference > 0 else 2)
 
 
-def count_one(first: Scene, second: Scene, rng: random.Random) -> Question:
-    """Ask how many things one of two pictures has."""
+def ask_count_in_one_picture(first: Scene, second: Scene, rng: random.Random) -> Question:
+    """Make a question about the number of things in one of two pictures."""
     asked, scene = rng.choice((("first", first), ("second", second)))
     return Question("count_one", asked, number=len(scene.things))
 
 
-def text_only(rng: random.Random) -> Question:
-    """Ask something without a picture; every entry of TOPICS is as likely."""
+def random_small_talk_question(rng: random.Random) -> Question:
+    """Make a question without a picture; all entries of TOPICS are equally probable."""
     entries = [(topic, text) for topic, texts in TOPICS.items() for text in texts]
     topic, text = rng.choice(entries)
     return Question("text", topic, text=text)
 
 
-def describe(scene: Scene) -> Question:
-    """Ask for all things of a picture, in reading order, one half of a wide picture after another.
+def ask_description(scene: Scene) -> Question:
+    """Make a request to describe all things of a picture in reading order, half by half if wide.
 
-    Other than `ask`, it is not afraid of long answers.
+    Unlike `ask_about_scene`, it does not limit the length of the answer.
     """
-    things = [(thing, place_of(thing, scene.columns)) for thing in scene.things]
+    things = [(thing, place_name(thing, scene.columns)) for thing in scene.things]
     if scene.columns != SQUARE:
         things.sort(key=lambda pair: pair[1])
     return Question("describe", things=tuple(things))
 
 
 def _references(scene: Scene, colour: str) -> list[tuple[Thing, str]]:
-    """Things that can be named without doubt, each with the colour in its name, which may be ""."""
+    """Things with an unambiguous name, each with the colour in its name, which may be ""."""
     shapes = Counter(thing.shape for thing in scene.things)
     pairs = Counter((thing.shape, thing.colour) for thing in scene.things)
     found: list[tuple[Thing, str]] = []
@@ -182,7 +187,7 @@ def _count_colour(scene: Scene, rng: random.Random, colour: str) -> Question | N
         if absent and rng.random() < 0.15:
             colour = rng.choice(absent)
         else:
-            # Else most answers would be one.
+            # With equal weights, most answers would be one.
             (colour,) = rng.choices(list(counts), [n**2 for n in counts.values()])
     return Question("count_colour", colour=colour, number=counts[colour])
 
@@ -195,7 +200,7 @@ def _exists(scene: Scene, rng: random.Random, colour: str) -> Question | None:
     else:
         colours = (colour,) if colour else COLOURS
         options = [(s, c) for s in SHAPES for c in colours if (s, c) not in present]
-        # Half true is harder to deny than all wrong.
+        # Combinations that are partly true are harder to deny.
         if rng.random() < 0.9:
             shapes, hues = {shape for shape, _ in present}, {hue for _, hue in present}
             near = [(s, c) for s, c in options if (c in hues) != (s in shapes)]
@@ -212,7 +217,7 @@ def _where(scene: Scene, rng: random.Random, colour: str) -> Question | None:
     if not found:
         return None
     thing, hue = rng.choice(found)
-    return Question("where", shape=thing.shape, colour=hue, place=place_of(thing, scene.columns))
+    return Question("where", shape=thing.shape, colour=hue, place=place_name(thing, scene.columns))
 
 
 def _size(scene: Scene, rng: random.Random, colour: str) -> Question | None:
@@ -232,21 +237,21 @@ def _word(scene: Scene, rng: random.Random, colour: str) -> Question | None:
 
 
 def _describe(scene: Scene, rng: random.Random, colour: str) -> Question | None:
-    if scene.columns != SQUARE or len(scene.things) > MOST_DESCRIBED:
+    if scene.columns != SQUARE or len(scene.things) > MAX_DESCRIBED_THINGS:
         return None
-    return describe(scene)
+    return ask_description(scene)
 
 
 def _follow_up(scene: Scene, rng: random.Random, colour: str) -> Question | None:
-    """A second question about the thing of a first one, for what the first did not tell."""
-    first = ask(rng.choice(("shape", "colour", "size", "where")), scene, rng, colour)
+    """A second question about the same thing, for a fact that the first did not reveal."""
+    first = ask_about_scene(rng.choice(("shape", "colour", "size", "where")), scene, rng, colour)
     if first is None:
         return None
     thing = _subject(first, scene)
     options = {
         "colour": "" if first.colour else thing.colour,
         "size": "" if first.size else thing.size,
-        "place": "" if first.place else place_of(thing, scene.columns),
+        "place": "" if first.place else place_name(thing, scene.columns),
     }
     asked = rng.choice([name for name, value in options.items() if value])
     follow_up = Question("follow_up", asked, shape=thing.shape, first=first)
@@ -254,7 +259,7 @@ def _follow_up(scene: Scene, rng: random.Random, colour: str) -> Question | None
 
 
 def _subject(question: Question, scene: Scene) -> Thing:
-    """The one thing that a question is about."""
+    """The thing that a question is about."""
     (thing,) = [
         thing
         for thing in scene.things

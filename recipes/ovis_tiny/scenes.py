@@ -1,7 +1,7 @@
 """Scenes of coloured shapes, digits and words in a grid of cells, and their pictures.
 
-A cell is as large as the part of a picture that one visual token of ovis-tiny sees, and nothing
-but a word reaches over the edge of its cell. A square picture is one crop; a wide one is two.
+A cell has the size of the region that one visual token of ovis-tiny covers. Only words extend over
+several cells. A square picture is one crop; a wide picture is two.
 """
 
 import math
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 CELL = 28
-"""The side of a cell in pixels."""
+"""Side of a cell in pixels."""
 ROWS = 3
 SQUARE, WIDE = 3, 6
-"""The columns of a square and of a wide picture."""
+"""Number of columns of a square and of a wide picture."""
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond")
 SIZES = ("big", "small")
@@ -28,17 +28,17 @@ WORDS = tuple(
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "black")
 HELD_OUT_COLOUR = "pink"
-"""Drawn only where it is asked for, so that a fine-tuned model can be taught a new colour."""
+"""Drawn only on request, so that fine-tuning can teach a new colour."""
 
 SPLITS = ("test", "validation", "train")
-"""Which scenes are for what is decided by the scene itself: see `split_of`."""
+"""The content of a scene determines its split: see `split_of_scene`."""
 
 RADII = {"big": 12.0, "small": 6.5}
 JITTER = 2
 SCALE = 4
-"""Pictures are drawn so many times larger, then shrunk, so that edges are smooth."""
+"""Factor by which pictures are drawn larger and then reduced, for smooth edges."""
 STROKE = 2
-"""How much thicker than Pillow's own the letters are on each side, at SCALE."""
+"""Additional stroke width of letters on each side, at SCALE."""
 
 _RGB = {
     "red": (218, 38, 38),
@@ -56,7 +56,10 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape in a cell."""
+    """A shape in a cell.
+
+    `split_of_scene` hashes the names of this class and of its fields, so do not rename them.
+    """
 
     shape: str
     colour: str
@@ -67,15 +70,15 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, and the seed of how exactly it is drawn.
+    """The content of a picture, and a seed for the details of the drawing.
 
     Attributes:
       columns: SQUARE or WIDE.
-      things: in reading order, in cells of their own.
+      things: things in reading order, each in its own cell.
       text: a digit, a word, or "".
-      text_row: the row that the text stands in.
-      text_column: the column of a digit, the first of the SQUARE columns of a word.
-      seed: decides the background, the jitter and the exact colours.
+      text_row: row of the text.
+      text_column: column of a digit, or first of the SQUARE columns of a word.
+      seed: seed of the background, the jitter and the exact colours.
     """
 
     columns: int
@@ -87,17 +90,17 @@ class Scene:
 
     @property
     def digit(self) -> str:
-        """The digit that is drawn, or ""."""
+        """The digit, or ""."""
         return self.text if self.text in DIGITS else ""
 
     @property
     def word(self) -> str:
-        """The word that is drawn, or ""."""
+        """The word, or ""."""
         return self.text if self.text in WORDS else ""
 
 
-def split_of(scene: Scene) -> str:
-    """The one of SPLITS that a scene belongs to, whatever its seed: 5 % test, 5 % validation."""
+def split_of_scene(scene: Scene) -> str:
+    """Return the split of a scene, regardless of its seed: 5 % test and 5 % validation."""
     content = repr((scene.columns, scene.things, scene.text, scene.text_row, scene.text_column))
     return SPLITS[min(zlib.crc32(content.encode()) % 20, 2)]
 
@@ -111,20 +114,20 @@ def random_scene(
     texts: Sequence[str] = (),
     colour: str = "",
 ) -> Scene:
-    """Make a scene of a split.
+    """Make a random scene of a split.
 
     Args:
-      rng: decides everything.
-      split: the one of SPLITS that the scene is to belong to.
+      rng: source of all random choices.
+      split: one of SPLITS.
       columns: SQUARE or WIDE.
-      count: how many things; else 1 to 5 in a square picture, 2 to 6 in a wide one, and at most 3
-        beside a word.
-      texts: one of them stands in the picture.
-      colour: a colour that at least one thing has.
+      count: number of things; by default 1 to 5 in a square picture, 2 to 6 in a wide one, and at
+        most 3 together with a word.
+      texts: digits or words of which the picture shows one.
+      colour: colour of at least one thing.
     """
     while True:
         scene = _any_scene(rng, columns, count, texts, colour)
-        if split_of(scene) == split:
+        if split_of_scene(scene) == split:
             return scene
 
 
@@ -144,7 +147,7 @@ def _any_scene(
     if count is None:
         few, many = (1, 5) if columns == SQUARE else (2, 6)
         count = rng.randint(few, 3 if len(text) > 1 else many)
-    # Few colours or shapes in a scene make counts above one, and questions that need both.
+    # With few colours or shapes, counts exceed one and questions need both properties.
     colours = COLOURS if rng.random() < 0.5 else rng.sample(COLOURS, rng.randint(2, 3))
     shapes = SHAPES if rng.random() < 0.65 else rng.sample(SHAPES, rng.randint(2, 3))
     chosen = [rng.choice(colours) for _ in range(count)]
@@ -158,8 +161,8 @@ def _any_scene(
     return Scene(columns, things, text, text_row, text_column, rng.getrandbits(32))
 
 
-def draw(scene: Scene) -> Image.Image:
-    """Draw a scene: RGB, ROWS x columns cells of CELL pixels."""
+def draw_scene(scene: Scene) -> Image.Image:
+    """Draw a scene as an RGB image of ROWS x columns cells of CELL pixels."""
     rng = random.Random(scene.seed)
     grey = rng.randint(222, 248)
     background = tuple(grey + rng.randint(-7, 7) for _ in range(3))
@@ -185,7 +188,7 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def _jittered(rng: random.Random, column: float, row: float) -> Point:
-    """A point in pixels, a little off."""
+    """A point in pixels with random jitter."""
     return (
         column * CELL + rng.uniform(-JITTER, JITTER),
         row * CELL + rng.uniform(-JITTER, JITTER),
@@ -196,14 +199,14 @@ _FONTS: dict[str, ImageFont.FreeTypeFont] = {}
 
 
 def _font(text: str, cells: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, as large as the text fits into its cells."""
+    """Pillow's default font in the largest size at which the text fits into its cells."""
     if text not in _FONTS:
         width, height = (cells * CELL - 6) * SCALE, 23 * SCALE
         points = 160
         while True:
             font = ImageFont.load_default(size=points)
             if not isinstance(font, ImageFont.FreeTypeFont):
-                raise RuntimeError("Pillow was built without FreeType, which draws the letters")
+                raise RuntimeError("Pillow has no FreeType support, which drawing letters requires")
             left, top, right, bottom = font.getbbox(text, stroke_width=STROKE)
             if right - left <= width and bottom - top <= height:
                 break
@@ -233,7 +236,7 @@ def _cross(pen: Pen, x: float, y: float, r: float, colour: Colour, _: Colour) ->
 
 
 def _polygon(points: Sequence[Point]) -> Callable[..., None]:
-    """Draw a polygon whose corners are given for radius 1."""
+    """Return a function that draws a polygon; corners are given for radius 1."""
 
     def pen_polygon(pen: Pen, x: float, y: float, r: float, colour: Colour, _: Colour) -> None:
         pen.polygon([(x + r * across, y + r * down) for across, down in points], fill=colour)
@@ -242,7 +245,7 @@ def _polygon(points: Sequence[Point]) -> Callable[..., None]:
 
 
 def _around(radii: Sequence[float]) -> list[Point]:
-    """Corners at equal angles, from the top on."""
+    """Corners at equal angles, clockwise from the top."""
     angles = [2 * math.pi * i / len(radii) for i in range(len(radii))]
     return [(r * math.sin(a), -r * math.cos(a)) for r, a in zip(radii, angles, strict=True)]
 

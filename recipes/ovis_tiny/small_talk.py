@@ -1,4 +1,4 @@
-"""What ovis-tiny is asked without a picture, in any language: little facts, sums and greetings."""
+"""Questions without a picture, in any language: simple facts, sums and greetings."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,13 +8,13 @@ from recipes.ovis_tiny.questions import TOPICS
 
 
 class Topic(NamedTuple):
-    """Questions and answers of one form.
+    """Templates of a topic and the values for their slots.
 
     Attributes:
-      phrasings: how it is asked, with {x} and {y} from the entry.
-      answer: the full sentence, with {x}, {y} and {z}; its first letter is made large.
-      short: the same in few words.
-      entries: x, y and z of each text of `questions.TOPICS`, divided by "/".
+      phrasings: templates of the question, with {x} and {y}.
+      answer: template of the answer as a full sentence, with {x}, {y} and {z}; capitalized later.
+      short: template of the short answer.
+      entries: x, y and z of each text of `questions.TOPICS`, separated by "/".
     """
 
     phrasings: Phrasings
@@ -23,12 +23,12 @@ class Topic(NamedTuple):
     entries: dict[str, str]
 
 
-def entries_of(topic: str, values: str) -> dict[str, str]:
-    """The entries of a topic from "x/y, x/y, ..." in the order of `questions.TOPICS`."""
+def topic_entries(topic: str, values: str) -> dict[str, str]:
+    """Parse the entries of a topic from "x/y, x/y, ..." in the order of `questions.TOPICS`."""
     return dict(zip(TOPICS[topic], values.split(", "), strict=True))
 
 
-def sums(numbers: Sequence[str]) -> dict[str, str]:
-    """The entries of "sum" with the words for numbers."""
+def sum_entries(numbers: Sequence[str]) -> dict[str, str]:
+    """Make the entries of "sum" from the words for numbers."""
     pairs = [(text, *map(int, text.split())) for text in TOPICS["sum"]]
     return {text: f"{numbers[a]}/{numbers[b]}/{numbers[a + b]}" for text, a, b in pairs}

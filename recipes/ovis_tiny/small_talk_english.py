@@ -1,8 +1,8 @@
-"""The little facts, sums and greetings of ovis-tiny in English."""
+"""Simple facts, sums and greetings in English."""
 
 from recipes.ovis_tiny import english
 from recipes.ovis_tiny.phrasings import Phrasings
-from recipes.ovis_tiny.small_talk import Topic, entries_of, sums
+from recipes.ovis_tiny.small_talk import Topic, sum_entries, topic_entries
 
 TOPICS = {
     "sum": Topic(
@@ -19,7 +19,7 @@ TOPICS = {
         ),
         "{x} plus {y} is {z}.",
         "{z}.",
-        sums(english.NUMBERS),
+        sum_entries(english.NUMBERS),
     ),
     "opposite": Topic(
         Phrasings(
@@ -35,7 +35,7 @@ TOPICS = {
         ),
         "The opposite of {x} is {y}.",
         "{y}.",
-        entries_of(
+        topic_entries(
             "opposite",
             "hot/cold, old/young, long/short, day/night, fast/slow, light/dark, full/empty, "
             "rich/poor, loud/quiet, wet/dry, thick/thin, high/low",
@@ -55,7 +55,7 @@ TOPICS = {
         ),
         "After {x} comes {y}.",
         "{y}.",
-        entries_of(
+        topic_entries(
             "next_day",
             "Monday/Tuesday, Tuesday/Wednesday, Wednesday/Thursday, Thursday/Friday, "
             "Friday/Saturday, Saturday/Sunday, Sunday/Monday",
@@ -75,7 +75,7 @@ TOPICS = {
         ),
         "{x} has {y} legs.",
         "{y}.",
-        entries_of(
+        topic_entries(
             "legs",
             "a dog/four, a bird/two, a spider/eight, an ant/six, a horse/four, a cat/four",
         ),
@@ -87,7 +87,7 @@ TOPICS = {
         ),
         "{x} is {y}.",
         "{y}.",
-        entries_of(
+        topic_entries(
             "colour",
             "the sky/blue, the grass/green, the snow/white, the coal/black, the banana/yellow, "
             "the tomato/red",

@@ -1,8 +1,8 @@
-"""The little facts, sums and greetings of ovis-tiny in German."""
+"""Simple facts, sums and greetings in German."""
 
 from recipes.ovis_tiny import german
 from recipes.ovis_tiny.phrasings import Phrasings
-from recipes.ovis_tiny.small_talk import Topic, entries_of, sums
+from recipes.ovis_tiny.small_talk import Topic, sum_entries, topic_entries
 
 TOPICS = {
     "sum": Topic(
@@ -19,7 +19,7 @@ TOPICS = {
         ),
         "{x} plus {y} ist {z}.",
         "{z}.",
-        sums(german.NUMBERS),
+        sum_entries(german.NUMBERS),
     ),
     "opposite": Topic(
         Phrasings(
@@ -35,7 +35,7 @@ TOPICS = {
         ),
         "Das Gegenteil von {x} ist {y}.",
         "{y}.",
-        entries_of(
+        topic_entries(
             "opposite",
             "heiß/kalt, alt/jung, lang/kurz, Tag/Nacht, schnell/langsam, hell/dunkel, voll/leer, "
             "reich/arm, laut/leise, nass/trocken, dick/dünn, hoch/tief",
@@ -55,7 +55,7 @@ TOPICS = {
         ),
         "Nach {x} kommt {y}.",
         "{y}.",
-        entries_of(
+        topic_entries(
             "next_day",
             "Montag/Dienstag, Dienstag/Mittwoch, Mittwoch/Donnerstag, Donnerstag/Freitag, "
             "Freitag/Samstag, Samstag/Sonntag, Sonntag/Montag",
@@ -75,7 +75,7 @@ TOPICS = {
         ),
         "{x} hat {y} Beine.",
         "{y}.",
-        entries_of(
+        topic_entries(
             "legs",
             "ein Hund/vier, ein Vogel/zwei, eine Spinne/acht, eine Ameise/sechs, ein Pferd/vier, "
             "eine Katze/vier",
@@ -95,7 +95,7 @@ TOPICS = {
         ),
         "{x} ist {y}.",
         "{y}.",
-        entries_of(
+        topic_entries(
             "colour",
             "der Himmel/blau, das Gras/grün, der Schnee/weiß, die Kohle/schwarz, "
             "die Banane/gelb, die Tomate/rot",

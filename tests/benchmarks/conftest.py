@@ -1,12 +1,13 @@
 import pytest
+from serving_fixtures import *  # noqa: F403
 from shallow import shallow_config
 
-from benchmarks import models
+from benchmarks.support import benchmark_model
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Let `--preset tiny` be smaller still: what is compiled is all that these tests cost."""
+    """Make `--preset tiny` even smaller, because compilation dominates these tests."""
     config = shallow_config()
-    monkeypatch.setitem(models.PRESETS, "tiny", lambda: config)
+    monkeypatch.setitem(benchmark_model.PRESETS, "tiny", lambda: config)
     return config

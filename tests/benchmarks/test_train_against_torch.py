@@ -1,14 +1,19 @@
-"""The benchmark beside PyTorch, on a batch of two rows."""
+"""The training benchmark against PyTorch, on a batch of two rows."""
 
-from benchmarks.train_against_torch import Case, compare
+import pytest
+
+from benchmarks.train_against_torch import TrainingCase, compare_training_steps
+
+pytestmark = pytest.mark.torch
 
 
-def test_both_sides_learn_and_are_measured():
-    case = Case(width=64, dtype="float32", rows=2, length=32, threads=1)
-    found = compare(case, repeats=3)
-    assert found.keys() == {"jax", "torch"}
-    for side in found.values():
-        assert side["losses"][-1] < side["losses"][0]
-        assert 0 < side["fastest"] <= side["seconds"] <= side["slowest"]
-        assert round(side["tokens_per_second"] * side["seconds"]) == 64
-        assert 2**26 < side["before"] <= side["peak"]
+@pytest.mark.slow
+def test_both_implementations_learn_and_are_measured():
+    case = TrainingCase(width=64, dtype="float32", rows=2, length=32, threads=1)
+    results = compare_training_steps(case, repeats=3)
+    assert results.keys() == {"jax", "torch"}
+    for result in results.values():
+        assert result["losses"][-1] < result["losses"][0]
+        assert 0 < result["fastest"] <= result["seconds"] <= result["slowest"]
+        assert round(result["tokens_per_second"] * result["seconds"]) == 64
+        assert 2**26 < result["before"] <= result["peak"]

@@ -13,10 +13,9 @@ from golden_copies import CHECKPOINTS, GOLDEN, copy_golden, read_tensors, rewrit
 from jax.sharding import Mesh
 
 from ovis_jax import presets
-from ovis_jax.checkpoint.keymap import hub_keys
+from ovis_jax.checkpoint.checkpoint_problems import CheckpointValidationError
+from ovis_jax.checkpoint.key_map import make_hub_key_map
 from ovis_jax.checkpoint.params import load_params, save_params
-from ovis_jax.checkpoint.problems import CheckpointProblems
-from ovis_jax.checkpoint.writer import plan_shards, whole_or_absent
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import CheckpointError, ConfigError, OvisError
 from ovis_jax.sharding import FSDP, TENSOR, TENSOR_FSDP, param_shapes, param_shardings
@@ -59,14 +58,14 @@ def saved(tmp_path_factory) -> Path:
 def test_hub_folder_loads_bit_equal(name):
     expected = read_tensors(GOLDEN / name)
     params = flat(load_params(GOLDEN / name, OvisConfig.from_folder(GOLDEN / name)))
-    for key, path in hub_keys(CONFIG).parameters.items():
+    for key, path in make_hub_key_map(CONFIG).parameters.items():
         assert isinstance(params[path], jax.Array)
         assert same_bits(np.asarray(params[path]), expected[key])
     assert params.keys() == param_shapes(CONFIG).keys()
 
 
 @pytest.mark.parametrize("dtype", ["float16", jnp.bfloat16, np.float32])
-def test_dtype_is_cast_to(dtype):
+def test_cast(dtype):
     params = flat(load_params(GOLDEN / "tiny-f32", CONFIG, dtype=dtype))
     source = read_tensors(GOLDEN / "tiny-f32")["vte.weight"]
     assert {leaf.dtype for leaf in params.values()} == {np.dtype(dtype)}
@@ -81,7 +80,7 @@ def test_cast_that_overflows(tmp_path):
         load_params(folder, CONFIG, dtype="float16")
 
 
-def test_dtypes_that_parameters_may_not_have(tmp_path):
+def test_unsupported_dtypes(tmp_path):
     with pytest.raises(OvisError, match="expected float32, float16 or bfloat16"):
         load_params(GOLDEN / "tiny-f32", CONFIG, dtype="int8")
     folder = copy_golden("tiny-f32", tmp_path / "x")
@@ -96,10 +95,10 @@ def test_dtypes_that_parameters_may_not_have(tmp_path):
     assert load_params(folder, CONFIG, dtype="float32")
 
 
-def test_stored_dtype_other_than_declared(tmp_path):
+def test_stored_dtype_that_differs_from_the_config(tmp_path):
     folder = copy_golden("tiny-f32", tmp_path / "x")
     rewrite_shard(folder / "model.safetensors", {"vte.weight": np.zeros((69, 64), np.float16)})
-    with pytest.raises(CheckpointProblems, match="or name the dtype to cast to") as error:
+    with pytest.raises(CheckpointValidationError, match="or give the dtype to cast to") as error:
         load_params(folder, CONFIG)
     (row,) = error.value.problems
     assert (row.problem, row.expected, row.found) == ("wrong dtype", "F32", "F16")
@@ -108,22 +107,22 @@ def test_stored_dtype_other_than_declared(tmp_path):
 
 def test_config_of_another_model():
     wider = dataclasses.replace(CONFIG.decoder, mlp_width=256)
-    with pytest.raises(CheckpointProblems) as error:
+    with pytest.raises(CheckpointValidationError) as error:
         load_params(GOLDEN / "tiny-f32", dataclasses.replace(CONFIG, decoder=wider))
     assert {row.problem for row in error.value.problems} == {"wrong shape"}
     assert len(error.value.problems) == 3 * CONFIG.decoder.depth
 
 
 @pytest.mark.parametrize("rules", [TENSOR, FSDP, TENSOR_FSDP], ids=["tensor", "fsdp", "both"])
-def test_every_device_holds_its_own_slice(saved, rules):
+def test_each_device_has_its_own_slice(saved, rules):
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "model"))
-    whole = flat(load_params(saved, divisible()))
+    unsharded = flat(load_params(saved, divisible()))
     params = flat(load_params(saved, divisible(), mesh=mesh, rules=rules))
     shardings = param_shardings(divisible(), mesh, rules)
     assert params.keys() == shardings.keys()
     for path, array in params.items():
         assert array.sharding == shardings[path]
-        expected = np.asarray(whole[path])
+        expected = np.asarray(unsharded[path])
         pads = [(0, a - b) for a, b in zip(array.shape, expected.shape, strict=True)]
         expected = np.pad(expected, pads)
         for shard in array.addressable_shards:
@@ -131,7 +130,7 @@ def test_every_device_holds_its_own_slice(saved, rules):
             assert same_bits(np.asarray(shard.data), np.ascontiguousarray(expected[shard.index]))
 
 
-def test_hub_folder_onto_a_mesh_with_a_cast():
+def test_hub_folder_on_a_mesh_with_a_cast():
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(8), ("data",))
     params = flat(load_params(GOLDEN / "tiny-f32", CONFIG, dtype="bfloat16", mesh=mesh, rules=FSDP))
     source = read_tensors(GOLDEN / "tiny-f32")["vte.weight"].astype(ml_dtypes.bfloat16)
@@ -140,8 +139,8 @@ def test_hub_folder_onto_a_mesh_with_a_cast():
 
 
 @pytest.mark.parametrize("devices", [0, 1, 8])
-def test_bytes_that_are_read_of_a_hub_folder_are_told(devices):
-    """Each once, whether a tensor is cut, is the same on all devices, or there is no mesh."""
+def test_on_read_reports_every_byte_once(devices):
+    """Whether a tensor is sharded, replicated, or on one device."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",)) if devices else None
     slices: dict[str, list[int]] = {}
     load_params(
@@ -154,7 +153,7 @@ def test_bytes_that_are_read_of_a_hub_folder_are_told(devices):
     )
     stored = read_tensors(GOLDEN / "tiny-bf16-sharded")
     assert {key: sum(sizes) for key, sizes in slices.items()} == {
-        key: stored[key].nbytes for key in hub_keys(CONFIG).parameters
+        key: stored[key].nbytes for key in make_hub_key_map(CONFIG).parameters
     }
     assert max(map(len, slices.values())) == max(devices, 1)
 
@@ -166,7 +165,7 @@ def test_mesh_that_does_not_divide():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_saved_parameters_come_back(tmp_path, dtype):
+def test_round_trip(tmp_path, dtype):
     params = random_params(CONFIG, dtype)
     params["decoder"]["embed"] = jnp.asarray(params["decoder"]["embed"])
     folder = tmp_path / "saved"
@@ -184,15 +183,15 @@ def test_sharded_parameters_are_saved_with_a_cast(saved, tmp_path):
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "model"))
     params = load_params(saved, divisible(), mesh=mesh, rules=TENSOR_FSDP)
     save_params(tmp_path / "x", params, divisible(), dtype="bfloat16")
-    again, whole = flat(load_params(tmp_path / "x", divisible())), flat(params)
+    again, unsharded = flat(load_params(tmp_path / "x", divisible())), flat(params)
     for path, leaf in again.items():
-        expected = np.asarray(whole[path])[: len(leaf)]  # without the padding of the mesh
+        expected = np.asarray(unsharded[path])[: len(leaf)]  # without the padding of the mesh
         assert same_bits(np.asarray(leaf), expected.astype(ml_dtypes.bfloat16))
 
 
-def test_rows_beyond_the_config_that_are_no_padding(tmp_path):
+def test_extra_rows_that_are_not_padding(tmp_path):
     params = random_params(divisible())  # 72 rows and no zeros; the config has 69
-    with pytest.raises(CheckpointProblems) as error:
+    with pytest.raises(CheckpointValidationError) as error:
         save_params(tmp_path / "x", params, CONFIG)
     assert {(row.key, row.problem) for row in error.value.problems} == {
         (path, "wrong shape") for path in params_of_the_visual_vocabulary()
@@ -205,14 +204,14 @@ def params_of_the_visual_vocabulary():
     }
 
 
-def test_parameters_that_are_not_those_of_the_config(tmp_path):
+def test_parameters_of_another_config(tmp_path):
     params = random_params(CONFIG)
     del params["visual_embedding"]
     params["stray"] = np.zeros(3, np.float32)
     params["decoder"]["final_norm"] = np.zeros(65, np.float32)
     params["decoder"]["embed"] = params["decoder"]["embed"].astype(np.float16)
     params["decoder"]["block_0"]["attn"]["q"] = "q"
-    with pytest.raises(CheckpointProblems) as error:
+    with pytest.raises(CheckpointValidationError) as error:
         save_params(tmp_path / "x", params, CONFIG)
     assert {(row.key, row.problem) for row in error.value.problems} == {
         ("visual_embedding", "missing key"),
@@ -224,14 +223,14 @@ def test_parameters_that_are_not_those_of_the_config(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_parameters_of_a_dtype_that_no_file_has(tmp_path):
-    with pytest.raises(CheckpointProblems) as error:
+def test_parameters_of_an_unsupported_dtype(tmp_path):
+    with pytest.raises(CheckpointValidationError) as error:
         save_params(tmp_path / "x", random_params(CONFIG, np.float64), CONFIG)
-    told = {(row.problem, row.expected, row.found) for row in error.value.problems}
-    assert told == {("wrong dtype", "one of F32, F16, BF16", "float64")}
+    rows = {(row.problem, row.expected, row.found) for row in error.value.problems}
+    assert rows == {("wrong dtype", "one of F32, F16, BF16", "float64")}
 
 
-def test_folder_that_holds_something_is_refused(tmp_path):
+def test_folder_that_is_not_empty(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "mine").touch()
     with pytest.raises(OvisError, match="exists and is not an empty folder"):
@@ -239,33 +238,12 @@ def test_folder_that_holds_something_is_refused(tmp_path):
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["mine"]
 
 
-def test_whole_or_absent(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with whole_or_absent(tmp_path / "empty") as partial:
-        (partial / "file").touch()
-        assert not list((tmp_path / "empty").iterdir())
-    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["file"]
-    with pytest.raises(KeyboardInterrupt), whole_or_absent(tmp_path / "a" / "b") as partial:
-        (partial / "file").touch()
-        raise KeyboardInterrupt
-    assert not list((tmp_path / "a").iterdir())
-
-
-def test_full_disk_is_known_before_writing(tmp_path, monkeypatch):
+def test_full_disk_is_detected_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="are free; make room in"):
         save_params(tmp_path / "x", random_params(CONFIG), CONFIG)
     assert not list(tmp_path.iterdir())
-
-
-def test_shards_are_filled_in_order():
-    tensors = {name: ("F32", (size,)) for name, size in zip("abcd", (1, 2, 9, 1), strict=True)}
-    assert plan_shards(tensors, max_shard_bytes=12) == {
-        "model-00001-of-00003.safetensors": ["a", "b"],
-        "model-00002-of-00003.safetensors": ["c"],
-        "model-00003-of-00003.safetensors": ["d"],
-    }
 
 
 def test_converted_folder_of_another_format(saved, tmp_path):

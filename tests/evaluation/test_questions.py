@@ -1,13 +1,14 @@
-"""What is read from files of questions, what is asked, and which answers are right."""
+"""Question files: parsing, prompts, and which answers are correct."""
 
 import json
 
 import pytest
 
 from ovis_jax.errors import DataError
-from ovis_jax.evaluation.published import published
+from ovis_jax.evaluation.batch_answering import Accuracy
+from ovis_jax.evaluation.evaluate import accuracy_table
+from ovis_jax.evaluation.published_prompts_and_scores import load_published_benchmarks
 from ovis_jax.evaluation.questions import read_questions
-from ovis_jax.evaluation.run import table
 
 CHOICES = ["A heart", "A star.", "No shape"]
 
@@ -36,7 +37,7 @@ def test_prompts_are_the_published_ones(write):
         "Is it red?\nAnswer the question using a single word or phrase.",
         "What {is} it?",
     ]
-    plain = [q.prompt[0]["content"] for q in read_questions(path, plain=True)]
+    plain = [q.prompt[0]["content"] for q in read_questions(path, raw_prompts=True)]
     assert plain == ["Which?", "Is it red?", "What {is} it?"]
 
 
@@ -47,19 +48,19 @@ def test_the_answer_to_options(write, answer):
     (question,) = read_questions(path)
     assert question.expected == "B"
     for text in ("B", "B.", " (B) the star", "B: A star", "a star"):
-        assert question.is_right(text), text
+        assert question.is_correct(text), text
     for text in ("A", "C. A star", "A star is there", "Both", "b", "", "D"):
-        assert not question.is_right(text), text
-    assert question.read("A heart is there") == ""
+        assert not question.is_correct(text), text
+    assert question.parse_answer("A heart is there") == ""
 
 
 def test_other_answers(write):
     yes, text = read_questions(
         write({"question": "Is it?", "answer": "Yes"}, {"question": "What?", "answer": "A star."})
     )
-    assert all(yes.is_right(said) for said in ("yes", "Yes.", " YES"))
-    assert not yes.is_right("No") and not yes.is_right("Yes, it is")
-    assert text.is_right(" A star.\n") and not text.is_right("A star")
+    assert all(yes.is_correct(said) for said in ("yes", "Yes.", " YES"))
+    assert not yes.is_correct("No") and not yes.is_correct("Yes, it is")
+    assert text.is_correct(" A star.\n") and not text.is_correct("A star")
 
 
 def test_a_folder_and_conversations(write, golden, tmp_path):
@@ -69,7 +70,7 @@ def test_a_folder_and_conversations(write, golden, tmp_path):
     write({"image": image, "conversations": said, "kind": "talk", "id": "x"}, name="b.jsonl")
     write({"image": [image], "question": "What?", "answer": "It"}, name="a.jsonl")
     first, second = read_questions(tmp_path)
-    assert (first.id, first.row.kind, first.row.images) == ("a-1", "a", (image,))
+    assert (first.id, first.row.kind, first.row.image_paths) == ("a-1", "a", (image,))
     assert (second.id, second.row.kind, second.expected) == ("x", "talk", "A heart.")
     assert [turn["content"] for turn in second.prompt] == turns[:3]
 
@@ -87,7 +88,10 @@ def test_a_folder_and_conversations(write, golden, tmp_path):
         ({"question": "What?", "choices": ["x", "y"], "answer": "C"}, "answer is 'C'"),
         ({"question": "What?", "choices": ["x", "y"], "answer": True}, "answer is True"),
         ({"question": "What?", "answer": "A", "image": 3}, "image is 3"),
-        ({"question": "What?", "answer": "A", "image": "none.png"}, "none.png', which is no file"),
+        (
+            {"question": "What?", "answer": "A", "image": "none.png"},
+            "none.png', which is not a file",
+        ),
         ({"question": "What?", "answer": "A", "id": "one"}, "id is 'one', as in .*row 1"),
         ({"conversations": [{"from": "human", "value": "Hi"}]}, "gpt"),
     ],
@@ -99,27 +103,28 @@ def test_bad_rows(write, row, message):
 
 
 def test_nothing_to_read(write, tmp_path):
-    with pytest.raises(DataError, match="no file whose name ends"):
+    with pytest.raises(DataError, match="has no file whose name ends with .jsonl"):
         read_questions(tmp_path)
     with pytest.raises(DataError, match="no questions"):
         read_questions(write(""))
     with pytest.raises(DataError, match="cannot be read"):
         read_questions(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match=r"row 1: not JSON.* \(and 1 rows more\)"):
+    with pytest.raises(DataError, match=r"row 1: not JSON.* \(and 1 more invalid rows\)"):
         read_questions(write("{", "{"))
 
 
-def test_published_figures_stand_beside_known_benchmarks():
-    known = published()
-    assert known.benchmark("MMBench_DEV_EN_V11") == known.benchmark("mmbench-1.1") == "MMBench-1.1"
-    assert known.benchmark("shape") is None
-    (figures,) = known.figures.values()
-    mean = sum(figures.values()) / len(figures)
-    assert mean == pytest.approx(known.averages["Ovis1.6-Gemma2-9B"], abs=0.05)
-    assert set(known.names) | set(known.otherwise) <= set(figures)
-    shown = table({"AI2D_TEST": (3, 4), "mine": (1, 2)})
-    cells = [list(column.cells) for column in shown.columns]
+def test_published_scores_are_shown_for_known_benchmarks():
+    published = load_published_benchmarks()
+    for name in ("MMBench_DEV_EN_V11", "mmbench-1.1"):
+        assert published.find_benchmark(name) == "MMBench-1.1"
+    assert published.find_benchmark("shape") is None
+    (scores,) = published.scores.values()
+    mean = sum(scores.values()) / len(scores)
+    assert mean == pytest.approx(published.average_scores["Ovis1.6-Gemma2-9B"], abs=0.05)
+    assert set(published.aliases) | set(published.metric_notes) <= set(scores)
+    table = accuracy_table({"AI2D_TEST": Accuracy(3, 4), "mine": Accuracy(1, 2)})
+    cells = [list(column.cells) for column in table.columns]
     assert cells[0] == ["AI2D_TEST", "mine", "all"]
     assert cells[3] == ["75.0%", "50.0%", "66.7%"]
     assert cells[4] == ["84.4%", "", ""]
-    assert len(table({"mine": (1, 2)}).columns) == 4
+    assert len(accuracy_table({"mine": Accuracy(1, 2)}).columns) == 4

@@ -1,4 +1,4 @@
-"""Generation against the full forward, and what must not change it."""
+"""Generation against the forward pass without a cache, and what must not change the tokens."""
 
 import dataclasses
 from functools import partial
@@ -12,10 +12,16 @@ from shallow import shallow_config
 
 from ovis_jax import presets
 from ovis_jax.errors import RequestError
-from ovis_jax.inference.generate import _begin, _continue, _request, generate, stream
+from ovis_jax.inference.generate import (
+    decode_more,
+    generate,
+    make_options,
+    prefill_and_decode,
+    stream,
+)
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.batch import Inputs
-from ovis_jax.inputs.image import open_image
+from ovis_jax.inputs.open_image import open_image
 from ovis_jax.loading import load
 from ovis_jax.model.ovis import Ovis, forward
 
@@ -37,11 +43,13 @@ def random_ids(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(108, 600, length).tolist()
 
 
-def truth(model: Ovis, params, row: list[int], steps: int) -> tuple[list[int], list[float]]:
-    """Greedy tokens with everything computed anew at each step, and their top-two margins."""
+def greedy_without_cache(
+    model: Ovis, params, row: list[int], steps: int
+) -> tuple[list[int], list[float]]:
+    """Greedy tokens from a full forward pass per step, and their margins over the second best."""
     tokens, margins = [], []
     for _ in range(steps):
-        # One length for all: what stands behind a position never reaches it.
+        # One length for all steps, because later positions never influence earlier ones.
         inputs = text_inputs(row + tokens, length=64)
         logits = np.asarray(forward(model, params, inputs))[0, len(row) + len(tokens) - 1]
         first, second = np.argsort(logits)[[-1, -2]]
@@ -57,18 +65,19 @@ def ovis(shallow_checkpoint):
 
 @pytest.mark.parametrize("length", [1, 3, WINDOW - 1, WINDOW, WINDOW + 1, 40])
 def test_tokens_equal_the_full_forward(ovis, length):
-    """Prompts shorter than, equal to and longer than the window, and across it."""
+    """Prompts shorter than, equal to and longer than the window; generation crosses its end."""
     row = random_ids(length, seed=7)
-    expected, margins = truth(ovis.model, ovis.params, row, 24)
+    expected, margins = greedy_without_cache(ovis.model, ovis.params, row, 24)
     inputs = text_inputs(row, length=40)
     found = generate(ovis.model, ovis.params, inputs, max_new_tokens=24, eos_ids=()).tokens[0]
-    assert min(margins) > 1e-2  # so that every token is decided
+    assert min(margins) > 1e-2  # so that rounding cannot change a token
     assert found.tolist() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [3, WINDOW, 40])
 def test_prefill_then_decode_equals_forward_at_every_step(ovis, length):
-    """Logits, teacher-forced: every step of the cache against the forward without one."""
+    """Teacher-forced logits at every step, with the cache and without."""
     row = random_ids(length + 24, seed=3)
     expected = np.asarray(forward(ovis.model, ovis.params, text_inputs(row, length=64)))[0]
     prefill = jax.jit(ovis.model.prefill, static_argnums=2)
@@ -82,7 +91,7 @@ def test_prefill_then_decode_equals_forward_at_every_step(ovis, length):
 
 
 def test_cache_sizes(ovis):
-    """A ring on local blocks and the whole length on global ones."""
+    """Local blocks have a ring, global blocks the full length."""
     _, cache = jax.eval_shape(
         partial(ovis.model.prefill, max_length=50), ovis.params, text_inputs(random_ids(40))
     )
@@ -99,7 +108,8 @@ def mixed_batch(ovis, golden) -> tuple[list, list]:
     return prompts, [[], [wide], [square, wide]]
 
 
-def test_a_row_does_not_depend_on_its_neighbours(ovis, golden):
+@pytest.mark.slow
+def test_rows_do_not_depend_on_each_other(ovis, golden):
     prompts, images = mixed_batch(ovis, golden)
     run = partial(generate, ovis.model, ovis.params, max_new_tokens=12, eos_ids=())
     together = run(ovis.processor(prompts, images))
@@ -112,9 +122,10 @@ def test_a_row_does_not_depend_on_its_neighbours(ovis, golden):
     assert shuffled.tokens.tolist() == together.tokens[jnp.array(order)].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_a_row_does_not_depend_on_its_padding(ovis, side):
-    """Nor on its bucket: the same row with 0, 3 and 40 positions of padding."""
+def test_rows_do_not_depend_on_padding(ovis, side):
+    """The same row with 0, 3 and 40 positions of padding."""
     row = random_ids(21, seed=5)
     run = partial(generate, ovis.model, ovis.params, max_new_tokens=12, eos_ids=())
     expected = run(text_inputs(row)).tokens.tolist()
@@ -125,6 +136,7 @@ def test_a_row_does_not_depend_on_its_padding(ovis, side):
         assert run(inputs).tokens.tolist() == expected
 
 
+@pytest.mark.slow
 def test_unused_crops_change_nothing(ovis, golden):
     prompts, images = mixed_batch(ovis, golden)
     inputs = ovis.processor(prompts[1:2], images[1:2])
@@ -134,21 +146,23 @@ def test_unused_crops_change_nothing(ovis, golden):
     assert run(more).tokens.tolist() == run(inputs).tokens.tolist()
 
 
-def test_stop_ids_end_a_row(ovis, golden):
-    """A row stops at its stop id, which counts; padding follows while other rows go on."""
+@pytest.mark.slow
+def test_stop_ids_end_rows(ovis, golden):
+    """A row ends with its stop id; padding follows while other rows continue."""
     row, other = random_ids(20), random_ids(9, seed=9)
     run = partial(generate, ovis.model, ovis.params, max_new_tokens=10)
-    free = run(text_inputs(row, other), eos_ids=()).tokens
-    stop = int(free[0, 3])
-    assert stop not in free[0, :3].tolist() + free[1].tolist()
+    without_stop = run(text_inputs(row, other), eos_ids=()).tokens
+    stop = int(without_stop[0, 3])
+    assert stop not in without_stop[0, :3].tolist() + without_stop[1].tolist()
     out = run(text_inputs(row, other), eos_ids=[stop])
-    assert out.tokens[0].tolist() == free[0, :4].tolist() + [0] * 6
+    assert out.tokens[0].tolist() == without_stop[0, :4].tolist() + [0] * 6
     assert out.lengths.tolist() == [4, 10]
-    assert out.tokens[1].tolist() == free[1].tolist()
+    assert out.tokens[1].tolist() == without_stop[1].tolist()
     assert out.log_probs[0, 4:].tolist() == [0.0] * 6
 
 
-def test_log_probs_are_the_models(ovis):
+@pytest.mark.slow
+def test_log_probs_are_the_model_s(ovis):
     row = random_ids(20)
     out = generate(ovis.model, ovis.params, text_inputs(row), max_new_tokens=6, eos_ids=())
     answer = out.tokens[0].tolist()
@@ -157,20 +171,22 @@ def test_log_probs_are_the_models(ovis):
     np.testing.assert_allclose(out.log_probs[0], expected, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "chunk, sampling", [(1, Sampling()), (5, Sampling(0.8, 50, 0.9, 1.2)), (24, Sampling())]
+    "chunk_size, sampling", [(1, Sampling()), (5, Sampling(0.8, 50, 0.9, 1.2)), (24, Sampling())]
 )
-def test_stream_gives_what_generate_gives(ovis, chunk, sampling):
+def test_stream_equals_generate(ovis, chunk_size, sampling):
     inputs, key = text_inputs(random_ids(20), random_ids(7)), jax.random.key(4)
     arguments = dict(max_new_tokens=24, sampling=sampling, eos_ids=[566])
-    whole = generate(ovis.model, ovis.params, inputs, key, **arguments)
-    pieces = list(stream(ovis.model, ovis.params, inputs, key, chunk=chunk, **arguments))
-    for b, length in enumerate(whole.lengths.tolist()):
-        streamed = [t for p in pieces for t in p.tokens[b, : int(p.lengths[b])].tolist()]
-        assert streamed == whole.tokens[b, :length].tolist()
-    assert len(pieces) <= -(-int(whole.lengths.max()) // chunk) + 1
+    full = generate(ovis.model, ovis.params, inputs, key, **arguments)
+    chunks = list(stream(ovis.model, ovis.params, inputs, key, chunk_size=chunk_size, **arguments))
+    for b, length in enumerate(full.lengths.tolist()):
+        streamed = [t for p in chunks for t in p.tokens[b, : int(p.lengths[b])].tolist()]
+        assert streamed == full.tokens[b, :length].tolist()
+    assert len(chunks) <= -(-int(full.lengths.max()) // chunk_size) + 1
 
 
+@pytest.mark.slow
 def test_repetition_penalty_avoids_repeats(ovis):
     inputs = text_inputs(random_ids(20))
     run = partial(generate, ovis.model, ovis.params, inputs, max_new_tokens=20, eos_ids=())
@@ -179,15 +195,19 @@ def test_repetition_penalty_avoids_repeats(ovis):
     assert len(set(plain)) < 20 and len(set(strong)) == 20
 
 
-def test_sampling_follows_its_key(ovis):
+@pytest.mark.slow
+def test_sampling_depends_on_the_key(ovis):
     run = partial(generate, ovis.model, ovis.params, text_inputs(random_ids(20)), max_new_tokens=16)
-    warm = Sampling(temperature=2.0)
-    first, again, other = (run(jax.random.key(i), sampling=warm).tokens.tolist() for i in (0, 0, 1))
+    sampling = Sampling(temperature=2.0)
+    first, again, other = (
+        run(jax.random.key(i), sampling=sampling).tokens.tolist() for i in (0, 0, 1)
+    )
     assert first == again != other
 
 
+@pytest.mark.slow
 def test_inside_the_callers_jit_and_vmap(ovis):
-    """The caller's own program: a traced temperature, a traced key, and a map over keys."""
+    """A caller's program with a traced temperature, a traced key and a vmap over keys."""
     inputs = text_inputs(random_ids(20))
 
     @jax.jit
@@ -203,8 +223,9 @@ def test_inside_the_callers_jit_and_vmap(ovis):
     assert draw(ovis.params, keys[0], 0.0).tolist() == greedy.tolist()
 
 
-def test_a_known_shape_compiles_nothing(ovis, golden):
-    """A second prompt in the same buckets, other sampling values, another stop id, another key."""
+@pytest.mark.slow
+def test_known_shapes_compile_nothing(ovis, golden):
+    """Another prompt in the same buckets, with other sampling values, stop ids and key."""
     prompts, images = mixed_batch(ovis, golden)
     arguments = dict(max_new_tokens=8, sampling=Sampling(0.7, 40, 0.9, 1.1), eos_ids=[1, 107])
     first = ovis.processor(prompts[1:2], images[1:2])
@@ -220,26 +241,28 @@ def test_a_known_shape_compiles_nothing(ovis, golden):
         list(stream(ovis.model, ovis.params, second, key, **arguments))
         assert compiled == []
         generate(ovis.model, ovis.params, second, key, max_new_tokens=9)
-        assert compiled  # the counter counts
+        assert compiled  # the counter works
 
 
-def test_decode_gives_its_cache_away(ovis):
-    """The compiled step writes every byte of the cache in place."""
+@pytest.mark.slow
+def test_decode_donates_its_cache(ovis):
+    """The compiled step updates the complete cache in place."""
     inputs = text_inputs(random_ids(40), random_ids(30))
-    request = _request(ovis.model, inputs, None, 64, Sampling(), None)
+    options = make_options(ovis.model, inputs, None, 64, Sampling(), None)
     state, _ = jax.eval_shape(
-        lambda params: _begin(ovis.model, params, inputs, request, 64, 1), ovis.params
+        lambda params: prefill_and_decode(ovis.model, params, inputs, options, 64, 1), ovis.params
     )
-    step = _continue.lower(ovis.model, ovis.params, state, request, jnp.int32(1), 1).compile()
+    step = decode_more.lower(ovis.model, ovis.params, state, options, jnp.int32(1), 1).compile()
     cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
     assert step.memory_analysis().alias_size_in_bytes >= cache
-    state, _ = _begin(ovis.model, ovis.params, inputs, request, 64, 1)
-    _continue(ovis.model, ovis.params, state, request, jnp.int32(1), 1)
+    state, _ = prefill_and_decode(ovis.model, ovis.params, inputs, options, 64, 1)
+    decode_more(ovis.model, ovis.params, state, options, jnp.int32(1), 1)
     assert all(x.is_deleted() for x in jax.tree.leaves(state.cache))
 
 
+@pytest.mark.slow
 def test_bfloat16_generates(shallow_checkpoint):
-    """In bfloat16 the first tokens are those of its own full forward where the margin decides."""
+    """The tokens are among the best of the forward pass without a cache, up to rounding."""
     ovis = load(shallow_checkpoint, dtype="bfloat16")
     rows = [random_ids(20), random_ids(11, seed=2)]
     out = generate(ovis.model, ovis.params, text_inputs(*rows), max_new_tokens=8, eos_ids=())
@@ -262,20 +285,21 @@ def test_bfloat16_generates(shallow_checkpoint):
         ),
     ],
 )
-def test_bad_requests(ovis, change, message):
+def test_invalid_requests(ovis, change, message):
     with pytest.raises(RequestError, match=message):
         generate(ovis.model, ovis.params, text_inputs(random_ids(4)), **change)
 
 
-def test_bad_chunk_and_cache(ovis):
+def test_invalid_chunk_size_and_cache_length(ovis):
     inputs = text_inputs(random_ids(4))
-    with pytest.raises(RequestError, match="chunk is 0"):
-        stream(ovis.model, ovis.params, inputs, max_new_tokens=4, chunk=0)
+    with pytest.raises(RequestError, match="chunk_size is 0"):
+        stream(ovis.model, ovis.params, inputs, max_new_tokens=4, chunk_size=0)
     with pytest.raises(RequestError, match="max_length is 3, the prompts take 4"):
         ovis.model.prefill(ovis.params, inputs, 3)
 
 
-def test_images_and_tokens_are_drawn_with_keys_of_their_own(ovis, monkeypatch):
+@pytest.mark.slow
+def test_images_and_tokens_are_sampled_with_different_keys(ovis, monkeypatch):
     used = []
     prefill = Ovis.prefill
 
@@ -295,8 +319,9 @@ def test_images_and_tokens_are_drawn_with_keys_of_their_own(ovis, monkeypatch):
     assert not {tuple(x) for x in drawn[0]} & {tuple(x) for x in drawn[1]}
 
 
+@pytest.mark.slow
 def test_untied_and_hard_tokens():
-    """Configs that no golden file has: an own unembedding, and one-hot visual words."""
+    """Configs that no golden file has: an untied unembedding, and one-hot visual words."""
     shallow = shallow_config()
     config = dataclasses.replace(
         shallow,

@@ -1,34 +1,41 @@
-"""Two thousand tokens, far across the window: flat memory, and what the model says uncached."""
+"""2000 tokens, far beyond the window: constant memory, and the tokens of an uncached forward."""
 
 import jax
 import numpy as np
+import pytest
 
 from ovis_jax import Inputs, forward, stream
 
-TOKENS, CHUNK = 2000, 100
+NUM_TOKENS, CHUNK_SIZE = 2000, 100
 MARGIN = 1e-2
-"""Of the two likeliest tokens; nearer ones may change places by rounding."""
+"""Margin between the two best tokens below which rounding may swap them."""
 
 
+@pytest.mark.slow
 def test_two_thousand_tokens(load_golden):
     ovis = load_golden("tiny-f32", None)
     assert ovis.config.decoder.sliding_window == 16
     inputs = ovis.processor(["Tell me everything."])
     end = int(inputs.positions.max()) + 1
-    pieces, held = [], []
-    for piece in stream(
-        ovis.model, ovis.params, inputs, max_new_tokens=TOKENS, eos_ids=(), chunk=CHUNK
+    chunks, live_bytes = [], []
+    for chunk in stream(
+        ovis.model,
+        ovis.params,
+        inputs,
+        max_new_tokens=NUM_TOKENS,
+        eos_ids=(),
+        chunk_size=CHUNK_SIZE,
     ):
-        pieces.append(np.array(piece.tokens))  # a view would keep the piece
-        held.append(sum(x.nbytes for x in jax.live_arrays()))
-    answer = np.concatenate(pieces, axis=1)
-    assert answer.shape == (1, TOKENS)
-    assert len(set(held[2:-2])) == 1
+        chunks.append(np.array(chunk.tokens))  # a view would keep the chunk alive
+        live_bytes.append(sum(x.nbytes for x in jax.live_arrays()))
+    answer = np.concatenate(chunks, axis=1)
+    assert answer.shape == (1, NUM_TOKENS)
+    assert len(set(live_bytes[2:-2])) == 1
 
     prompt = np.asarray(inputs.tokens)[np.asarray(inputs.positions) >= 0]
-    whole = np.concatenate([prompt[None], answer], axis=1)[:, :-1]
-    positions = np.arange(whole.shape[1], dtype=np.int32)[None]
-    logits = forward(ovis.model, ovis.params, Inputs(whole, positions, inputs.pixels[:0]))
+    tokens = np.concatenate([prompt[None], answer], axis=1)[:, :-1]
+    positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+    logits = forward(ovis.model, ovis.params, Inputs(tokens, positions, inputs.pixels[:0]))
     logits = np.asarray(logits)[0, end - 1 :]
     second, best = np.sort(logits, axis=1)[:, -2:].T
     clear = best - second > MARGIN

@@ -1,4 +1,4 @@
-"""Scores of answers against the full forward, generation and training."""
+"""Scores of answers against forward, generation and training."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from ovis_jax import encode_answers, score
 from ovis_jax.errors import PromptError, RequestError
 from ovis_jax.inference.generate import generate
 from ovis_jax.inputs.batch import Inputs, pad_batch, pad_rows
-from ovis_jax.inputs.image import open_image
+from ovis_jax.inputs.open_image import open_image
 from ovis_jax.loading import load
 from ovis_jax.model.ovis import forward
 from ovis_jax.training.losses import answer_log_probs
@@ -52,8 +52,9 @@ def ids_of(answer: np.ndarray) -> list[int]:
     return [i for i in answer.tolist() if i != -100]
 
 
-def test_each_token_equals_the_forward_of_what_stands_before_it(ovis, inputs, answers, scores):
-    """Step by step, with what is not yet said left out of the sequence."""
+@pytest.mark.slow
+def test_each_token_equals_forward_on_the_tokens_before_it(ovis, inputs, answers, scores):
+    """Token by token, without the later tokens in the sequence."""
     prompt, text = inputs.tokens[0][inputs.positions[0] >= 0], ids_of(answers[0, 0])
     for n, token in enumerate(text):
         so_far = [np.concatenate([prompt, text[:n]])]
@@ -69,10 +70,10 @@ def test_each_token_equals_the_forward_of_what_stands_before_it(ovis, inputs, an
     np.testing.assert_allclose(scores.mean_log_probs, total / scores.lengths, rtol=1e-6)
 
 
-def test_an_answer_has_the_score_that_training_gives_it(ovis, images, scores):
-    """The same ids, and the same log-probability, as for the conversation that is learned."""
+def test_scores_equal_those_of_training(ovis, images, scores):
+    """The ids and log-probabilities are those of the same conversation as a training example."""
     examples = [
-        ovis.processor.training_example(
+        ovis.processor.encode_training_example(
             [{"role": "user", "content": asked}, {"role": "assistant", "content": said[0]}], shown
         )
         for asked, said, shown in zip(PROMPTS, ANSWERS, images, strict=True)
@@ -84,7 +85,8 @@ def test_an_answer_has_the_score_that_training_gives_it(ovis, images, scores):
     np.testing.assert_allclose(scores.log_probs[:, 0], expected, atol=10 * TOLERANCE)
 
 
-def test_a_greedy_answer_has_the_score_that_generate_gave_it(ovis, inputs):
+@pytest.mark.slow
+def test_scores_of_greedy_answers_equal_those_of_generate(ovis, inputs):
     out = generate(ovis.model, ovis.params, inputs, max_new_tokens=24, eos_ids=())
     greedy = np.asarray(out.tokens)
     other = greedy.copy()
@@ -96,7 +98,7 @@ def test_a_greedy_answer_has_the_score_that_generate_gave_it(ovis, inputs):
     assert not found.token_greedy[:, 1, 5].any()
 
 
-def test_neighbours_and_padding_change_nothing(ovis, inputs, answers, scores):
+def test_other_rows_and_padding_change_nothing(ovis, inputs, answers, scores):
     alone = score(ovis.model, ovis.params, ovis.processor(PROMPTS[:1]), answers[:1])
     np.testing.assert_allclose(alone.log_probs, scores.log_probs[:1], atol=10 * TOLERANCE)
     shift = (inputs.positions < 0).sum(axis=1)
@@ -122,7 +124,7 @@ def test_a_row_may_have_fewer_answers_or_none(ovis, inputs, answers, scores):
 
 
 def test_prompts_of_several_blocks(ovis, answers):
-    """Their kernel reads columns in blocks, so no padding may stand before an answer."""
+    """Their kernel bounds the window by columns, so no padding may precede an answer."""
     inputs = ovis.processor(["x " * 60 + "Who?", PROMPTS[0]])
     assert inputs.tokens.shape[1] > 128
     both = score(ovis.model, ovis.params, inputs, answers[[0, 0]])
@@ -130,7 +132,7 @@ def test_prompts_of_several_blocks(ovis, answers):
     np.testing.assert_allclose(both.log_probs[1], alone.log_probs[0], atol=10 * TOLERANCE)
 
 
-def test_near_lengths_share_a_program_and_another_jit_may_hold_it(ovis, answers):
+def test_similar_lengths_share_a_program_inside_jit_too(ovis, answers):
     inputs = ovis.processor(PROMPTS[:1])
     scored = score(ovis.model, ovis.params, inputs, answers[:1])
     with compilations() as found:
@@ -141,15 +143,15 @@ def test_near_lengths_share_a_program_and_another_jit_may_hold_it(ovis, answers)
     np.testing.assert_allclose(inside(ovis.params, answers[:1]), scored.log_probs, atol=TOLERANCE)
 
 
-def test_answers_are_encoded_as_training_has_them(ovis):
+def test_encoded_answers_equal_those_in_training(ovis):
     processor = ovis.processor
-    assert encode_answers(processor, [["A", "B"]], closed=False).shape == (1, 2, 1)
-    whole, open_end, kept = (
+    assert encode_answers(processor, [["A", "B"]], add_end_of_turn=False).shape == (1, 2, 1)
+    closed, open_end, unstripped = (
         ids_of(encode_answers(processor, [[" red"]], **options)[0, 0])
-        for options in ({}, {"closed": False}, {"closed": False, "strip": False})
+        for options in ({}, {"add_end_of_turn": False}, {"add_end_of_turn": False, "strip": False})
     )
-    assert whole == [*open_end, processor.tokenizer.id_of("<end_of_turn>")]
-    assert kept != open_end and processor.tokenizer.decode(kept) == " red"
+    assert closed == [*open_end, processor.tokenizer.token_to_id("<end_of_turn>")]
+    assert unstripped != open_end and processor.tokenizer.decode(unstripped) == " red"
     uneven = encode_answers(processor, [["A"], ["A", "B"]])
     assert (uneven[0, 1] == -100).all() and uneven[0, 0].tolist() == uneven[1, 0].tolist()
 
@@ -157,8 +159,8 @@ def test_answers_are_encoded_as_training_has_them(ovis):
 @pytest.mark.parametrize(
     "answers, message",
     [
-        ([], "at least one list"),
-        ("Yes", "at least one list"),
+        ([], "a list of texts for each prompt"),
+        ("Yes", "a list of texts for each prompt"),
         ([[]], r"answers\[0\]"),
         (["Yes"], r"answers\[0\] is 'Yes'"),
         ([["Yes", 3]], r"answers\[0\]\[1\] is 3"),
@@ -168,7 +170,7 @@ def test_answers_are_encoded_as_training_has_them(ovis):
 )
 def test_bad_texts(ovis, answers, message):
     with pytest.raises(PromptError, match=message):
-        encode_answers(ovis.processor, answers, closed=False)
+        encode_answers(ovis.processor, answers, add_end_of_turn=False)
 
 
 def test_bad_ids(ovis, inputs, answers):

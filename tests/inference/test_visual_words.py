@@ -1,6 +1,7 @@
-"""Visual words against the whole distributions of the forward, in numpy."""
+"""Visual words against numpy on the full distributions."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from ovis_jax import nearest_tokens, shared_words, visual_words
 from ovis_jax.errors import RequestError
 from ovis_jax.inputs.batch import Inputs
-from ovis_jax.model import ovis as whole_model
+from ovis_jax.model import visual_tokenizer
 from ovis_jax.model.ovis import Ovis
 from ovis_jax.sharding import TENSOR
 
@@ -25,7 +26,7 @@ def inputs() -> Inputs:
 
 @pytest.fixture(scope="module")
 def sharp(shallow, change_param):
-    """Random parameters whose words are not all alike likely."""
+    """Random parameters whose distributions are not nearly uniform."""
     model, params = shallow
     return model, change_param(params, "visual_tokenizer/norm/scale", lambda x: 4 * x)
 
@@ -34,7 +35,7 @@ def sharp(shallow, change_param):
 def expected(sharp, inputs) -> np.ndarray:
     """Float64 distributions [I, M, words]."""
     model, params = sharp
-    logits = jax.jit(model.embed_images)(params, inputs.pixels).tokens.logits
+    logits = jax.jit(model.embed_images_with_states)(params, inputs.pixels).tokens.logits
     z = np.asarray(logits, np.float64)
     p = np.exp(z - z.max(axis=-1, keepdims=True))
     return p / p.sum(axis=-1, keepdims=True)
@@ -55,16 +56,20 @@ def check(found, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found.mean, expected.mean(axis=1), atol=1e-5)
 
 
-def test_they_are_those_of_the_whole_distributions(sharp, inputs, expected):
+@pytest.mark.slow
+def test_statistics(sharp, inputs, expected):
     check(visual_words(*sharp, inputs, k=K), expected)
 
 
-def test_a_part_at_a_time(sharp, inputs, expected, monkeypatch):
-    """So few at once that the tokens of every crop are cut into parts, and no array has all."""
-    monkeypatch.setattr(whole_model, "VISUAL_TOKENS_AT_ONCE", 8)
+@pytest.mark.slow
+def test_statistics_in_chunks(sharp, inputs, expected, monkeypatch):
+    """The chunks are smaller than a crop, and no array holds all distributions."""
+    monkeypatch.setattr(visual_tokenizer, "VISUAL_TOKENS_PER_CHUNK", 8)
     model, params = sharp
-    model = dataclasses.replace(model, attention="plain")  # another program than the one above
-    lowered = visual_words.lower(model, params, inputs, k=K)
+    model = dataclasses.replace(
+        model, attention_kernel="plain"
+    )  # so that the program is compiled again
+    lowered = jax.jit(partial(visual_words, model, k=K)).lower(params, inputs)
     M, words = expected.shape[1:]
     text = lowered.as_text()
     assert f"tensor<{CROPS}x{M}x{K}xf32>" in text
@@ -72,7 +77,7 @@ def test_a_part_at_a_time(sharp, inputs, expected, monkeypatch):
     check(visual_words(model, params, inputs, k=K), expected)
 
 
-def test_words_that_pad_a_head_on_a_mesh_do_not_count(sharp, inputs, expected, lay):
+def test_padding_words_on_a_mesh_do_not_count(sharp, inputs, expected, lay):
     model, params = sharp
     laid, mesh = lay(params, model.config, (1, 2), TENSOR)
     words = model.config.visual_tokenizer.num_words
@@ -83,7 +88,7 @@ def test_words_that_pad_a_head_on_a_mesh_do_not_count(sharp, inputs, expected, l
     check(found, expected)
 
 
-def test_one_word_alone_has_no_entropy(sharp, inputs):
+def test_a_single_word_has_no_entropy(sharp, inputs):
     model, params = sharp
     tokenizer = dataclasses.replace(model.config.visual_tokenizer, tokenize_function="st_argmax")
     model = Ovis(dataclasses.replace(model.config, visual_tokenizer=tokenizer))
@@ -102,14 +107,14 @@ def test_shared_words_by_hand():
     assert found.second.tolist() == pytest.approx([0.25, 0.1])
 
 
-def test_rows_of_zeros_are_near_to_nothing():
+def test_rows_of_zeros_have_cosine_zero():
     params = {"decoder": {"embed": jnp.array([[1.0, 0], [0, 0], [0, 1]])}}
     _, cosines = nearest_tokens(params, jnp.zeros((1, 2)), k=3)
     assert cosines.tolist() == [[0, 0, 0]]
 
 
 def test_nearest_tokens(sharp):
-    """A text embedding is its own nearest, however long it is; others by their cosines."""
+    """A text embedding is nearest to itself, whatever its norm."""
     params = sharp[1]
     table = np.asarray(params["decoder"]["embed"], np.float64)
     rows = np.asarray(params["visual_embedding"], np.float64)[:4]

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,10 +11,10 @@ import pytest
 from PIL import Image
 
 from ovis_jax.config import OvisConfig
-from ovis_jax.errors import ConfigError, ImageError, PromptError, PromptTooLong
-from ovis_jax.inputs.buckets import bucket
-from ovis_jax.inputs.conversation import from_original
-from ovis_jax.inputs.image import open_image
+from ovis_jax.errors import ConfigError, ImageError, PromptError, PromptTooLongError
+from ovis_jax.inputs.buckets import Bucket, bucket_size
+from ovis_jax.inputs.conversation import turns_from_sharegpt
+from ovis_jax.inputs.open_image import open_image
 from ovis_jax.inputs.processor import Processor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -22,6 +23,7 @@ CASES = ["large", "large_mp1", "large_mp4", "multi_turn", "palette", "rgba", "sq
 CASES += ["tall_thin", "text_only", "tiny", "two_images", "wide"]
 CONFIG = OvisConfig.from_folder(CHECKPOINT)
 M = CONFIG.visual_tokenizer.tokens_per_crop
+PICTURE = Image.new("RGB", (70, 70))
 
 
 @functools.cache
@@ -35,7 +37,7 @@ def read(case):
     """Fields of a golden case, its prompt, its images and its max_partition."""
     golden = dict(np.load(GOLDEN / "cases" / "tiny-f32" / f"{case}.npz"))
     meta = json.loads(str(golden["meta"]))
-    prompt = meta["text"] if isinstance(meta["text"], str) else from_original(meta["text"])
+    prompt = meta["text"] if isinstance(meta["text"], str) else turns_from_sharegpt(meta["text"])
     images = [open_image(GOLDEN / "images" / Path(name).name) for name in meta["images"]]
     return golden, prompt, images, meta["max_partition"] or 9
 
@@ -63,6 +65,12 @@ def check_pixels(inputs, expected):
     assert not inputs.pixels[len(expected) :].any()
 
 
+def assert_equal(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_inputs_are_the_original_s(case):
     golden, prompt, images, max_partition = read(case)
@@ -71,37 +79,34 @@ def test_inputs_are_the_original_s(case):
     ids = expanded(golden["input_ids"])
     check_row(inputs, 0, ids)
     check_pixels(inputs, crops_of(golden))
-    assert inputs.tokens.shape == inputs.positions.shape == (1, bucket(len(ids), 64))
-    assert inputs.pixels.shape == (bucket(len(crops_of(golden)), 1), 70, 70, 3)
+    assert inputs.tokens.shape == inputs.positions.shape == (1, bucket_size(len(ids), 64))
+    assert inputs.pixels.shape == (bucket_size(len(crops_of(golden)), 1), 70, 70, 3)
     valid = inputs.positions[0] >= 0
     assert valid.sum() == golden["merged_mask"].sum()
     assert inputs.positions[0, valid].tolist() == golden["position_ids"].tolist()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_reference_inputs_give_the_same(case):
+def test_hf_inputs_give_the_same(case):
     golden, prompt, images, max_partition = read(case)
     expected = processor()([prompt], [images], max_partition=max_partition)
     pixel_values = golden.get("pixel_values")
     for input_ids in (golden["input_ids"], golden["input_ids"][None], [list(golden["input_ids"])]):
-        found = processor().from_reference(input_ids, pixel_values)
-        for a, b in zip(found, expected, strict=True):
-            assert a.dtype == b.dtype
-            np.testing.assert_array_equal(a, b)
+        found = processor().convert_hf_inputs(input_ids, pixel_values)
+        assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
-def test_padded_reference_batch(with_mask):
+def test_a_padded_batch_of_hf_inputs(with_mask):
     golden = np.load(GOLDEN / "cases" / "tiny-f32" / "batch_leftpad.npz")
     rows = [read(case) for case in ("rgba", "text_only", "tiny")]
     expected = processor()([row[1] for row in rows], [row[2] for row in rows])
-    found = processor().from_reference(
+    found = processor().convert_hf_inputs(
         golden["input_ids"],
         np.concatenate([rows[0][0]["pixel_values"], rows[2][0]["pixel_values"]]),
         golden["attention_mask"] if with_mask else None,
     )
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_equal(found, expected)
     assert (found.positions >= 0).sum(axis=1).tolist() == golden["merged_mask"].sum(1).tolist()
 
 
@@ -116,9 +121,9 @@ def test_a_batch_holds_its_rows_in_order():
     check_pixels(inputs, np.concatenate([crops_of(row[0]) for row in rows]))
 
 
-def test_training_example():
+def test_training_examples():
     golden, prompt, images, max_partition = read("multi_turn")
-    example = processor().training_example(prompt, images, max_partition=max_partition)
+    example = processor().encode_training_example(prompt, images, max_partition=max_partition)
     ids = golden["input_ids"]
     # The golden prompt ends with "<start_of_turn>model\n" for an answer; an example does not.
     assert example.tokens.tolist() == expanded(ids)[:-3].tolist()
@@ -127,26 +132,75 @@ def test_training_example():
     assert example.tokens.dtype == example.labels.dtype == np.int32
     np.testing.assert_array_equal(example.pixels, crops_of(golden))
     with pytest.raises(PromptError, match="no assistant turn"):
-        processor().training_example(prompt[:1], images)
+        processor().encode_training_example(prompt[:1], images)
 
 
-def test_prefaces_begin_the_answer():
-    inputs = processor()(["Hi", "Hi"], preface=["", " Hi "])
+def test_assistant_prefixes():
+    inputs = processor()(["Hi", "Hi"], assistant_prefix=["", " Hi "])
     assert (inputs.positions >= 0).sum(1).tolist() == [11, 13]
     assert inputs.tokens[1, 8:13].tolist() == [106, 441, 108, 558, 535]
 
 
-def test_control_marks_in_a_text():
+def test_special_tokens_in_a_text():
     assert (processor()(["a<eos>"]).tokens[0] == 1).any()
-    assert not (processor()(["a<eos>"], control=False).tokens[0] == 1).any()
+    assert not (processor()(["a<eos>"], parse_special_tokens=False).tokens[0] == 1).any()
 
 
-def test_spelled_out_padding_has_no_position():
-    for a, b in zip(processor()(["ab<pad>\t"]), processor()(["ab\t"]), strict=True):
-        np.testing.assert_array_equal(a, b)
+def test_one_prompt_without_lists():
+    expected = processor()(["Who?"], [[PICTURE]], assistant_prefix=["It"], max_partition=[4])
+    turns = [{"role": "user", "content": [{"type": "text", "text": "<image>\nWho?"}]}]
+    for prompt in ("Who?", turns):
+        for images in (PICTURE, [PICTURE], np.zeros((70, 70, 3), np.uint8)):
+            found = processor()(prompt, images, assistant_prefix="It", max_partition=4)
+            assert_equal(found, expected)
+    turns[0]["content"].insert(0, {"type": "image", "image": PICTURE})
+    turns[0]["content"][1]["text"] = "Who?"
+    assert_equal(processor()(turns, assistant_prefix="It", max_partition=4), expected)
+    assert_equal(processor()("Who?"), processor()(["Who?"]))
+    assert_equal(
+        processor()(["Who?", "Why?"], [PICTURE, None]),
+        processor()(["Who?", "Why?"], [[PICTURE], []]),
+    )
 
 
-def test_no_bucket_is_longer_than_the_longest_prompt():
+@pytest.mark.parametrize("case", CASES)
+def test_encode_gives_the_batch_without_padding(case):
+    _, prompt, images, max_partition = read(case)
+    options = dict(max_partition=max_partition, assistant_prefix="It is")
+    inputs = processor()([prompt], [images], **options)
+    example = processor().encode(prompt, images, **options)
+    check_row(inputs, 0, example.tokens)
+    check_pixels(inputs, example.pixels)
+    assert len(example.labels) == len(example.tokens)
+    slots = np.count_nonzero(example.tokens == -300)
+    assert slots == M * len(example.pixels)
+    indicators = np.count_nonzero(example.tokens < -300)
+    assert processor().count_image_tokens(images, max_partition) == slots + indicators
+
+
+def test_the_length_is_checked_before_an_image_is_decoded():
+    damaged = Image.open(io.BytesIO((GOLDEN / "images" / "wide.png").read_bytes()[:500]))
+    with pytest.raises(PromptTooLongError, match="the chat is .* more than the 20 allowed"):
+        processor().encode("Hi", damaged, max_length=20, name="the chat")
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        processor().encode("Hi", damaged)
+    with pytest.raises(PromptError, match="max_length is 0"):
+        processor().encode("Hi", max_length=0)
+
+
+def test_repr_is_short():
+    with_buckets = dataclasses.replace(processor(), buckets=(Bucket(1, 64, 2),))
+    assert repr(with_buckets) == (
+        "Processor(600 text tokens, 70 x 70 pixel crops with 9 visual tokens each, at most 8,192 "
+        "positions, buckets: 1x64x2)"
+    )
+
+
+def test_padding_tokens_in_a_text_have_no_position():
+    assert_equal(processor()(["ab<pad>\t"]), processor()(["ab\t"]))
+
+
+def test_no_row_is_longer_than_the_model_s_limit():
     golden, prompt, images, _ = read("large")
     length = len(expanded(golden["input_ids"]))
     inputs = processor(length)([prompt], [images])
@@ -155,7 +209,7 @@ def test_no_bucket_is_longer_than_the_longest_prompt():
         processor(length - 1)([prompt], [images])
 
 
-def test_too_long_prompts_name_the_partition_that_fits():
+def test_errors_for_long_prompts_name_a_max_partition_that_fits():
     lengths = {}
     for case in ("large", "large_mp4", "large_mp1"):
         lengths[case] = len(expanded(read(case)[0]["input_ids"]))
@@ -170,14 +224,14 @@ def test_too_long_prompts_name_the_partition_that_fits():
         fitting([prompt], [images], max_partition=suggested)
         with pytest.raises(PromptError):
             fitting([prompt], [images], max_partition=suggested + 1)
-    with pytest.raises(PromptTooLong, match="shorten the text or give fewer images$"):
+    with pytest.raises(PromptTooLongError, match="shorten the text or pass fewer images$"):
         processor(lengths["large_mp1"] - 1)([prompt], [images])
-    with pytest.raises(PromptTooLong, match="shorten the text$"):
+    with pytest.raises(PromptTooLongError, match="shorten the text$"):
         processor(30)(["word " * 40])
 
 
 @pytest.mark.parametrize("limit", range(5, 60))
-def test_cut_prompts_keep_whole_crops_at_their_end(limit):
+def test_truncated_prompts_keep_complete_crops_at_the_end(limit):
     golden, prompt, images, max_partition = read("two_images")
     full = expanded(golden["input_ids"])
     pixels = crops_of(golden)
@@ -188,14 +242,13 @@ def test_cut_prompts_keep_whole_crops_at_their_end(limit):
     num_crops, rest = divmod(int((tokens == -300).sum()), M)
     assert rest == 0
     check_pixels(inputs, pixels[len(pixels) - num_crops :])
-    # No more is cut than the limit asks for, but for slots of the crop the cut goes through.
+    # Beyond the limit, only the slots of a crop that the cut goes through are dropped.
     dropped = full[len(full) - limit : len(full) - len(tokens)]
     assert len(dropped) < M and (dropped == -300).all()
 
 
-def test_prompts_that_fit_are_not_cut():
-    for a, b in zip(processor()(["Hi"], truncate=True), processor()(["Hi"]), strict=True):
-        np.testing.assert_array_equal(a, b)
+def test_prompts_that_fit_are_not_truncated():
+    assert_equal(processor()(["Hi"], truncate=True), processor()(["Hi"]))
 
 
 def test_decode_stops_at_the_first_stop_id():
@@ -215,34 +268,39 @@ def test_generated_text_is_the_original_s(case):
     golden, *_ = read(case)
     text = str(golden["original_generate_text"])
     assert processor().decode(golden["original_generate_tokens"]) == text
-    stream = processor().stream_text()
-    pieces = [stream.push(int(i)) for i in golden["original_generate_tokens"]]
-    assert "".join(pieces) + stream.finish() == text
-
-
-PICTURE = Image.new("RGB", (70, 70))
+    detokenizer = processor().new_detokenizer()
+    pieces = [detokenizer.push(int(i)) for i in golden["original_generate_tokens"]]
+    assert "".join(pieces) + detokenizer.finish() == text
 
 
 @pytest.mark.parametrize(
     "arguments, options, message",
     [
-        (("Hi",), {}, "prompts must be a list"),
-        (([],), {}, "prompts must be a list"),
+        (([],), {}, "prompts must be one prompt or a list of at least one"),
+        ((3,), {}, "prompts must be one prompt or a list of at least one"),
         ((["a", "b"], [[]]), {}, "images has 1 entries for 2 prompts"),
         ((["a", "b"],), {"max_partition": [1]}, "max_partition has 1 entries"),
-        ((["a"],), {"preface": ["", ""]}, "preface has 2 entries"),
+        ((["a"],), {"assistant_prefix": ["", ""]}, "assistant_prefix has 2 entries"),
         ((["a", "<image>"], [[], []]), {}, r"prompts\[1\] holds <image> once, but 0 images"),
-        ((["a"], [PICTURE]), {}, r"images of prompts\[0\] is a Image, expected a list"),
+        ((["a", "b"], PICTURE), {}, "images has 1 entries for 2 prompts"),
+        (("<image>",), {}, "the prompt holds <image> once, but 0 images"),
+        (("Hi",), {"max_partition": [1, 2]}, "max_partition has 2 entries for 1 prompts"),
     ],
 )
-def test_malformed_batches_are_refused(arguments, options, message):
+def test_malformed_batches(arguments, options, message):
     with pytest.raises(PromptError, match=message):
         processor()(*arguments, **options)
 
 
-def test_images_that_are_no_images_are_refused():
-    with pytest.raises(ImageError, match=r"prompts\[0\] is a str, expected a PIL image"):
-        processor()(["a"], cast(Any, [["cat.png"]]))
+def test_invalid_images():
+    with pytest.raises(ImageError, match=r"image 2 of prompts\[1\] is a float, expected a path"):
+        processor()(["a", "b"], cast(Any, [[], [PICTURE, 0.5]]))
+    with pytest.raises(ImageError, match=r"images of prompts\[0\] is a int, expected a path"):
+        processor()(["a"], cast(Any, [3]))
+    with pytest.raises(ImageError, match="image 1 of the prompt is a list, expected a path"):
+        processor()("a", cast(Any, [[PICTURE]]))
+    with pytest.raises(ImageError, match="cat.png cannot be read"):
+        processor()(["a"], [["cat.png"]])
     with pytest.raises(ImageError, match="max_partition is 0"):
         processor()(["a"], [[PICTURE]], max_partition=0)
 
@@ -253,19 +311,19 @@ def test_images_that_are_no_images_are_refused():
         ([], None, "input_ids is empty"),
         ([[5, 600]], None, "row 0 of input_ids holds 600"),
         ([[5], [-200]], None, "row 1 of input_ids holds -200"),
-        ([[5], [0, 0]], None, "row 1 of input_ids is nothing but padding"),
+        ([[5], [0, 0]], None, "row 1 of input_ids holds only padding"),
         ([[5, 6]], [[True]], "attention_mask has another shape"),
     ],
 )
-def test_malformed_reference_ids_are_refused(input_ids, mask, message):
+def test_malformed_hf_ids(input_ids, mask, message):
     with pytest.raises(PromptError, match=message):
-        processor().from_reference(input_ids, None, mask)
+        processor().convert_hf_inputs(input_ids, None, mask)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 70, 70), (2, 70, 70, 3), (2, 3, 84, 84)])
-def test_malformed_reference_pixels_are_refused(shape):
+def test_malformed_hf_pixels(shape):
     with pytest.raises(ImageError, match=r"expected \[2, 3, 70, 70\]"):
-        processor().from_reference([[2, -300], [-300]], np.zeros(shape))
+        processor().convert_hf_inputs([[2, -300], [-300]], np.zeros(shape))
 
 
 @pytest.mark.parametrize(
@@ -279,12 +337,12 @@ def test_malformed_reference_pixels_are_refused(shape):
         ),
     ],
 )
-def test_tokenizers_of_another_model_are_refused(changes, message):
+def test_tokenizers_of_another_model(changes, message):
     with pytest.raises(ConfigError, match=message):
         Processor.from_folder(CHECKPOINT, dataclasses.replace(CONFIG, **changes))
 
 
-def test_only_colour_images_are_supported():
+def test_only_color_images_are_supported():
     vision = dataclasses.replace(CONFIG.vision, num_channels=1)
     visual_tokenizer = dataclasses.replace(CONFIG.visual_tokenizer, vision=vision)
     with pytest.raises(ConfigError, match="num_channels is 1, expected 3"):
@@ -293,10 +351,9 @@ def test_only_colour_images_are_supported():
         )
 
 
-def test_tokenizer_json_serves_alone(tmp_path):
+def test_tokenizer_json_is_enough(tmp_path):
     for name in ("tokenizer.json", "preprocessor_config.json"):
         shutil.copy(CHECKPOINT / name, tmp_path)
     _, prompt, images, _ = read("wide")
     found = Processor.from_folder(tmp_path, CONFIG)([prompt], [images])
-    for a, b in zip(found, processor()([prompt], [images]), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_equal(found, processor()([prompt], [images]))

@@ -15,9 +15,14 @@ from shallow import shallow_config
 from ovis_jax import Ovis, presets
 from ovis_jax.errors import RequestError
 from ovis_jax.inputs.batch import Inputs
-from ovis_jax.model import blockwise, kernels, splash, tokamax
-from ovis_jax.model.attention import attend, visible
-from ovis_jax.model.kernels import attention_report, choose_kernel
+from ovis_jax.model import attention_kernels
+from ovis_jax.model import blockwise_attention as blockwise
+from ovis_jax.model import splash_attention as splash
+from ovis_jax.model import tokamax_attention as tokamax
+from ovis_jax.model.attention_kernels import KernelSetting, attention_report, choose_kernel
+from ovis_jax.model.plain_attention import attend, visible
+
+pytestmark = pytest.mark.optimized
 
 B, N, K = 2, 4, 2
 HOW = {"scale": 0.3, "cap": 5.0}
@@ -69,6 +74,7 @@ def check(name: str, got, expected, tolerance: float = TOLERANCE) -> None:
 # ----- blockwise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T, window", [(128, 100), (129, None), (520, 300), (1100, 100)])
 def test_blockwise_prompts(T: int, window: int | None):
     *inputs, positions = *arrays(T, 16), padded(T)
@@ -89,6 +95,7 @@ def test_blockwise_prompts_without_cap():
     check("blockwise prompts", got, true)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("P", [128, 300])
 def test_blockwise_crops(P: int):
     q, k, v, weights = arrays(P, 24)
@@ -121,6 +128,7 @@ def shapes(compiled) -> set[tuple[int, ...]]:
     return {tuple(map(int, dims.split(","))) for dims in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
 def test_blockwise_holds_no_scores_of_a_whole_prompt(gradient: bool):
     """Nothing that is compiled has a score of every query and key; plain attention has."""
@@ -144,6 +152,7 @@ def test_blockwise_holds_no_scores_of_a_whole_prompt(gradient: bool):
 # ----- splash, interpreted; tokamax, whose plain form stands in for its kernels for GPUs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [splash, tokamax], ids=["splash", "tokamax"])
 @pytest.mark.parametrize(
     "window, cap, mesh", [(100, 5.0, None), (None, None, "in scope"), (100, 5.0, "of the queries")]
@@ -163,6 +172,7 @@ def test_prompts_by_kernel(kernel, window: int | None, cap: float | None, mesh: 
     check(f"{kernel.__name__.rpartition('.')[2]} prompts", got, true)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [jax.checkpoint, jax.vmap])
 def test_tokamax_gradient_of_rematerialised_blocks_and_under_vmap(how):
     """Its backward pass is of our own making: nothing of the forward's trace may be left in it."""
@@ -186,6 +196,7 @@ def test_tokamax_gradient_of_rematerialised_blocks_and_under_vmap(how):
         assert np.abs(x - y).max() <= TOLERANCE * np.abs(y).max()
 
 
+@pytest.mark.slow
 def test_splash_crops_of_heads_of_72():
     q, k, v, weights = arrays(150, 72)
     k, v = (jnp.concatenate([x, -x], axis=1) for x in (k, v))
@@ -199,9 +210,9 @@ def test_splash_crops_of_heads_of_72():
     check("splash crops", got, true)
 
 
-def run_by(attention, *inputs) -> str:
-    """The kernel that a function really calls."""
-    program = str(jax.make_jaxpr(attention)(*inputs))
+def kernel_in(function, *inputs) -> str:
+    """The kernel that a function calls, from its traced program."""
+    program = str(jax.make_jaxpr(function)(*inputs))
     if "splash_mha_fwd" in program:
         return "splash"
     if "custom_vjp" in program:
@@ -209,25 +220,34 @@ def run_by(attention, *inputs) -> str:
     return "blockwise" if "scan" in program else "plain"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("setting", ["cpu", "gpu", "tpu", "plain"])
-def test_the_kernel_that_is_chosen_is_run(setting, dtype):
+@pytest.mark.parametrize(
+    "kernel, platform", [("auto", "cpu"), ("auto", "gpu"), ("auto", "tpu"), ("plain", None)]
+)
+def test_the_chosen_kernel_runs(kernel, platform, dtype):
     q, k, v, _ = arrays(250, 128, dtype)
-    how = {"scale": 0.1, "setting": setting}
-    prompt = run_by(
-        lambda *x: kernels.attend_prompt(*x, window=None, cap=None, **how), q, k, v, padded(250)
-    )
-    k = jnp.concatenate([k, k], axis=1)
-    crops = run_by(lambda *x: kernels.attend_crops(*x, **how), q, k, k)
-    assert prompt == choose_kernel(setting, "prefill", 250, dtype=dtype)
-    assert crops == choose_kernel(setting, "vision", 250, dtype=dtype)
+    options = {"scale": 0.1, "setting": KernelSetting(kernel, platform)}
+
+    def prompt(*arrays):
+        return attention_kernels.prompt_attention(*arrays, window=None, cap=None, **options)
+
+    def crops(q, k, v):
+        return attention_kernels.crop_attention(q, k, v, **options)
+
+    crop_keys = jnp.concatenate([k, k], axis=1)
+    for call, found in {
+        "prefill": kernel_in(prompt, q, k, v, padded(250)),
+        "vision": kernel_in(crops, q, crop_keys, crop_keys),
+    }.items():
+        assert found == choose_kernel(kernel, call, 250, dtype=dtype, platform=platform)
 
 
-# ----- the choice
+# ----- the choice of a kernel
 
 
 @pytest.mark.parametrize(
-    "setting, backend, call, T, expected",
+    "kernel, platform, call, num_queries, expected",
     [
         ("auto", "cpu", "prefill", 128, "plain"),
         ("auto", "cpu", "prefill", 129, "blockwise"),
@@ -236,28 +256,29 @@ def test_the_kernel_that_is_chosen_is_run(setting, dtype):
         ("auto", "cpu", "decode", 1, "plain"),
         ("auto", "gpu", "prefill", 128, "plain"),
         ("auto", "gpu", "prefill", 2048, "tokamax"),
-        ("gpu", "cpu", "prefill", 2048, "tokamax"),
-        ("tokamax", "gpu", "prefill", 300, "tokamax"),
-        ("tokamax", "gpu", "vision", 729, "plain"),
         ("auto", "gpu", "vision", 729, "plain"),
         ("auto", "gpu", "decode", 1, "plain"),
-        ("gpu", "cpu", "vision", 729, "plain"),
         ("auto", "tpu", "prefill", 128, "plain"),
         ("auto", "tpu", "prefill", 2048, "splash"),
         ("auto", "tpu", "vision", 729, "splash"),
         ("auto", "tpu", "decode", 1, "plain"),
-        ("tpu", "cpu", "prefill", 2048, "splash"),
+        ("tokamax", "gpu", "prefill", 300, "tokamax"),
+        ("tokamax", "gpu", "vision", 729, "plain"),
         ("splash", "tpu", "prefill", 300, "splash"),
         ("splash", "tpu", "decode", 1, "plain"),
-        ("auto", "METAL", "prefill", 2048, "plain"),
         ("plain", "cpu", "prefill", 2048, "plain"),
         ("plain", "cpu", "vision", 729, "plain"),
         ("blockwise", "gpu", "vision", 729, "blockwise"),
         ("blockwise", "cpu", "decode", 1, "plain"),
     ],
 )
-def test_choice(setting, backend, call, T, expected):
-    assert choose_kernel(setting, call, T, backend=backend) == expected
+def test_choice(kernel, platform, call, num_queries, expected):
+    assert choose_kernel(kernel, call, num_queries, platform=platform) == expected
+
+
+def test_platform_of_jax_without_kernels(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "METAL")
+    assert choose_kernel("auto", "prefill", 2048) == "plain"
 
 
 class Gpu:
@@ -268,52 +289,54 @@ class Gpu:
 @pytest.mark.parametrize(
     "case, reason",
     [
-        ({"dtype": "float32"}, "has no float32 products"),
-        ({"installed": False}, r"is not installed: pip install 'ovis-jax\[cuda12\]'"),
-        ({"gpu": Gpu("7.5")}, "needs an NVIDIA GPU of compute capability 8.0 or more"),
-        ({"gpu": Gpu("gfx942")}, "needs an NVIDIA GPU of compute capability 8.0 or more"),
+        ({"dtype": "float32"}, "does not support float32"),
+        ({"installed": False}, "is not installed: .*cuda12"),
+        ({"gpu": Gpu("7.5")}, "needs an NVIDIA GPU of compute capability 8.0 or higher"),
+        ({"gpu": Gpu("gfx942")}, "needs an NVIDIA GPU of compute capability 8.0 or higher"),
     ],
 )
 def test_gpus_without_tokamax(monkeypatch, case, reason):
-    """Prompts go another way, which the report says; forced, it is an error that says why."""
+    """The report shows another kernel for prompts; forcing tokamax is an error with the reason."""
     if "gpu" in case:
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         monkeypatch.setattr(jax, "devices", lambda: [case["gpu"]])
     if "installed" in case:
-        monkeypatch.setattr(kernels, "find_spec", lambda name: None)
-    how = {"dtype": case.get("dtype", "bfloat16"), "backend": "gpu"}
-    report = attention_report(presets.ovis1_6_gemma2_9b(), 2048, **how)
+        monkeypatch.setattr(attention_kernels, "find_spec", lambda name: None)
+    options = {"dtype": case.get("dtype", "bfloat16"), "platform": "gpu"}
+    report = attention_report(presets.ovis1_6_gemma2_9b(), 2048, **options)
     assert [line.kernel for line in report] == ["plain", "blockwise", "plain"]
-    with pytest.raises(RequestError, match=f"attention is 'tokamax', which {reason}; use plain"):
-        choose_kernel("tokamax", "prefill", 300, **how)
+    with pytest.raises(RequestError, match=f"'tokamax' {reason}.*; use plain or blockwise"):
+        choose_kernel("tokamax", "prefill", 300, **options)
     if "gpu" in case:
         case["gpu"].compute_capability = "8.0"
-        assert choose_kernel("tokamax", "prefill", 300, **how) == "tokamax"
+        assert choose_kernel("tokamax", "prefill", 300, **options) == "tokamax"
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_forcing_a_kernel_that_cannot_run(backend):
-    message = f"attention is 'splash', which cannot run on {backend}: .*; use plain or blockwise"
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_forcing_a_kernel_of_another_platform(platform):
+    message = f"'splash' cannot run on {platform}: .*; use plain or blockwise"
     with pytest.raises(RequestError, match=message):
-        choose_kernel("splash", "prefill", 300, backend=backend)
+        choose_kernel("splash", "prefill", 300, platform=platform)
 
 
-def test_unknown_setting():
-    with pytest.raises(RequestError, match="attention is 'flash', expected one of auto, cpu, "):
+def test_unknown_names():
+    with pytest.raises(RequestError, match="kernel is 'flash', expected one of auto, plain, "):
         choose_kernel("flash", "prefill", 300)  # pyright: ignore
+    with pytest.raises(RequestError, match="platform is 'cuda', expected one of None, cpu, gpu"):
+        choose_kernel("auto", "prefill", 300, platform="cuda")  # pyright: ignore
 
 
 def test_report_of_the_9b():
-    config = presets.ovis1_6_gemma2_9b()
-    assert attention_report(config, 2048, backend="cpu") == [
+    assert attention_report(presets.ovis1_6_gemma2_9b(), 2048, platform="cpu") == [
         ("vision", 729, 16, 72, "blockwise"),
         ("prefill", 2048, 16, 256, "blockwise"),
         ("decode", 1, 16, 256, "plain"),
     ]
 
 
-def test_a_model_hands_its_setting_down(monkeypatch):
-    """Each setting gives the same answer, and each kernel is really run."""
+@pytest.mark.slow
+def test_the_model_passes_its_kernel_on(monkeypatch):
+    """Every kernel returns the same logits, and each kernel runs."""
     config = shallow_config()
     visual_tokenizer = replace(  # 144 patches, more than a block
         config.visual_tokenizer, vision=replace(config.vision, image_size=168)
@@ -327,21 +350,23 @@ def test_a_model_hands_its_setting_down(monkeypatch):
     pixels = np.random.default_rng(1).normal(size=(1, 168, 168, 3)).astype(np.float32)
     inputs = Inputs(tokens.astype(np.int32), positions.astype(np.int32), pixels)
 
-    run = []
+    calls = []
     for name in ("attend_prompt", "attend_crops"):
-        true = getattr(blockwise, name)
+        function = getattr(blockwise, name)
         monkeypatch.setattr(
-            blockwise, name, lambda *x, n=name, f=true, **y: run.append(n) or f(*x, **y)
+            blockwise, name, lambda *x, n=name, f=function, **y: calls.append(n) or f(*x, **y)
         )
     logits = {}
-    for setting in ("plain", "auto", "blockwise"):
-        model = Ovis(config, attention=setting)
+    for kernel in ("plain", "auto", "blockwise"):
+        model = Ovis(config, attention_kernel=kernel)
         last, cache = jax.jit(model.prefill, static_argnums=2)(params, inputs, 150)
         following, _ = jax.jit(model.decode)(params, jnp.argmax(last, -1), cache)
         every = jax.jit(model.forward)(params, inputs)[0]
-        assert set(run) == (set() if setting == "plain" else {"attend_prompt", "attend_crops"})
-        logits[setting] = last, following, every[positions >= 0]
-        run.clear()
-    for setting in ("auto", "blockwise"):
-        for got, true in zip(logits[setting], logits["plain"], strict=True):
-            np.testing.assert_allclose(got, true, atol=1e-4)
+        assert set(calls) == (set() if kernel == "plain" else {"attend_prompt", "attend_crops"})
+        logits[kernel] = last, following, every[positions >= 0]
+        calls.clear()
+    for kernel in ("auto", "blockwise"):
+        for found, expected in zip(logits[kernel], logits["plain"], strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+    model = Ovis(config, platform="tpu")
+    assert "splash_mha_fwd" in str(jax.make_jaxpr(model.encode_vision)(params, pixels))

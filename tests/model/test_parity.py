@@ -30,9 +30,11 @@ from ovis_jax import presets
 from ovis_jax.config import OvisConfig
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model import decoder, vision
-from ovis_jax.model.layers import gelu, layer_norm, rms_norm, rope, softcap
+from ovis_jax.model.layers import apply_rope, gelu, layer_norm, rms_norm, softcap
 from ovis_jax.model.ovis import Ovis, Params
 from ovis_jax.model.visual_tokenizer import VisualTokenizer, embed_words, merge_patches
+
+pytestmark = [pytest.mark.torch, pytest.mark.optimized]
 
 MODULE_TOLERANCE = 1e-5
 STACK_TOLERANCE = 1e-4
@@ -49,17 +51,17 @@ def variant(vision: dict[str, Any], tokenizer: dict[str, Any], llm: dict[str, An
     )
 
 
-# The large norm_eps show a norm that reads another one; the low caps show a cap left out.
+# Large values of norm_eps reveal a norm with another epsilon, low caps a missing cap.
 CONFIGS = {
     # 5 x 5 patches merged by 2; 4 query and 2 key heads of 16 = width 64; query scalar 24.
     "tiny": presets.tiny(),
-    # One key head a query head; 5 x 5 patches of an image 6 pixels larger, merged by 3.
+    # One key head per query head; 5 x 5 patches of an image 6 pixels larger, merged by 3.
     "equal heads": variant(
         {"image_size": 76, "norm_eps": 0.02},
         {"hidden_stride": 3, "vocab_size": 37},
         {"num_kv_heads": 4, "sliding_window": 7, "norm_eps": 0.05},
     ),
-    # Heads of 8 make 48, not 60; 4 x 4 patches merged by 2; an output table of its own.
+    # Heads of 8 make 48, not 60; 4 x 4 patches merged by 2; separate output embeddings.
     "narrow heads": variant(
         {"image_size": 56, "num_heads": 3, "num_channels": 1},
         {"vocab_size": 101},
@@ -75,7 +77,7 @@ CONFIGS = {
     ),
 }
 LENGTH = 23
-"""Positions of a row: more than any window above."""
+"""Positions per row, more than any window above."""
 
 
 def normal(*shape: int, scale: float = 1.0) -> Array:
@@ -99,18 +101,18 @@ def nchw(pixels: Array | np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sides:
-    """The same weights on both sides."""
+    """The same weights in both implementations."""
 
     config: OvisConfig
     torch: OvisTorch
     params: Params
 
     def patches(self) -> Array:
-        """Inputs of a SigLIP module."""
+        """Input of a SigLIP module."""
         return normal(2, self.config.vision.num_patches, self.config.vision.width)
 
     def rows(self) -> Array:
-        """Inputs of a Gemma2 module."""
+        """Input of a Gemma2 module."""
         return normal(2, LENGTH, self.config.decoder.width, scale=2.0)
 
     def pixels(self) -> Array:
@@ -182,9 +184,9 @@ def test_softcap(cap: float):
 
 @pytest.mark.parametrize("head_dim", [16, 128, 256])
 def test_rope(head_dim: int):
-    """At Gemma2's own base; at some others PyTorch's power misses a frequency's last bit.
+    """At Gemma2's base. At other bases PyTorch's powers can be off by the last bit.
 
-    Position 8191 makes 5e-5 of it (base 500, heads of 256), where ours is the exact one.
+    At position 8191 that is an error of 5e-5 (base 500, heads of 256), while ours is exact.
     """
     positions = jnp.array([range(0, 8192, 63), range(8191, 0, -63)])
     q, k = (normal(*positions.shape, heads, head_dim) for heads in (4, 2))
@@ -194,10 +196,10 @@ def test_rope(head_dim: int):
     cos, sin = Gemma2RotaryEmbedding(config)(tensor(q), tensor(positions))
     expected = apply_rotary_pos_emb(tensor(q), tensor(k), cos, sin, unsqueeze_dim=2)
     for x, turned in zip((q, k), expected, strict=True):
-        check(rope(x, positions, 10_000.0), turned, MODULE_TOLERANCE)
+        check(apply_rope(x, positions, 10_000.0), turned, MODULE_TOLERANCE)
 
 
-# ----- modules: (sides) -> what ours gives, what PyTorch gives
+# ----- modules: (sides) -> our output, PyTorch's output
 
 Module = Callable[[Sides], tuple[Any, Any]]
 
@@ -210,7 +212,7 @@ def patch_embedding(both: Sides) -> tuple[Any, Any]:
 
 
 def vision_part(part: str) -> Module:
-    """A module of the last SigLIP block, or that block."""
+    """A module of the last SigLIP block, or the block."""
 
     def run(both: Sides) -> tuple[Any, Any]:
         x, block = both.patches(), both.config.vision.depth - 1
@@ -219,9 +221,9 @@ def vision_part(part: str) -> Module:
             both.torch.vision.encoder.layers[-1],
         )
         build, params, module = {
-            "attention": (vision.Attention, params.get("attn"), layer.self_attn),
-            "mlp": (vision.MLP, params.get("mlp"), layer.mlp),
-            "block": (vision.Block, params, layer),
+            "attention": (vision.VisionAttention, params.get("attn"), layer.self_attn),
+            "mlp": (vision.VisionMLP, params.get("mlp"), layer.mlp),
+            "block": (vision.VisionBlock, params, layer),
         }[part]
         got = jax.jit(build(both.config.vision, jnp.float32).apply)({"params": params}, x)
         arguments = {} if part == "mlp" else {"attention_mask": None}
@@ -252,7 +254,7 @@ def visual_embedding(both: Sides) -> tuple[Any, Any]:
 
 
 def decoder_part(part: str, index: int) -> Module:
-    """A module of a Gemma2 block, or that block; blocks 0, 2, ... are local."""
+    """A module of a Gemma2 block, or the block; blocks 0, 2, ... are local."""
 
     def run(both: Sides) -> tuple[Any, Any]:
         c, x, model = both.config.decoder, both.rows(), both.torch.llm.model
@@ -260,16 +262,16 @@ def decoder_part(part: str, index: int) -> Module:
         params: Params = both.params["decoder"][f"block_{index}"]
         layer: Any = model.layers[index]
         if part == "mlp":
-            got = jax.jit(decoder.MLP(c, jnp.float32).apply)({"params": params["mlp"]}, x)
+            got = jax.jit(decoder.GatedMLP(c, jnp.float32).apply)({"params": params["mlp"]}, x)
             return got, layer.mlp(tensor(x))
         build, params, module = {
-            "attention": (decoder.Attention, params["attn"], layer.self_attn),
-            "block": (decoder.Block, params, layer),
+            "attention": (decoder.DecoderAttention, params["attn"], layer.self_attn),
+            "block": (decoder.DecoderBlock, params, layer),
         }[part]
         ours = build(c, c.window(index), jnp.float32)
         got, _ = jax.jit(ours.apply)({"params": params}, x, positions, None)
         make_mask = create_causal_mask if index % 2 else create_sliding_window_causal_mask
-        # By position: the name of the fourth, the cache, differs between versions.
+        # The fourth argument is the cache, whose name differs between versions.
         mask = make_mask(model.config, tensor(x), None, None)
         angles = model.rotary_emb(tensor(x), tensor(positions))
         expected = module(tensor(x), position_embeddings=angles, attention_mask=mask)
@@ -312,7 +314,7 @@ def test_module(module: str, both: Sides):
     check(got, expected, MODULE_TOLERANCE, module)
 
 
-def test_merge_moves_values_and_computes_nothing(both: Sides):
+def test_merge_patches_is_exact(both: Sides):
     x = both.patches()
     got = merge_patches(x, both.config.visual_tokenizer.hidden_stride)
     np.testing.assert_array_equal(got, both.torch.merge(tensor(x)))
@@ -323,7 +325,7 @@ def test_merge_moves_values_and_computes_nothing(both: Sides):
 
 def test_vision_stack(both: Sides):
     pixels = both.pixels()
-    got = jax.jit(Ovis(both.config).embed_images)(both.params, pixels)
+    got = jax.jit(Ovis(both.config).embed_images_with_states)(both.params, pixels)
     expected = both.torch.embed_images(nchw(pixels))
     check(np.array(got.vision), expected.vision, STACK_TOLERANCE, "vision")
     check(got.tokens.features, expected.features, STACK_TOLERANCE, "features")
@@ -332,6 +334,7 @@ def test_vision_stack(both: Sides):
     check(got.embeddings, expected.embeddings, STACK_TOLERANCE, "embeddings")
 
 
+@pytest.mark.slow
 def test_decoder_stack(both: Sides):
     x = normal(1, 60, both.config.decoder.width, scale=0.4)
     positions = count(1, 60)
@@ -344,7 +347,7 @@ def test_decoder_stack(both: Sides):
 
 
 def conversation(both: Sides) -> tuple[list[np.ndarray], Inputs]:
-    """Two rows of text and crops: the reference's ids, and the padded batch of the same."""
+    """Two rows of text and crops, as the reference's ids and as our padded batch."""
     slots = both.config.visual_tokenizer.tokens_per_crop
     text = np.random.default_rng(0).integers(3, both.config.decoder.vocab_size, 40).tolist()
     rows = [
@@ -360,7 +363,8 @@ def conversation(both: Sides) -> tuple[list[np.ndarray], Inputs]:
     return [np.array(row) for row in rows], Inputs(tokens, positions, np.asarray(both.pixels()))
 
 
-def test_whole_model(both: Sides):
+@pytest.mark.slow
+def test_complete_model(both: Sides):
     rows, inputs = conversation(both)
     logits, states = jax.jit(Ovis(both.config).forward)(both.params, inputs)
     for b, (ids, pixels) in enumerate(zip(rows, (nchw(inputs.pixels), None), strict=True)):
@@ -374,9 +378,10 @@ def test_whole_model(both: Sides):
         check(logits[b, real], expected.decoder.logits, STACK_TOLERANCE, f"row {b}, logits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [2, 30])
-def test_decoding_through_the_windows_end(prompt: int, both: Sides):
-    """With a cache from a prompt shorter and longer than the window, step by step."""
+def test_decoding_past_the_window(prompt: int, both: Sides):
+    """With a cache, from prompts shorter and longer than the window."""
     vocab_size, steps = both.config.decoder.vocab_size, 20
     ids = np.random.default_rng(1).integers(3, vocab_size, prompt + steps).astype(np.int32)
     expected = both.torch.forward(ids, None).decoder.logits

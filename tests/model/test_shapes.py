@@ -1,4 +1,4 @@
-"""The published models' sizes, without their weights."""
+"""Shapes of the published models, without their weights."""
 
 import math
 from dataclasses import replace
@@ -11,13 +11,13 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from ovis_jax import presets
-from ovis_jax.checkpoint.keymap import hub_keys, unused_shapes
+from ovis_jax.checkpoint.key_map import make_hub_key_map, unused_tensor_shapes
 from ovis_jax.config import OvisConfig
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model.ovis import Ovis, Params
 from ovis_jax.sharding import param_shapes
 
-# Written out from the sizes of the published configs.
+# Computed by hand from the published configs.
 GEMMA2_9B = {
     "vision/patch": 1152 * 3 * 14 * 14,
     "vision/block_26": 4 * (1152 * 1152 + 1152) + 4 * 1152 + 2 * 1152 * 4304 + 4304 + 1152,
@@ -50,6 +50,7 @@ def count(shapes: Params, path: str = "") -> int:
     return sum(math.prod(leaf.shape) for key, leaf in flat.items() if f"{key}/".startswith(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts(name: str):
     config, parts = PUBLISHED[name]
@@ -57,11 +58,12 @@ def test_parameter_counts(name: str):
     assert {part: count(shapes, f"{part}/") for part in parts} == parts
 
 
+@pytest.mark.slow
 def test_9b_has_all_parameters_of_the_published_files():
     config = presets.ovis1_6_gemma2_9b()
-    unused = sum(map(math.prod, unused_shapes(config).values()))
+    unused = sum(map(math.prod, unused_tensor_shapes(config).values()))
     assert count(shapes_of(config)) + unused == 10_206_910_518
-    assert len(hub_keys(config).parameters) + len(hub_keys(config).unused) == 916
+    assert len(make_hub_key_map(config).parameters) + len(make_hub_key_map(config).unused) == 916
 
 
 TINY = presets.tiny()
@@ -71,22 +73,25 @@ TREES = {name: config for name, (config, _) in PUBLISHED.items()} | {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TREES)
-def test_tree_is_the_one_that_the_table_of_axes_gives(name: str):
+def test_init_returns_the_shapes_of_the_table_of_axes(name: str):
     config = TREES[name]
     flat: dict[str, Any] = flatten_dict(shapes_of(config), sep="/")
     assert {path: leaf.shape for path, leaf in flat.items()} == param_shapes(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_every_parameter_has_the_dtype_asked_for(dtype: jnp.dtype):
+def test_init_uses_the_dtype(dtype: jnp.dtype):
     shapes = jax.eval_shape(lambda key: Ovis(presets.tiny()).init(key, dtype), jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_bfloat16_forward_gives_float32_logits_at_every_position(name: str):
-    """At full widths; two blocks of each kind stand for all."""
+def test_bfloat16_forward(name: str):
+    """Shapes and dtypes at the full width, with two blocks of each kind."""
     config, _ = PUBLISHED[name]
     tokenizer, vision = config.visual_tokenizer, replace(config.vision, depth=2)
     config = replace(

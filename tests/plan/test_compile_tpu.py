@@ -1,4 +1,4 @@
-"""The 9B's programs compiled for TPU slices that need not be there: `make test-tpu`."""
+"""The 9B's programs, compiled for TPU slices without a TPU: `make test-tpu`."""
 
 import json
 import os
@@ -11,33 +11,34 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-
 pytestmark = pytest.mark.skipif(
-    find_spec("libtpu") is None, reason="libtpu has an environment of its own"
+    find_spec("libtpu") is None, reason="libtpu needs a separate environment"
 )
 
-COUNT = """
-from ovis_jax.plan.compiler import devices_of
-from ovis_jax.plan.devices import DEVICES, Topology
-names = [Topology(kind, x.shapes[1]) for kind, x in DEVICES.items() if x.platform == "tpu"]
-for name in names:
-    print(name.name, len(devices_of(name)), name.num_devices)
+COUNT_DEVICES = """
+from ovis_jax.plan.aot_compile import compile_only_devices
+from ovis_jax.plan.topologies import DEVICES, Topology
+topologies = [Topology(kind, x.shapes[1]) for kind, x in DEVICES.items() if x.platform == "tpu"]
+for one in topologies:
+    print(one.name, len(compile_only_devices(one)), one.num_devices)
 """
 
 
-def test_libtpu_counts_as_many_devices():
-    command = [sys.executable, "-c", COUNT]
+def test_libtpu_has_as_many_devices():
+    command = [sys.executable, "-c", COUNT_DEVICES]
     lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     counts = [line.split() for line in lines.splitlines()]
-    assert len(counts) == 5 and all(there == ours for _, there, ours in counts), counts
+    assert len(counts) == 5 and all(libtpu == ours for _, libtpu, ours in counts), counts
 
 
 @pytest.mark.parametrize("target", ["v5e:2x4", "v6e:1x1", "v6e:2x2", "v5p:2x2x1"])
-def test_the_9b(target, tmp_path):
-    """In a process of its own: libtpu stays loaded, and this one's devices are the CPU's."""
+def test_9b(target, tmp_path):
+    """Compile in a separate process: libtpu stays loaded, and this process uses the CPU."""
     output = tmp_path / "plan.json"
-    command = f"benchmarks.accelerators --topology {target} --by compiler --json {output}"
-    unset = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")  # what the tests set for themselves
+    command = (
+        f"benchmarks.compile_for_accelerators --topology {target} --method compiler --json {output}"
+    )
+    unset = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")  # set by the tests
     environment = {k: v for k, v in os.environ.items() if k not in unset}
     subprocess.run(
         [sys.executable, "-m", *command.split()],
@@ -48,13 +49,13 @@ def test_the_9b(target, tmp_path):
     )
     (plan,) = json.loads(output.read_text())["plans"]
     assert len(plan["checks"]) == 17 and all(plan["checks"].values())
-    decode, prefill, images = (plan["steps"][x] for x in ("decode", "prefill", "images"))
+    decode, prefill, images = (plan["programs"][x] for x in ("decode", "prefill", "images"))
     assert decode["arguments"] == pytest.approx(plan["arithmetic"]["decode_arguments"], rel=1e-2)
-    alone = target == "v6e:1x1"
-    for step in (decode, prefill):
-        assert step["collectives"].keys() == (set() if alone else {"all-reduce"})
-    if not alone:
+    single = target == "v6e:1x1"
+    for program in (decode, prefill):
+        assert program["collectives"].keys() == (set() if single else {"all-reduce"})
+    if not single:
         assert decode["collectives"]["all-reduce"]["count"] == 2 * 42 + 1
-    # Splash in every block.
+    # Splash attention in every block.
     assert sum(prefill["kernels"].values()) == 42 and sum(images["kernels"].values()) == 27
     assert all("splash" in kernel for kernel in (*prefill["kernels"], *images["kernels"]))

@@ -1,4 +1,4 @@
-"""Answers are read back, apart from the code that writes them, and held against the scene."""
+"""Answers are parsed independently of the code that writes them, and compared with the scene."""
 
 import random
 import re
@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from recipes.ovis_tiny import questions, rows
+from recipes.ovis_tiny import dataset_rows, questions
 from recipes.ovis_tiny.languages import LANGUAGES
 
 SHAPES = {
@@ -34,7 +34,7 @@ NUMBERS = {
     "en": "no one two three four five six".split(),
     "de": "keine eine zwei drei vier fünf sechs".split(),
 }
-# Each place as the rows and columns it stands for.
+# The row and column of each place.
 PLACES = {
     "en": {
         "at the top left": (0, 0),
@@ -74,7 +74,7 @@ WORDS = {
         "size": {g + end: e for e, g in SIZES.items() for end in _ENDINGS},
     },
 }
-"""The forms of each word, and the word in English."""
+"""The English word for each form."""
 
 
 def _slots(language, pattern):
@@ -132,8 +132,8 @@ ITEM = {
 }
 
 
-def read(answer):
-    """The language, kind and facts of an answer about pictures; the first that fits."""
+def parse(answer):
+    """The language, kind and facts of an answer about pictures, by the first matching pattern."""
     for language, patterns in PATTERNS.items():
         for kind, pattern in patterns.items():
             if found := pattern.fullmatch(answer):
@@ -158,7 +158,7 @@ def _facts(language, found):
 
 
 def mentioned(text, language):
-    """The shapes, colours and sizes that a text names, in English."""
+    """The shapes, colours and sizes that a text mentions, in English."""
     words = re.findall(r"\w+", text)
     return {
         name: {forms[word] for word in words if word in forms}
@@ -173,8 +173,8 @@ def place_of(thing, columns):
 
 
 def check(scenes, answer, subject=None):
-    """Assert that an answer is true of the scenes; the one thing it is about, if there is one."""
-    language, kind, facts = read(answer)
+    """Assert that an answer is true of the scenes; return the thing that it is about, if any."""
+    language, kind, facts = parse(answer)
     counts = [len(scene.things) for scene in scenes]
     if kind == "more":
         assert counts[facts["nth"]] > counts[1 - facts["nth"]], answer
@@ -241,9 +241,9 @@ def turns(row):
 def check_row(row):
     subject = None
     for question, answer in turns(row):
-        language, kind, facts = read(answer)
+        language, kind, facts = parse(answer)
         subject = check(row.scenes, answer, subject)
-        # A question names what the answer repeats, and never what the answer is to tell.
+        # A question mentions the properties that the answer repeats, and no others.
         named = {name: set() for name in ("shape", "colour", "size")}
         if kind in ("colour", "where", "size", "exists"):
             named["shape"] = {facts["shape"]}
@@ -261,11 +261,11 @@ def check_row(row):
 def test_answers_are_true(kind, language, unseen):
     rng = random.Random(f"{kind} {language} {unseen}")
     for _ in range(60):
-        row = rows.scored_row(rng, "test", kind, language, unseen)
+        row = dataset_rows.evaluation_row(rng, "test", kind, language, unseen)
         check_row(row)
-        said, answered, _ = read(turns(row)[-1][1])
-        assert said == language
-        assert {"more": "compare", "same": "compare"}.get(answered, answered) == kind
+        answer_language, answer_kind, _ = parse(turns(row)[-1][1])
+        assert answer_language == language
+        assert {"more": "compare", "same": "compare"}.get(answer_kind, answer_kind) == kind
         assert row.entry["paraphrase"] is unseen
 
 
@@ -273,22 +273,22 @@ def test_answers_of_training_rows_are_true():
     rng = random.Random(0)
     kinds = Counter()
     for _ in range(600):
-        row = rows.training_row(rng)
+        row = dataset_rows.training_row(rng)
         if row.scenes:
             check_row(row)
-            kinds.update(read(answer)[1] for _, answer in turns(row))
+            kinds.update(parse(answer)[1] for _, answer in turns(row))
         for scene in row.scenes:
-            check_row(rows.listing_row(rng, scene))
+            check_row(dataset_rows.description_row(rng, scene))
     assert kinds.keys() == PATTERNS["en"].keys()
 
 
 def test_answers_about_the_new_colour_are_true():
     rng = random.Random(0)
     for _ in range(100):
-        row = rows.training_row(rng, "pink")
+        row = dataset_rows.training_row(rng, "pink")
         check_row(row)
         for question, answer in turns(row):
-            if read(answer)[1] != "follow_up":
+            if parse(answer)[1] != "follow_up":
                 assert re.search("pink|rosa", question + answer)
 
 
@@ -296,7 +296,8 @@ def test_answers_are_balanced():
     rng = random.Random(0)
     found = {
         kind: Counter(
-            turns(rows.scored_row(rng, "train", kind, "en", False))[-1][1] for _ in range(400)
+            turns(dataset_rows.evaluation_row(rng, "train", kind, "en", False))[-1][1]
+            for _ in range(400)
         )
         for kind in ("exists", "compare", "count", "size")
     }
@@ -311,8 +312,8 @@ def test_denials_are_half_true():
     rng = random.Random(0)
     near = 0
     for _ in range(200):
-        row = rows.scored_row(rng, "train", "exists", "en", False)
-        _, _, facts = read(turns(row)[0][1])
+        row = dataset_rows.evaluation_row(rng, "train", "exists", "en", False)
+        _, _, facts = parse(turns(row)[0][1])
         (scene,) = row.scenes
         if not facts["yes"]:
             near += any(

@@ -5,7 +5,7 @@ import string
 import pytest
 
 from recipes.ovis_tiny import german_grammar, questions
-from recipes.ovis_tiny.languages import LANGUAGES, say
+from recipes.ovis_tiny.languages import LANGUAGES, phrase_question
 from recipes.ovis_tiny.questions import TOPICS, Question
 from recipes.ovis_tiny.scenes import Thing
 
@@ -21,7 +21,7 @@ def words(phrases):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_phrasings_of_the_test_are_new_but_their_words_are_not(language):
+def test_unseen_phrasings_are_new_but_their_words_are_not(language):
     learned = words(phrase for _, entry in phrasings(language) for phrase in entry.seen)
     seen = {phrase for _, entry in phrasings(language) for phrase in entry.seen}
     for name, entry in phrasings(language):
@@ -34,11 +34,11 @@ def test_phrasings_of_the_test_are_new_but_their_words_are_not(language):
             sorted(slot for _, slot, _, _ in string.Formatter().parse(phrase) if slot)
             for phrase in (*entry.seen, *entry.unseen)
         ]
-        # What is asked about is named in every phrasing, in one of its forms.
+        # Every phrasing has the same slots, in one of their forms.
         assert len({tuple(re.sub("_.*", "", slot) for slot in each) for each in slots}) == 1, name
 
 
-def test_languages_ask_the_same():
+def test_languages_have_the_same_questions():
     english, german = LANGUAGES["en"], LANGUAGES["de"]
     assert english.phrases.keys() == german.phrases.keys()
     assert english.topics.keys() == german.topics.keys() == TOPICS.keys()
@@ -48,9 +48,12 @@ def test_languages_ask_the_same():
     assert kinds == {*questions.KINDS, "count_one", "echo"}
 
 
-def test_seeds_decide_the_words():
+def test_the_seed_determines_the_phrasing():
     question = Question("shape", shape="star", colour="red")
-    said = [[say(question, "de", random.Random(seed)) for seed in range(30)] for _ in range(2)]
+    said = [
+        [phrase_question(question, "de", random.Random(seed)) for seed in range(30)]
+        for _ in range(2)
+    ]
     assert said[0] == said[1]
     assert len({each.question for ((each,),) in zip(said[0], strict=True)}) > 5
 
@@ -76,20 +79,20 @@ def test_seeds_decide_the_words():
 )
 def test_german_shapes(shape, forms):
     assert forms.split(", ") == [
-        german_grammar.the(shape, "red"),
-        german_grammar.the_object(shape, "red"),
-        german_grammar.one(shape, "red"),
-        german_grammar.one_object(shape, "rot"),
-        german_grammar.it(shape),
-        german_grammar.it_object(shape),
+        german_grammar.definite_nominative(shape, "red"),
+        german_grammar.definite_accusative(shape, "red"),
+        german_grammar.indefinite_nominative(shape, "red"),
+        german_grammar.indefinite_accusative(shape, "rot"),
+        german_grammar.pronoun_nominative(shape),
+        german_grammar.pronoun_accusative(shape),
     ]
 
 
-def test_some_german_colours_do_not_bend():
-    assert german_grammar.the_object("circle", "purple") == "den lila Kreis"
-    assert german_grammar.one("square", "orange") == "ein orange Quadrat"
-    assert german_grammar.one("ring", "pink") == "ein rosa Ring"
-    assert german_grammar.one("ring") == "ein Ring"
+def test_some_german_colours_have_no_endings():
+    assert german_grammar.definite_accusative("circle", "purple") == "den lila Kreis"
+    assert german_grammar.indefinite_nominative("square", "orange") == "ein orange Quadrat"
+    assert german_grammar.indefinite_nominative("ring", "pink") == "ein rosa Ring"
+    assert german_grammar.indefinite_nominative("ring") == "ein Ring"
 
 
 THINGS = (
@@ -226,16 +229,16 @@ THINGS = (
 )
 def test_answers(question, english, german):
     for language, expected in (("en", english), ("de", german)):
-        (said,) = say(question, language, random.Random(0))
-        assert (said.answer, said.short) == expected
+        (said,) = phrase_question(question, language, random.Random(0))
+        assert (said.answer, said.short_answer) == expected
 
 
-def test_a_follow_up_refers_to_the_answer_before():
+def test_a_follow_up_refers_to_the_previous_answer():
     first = Question("shape", shape="diamond", colour="red")
     follow_up = Question("follow_up", "place", shape="diamond", place="bottom", first=first)
-    before, said = say(follow_up, "de", random.Random(0))
+    before, said = phrase_question(follow_up, "de", random.Random(0))
     assert before.answer == "Die rote Form ist eine Raute."
     assert re.search(r"\bsie\b", said.question)
-    assert (said.answer, said.short) == ("Sie ist unten.", "Unten.")
-    _, said = say(follow_up, "en", random.Random(0))
-    assert (said.answer, said.short) == ("It is at the bottom.", "At the bottom.")
+    assert (said.answer, said.short_answer) == ("Sie ist unten.", "Unten.")
+    _, said = phrase_question(follow_up, "en", random.Random(0))
+    assert (said.answer, said.short_answer) == ("It is at the bottom.", "At the bottom.")

@@ -1,8 +1,8 @@
-"""Ovis1.6-Gemma2 in PyTorch: a thin glue of transformers classes that tests compare with.
+"""Ovis1.6-Gemma2 in PyTorch, built from classes of transformers, as a reference for tests.
 
-Bit-identical to the original code in float32 (`test_reference.py` holds it to the golden files).
-One row at a time, in the original's own terms: ids with one -300 a crop, pixels [I, C, H, W].
-Everything given and taken is numpy.
+In float32 it is bit-identical to the original code (`test_reference.py` checks the golden files).
+It handles one row at a time in the original's format: ids with one -300 per crop, and pixels
+[I, C, h, w]. Arguments and results are numpy arrays.
 """
 
 import json
@@ -17,11 +17,11 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from ovis_jax.checkpoint.keymap import hub_keys
+from ovis_jax.checkpoint.key_map import make_hub_key_map
 from ovis_jax.config import NUM_IMAGE_INDICATORS, OvisConfig
 from ovis_jax.model.ovis import Params
 
-# The models are tiny; threads of several test workers would only wait for each other.
+# The models are tiny, and threads of several test workers would slow each other down.
 torch.set_num_threads(1)
 
 VISUAL_SLOT = -300
@@ -29,7 +29,7 @@ FIRST_INDICATOR = -301
 
 
 class ImageStates(NamedTuple):
-    """What becomes of crops, stage by stage."""
+    """The stages from crops to visual embeddings."""
 
     vision: np.ndarray
     """[depth + 1, I, P, E]: the patch embeddings, then the output of each SigLIP block."""
@@ -43,7 +43,7 @@ class ImageStates(NamedTuple):
 
 
 class DecoderStates(NamedTuple):
-    """What becomes of input embeddings."""
+    """The stages from input embeddings to logits."""
 
     blocks: np.ndarray
     """[depth, T, D]: the output of each block; the last one before the final norm."""
@@ -52,7 +52,7 @@ class DecoderStates(NamedTuple):
 
 
 class States(NamedTuple):
-    """A whole forward pass."""
+    """The stages of a forward pass."""
 
     images: ImageStates | None
     inputs_embeds: np.ndarray
@@ -61,14 +61,14 @@ class States(NamedTuple):
 
 
 class Greedy(NamedTuple):
-    """New tokens [n], and by how much each one's logit exceeded the next best."""
+    """New tokens [n], and the margin of each one's logit over the second largest."""
 
     tokens: np.ndarray
     margins: np.ndarray
 
 
 class OvisTorch:
-    """The model. `model` names its parts as the Hub's keys do, `llm` and `vision` are two of them.
+    """The model. The attribute `model` names its parts like the Hub's keys.
 
     Args:
       config: the parsed config.json of a Hub folder.
@@ -101,7 +101,7 @@ class OvisTorch:
 
     @classmethod
     def random(cls, config: OvisConfig, seed: int) -> Self:
-        """Weights that make mistakes show: sharp attention, norms and biases that do something."""
+        """Create random weights with sharp attention and norms and biases that matter."""
         self = cls(config.to_hf()[0])
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.model.named_parameters():
@@ -111,7 +111,7 @@ class OvisTorch:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
-        """A folder in the Hub's layout, widened to float32."""
+        """Load a folder in the Hub's layout in float32."""
         self = cls(json.loads((folder / "config.json").read_text()))
         tensors: dict[str, Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
@@ -124,18 +124,18 @@ class OvisTorch:
 
     @property
     def tied(self) -> bool:
-        """Whether logits come from the input embeddings."""
+        """Whether the output embeddings are the input embeddings."""
         return bool(self.llm.config.tie_word_embeddings)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Every tensor that the Hub's files would hold, by the Hub's keys."""
+        """Every tensor of the Hub's files, by the Hub's keys."""
         tensors = {key: tensor.numpy() for key, tensor in self.model.state_dict().items()}
         if self.tied:
             del tensors["llm.lm_head.weight"]
         return tensors
 
     def save_hub_folder(self, folder: Path, config: OvisConfig) -> None:
-        """Write weights and configs in the Hub's layout; no tokenizer."""
+        """Write weights and configs in the Hub's layout, without a tokenizer."""
         folder.mkdir(parents=True)
         ovis, generation = config.to_hf()
         (folder / "config.json").write_text(json.dumps(ovis | {"torch_dtype": "float32"}))
@@ -143,7 +143,7 @@ class OvisTorch:
         save_file(self.state_dict(), folder / "model.safetensors")
 
     def embed_images(self, pixels: np.ndarray) -> ImageStates:
-        """Crops [I, C, H, W] -> visual embeddings."""
+        """Crops [I, C, h, w] -> visual embeddings."""
         states = self.vision(torch.tensor(pixels), output_hidden_states=True).hidden_states
         features = self.merge(states[-1])
         logits = self.head(features)
@@ -168,7 +168,7 @@ class OvisTorch:
         return torch.cat(members, dim=-1).flatten(1, 2)
 
     def embed_inputs(self, input_ids: np.ndarray, visual: np.ndarray | None) -> np.ndarray:
-        """Ids [u] with one -300 a crop, and crops' embeddings [I, M, D] -> [T, D], not scaled."""
+        """Ids [u] with one -300 per crop, and visual embeddings [I, M, D] -> [T, D], not scaled."""
         text, table = self.llm.model.embed_tokens.weight.numpy(), self.table.weight.numpy()
         crops = iter(() if visual is None else visual)
         rows = []
@@ -197,13 +197,13 @@ class OvisTorch:
         return DecoderStates(np.array([block.numpy() for block in blocks]), logits.numpy())
 
     def forward(self, input_ids: np.ndarray, pixels: np.ndarray | None) -> States:
-        """Ids [u] and crops [I, C, H, W] -> logits at every position."""
+        """Ids [u] and crops [I, C, h, w] -> logits at every position."""
         images = None if pixels is None else self.embed_images(pixels)
         x = self.embed_inputs(input_ids, None if images is None else images.embeddings)
         return States(images, x, self.decode(x))
 
     def loss(self, tokens: np.ndarray, labels: np.ndarray, pixels: np.ndarray) -> Tensor:
-        """The mean loss of rows [B, T] (one -300 a visual token), with what its gradient needs."""
+        """The mean loss of rows [B, T] with one -300 per visual token, as a tensor."""
         features = self.vision(torch.tensor(pixels), output_hidden_states=True).hidden_states[-1]
         probabilities = self.head(self.merge(features)).softmax(dim=-1)
         visual = probabilities @ self.table.weight[: probabilities.shape[-1]]
@@ -222,7 +222,7 @@ class OvisTorch:
     def gradients(
         self, tokens: np.ndarray, labels: np.ndarray, pixels: np.ndarray
     ) -> tuple[float, dict[str, np.ndarray]]:
-        """The mean loss of one row [T] (one -300 a visual token), and its gradient by Hub key."""
+        """The mean loss of a row [T] with one -300 per visual token, and its gradients."""
         self.model.requires_grad_(True).zero_grad()
         loss = self.loss(tokens[None], labels[None], pixels)
         loss.backward()
@@ -231,7 +231,7 @@ class OvisTorch:
         return loss.item(), {name: gradient.numpy() for name, gradient in found.items()}
 
     def generate(self, input_ids: np.ndarray, pixels: np.ndarray | None, steps: int) -> Greedy:
-        """Greedy decoding that reads the whole sequence anew at every step and never stops."""
+        """Decode greedily without a cache and without stop ids."""
         tokens, margins = [], []
         for _ in range(steps):
             read = np.concatenate([input_ids, np.array(tokens, input_ids.dtype)])
@@ -245,7 +245,7 @@ class OvisTorch:
 def params_of(reference: OvisTorch, config: OvisConfig) -> Params:
     """The same weights as our parameters."""
     state = reference.state_dict()
-    keys = hub_keys(config).parameters
+    keys = make_hub_key_map(config).parameters
     return unflatten_dict({path: jnp.array(state[key]) for key, path in keys.items()}, sep="/")
 
 

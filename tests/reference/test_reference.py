@@ -1,7 +1,7 @@
-"""The PyTorch side against the golden files of the original code.
+"""The PyTorch reference against the golden files of the original code.
 
-The files were computed on another processor, where such a glue equals them bit for bit; others
-order sums differently, which sharp weights magnify.
+The reference is bit-identical on the processor that computed the files. Other processors order sums
+differently, and the sharp weights amplify the difference.
 """
 
 from functools import cache
@@ -13,9 +13,11 @@ import pytest
 from reference.ovis_torch import OvisTorch, params_of
 
 from ovis_jax import presets
-from ovis_jax.checkpoint.keymap import hub_keys, unused_shapes
+from ovis_jax.checkpoint.key_map import make_hub_key_map, unused_tensor_shapes
 from ovis_jax.checkpoint.params import load_params
 from ovis_jax.config import OvisConfig
+
+pytestmark = [pytest.mark.torch, pytest.mark.optimized]
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FLOAT32 = ["wide", "tall", "square", "tiny", "tall_thin", "large", "large_mp4", "large_mp1"]
@@ -24,7 +26,7 @@ CASES = [("tiny-f32", name, f"{name}.npz") for name in FLOAT32] + [
     ("tiny-bf16-sharded", name, f"{name}.f32.npz") for name in ("square", "text_only", "multi_turn")
 ]
 VISUAL_TOLERANCE = 1e-5  # of the largest value
-DECODER_TOLERANCE = 1e-2  # absolute; the smallest mistake listed in golden/README.md costs 0.015
+DECODER_TOLERANCE = 1e-2  # absolute; the smallest mistake in golden/README.md makes 0.015
 
 
 @cache
@@ -42,10 +44,11 @@ def check(what: str, got: np.ndarray, expected: np.ndarray, tolerance: float) ->
     assert error <= tolerance, f"{what}: error {error:.2e}, tolerance {tolerance:.2e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("checkpoint", "case", "file"), CASES, ids=lambda value: str(value))
 def test_golden_case(checkpoint: str, case: str, file: str):
     expected = np.load(GOLDEN / "cases" / checkpoint / file)
-    # The bfloat16 folder's cases leave out the pixels, which are those of the float32 folder's.
+    # The bfloat16 cases have the pixels of the float32 cases and do not store them.
     source = np.load(GOLDEN / "cases" / "tiny-f32" / f"{case}.npz")
     pixels = source.get("pixel_values")
     assert (pixels is None) == (case == "text_only")
@@ -71,12 +74,12 @@ def test_golden_case(checkpoint: str, case: str, file: str):
 def test_state_dict_has_the_keys_of_the_hub():
     config = presets.tiny()
     state = OvisTorch.random(config, seed=0).state_dict()
-    keys = hub_keys(config)
+    keys = make_hub_key_map(config)
     assert state.keys() == keys.parameters.keys() | keys.unused.keys()
-    assert {key: state[key].shape for key in keys.unused} == unused_shapes(config)
+    assert {key: state[key].shape for key in keys.unused} == unused_tensor_shapes(config)
 
 
-def test_random_weights_follow_the_seed_and_leave_nothing_constant():
+def test_random_weights_depend_on_the_seed():
     first, again, other = (
         OvisTorch.random(presets.tiny(), seed=seed).state_dict() for seed in (0, 0, 1)
     )

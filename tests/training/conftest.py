@@ -1,4 +1,4 @@
-"""A small data set about the golden images, and short runs on it."""
+"""A small dataset about the golden images, and configs of short runs."""
 
 import json
 import os
@@ -7,24 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from ovis_jax.training import loop
+from ovis_jax.training import trainer
+from ovis_jax.training.config import read_train_config
 
-NAMES = ("square", "tiny", "exact", "wide", "tall")
+IMAGES = ("square", "tiny", "exact", "wide", "tall")
 
 
 @pytest.fixture
-def write_rows(golden, tmp_path):
-    """Write a data set of `count` conversations, some without an image; gives its path."""
+def write_dataset(golden, tmp_path):
+    """Write `count` conversations about images and one without, and return the path."""
 
     def write(name: str, count: int, *more: dict) -> Path:
         rows = []
         for number in range(count):
-            image = NAMES[number % len(NAMES)]
-            asked = {"from": "human", "value": f"<image>\nQuestion {number}?"}
-            told = {"from": "gpt", "value": f"It is {image}."}
+            image = IMAGES[number % len(IMAGES)]
+            question = {"from": "human", "value": f"<image>\nQuestion {number}?"}
+            answer = {"from": "gpt", "value": f"It is {image}."}
             path = str(golden / f"images/{image}.png")
-            rows.append({"image": path, "kind": image, "conversations": [asked, told]})
+            rows.append({"image": path, "kind": image, "conversations": [question, answer]})
         hi = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
         rows.append({"conversations": hi})
         rows += more
@@ -35,23 +37,23 @@ def write_rows(golden, tmp_path):
 
 
 @pytest.fixture
-def write_config(tmp_path, write_rows, shallow_checkpoint):
-    """Write a config of a short run on the shallow checkpoint; gives its path."""
+def write_config(tmp_path, write_dataset, shallow_checkpoint):
+    """Write the config of a short run on the shallow checkpoint, and return its path."""
 
-    def write(*lines: str, rows=None):
-        data = rows or write_rows("train.jsonl", 12)
+    def write(*lines: str, dataset: Path | None = None, trainable: bool = True) -> Path:
+        dataset = dataset or write_dataset("train.jsonl", 12)
         text = f"""
             model = "{shallow_checkpoint}"
-            output = "{tmp_path / "run"}"
-            learn.parts = ["llm", "visual_embedding"]
-            data.train = ["{data}"]
-            data.rows = 2
-            data.length_unit = 128
+            output_dir = "{tmp_path / "run"}"
+            {'trainable = ["llm", "visual_embedding"]' if trainable else ""}
+            data.train_files = ["{dataset}"]
+            data.micro_batch_size = 2
+            data.pad_to_multiple_of = 128
             data.max_partition = 1
-            optimizer.learning_rate = 3e-3
-            run.steps = 12
-            run.log_every = 2
-            run.save_every = 4
+            training.max_steps = 12
+            training.learning_rate = 3e-3
+            run.logging_steps = 2
+            run.save_steps = 4
         """
         path = tmp_path / "config.toml"
         path.write_text("\n".join([*map(str.strip, text.splitlines()), *lines]))
@@ -60,21 +62,32 @@ def write_config(tmp_path, write_rows, shallow_checkpoint):
     return write
 
 
-@pytest.fixture
-def ask_to_stop(monkeypatch) -> Callable[..., list[int]]:
-    """Send SIGTERM while these steps are made; gives a list that grows with every step."""
+@pytest.fixture(scope="session")
+def train():
+    """Start or resume the run of a config."""
 
-    def ask(*at: int) -> list[int]:
-        made: list[int] = []
-        real_step = loop.step
+    def train(path: Path, *overrides: str, console: Console | None = None) -> bool:
+        config = read_train_config(path, overrides)
+        return trainer.Trainer(config, console or Console(quiet=True)).train()
+
+    return train
+
+
+@pytest.fixture
+def stop_at(monkeypatch) -> Callable[..., list[int]]:
+    """Send SIGTERM during these steps; returns a list that grows with every step."""
+
+    def stop(*steps: int) -> list[int]:
+        finished: list[int] = []
+        train_step = trainer.train_step
 
         def step_and_stop(*arguments):
-            made.append(len(made) + 1)
-            if made[-1] in at:
+            finished.append(len(finished) + 1)
+            if finished[-1] in steps:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return real_step(*arguments)
+            return train_step(*arguments)
 
-        monkeypatch.setattr(loop, "step", step_and_stop)
-        return made
+        monkeypatch.setattr(trainer, "train_step", step_and_stop)
+        return finished
 
-    return ask
+    return stop

@@ -1,21 +1,21 @@
-"""What a training run may be told."""
+"""Training configs: files, overrides, and messages about invalid fields."""
+
+import re
 
 import pytest
 
 from ovis_jax.errors import ConfigError
-from ovis_jax.training.config import read_config
+from ovis_jax.training.config import read_train_config
 
 TEXT = """
 model = "some/folder"
-output = "runs/one"
-[learn]
-parts = ["llm"]
+output_dir = "runs/one"
+trainable = ["llm"]
 [data]
-train = ["a.json"]
-[optimizer]
+train_files = ["a.json"]
+[training]
+max_steps = 10
 learning_rate = 1e-3
-[run]
-steps = 10
 """
 
 
@@ -26,46 +26,87 @@ def path(tmp_path):
     return path
 
 
-def test_the_file_and_what_overrides_it(path):
-    config = read_config(path, ["run.steps=20", "output=runs/two", 'data.train=["b", "c"]'])
-    assert config.run.steps == 20 and str(config.output) == "runs/two"
-    assert [str(p) for p in config.data.train] == ["b", "c"]
-    recipe = config.recipe()
-    assert (recipe.learning_rate, recipe.total_steps, recipe.b1) == (1e-3, 20, 0.9)
-    lora = read_config(path, ["learn.parts=[]", "learn.lora.rank=4", "learn.lora.scale=2"])
-    assert lora.learn.lora and lora.learn.lora.rank == 4 and lora.recipe().adapter_scale == 2
-    assert read_config(path, ["mesh.data=2"]).mesh is not None and config.mesh is None
+def test_overrides(path):
+    overrides = ["training.max_steps=20", "output_dir=runs/two", 'data.train_files=["b", "c"]']
+    config = read_train_config(path, overrides)
+    assert str(config.output_dir) == "runs/two"
+    assert [str(p) for p in config.data.train_files] == ["b", "c"]
+    step = config.training
+    assert (step.learning_rate, step.max_steps, step.adam_beta1) == (1e-3, 20, 0.9)
+    assert config.mesh is None and config.lora_scale == 1.0
+    assert read_train_config(path, ["mesh.data=2"]).mesh is not None
+
+
+def test_single_strings_are_lists(path):
+    config = read_train_config(path, ["trainable=visual_tokenizer", "data.train_files=b.json"])
+    assert config.trainable == ("visual_tokenizer",)
+    assert [str(p) for p in config.data.train_files] == ["b.json"]
+
+
+def test_lora_scale_is_alpha_over_rank(path):
+    lora = ["trainable=[]", "lora.rank=4"]
+    assert read_train_config(path, lora).lora_scale == 1.0
+    assert read_train_config(path, [*lora, "lora.alpha=8"]).lora_scale == 2.0
 
 
 @pytest.mark.parametrize(
-    "overrides, complaint",
+    "overrides, message",
     [
-        (["run.steps=0"], r"run\.steps: .*greater than or equal to 1"),
-        (["run.stepss=1"], r"run\.stepss: Extra inputs are not permitted"),
-        (["optimizer.b2=1.0"], r"optimizer\.b2: .*less than 1"),
-        (["run.compute_dtype=float16"], r"run\.compute_dtype: .*'float32' or 'bfloat16'"),
-        (["learn.parts=[]"], "learn: .*give parts or lora, one of the two"),
-        (["learn.lora.rank=4"], "learn: .*give parts or lora, one of the two"),
-        (['learn.parts=["head"]'], r"learn: .*\['head'\]: expected some of visual_tokenizer"),
-        (["learn.lora.rank=4", "learn.lora.scale=0"], r"scale: .*greater than 0"),
-        (["learn.lora.rank=4", "learn.lora.scale=inf"], r"scale: .*finite number"),
-        (["data.train=[]"], r"data\.train: .*at least 1 item"),
-        (["run.steps=0", "optimizer.b1=-1"], r"optimizer\.b1: .*; run\.steps: "),
-        (["steps"], "'steps': expected section.field=value"),
-        (["model.name=x"], "model is not a section"),
+        (
+            ["training.max_steps=0"],
+            "training.max_steps is 0, expected a number greater than or equal to 1, for example"
+            " training.max_steps=1000",
+        ),
+        (
+            ["training.steps=1"],
+            "training.steps is not a field, expected one of training.max_steps, training.learning",
+        ),
+        (["learn.parts=llm"], "learn is not a field, expected one of model, output_dir, trainable"),
+        (["training.adam_beta2=1.0"], "training.adam_beta2 is 1.0, expected a number less than 1"),
+        (["training.adam_beta2=x"], 'training.adam_beta2 is "x", expected a valid number, for'),
+        (
+            ["training.compute_dtype=float16"],
+            "training.compute_dtype is \"float16\", expected 'float32' or 'bfloat16', for example"
+            ' training.compute_dtype="float32"',
+        ),
+        (
+            ["trainable=head"],
+            "trainable is \"head\", expected 'visual_tokenizer', 'visual_embedding' or 'llm', for"
+            ' example trainable=["llm"]',
+        ),
+        (["trainable=3"], 'trainable is 3, expected a list, for example trainable=["llm"]'),
+        (["trainable=[]"], "trainable and lora are both missing, expected one of them"),
+        (["lora.rank=4"], "trainable and lora are both given, expected one of them"),
+        (["lora=4"], "lora is 4, expected a table, for example lora.rank=16"),
+        (["lora.rank=4", "lora.alpha=0"], "lora.alpha is 0, expected a number greater than 0"),
+        (["lora.rank=4", "lora.alpha=inf"], "lora.alpha is Infinity, expected a finite number"),
+        (["data.train_files=[]"], "data.train_files is [], expected at least one entry"),
+        (["steps"], "override 'steps': expected FIELD=VALUE, for example training.max_steps=1000"),
+        (["model.name=x"], "override 'model.name=x': model is not a table"),
     ],
 )
-def test_what_is_wrong_is_named(path, overrides, complaint):
-    with pytest.raises(ConfigError, match=complaint):
-        read_config(path, overrides)
+def test_invalid_fields(path, overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_train_config(path, overrides)
+
+
+def test_all_invalid_fields_are_reported(path):
+    with pytest.raises(ConfigError, match=r"run\.toml: training\.max_steps is 0.*; .*beta1 is -1"):
+        read_train_config(path, ["training.max_steps=0", "training.adam_beta1=-1"])
 
 
 def test_files_that_cannot_be_read(path, tmp_path):
     with pytest.raises(ConfigError, match=r"none\.toml cannot be read"):
-        read_config(tmp_path / "none.toml")
+        read_train_config(tmp_path / "none.toml")
     path.write_text("model =")
     with pytest.raises(ConfigError, match=r"run\.toml cannot be read as TOML"):
-        read_config(path)
+        read_train_config(path)
     path.write_text("")
-    with pytest.raises(ConfigError, match="model: Field required; output: Field required"):
-        read_config(path)
+    message = (
+        'model is missing; add it, for example model="ovis-tiny"; output_dir is missing; add it,'
+        ' for example output_dir="runs/first"; data is missing; add it, for example'
+        ' data.train_files=["train.jsonl"]; training is missing; add it, for example'
+        " training.max_steps=1000"
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_train_config(path)

@@ -1,20 +1,20 @@
-"""Losses against sums written out in numpy."""
+"""Losses compared with sums in numpy."""
 
 import jax.numpy as jnp
 import numpy as np
 
-from ovis_jax.training.losses import answer_log_probs, dpo, supervised
+from ovis_jax.training.losses import answer_log_probs, cross_entropy_loss, dpo_loss
 
 
-def case():
+def random_logits_and_labels():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(2, 5, 7)).astype(np.float32) * 3
     labels = np.array([[-100, -100, 4, 2, -100], [3, -100, -100, -100, 6]], np.int32)
     return logits, labels
 
 
-def by_hand(logits, labels):
-    """(row, log-probability) of every label that something stands before."""
+def expected_log_probs(logits, labels):
+    """Return (row, log-probability) of every label but those at position 0."""
     found = []
     for b, row in enumerate(labels):
         for t in range(1, len(row)):
@@ -24,28 +24,30 @@ def by_hand(logits, labels):
     return found
 
 
-def test_supervised_is_shifted_and_ignores():
-    logits, labels = case()
-    expected = by_hand(logits, labels)
-    total, count = supervised(jnp.array(logits), jnp.array(labels))
+def test_cross_entropy_loss():
+    logits, labels = random_logits_and_labels()
+    expected = expected_log_probs(logits, labels)
+    total, count = cross_entropy_loss(jnp.array(logits), jnp.array(labels))
     assert count == len(expected) == 3
     np.testing.assert_allclose(total, -sum(x for _, x in expected), rtol=1e-6)
 
 
-def test_answer_log_probs_are_summed_by_row():
-    logits, labels = case()
-    expected = [sum(x for b, x in by_hand(logits, labels) if b == row) for row in (0, 1)]
+def test_answer_log_probs():
+    logits, labels = random_logits_and_labels()
+    log_probs = expected_log_probs(logits, labels)
+    expected = [sum(x for b, x in log_probs if b == row) for row in (0, 1)]
     found = answer_log_probs(jnp.array(logits), jnp.array(labels))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_dpo_by_hand():
+def test_dpo_loss():
     arguments = [np.array(x) for x in ([-1.0, -5.0], [-3.0, -2.0], [-2.0, -4.0], [-2.5, -2.5])]
     margin = 0.5 * ((arguments[0] - arguments[2]) - (arguments[1] - arguments[3]))
-    right, wrong = -np.log1p(np.exp(-margin)), -np.log1p(np.exp(margin))
+    right, swapped = -np.log1p(np.exp(-margin)), -np.log1p(np.exp(margin))
     values = [jnp.array(x, jnp.float32) for x in arguments]
     for smoothing in (0.0, 0.1):
-        expected = -(1 - smoothing) * right - smoothing * wrong
-        found = dpo(*values, beta=0.5, label_smoothing=smoothing)
+        expected = -(1 - smoothing) * right - smoothing * swapped
+        found = dpo_loss(*values, beta=0.5, label_smoothing=smoothing)
         np.testing.assert_allclose(found, expected, rtol=1e-6)
-    np.testing.assert_allclose(dpo(*values[:2], *values[:2], beta=0.5), np.log(2.0), rtol=1e-6)
+    equal = dpo_loss(*values[:2], *values[:2], beta=0.5)
+    np.testing.assert_allclose(equal, np.log(2.0), rtol=1e-6)

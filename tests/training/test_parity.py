@@ -8,14 +8,17 @@ from measured import record
 from reference.ovis_torch import OvisTorch, params_of
 
 from ovis_jax import presets
-from ovis_jax.checkpoint.keymap import hub_keys
+from ovis_jax.checkpoint.key_map import make_hub_key_map
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model.ovis import Ovis
-from ovis_jax.training.losses import supervised
+from ovis_jax.training.losses import cross_entropy_loss
+
+pytestmark = [pytest.mark.torch, pytest.mark.optimized]
 
 TOLERANCE = 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
 def test_gradients(remat):
     """Relative to the largest gradient of the module that a parameter is in.
@@ -36,13 +39,13 @@ def test_gradients(remat):
 
     def loss(params):
         logits, _ = model.forward(params, Inputs(tokens, positions, pixels))
-        total, count = supervised(logits, jax.numpy.asarray(labels))
+        total, count = cross_entropy_loss(logits, jax.numpy.asarray(labels))
         return total / count
 
     value, tree = jax.jit(jax.value_and_grad(loss))(params)
     found = {path: np.asarray(x) for path, x in flatten_dict(tree, sep="/").items()}
     expected_value, by_key = reference.gradients(tokens[0], labels[0], pixels.transpose(0, 3, 1, 2))
-    expected = {path: by_key[key] for key, path in hub_keys(config).parameters.items()}
+    expected = {path: by_key[key] for key, path in make_hub_key_map(config).parameters.items()}
     assert found.keys() == expected.keys()
     np.testing.assert_allclose(value, expected_value, rtol=TOLERANCE)
     largest: dict[str, float] = {}

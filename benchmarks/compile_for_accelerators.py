@@ -1,0 +1,182 @@
+"""Does the 9B model fit on accelerators, and does the compiler produce efficient programs?
+
+`python -m benchmarks.compile_for_accelerators` makes the plan (`ovis-jax plan`) of each target and
+checks the compiled programs. Figures come from the real compiler if it is installed, else from
+arithmetic. Nothing is executed, and no accelerator is needed. Sizes are those of one device.
+"""
+
+import re
+from dataclasses import replace
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+
+from benchmarks.support.machine_peaks import describe_machine
+from benchmarks.support.results import (
+    JsonOption,
+    PlotOption,
+    plot_results,
+    print_results,
+    write_results,
+)
+from ovis_jax.plan.aot_compile import (
+    REQUEST_PROGRAMS,
+    Program,
+    analyze_program,
+    installed_compiler,
+)
+from ovis_jax.plan.command import load_config, make_workload
+from ovis_jax.plan.report import Method, make_plan, plan_summary_line
+from ovis_jax.plan.topologies import GIB
+
+TARGET_WORKLOADS = {
+    "v5e:2x4": (8, 8192),
+    "v6e:1x1": (1, 4224),
+    "v6e:2x2": (8, 8192),
+    "v5p:2x2x1": (8, 8192),
+    "h100:1": (1, 4096),
+    "h100:8": (8, 8192),
+    "a100:1": (1, 4096),
+}
+"""Batch size and max-length by topology."""
+
+ATTENTION_KERNEL = re.compile("splash|mosaic|triton")
+"""Matches the names of the attention kernels."""
+
+MAX_DECODE_TEMP = 0.02
+"""Maximum temporary arrays of a decode step, as a fraction of its arguments."""
+
+MAX_IMAGE_TEMP = GIB
+"""Maximum temporary arrays of one image with ten crops, in bytes."""
+
+
+def check_plan(plan: dict[str, Any]) -> dict[str, bool]:
+    """Check a plan and its compiled programs.
+
+    Args:
+      plan: result of `make_plan`.
+
+    Returns:
+      For each check, whether it passed.
+    """
+    passed = {"fits": plan["fits"]}
+    for name, program in plan["programs"].items():
+        if "error" in program:
+            passed[f"{name}: compiles"] = False
+            continue
+        if name == "decode":
+            passed["decode: cache fully aliased"] = program["aliased"] >= program["cache"]
+            small = program["temp"] < MAX_DECODE_TEMP * program["arguments"]
+            passed[f"decode: temp under {MAX_DECODE_TEMP:.0%} of arguments"] = small
+        elif name == "images":
+            passed["images: temp under 1 GiB"] = program["temp"] < MAX_IMAGE_TEMP
+        else:
+            kernels = program["kernels"]
+            passed["prefill: uses an attention kernel"] = any(map(ATTENTION_KERNEL.search, kernels))
+        passed[f"{name}: at most 2 all-reduces per block"] = program["all_reduces_per_block"] <= 2
+        for operation, count in program["weight_sized"].items():
+            passed[f"{name}: no weight-sized {operation}"] = not count
+    return passed
+
+
+def main(
+    topology: Annotated[
+        list[str] | None, typer.Option(help="Topology to plan for; may be repeated.")
+    ] = None,
+    config: Annotated[
+        str, typer.Option(help="Model: 9b, 27b, or a folder with config.json.")
+    ] = "9b",
+    images: Annotated[int, typer.Option(help="Number of images per row.")] = 0,
+    program: Annotated[Program | None, typer.Option(help="Compile only this program.")] = None,
+    method: Annotated[
+        Method,
+        typer.Option(help="Source of the figures; auto compiles if the compiler is installed."),
+    ] = "auto",
+    json_path: JsonOption = None,
+    plot_path: PlotOption = None,
+) -> None:
+    """Plan for each target, and print tables and checks; exit with code 1 if a check fails."""
+    notes, plans = Console(stderr=True, highlight=False), []
+    for name in topology or TARGET_WORKLOADS:
+        batch_size, max_length = TARGET_WORKLOADS.get(name, (1, 4096))
+        workload = make_workload(
+            load_config(config), name, batch_size, max_length, images_per_row=images
+        )
+        selected: tuple[Program, ...] = (program,) if program else get_args(Program)
+        request_programs: list[Program] = [one for one in REQUEST_PROGRAMS if one in selected]
+        plan = make_plan(workload, method, notes.print, request_programs)
+        compiler = installed_compiler(workload.topology.device.platform)
+        if "images" in selected and method != "arithmetic" and compiler is not None:
+            notes.print(f"compiling one image for {name}")
+            one_image = replace(workload, batch_size=1, images_per_row=1)
+            plan["programs"]["images"] = analyze_program(one_image, "images")
+        plans.append(plan)
+    print_results(f"{config}, bfloat16, GiB per device", *plan_table(plans))
+    print_results("compiled programs, GiB per device", *program_table(plans))
+    num_failed = print_checks(plans)
+    if json_path is not None:
+        checked = [{**plan, "checks": check_plan(plan)} for plan in plans]
+        write_results(json_path, machine=describe_machine(), config=config, plans=checked)
+    if plot_path is not None:
+        labels = [plan["topology"] for plan in plans]
+        parts = ("weights", "cache", "activations", "usable")
+        series = {part: [plan["bytes"][part] / GIB for plan in plans] for part in parts}
+        plot_results(plot_path, f"Ovis {config}: memory of one device", labels, series, "GiB")
+    if num_failed:
+        raise typer.Exit(1)
+
+
+def plan_table(plans: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of each target's memory and its lower bound of latency."""
+    columns = "target rows length weights cache activations peak usable".split()
+    rows = [
+        [
+            plan["topology"],
+            str(plan["batch"]),
+            str(plan["max_length"]),
+            *(f"{plan['bytes'][name] / GIB:.2f}" for name in columns[3:]),
+            f"{plan['latency_bounds']['decode_seconds'] * 1e3:.2f}",
+            plan["source"],
+        ]
+        for plan in plans
+    ]
+    return [*columns, "min ms per token", "source of figures"], rows
+
+
+def program_table(plans: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of each compiled program's memory and operations."""
+    sizes = ("arguments", "output", "aliased", "temp", "peak")
+    counts = ("all-reduces", "per block", "weight-sized", "kernels")
+    columns = ["target", "program", *sizes, *counts, "compile s"]
+    rows = []
+    for plan in plans:
+        for name, program in plan["programs"].items():
+            row = [plan["topology"], name]
+            if "error" in program:
+                rows.append([*row, *[""] * (len(columns) - 3), "too large"])
+                continue
+            row += [f"{program[size] / GIB:.3f}" for size in sizes]
+            row.append(str(program["collectives"].get("all-reduce", {"count": 0})["count"]))
+            row.append(str(program["all_reduces_per_block"]))
+            row += [str(sum(program[key].values())) for key in ("weight_sized", "kernels")]
+            rows.append([*row, f"{program['compile_seconds']:.0f}"])
+    return columns, rows
+
+
+def print_checks(plans: list[dict[str, Any]]) -> int:
+    """Print the failed checks of each target; return their number."""
+    console, num_failed = Console(highlight=False), 0
+    for plan in plans:
+        passed = check_plan(plan)
+        failed = [name for name, good in passed.items() if not good]
+        num_failed += len(failed)
+        result = f"FAILED {'; '.join(failed)}" if failed else "all passed"
+        console.print(f"{plan['topology']}: {len(passed)} checks, {result}", soft_wrap=True)
+        if not plan["fits"]:
+            console.print(f"  {plan_summary_line(plan)}", soft_wrap=True)
+    return num_failed
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,204 @@
+"""Compiles training steps for a TPU topology that need not exist, and reports their memory.
+
+`make bench-train-memory` compiles full fine-tuning and LoRA of the 9B model for eight v5p chips;
+`python -m benchmarks.compile_train_step --help` lists the options for others. It needs libtpu but
+no TPU, and executes nothing. Bytes are per device, as the compiler reports them.
+"""
+
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey, KeyPath
+from rich.console import Console
+from rich.table import Column, Table
+
+from benchmarks.support.machine_peaks import describe_machine
+from benchmarks.support.results import JsonOption, write_results
+from ovis_jax import Ovis
+from ovis_jax.config import OvisConfig
+from ovis_jax.inputs.batch import Inputs
+from ovis_jax.model.lora import init_adapters
+from ovis_jax.plan.aot_compile import compile_only_devices
+from ovis_jax.plan.command import PUBLISHED_CONFIGS
+from ovis_jax.plan.hlo_analysis import bytes_per_device, compiled_memory, count_collectives
+from ovis_jax.plan.topologies import GIB, parse_topology
+from ovis_jax.sharding import RULES_BY_NAME, adapter_shardings, pad_params, param_shardings
+from ovis_jax.training.config import StepConfig
+from ovis_jax.training.losses import TrainBatch
+from ovis_jax.training.train_step import TrainState, init_train_state, train_step
+from ovis_jax.training.trainable import TRAINABLE_PARTS, FlatParams, split_params
+
+
+@dataclass(frozen=True)
+class TrainingWorkload:
+    """A training step to compile; rows and crops are per device of mesh axis "data"."""
+
+    adapters: bool
+    """Train adapters on the decoder's q, k, v and o over a bfloat16 model, not the whole model."""
+    rank: int = 16
+    rules: str = "fsdp"
+    rows: int = 1
+    length: int = 2048
+    crops_per_row: int = 4
+    micro_batches: int = 1
+
+
+def abstract_step_arguments(
+    config: OvisConfig, step_config: StepConfig, mesh: Mesh, workload: TrainingWorkload
+) -> tuple[TrainState, FlatParams, TrainBatch]:
+    """Return the state, the frozen parameters and the batch of a step as sharded shapes."""
+    rules = RULES_BY_NAME[workload.rules]
+    shardings = param_shardings(config, mesh, rules)
+    if workload.adapters:
+        shardings |= adapter_shardings(config, mesh, rules)
+
+    def init() -> tuple[TrainState, FlatParams]:
+        params = Ovis(config).init(jax.random.key(0))
+        params = pad_params(params, config, mesh, rules)
+        if not workload.adapters:
+            trainable, frozen = split_params(params, list(TRAINABLE_PARTS))
+            return init_train_state(step_config, trainable), frozen
+        adapters = init_adapters(params, jax.random.key(0), rank=workload.rank)
+        frozen = cast(FlatParams, flatten_dict(params, sep="/"))
+        return init_train_state(step_config, adapters), frozen
+
+    state, frozen = jax.eval_shape(init)
+
+    def shard_like_parameter(path: KeyPath, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        name = str(path[-1].key) if isinstance(path[-1], DictKey) else ""
+        return abstract_array(mesh, x.shape, x.dtype, shardings.get(name))
+
+    bfloat16_frozen = {
+        path: abstract_array(mesh, x.shape, jnp.bfloat16, shardings[path])
+        for path, x in frozen.items()
+    }
+    return (
+        jax.tree_util.tree_map_with_path(shard_like_parameter, state),
+        cast(FlatParams, bfloat16_frozen),
+        abstract_batch(config, mesh, workload),
+    )
+
+
+def abstract_batch(config: OvisConfig, mesh: Mesh, workload: TrainingWorkload) -> TrainBatch:
+    """Return stacked micro-batches as shapes whose rows and crops are sharded over "data"."""
+    sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
+    rows = workload.rows * mesh.shape["data"]
+    side, channels = config.vision.image_size, config.vision.num_channels
+    row_shape = (workload.micro_batches, rows, workload.length)
+    crop_shape = (workload.micro_batches, rows * workload.crops_per_row, side, side, channels)
+    tokens = cast(Any, abstract_array(mesh, row_shape, jnp.int32, sharding))
+    pixels = cast(Any, abstract_array(mesh, crop_shape, jnp.float32, sharding))
+    return TrainBatch(Inputs(tokens, tokens, pixels), tokens)
+
+
+def abstract_array(
+    mesh: Mesh, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None
+) -> jax.ShapeDtypeStruct:
+    """Return a shape with a sharding; None replicates the array over the mesh."""
+    sharding = sharding or NamedSharding(mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def measure_step_memory(
+    config: OvisConfig, mesh: Mesh, workload: TrainingWorkload
+) -> dict[str, Any]:
+    """Compile a training step and return its memory in bytes per device.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the step does not fit.
+    """
+    platform: Any = mesh.devices.flat[0].platform
+    model = Ovis(config, remat=True, platform=platform)
+    step_config = StepConfig(max_steps=1000, compute_dtype="bfloat16")
+    state, frozen, batch = abstract_step_arguments(config, step_config, mesh, workload)
+    start = time.perf_counter()
+    compiled = train_step.lower(model, step_config, state, frozen, batch).compile()
+    seconds = time.perf_counter() - start
+    return {
+        "state": bytes_per_device(state),
+        "frozen": bytes_per_device(frozen),
+        **compiled_memory(compiled),
+        "collectives": count_collectives(compiled.as_text() or ""),
+        "compile_seconds": seconds,
+    }
+
+
+def main(
+    topology: Annotated[str, typer.Option(help="Topology, as libtpu names it.")] = "v5p:2x2x2",
+    model_axis: Annotated[int, typer.Option(help='Size of mesh axis "model".')] = 1,
+    rules: Annotated[
+        str, typer.Option(help=f"Sharding rules: {', '.join(RULES_BY_NAME)}.")
+    ] = "fsdp",
+    preset: Annotated[str, typer.Option(help=f"Model: {', '.join(PUBLISHED_CONFIGS)}.")] = "9b",
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    rows: Annotated[
+        int, typer.Option(help="Number of rows per micro-batch and device of mesh axis data.")
+    ] = 1,
+    length: Annotated[int, typer.Option(help="Number of positions per row.")] = 2048,
+    crops_per_row: Annotated[int, typer.Option(help="Number of crops per row.")] = 4,
+    micro_batches: Annotated[int, typer.Option(help="Number of micro-batches per step.")] = 1,
+    full: Annotated[bool, typer.Option(help="Compile full fine-tuning.")] = True,
+    adapters: Annotated[bool, typer.Option(help="Compile training of adapters.")] = True,
+    output: JsonOption = None,
+) -> None:
+    """Compile training steps for a TPU topology, and print the memory that they need."""
+    target = parse_topology(topology)
+    mesh = Mesh(np.array(compile_only_devices(target)).reshape(-1, model_axis), ("data", "model"))
+    workload = TrainingWorkload(False, rank, rules, rows, length, crops_per_row, micro_batches)
+    hbm = target.device.memory_bytes
+    console, results = Console(), []
+    for requested, name in ((full, "full"), (adapters, f"adapters, rank {rank}")):
+        if not requested:
+            continue
+        workload = replace(workload, adapters=name != "full")
+        try:
+            result: dict[str, Any] = measure_step_memory(
+                PUBLISHED_CONFIGS[preset](), mesh, workload
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            result = {"error": str(error)}
+        fits = "error" not in result and result["peak"] <= hbm
+        results.append({"name": name, **asdict(workload), "fits": fits, **result})
+    devices = f"{topology} as {dict(mesh.shape)}, {rules}, {hbm / GIB:.2f} GiB per device"
+    console.print(
+        f"{preset}, {devices}; {rows} x {length} positions, {crops_per_row} crops per row"
+    )
+    console.print(memory_table(results))
+    if output is not None:
+        write_results(
+            output,
+            machine=describe_machine(),
+            topology=topology,
+            mesh=dict(mesh.shape),
+            hbm_gib=hbm / GIB,
+            steps=results,
+        )
+
+
+def memory_table(results: list[dict[str, Any]]) -> Table:
+    """Return a table with one column per step, in GiB."""
+    table = Table("GiB per device", *(Column(x["name"], justify="right") for x in results))
+    for name in ("state", "frozen", "arguments", "output", "aliased", "temp", "peak"):
+        table.add_row(name, *(f"{x[name] / GIB:.2f}" if name in x else "" for x in results))
+    table.add_row("fits", *("yes" if x["fits"] else "no" for x in results))
+    for kind in sorted({kind for x in results for kind in x.get("collectives", {})}):
+        collectives = [x.get("collectives", {}).get(kind) for x in results]
+        table.add_row(
+            kind, *(f"{c['count']}, {c['bytes'] / GIB:.2f} GiB" if c else "" for c in collectives)
+        )
+    seconds = (f"{x['compile_seconds']:.0f} s" if "compile_seconds" in x else "" for x in results)
+    table.add_row("compiled in", *seconds)
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)

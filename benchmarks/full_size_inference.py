@@ -1,0 +1,82 @@
+"""How long does a full-size checkpoint take on this machine, and how much memory?
+
+`python -m benchmarks.full_size_inference FOLDER` loads a checkpoint and generates two answers.
+Resident memory has two parts: mapped pages of the weight files, which the system can drop, and the
+private memory of the process, which must fit.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import typer
+
+from benchmarks.support.benchmark_model import BenchmarkDtypeOption, random_inputs, tree_bytes
+from benchmarks.support.machine_peaks import describe_machine
+from benchmarks.support.results import JsonOption, print_results, write_results
+from ovis_jax import generate, load
+
+STATUS = Path("/proc/self/status")
+
+
+def resident_memory() -> dict[str, int]:
+    """Return the resident bytes of mapped files and of private memory (Linux only)."""
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return {
+        name: 1024 * int(lines[key].split()[0])
+        for name, key in (("mapped", "RssFile"), ("own", "RssAnon"))
+    }
+
+
+def main(
+    folder: Annotated[
+        Path, typer.Argument(help="Checkpoint folder, converted or in the Hub's layout.")
+    ],
+    dtype: BenchmarkDtypeOption = "bfloat16",
+    length: Annotated[int, typer.Option(min=1, help="Prompt length in positions.")] = 64,
+    crops: Annotated[int, typer.Option(min=0, help="Number of crops.")] = 0,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens per answer.")] = 4,
+    json_path: JsonOption = None,
+) -> None:
+    """Load a checkpoint and generate two answers."""
+    rows: list[dict[str, Any]] = []
+
+    def time_step(name: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = jax.block_until_ready(call())
+        seconds = time.perf_counter() - start
+        rows.append({"step": name, "seconds": seconds, **resident_memory()})
+        return result
+
+    ovis = time_step("load", lambda: load(folder, dtype=dtype))
+    inputs = random_inputs(ovis.config, 1, length, crops)
+
+    def answer() -> Any:
+        options = {"max_new_tokens": new_tokens, "eos_ids": ()}
+        return generate(ovis.model, ovis.params, inputs, **options).tokens
+
+    time_step("first answer, with compilation", answer)
+    tokens = time_step("second answer", answer)
+    weight_bytes = tree_bytes(ovis.params)
+    print_results(
+        f"{folder.name}: {weight_bytes / 2**30:.2f} GiB of {dtype}, {length} positions,"
+        f" {crops} crop(s), {new_tokens} tokens",
+        ["", "seconds", "mapped GiB", "private GiB"],
+        [
+            [
+                row["step"],
+                f"{row['seconds']:.1f}",
+                *(f"{row[part] / 2**30:.2f}" for part in ("mapped", "own")),
+            ]
+            for row in rows
+        ],
+    )
+    if json_path is not None:
+        facts = {"weights": weight_bytes, "tokens": tokens.tolist(), "positions": length}
+        write_results(json_path, machine=describe_machine(**facts), rows=rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

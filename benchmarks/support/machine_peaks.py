@@ -1,0 +1,96 @@
+"""The machine that a benchmark runs on: its cores, peak copy bandwidth and peak FLOP rate."""
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from benchmarks.support.timing import time_in_turns
+
+
+def restrict_to_cores(num_cores: int | None = None) -> int:
+    """Restrict this process to its last `num_cores` cores; None keeps all. Return their number.
+
+    XLA starts as many threads as there are cores, so call this before JAX creates an array.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return num_cores or os.cpu_count() or 1
+    cores = sorted(os.sched_getaffinity(0))
+    if num_cores is not None:
+        if not 1 <= num_cores <= len(cores):
+            raise SystemExit(f"{num_cores} threads, but this process has {len(cores)} core(s)")
+        cores = cores[-num_cores:]
+        os.sched_setaffinity(0, cores)
+    return len(cores)
+
+
+def copy_bandwidth(num_bytes: int = 2**28, repeats: int = 5) -> float:
+    """Measure the bandwidth of a copy in device memory, in bytes read and written per second.
+
+    Args:
+      num_bytes: size of the array; must exceed every cache.
+      repeats: number of timed copies.
+    """
+    x = jnp.zeros(num_bytes // 4, jnp.float32)
+    plus_one = jax.jit(lambda x: x + 1)
+    calls: dict[str, Callable[[], Any]] = {"jax": lambda: plus_one(x)}
+    if jax.default_backend() == "cpu":
+        # The C library's copy bypasses the caches, which can be faster on one core.
+        source, target = np.zeros(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
+        calls["memcpy"] = lambda: np.copyto(target, source)
+    timings = time_in_turns(calls, repeats)
+    return 2 * num_bytes / min(min(t.seconds) for t in timings.values())
+
+
+def matmul_flop_rate(
+    dtype: DTypeLike, sizes: Sequence[int] | None = None, repeats: int = 3
+) -> float:
+    """Measure the FLOPs per second of the fastest square matrix product with a float32 result.
+
+    Args:
+      dtype: dtype of the factors.
+      sizes: numbers of rows to try; by default, some that suit the platform.
+      repeats: number of timed products per size.
+    """
+    if sizes is None:
+        sizes = (1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192)
+    product = jax.jit(lambda x: jnp.einsum("ri,oi->ro", x, x, preferred_element_type=jnp.float32))
+    best = 0.0
+    for size in sizes:
+        x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+        timings = time_in_turns({"jax": lambda x=x: product(x)}, repeats)["jax"]
+        best = max(best, 2 * size**3 / min(timings.seconds))
+    return best
+
+
+def describe_machine(**extra: Any) -> dict[str, Any]:
+    """Describe the device, the cores, the package versions and the date, plus extra fields."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    packages = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    names = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "libtpu")
+    return {
+        "platform": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processor": _processor(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: packages[name] for name in names if name in packages},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **extra,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,158 @@
+"""The commands `ovis-jax generate` and `ovis-jax chat`."""
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image
+from rich.console import Console
+
+from ovis_jax.console import (
+    AdaptersOption,
+    DtypeOption,
+    MaxPartitionOption,
+    ModelOption,
+    TensorParallelOption,
+    print_error,
+)
+from ovis_jax.errors import OvisError
+from ovis_jax.inference.sampling import Sampling
+from ovis_jax.inputs.conversation import Turn, add_image_placeholders
+from ovis_jax.inputs.open_image import open_image
+from ovis_jax.loading import PartialAnswer, load
+from ovis_jax.mesh import tensor_parallel_mesh
+
+MaxNewTokensOption = Annotated[int, typer.Option(help="Maximum number of tokens per answer.")]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(help="Sampling temperature; without it, decoding is greedy."),
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(help="Sample only from the most likely tokens with this total probability."),
+]
+TopKOption = Annotated[
+    int | None, typer.Option(help="Sample only from this many of the most likely tokens.")
+]
+RepetitionPenaltyOption = Annotated[
+    float | None,
+    typer.Option(help="Penalty on tokens that the answer already has; 1 means no penalty."),
+]
+SeedOption = Annotated[int, typer.Option(help="Random seed of the sampling.")]
+
+
+def generate_command(
+    prompt: Annotated[
+        str, typer.Option(help='Text of the prompt; "<image>" marks the place of an image.')
+    ],
+    model: ModelOption = "ovis-tiny",
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image file; may be given several times.")
+    ] = None,
+    assistant_prefix: Annotated[
+        str, typer.Option(help="Text that the answer begins with; it is not printed.")
+    ] = "",
+    max_new_tokens: MaxNewTokensOption = 1024,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    seed: SeedOption = 0,
+    max_partition: MaxPartitionOption = 9,
+    dtype: DtypeOption = None,
+    adapters: AdaptersOption = None,
+    tensor_parallel: TensorParallelOption = 1,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the answer as one JSON object.")
+    ] = False,
+) -> None:
+    """Answer one prompt about images, and print the text as it is generated."""
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    sampling.check()
+    images = [open_image(path) for path in image or []]
+    mesh = tensor_parallel_mesh(tensor_parallel)
+    ovis = load(model, dtype=dtype, adapters=adapters, mesh=mesh)
+    steps = ovis.stream_answer(
+        prompt,
+        images,
+        assistant_prefix=assistant_prefix,
+        sampling=sampling,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        max_partition=max_partition,
+    )
+    if not as_json:
+        _print_answer(steps)
+        return
+    *_, answer = steps
+    fields = {key: value for key, value in asdict(answer).items() if key != "delta"}
+    print(json.dumps(fields, ensure_ascii=False))
+
+
+def chat_command(
+    model: ModelOption = "ovis-tiny",
+    max_new_tokens: MaxNewTokensOption = 1024,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    seed: SeedOption = 0,
+    max_partition: MaxPartitionOption = 9,
+    dtype: DtypeOption = None,
+    adapters: AdaptersOption = None,
+    tensor_parallel: TensorParallelOption = 1,
+) -> None:
+    """Hold a conversation with a model about images."""
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    sampling.check()
+    mesh = tensor_parallel_mesh(tensor_parallel)
+    ovis = load(model, dtype=dtype, adapters=adapters, mesh=mesh)
+    notes = Console(stderr=True, highlight=False)
+    notes.print(
+        "/image FILE adds an image to the next message, /new starts a new conversation, /exit ends"
+    )
+    turns: list[Turn] = []
+    images: list[Image.Image] = []
+    attached: list[Image.Image] = []
+    while (line := _read_line()) is not None and line != "/exit":
+        try:
+            if line == "/new":
+                turns, images, attached = [], [], []
+            elif line.startswith("/image "):
+                attached.append(open_image(line.removeprefix("/image ").strip()))
+            elif line:
+                question = add_image_placeholders(line, len(attached))
+                asked = [*turns, {"role": "user", "content": question}]
+                steps = ovis.stream_answer(
+                    asked,
+                    images + attached,
+                    sampling=sampling,
+                    seed=seed,
+                    max_new_tokens=max_new_tokens,
+                    max_partition=max_partition,
+                )
+                turns = [*asked, {"role": "assistant", "content": _print_answer(steps)}]
+                images, attached = images + attached, []
+        except OvisError as error:
+            print_error(notes, error)
+
+
+def _print_answer(steps: Iterable[PartialAnswer]) -> str:
+    """Print an answer as it is generated, and return its text."""
+    text = ""
+    for step in steps:
+        print(step.delta, end="", flush=True)
+        text = step.text
+    print(flush=True)
+    return text
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None

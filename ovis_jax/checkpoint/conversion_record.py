@@ -1,0 +1,79 @@
+"""conversion.json, which marks a converted folder and records how it was made."""
+
+import math
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ovis_jax.checkpoint.safetensors_reader import DTYPES
+from ovis_jax.checkpoint.safetensors_writer import TensorSpecs
+from ovis_jax.errors import CheckpointError
+from ovis_jax.json_fields import read_json
+
+CONVERSION_FILE = "conversion.json"
+FORMAT_VERSION = 1
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder was written by this library, so that its tensors have our names.
+
+    Raises:
+      CheckpointError: the folder has the format of another version.
+      ConfigError: conversion.json cannot be read.
+    """
+    path = folder / CONVERSION_FILE
+    if not path.exists():
+        return False
+    found = read_json(path).get("format")
+    if found != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format is {found!r}, expected {FORMAT_VERSION}; convert the checkpoint again"
+            " with this version of ovis_jax"
+        )
+    return True
+
+
+def make_conversion_record(
+    tensors: TensorSpecs, sha256: Mapping[str, str | None], **provenance: Any
+) -> dict[str, Any]:
+    """Return the content of conversion.json.
+
+    Args:
+      tensors: dtypes and shapes of the written tensors.
+      sha256: SHA-256 by file name.
+      **provenance: fields that describe the source.
+    """
+    return {
+        "format": FORMAT_VERSION,
+        **provenance,
+        "versions": get_library_versions(),
+        "dtype": DTYPES[next(iter(tensors.values()))[0]].name,
+        "tensors": len(tensors),
+        "parameters": sum(math.prod(shape) for _, shape in tensors.values()),
+        "sha256": {name: digest for name, digest in sha256.items() if digest is not None},
+    }
+
+
+def get_library_versions() -> dict[str, str]:
+    """Return the versions of this package and of the libraries that write with it."""
+    return {name: _get_version(name) for name in ("ovis-jax", "jax", "numpy", "ml-dtypes")}
+
+
+def set_config_dtype(config_json: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return a parsed config.json with another dtype, at the top and for the decoder.
+
+    Args:
+      config_json: the parsed file.
+      dtype: "F32", "F16" or "BF16".
+    """
+    torch_dtype = {"torch_dtype": DTYPES[dtype].name}
+    llm_config = {**config_json["llm_config"], **torch_dtype}
+    return {**config_json, **torch_dtype, "llm_config": llm_config}
+
+
+def _get_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

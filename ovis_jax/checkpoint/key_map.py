@@ -1,0 +1,248 @@
+"""Mapping the Hub's tensor keys to parameter paths, and matching a checkpoint with a config."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ovis_jax.checkpoint.checkpoint_problems import CheckpointProblem, CheckpointValidationError
+from ovis_jax.checkpoint.safetensors_reader import DTYPES, TensorInfo
+from ovis_jax.checkpoint.tensor_index import DOWNLOAD_ADVICE, TensorIndex
+from ovis_jax.config import OvisConfig
+from ovis_jax.sharding import (
+    axes_of_param,
+    axis_letter_sizes,
+    param_axes,
+    param_shapes,
+    parse_axes,
+    shape_from_axes,
+)
+
+_VISION = "visual_tokenizer.backbone.vision_model"
+_VISION_BLOCK = f"{_VISION}.encoder.layers.*"
+_LLM_BLOCK = "llm.model.layers.*"
+
+HUB_KEYS: Mapping[str, str] = {
+    f"{_VISION}.embeddings.patch_embedding.weight": "vision/patch",
+    f"{_VISION}.embeddings.patch_embedding.bias": "vision/patch_bias",
+    f"{_VISION}.embeddings.position_embedding.weight": "vision/position",
+    f"{_VISION_BLOCK}.layer_norm1.weight": "vision/block_*/attn_norm/scale",
+    f"{_VISION_BLOCK}.layer_norm1.bias": "vision/block_*/attn_norm/bias",
+    f"{_VISION_BLOCK}.self_attn.q_proj.weight": "vision/block_*/attn/q",
+    f"{_VISION_BLOCK}.self_attn.q_proj.bias": "vision/block_*/attn/q_bias",
+    f"{_VISION_BLOCK}.self_attn.k_proj.weight": "vision/block_*/attn/k",
+    f"{_VISION_BLOCK}.self_attn.k_proj.bias": "vision/block_*/attn/k_bias",
+    f"{_VISION_BLOCK}.self_attn.v_proj.weight": "vision/block_*/attn/v",
+    f"{_VISION_BLOCK}.self_attn.v_proj.bias": "vision/block_*/attn/v_bias",
+    f"{_VISION_BLOCK}.self_attn.out_proj.weight": "vision/block_*/attn/o",
+    f"{_VISION_BLOCK}.self_attn.out_proj.bias": "vision/block_*/attn/o_bias",
+    f"{_VISION_BLOCK}.layer_norm2.weight": "vision/block_*/mlp_norm/scale",
+    f"{_VISION_BLOCK}.layer_norm2.bias": "vision/block_*/mlp_norm/bias",
+    f"{_VISION_BLOCK}.mlp.fc1.weight": "vision/block_*/mlp/up",
+    f"{_VISION_BLOCK}.mlp.fc1.bias": "vision/block_*/mlp/up_bias",
+    f"{_VISION_BLOCK}.mlp.fc2.weight": "vision/block_*/mlp/down",
+    f"{_VISION_BLOCK}.mlp.fc2.bias": "vision/block_*/mlp/down_bias",
+    "visual_tokenizer.head.0.weight": "visual_tokenizer/head",
+    "visual_tokenizer.head.1.weight": "visual_tokenizer/norm/scale",
+    "visual_tokenizer.head.1.bias": "visual_tokenizer/norm/bias",
+    "vte.weight": "visual_embedding",
+    "llm.model.embed_tokens.weight": "decoder/embed",
+    f"{_LLM_BLOCK}.input_layernorm.weight": "decoder/block_*/pre_attn_norm",
+    f"{_LLM_BLOCK}.self_attn.q_proj.weight": "decoder/block_*/attn/q",
+    f"{_LLM_BLOCK}.self_attn.k_proj.weight": "decoder/block_*/attn/k",
+    f"{_LLM_BLOCK}.self_attn.v_proj.weight": "decoder/block_*/attn/v",
+    f"{_LLM_BLOCK}.self_attn.o_proj.weight": "decoder/block_*/attn/o",
+    f"{_LLM_BLOCK}.post_attention_layernorm.weight": "decoder/block_*/post_attn_norm",
+    f"{_LLM_BLOCK}.pre_feedforward_layernorm.weight": "decoder/block_*/pre_mlp_norm",
+    f"{_LLM_BLOCK}.mlp.gate_proj.weight": "decoder/block_*/mlp/gate",
+    f"{_LLM_BLOCK}.mlp.up_proj.weight": "decoder/block_*/mlp/up",
+    f"{_LLM_BLOCK}.mlp.down_proj.weight": "decoder/block_*/mlp/down",
+    f"{_LLM_BLOCK}.post_feedforward_layernorm.weight": "decoder/block_*/post_mlp_norm",
+    "llm.model.norm.weight": "decoder/final_norm",
+    "llm.lm_head.weight": "decoder/unembed",
+}
+"""Pattern of keys on the Hub -> pattern of parameter paths."""
+
+_NORM_REASON = "the features are the output of the last block, before this norm"
+_HEAD_REASON = "the pooling head is not part of Ovis: every patch's features are used"
+
+UNUSED_HUB_KEYS: Mapping[str, tuple[str, str]] = {
+    f"{_VISION}.post_layernorm.weight": ("E", _NORM_REASON),
+    f"{_VISION}.post_layernorm.bias": ("E", _NORM_REASON),
+    f"{_VISION}.head.probe": ("1 1 E", _HEAD_REASON),
+    f"{_VISION}.head.attention.in_proj_weight": ("(3 E) E", _HEAD_REASON),
+    f"{_VISION}.head.attention.in_proj_bias": ("(3 E)", _HEAD_REASON),
+    f"{_VISION}.head.attention.out_proj.weight": ("E E", _HEAD_REASON),
+    f"{_VISION}.head.attention.out_proj.bias": ("E", _HEAD_REASON),
+    f"{_VISION}.head.layernorm.weight": ("E", _HEAD_REASON),
+    f"{_VISION}.head.layernorm.bias": ("E", _HEAD_REASON),
+    f"{_VISION}.head.mlp.fc1.weight": ("F E", _HEAD_REASON),
+    f"{_VISION}.head.mlp.fc1.bias": ("F", _HEAD_REASON),
+    f"{_VISION}.head.mlp.fc2.weight": ("E F", _HEAD_REASON),
+    f"{_VISION}.head.mlp.fc2.bias": ("E", _HEAD_REASON),
+}
+"""Keys of published checkpoints that the model never uses -> axes and the reason."""
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """The keys of one checkpoint layout for one config.
+
+    Attributes:
+      parameters: key -> parameter path.
+      unused: key -> reason why the model never uses the tensor.
+    """
+
+    parameters: Mapping[str, str]
+    unused: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class MatchedTensors:
+    """A checkpoint whose tensors are exactly those of a config.
+
+    Attributes:
+      sources: parameter path -> tensor in a file, in the order of `param_shapes`.
+      unused: tensors in the files that the model never uses, each with the reason.
+      absent: keys of never-used tensors that are not in the files.
+    """
+
+    sources: Mapping[str, TensorInfo]
+    unused: tuple[tuple[TensorInfo, str], ...]
+    absent: tuple[str, ...]
+
+
+def make_hub_key_map(config: OvisConfig) -> KeyMap:
+    """Return the key map of a folder in the Hub's layout."""
+    parameters = {}
+    for key, path in HUB_KEYS.items():
+        depth = (config.vision if path.startswith("vision/") else config.decoder).depth
+        for block in range(depth) if "*" in key else [0]:
+            parameters[key.replace("*", str(block))] = path.replace("*", str(block))
+    if config.decoder.tie_embeddings:
+        del parameters["llm.lm_head.weight"]
+    return KeyMap(parameters, {key: reason for key, (_, reason) in UNUSED_HUB_KEYS.items()})
+
+
+def make_converted_key_map(config: OvisConfig) -> KeyMap:
+    """Return the key map of a converted folder, whose tensors are named by parameter path."""
+    return KeyMap({path: path for path in param_axes(config)}, {})
+
+
+def unused_tensor_shapes(config: OvisConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the never-used tensors of a checkpoint, by key on the Hub."""
+    sizes = axis_letter_sizes(config, "vision/")
+    return {key: shape_from_axes(axes, sizes) for key, (axes, _) in UNUSED_HUB_KEYS.items()}
+
+
+def match_tensors(
+    index: TensorIndex, config: OvisConfig, key_map: KeyMap, stored_dtype: str | None
+) -> MatchedTensors:
+    """Match every tensor of a checkpoint with every parameter of a config.
+
+    Args:
+      index: the tensors of the checkpoint.
+      config: config whose parameters are expected.
+      key_map: the keys of the checkpoint's layout.
+      stored_dtype: the dtype ("F32", "F16", "BF16") that parameters must have; None for any of the
+        three. Shapes and dtypes of never-used tensors are not checked.
+
+    Raises:
+      CheckpointValidationError: with all faults: those of the index, unknown and missing keys,
+        wrong shapes and dtypes, parameters without a key or with several.
+    """
+    problems = list(index.problems)
+    shapes = param_shapes(config)
+    problems += _check_key_map(shapes, key_map)
+
+    def report(file: str, key: str, problem: str, expected: str, found: str) -> None:
+        problems.append(CheckpointProblem(file, key, problem, expected, found))
+
+    by_key: defaultdict[str, list[TensorInfo]] = defaultdict(list)
+    for info in index.tensors:
+        by_key[info.key].append(info)
+    for key, infos in by_key.items():
+        info, indexed_file = infos[0], index.weight_map.get(key)
+        file, path = info.path.name, key_map.parameters.get(key)
+        if len(infos) > 1:
+            names = ", ".join(info.path.name for info in infos)
+            report(names, key, "in two files", "one tensor", str(len(infos)))
+        elif path is not None and indexed_file and info.path != index.folder / indexed_file:
+            report(file, key, "index differs", f"the index to name {file}", indexed_file)
+        if path in shapes:
+            axes, sizes = axes_of_param(path), axis_letter_sizes(config, path)
+            problems += check_tensor(info, axes, sizes, stored_dtype)
+        elif path is None and key not in key_map.unused:
+            found = f"{info.dtype} {list(info.shape)}"
+            report(file, key, "unknown key", "no such tensor", found)
+    known = by_key.keys() | index.unusable_keys
+    for key, path in key_map.parameters.items():
+        if key not in known and path in shapes:
+            file, expected = index.weight_map.get(key, "-"), f"{list(shapes[path])} for {path}"
+            report(file, key, "missing key", expected, "no such tensor")
+    for key, file in index.weight_map.items():
+        if key not in known and key not in key_map.parameters:
+            report(file, key, "missing tensor", "the tensor that the index names", "no such tensor")
+    if problems:
+        castable = any(row.problem == "wrong dtype" and row.found in DTYPES for row in problems)
+        advice = DOWNLOAD_ADVICE + (", or give the dtype to cast to" if castable else "")
+        raise CheckpointValidationError(str(index.folder), problems, advice)
+    keys = {path: key for key, path in key_map.parameters.items()}
+    unused = key_map.unused.items()
+    return MatchedTensors(
+        sources={path: by_key[keys[path]][0] for path in shapes},
+        unused=tuple((by_key[key][0], reason) for key, reason in unused if key in by_key),
+        absent=tuple(key for key in key_map.unused if key not in by_key),
+    )
+
+
+def _check_key_map(
+    shapes: Mapping[str, tuple[int, ...]], key_map: KeyMap
+) -> list[CheckpointProblem]:
+    """Return the faults of the key map itself, compared with the model's parameters."""
+    keys: defaultdict[str, list[str]] = defaultdict(list)
+    for key, path in key_map.parameters.items():
+        keys[path].append(key)
+    rows = []
+    for path in dict.fromkeys([*shapes, *keys]):
+        sources = ", ".join(keys[path])
+        if path not in shapes:
+            fault = sources, "no such parameter", "a parameter path", path
+        elif not keys[path]:
+            fault = path, "parameter without a key", "one key", "none"
+        elif len(keys[path]) > 1:
+            fault = path, "parameter with several keys", "one key", sources
+        else:
+            continue
+        rows.append(CheckpointProblem("key map", *fault))
+    return rows
+
+
+def check_tensor(
+    info: TensorInfo, axes: str, sizes: Mapping[str, int], stored_dtype: str | None
+) -> list[CheckpointProblem]:
+    """Check the shape and the dtype of a tensor.
+
+    Args:
+      info: the tensor.
+      axes: its expected axes, such as "(N H) D".
+      sizes: the size of each letter.
+      stored_dtype: the expected dtype; None for any that parameters can have.
+
+    Returns:
+      A row for each fault.
+    """
+    file, key = info.path.name, info.key
+    shape = shape_from_axes(axes, sizes)
+    rows = []
+    if info.shape != shape:
+        expected, found = f"{list(shape)} {axes!r}", f"{list(info.shape)}"
+        if len(info.shape) == len(shape):
+            for group, size, wrong in zip(parse_axes(axes), shape, info.shape, strict=True):
+                if size != wrong:
+                    expected += f", {' * '.join(group)} = {size}"
+                    found += f", {' * '.join(group)} = {wrong}"
+        rows.append(CheckpointProblem(file, key, "wrong shape", expected, found))
+    if info.dtype not in DTYPES or stored_dtype not in (None, info.dtype):
+        expected = stored_dtype or "one of " + ", ".join(DTYPES)
+        rows.append(CheckpointProblem(file, key, "wrong dtype", expected, info.dtype))
+    return rows

@@ -1,0 +1,135 @@
+"""Resolving what a user names, a folder, a bundled checkpoint or a repo id, to a local folder."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ovis_jax.checkpoint.tensor_index import INDEX_FILE, SINGLE_FILE, safe_join
+from ovis_jax.errors import ConfigError, OvisError
+
+CONFIG_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
+BUNDLED = {"ovis-tiny": Path(__file__).parents[1] / "assets" / "ovis-tiny"}
+"""Checkpoints that are part of this package, in the Hub's layout, by name."""
+
+
+@dataclass(frozen=True)
+class ResolvedCheckpoint:
+    """A checkpoint on this machine.
+
+    Attributes:
+      folder: its local folder; of a repo id, the folder of a commit in the Hub's cache.
+      name: the repo id, the bundled name, or the last part of the folder's path.
+      revision: the commit of a repo id, otherwise None.
+      label: what messages call it.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+    label: str
+
+    @property
+    def bundled(self) -> bool:
+        """Whether the checkpoint is part of this package."""
+        return self.folder in BUNDLED.values()
+
+
+def resolve_checkpoint(
+    checkpoint: str | Path, revision: str | None = None, *, weights: bool = True
+) -> ResolvedCheckpoint:
+    """Find a checkpoint, and download it if it is a repo id.
+
+    A folder takes precedence over a bundled checkpoint of the same name.
+
+    Args:
+      checkpoint: a folder, the name of a bundled checkpoint, or a repo id of the Hub.
+      revision: branch, tag or commit of a repo id.
+      weights: whether to download the weights too; otherwise all other files.
+
+    Raises:
+      OvisError: there is no such checkpoint, `revision` is given without a repo id, or the
+        repository cannot be read.
+      OSError: the Hub cannot be reached.
+    """
+    folder, name = Path(checkpoint), str(checkpoint)
+    if folder.is_dir():
+        if name in BUNDLED and not (folder / "config.json").exists():
+            raise OvisError(
+                f"{name} is a folder here, without config.json, which hides the bundled checkpoint"
+                f" {name}; run the command from another folder, or give the path of a checkpoint"
+            )
+        found = ResolvedCheckpoint(folder, folder.resolve().name, None, name)
+        kind = "a folder"
+    elif folder.exists():
+        raise OvisError(f"{name} is a file, expected a folder, a repo id or {', '.join(BUNDLED)}")
+    elif name in BUNDLED:
+        found = ResolvedCheckpoint(BUNDLED[name], name, None, f"the bundled checkpoint {name}")
+        kind = "a bundled checkpoint"
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return _download_checkpoint(name, revision, weights=weights)
+    else:
+        raise OvisError(
+            f"{name} is neither a folder nor a repo id of the form name/name, nor"
+            f" {', '.join(BUNDLED)}; give one of these"
+        )
+    if revision is not None:
+        raise OvisError(f"{name} is {kind}, which has no revision; leave out --revision")
+    return found
+
+
+def find_local_checkpoint(checkpoint: str | Path, advice: str) -> ResolvedCheckpoint:
+    """Resolve a folder or a bundled checkpoint; nothing is downloaded.
+
+    Args:
+      checkpoint: a folder, or the name of a bundled checkpoint.
+      advice: what to do if there is no such folder, for the error.
+
+    Raises:
+      OvisError: it is neither.
+    """
+    if not Path(checkpoint).is_dir() and str(checkpoint) not in BUNDLED:
+        raise OvisError(f"{checkpoint} is not a folder; {advice}")
+    return resolve_checkpoint(checkpoint)
+
+
+def _download_checkpoint(
+    repo_id: str, revision: str | None, *, weights: bool
+) -> ResolvedCheckpoint:
+    # Imported here because it is slow to import and most checkpoints are folders.
+    from ovis_jax.checkpoint.hub import download_files
+
+    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, INDEX_FILE]
+    if weights:
+        patterns += [SINGLE_FILE, "model-*.safetensors"]
+    folder = download_files(repo_id, revision, patterns)
+    return ResolvedCheckpoint(folder, repo_id, folder.name, repo_id)
+
+
+def find_processor_files(folder: Path) -> dict[str, Path]:
+    """Return the files of the image processor and the tokenizer in a folder, by name.
+
+    Raises:
+      ConfigError: a required file is missing, or a file is a link that leads out of the folder.
+    """
+    names = ["preprocessor_config.json", *TOKENIZER_FILES]
+    found = {name: folder / name for name in names if (folder / name).is_file()}
+    advice = "copy it from the repository of the checkpoint"
+    if "preprocessor_config.json" not in found:
+        raise ConfigError(f"{folder}: preprocessor_config.json is missing; {advice}")
+    sentencepiece = {"tokenizer.model", "tokenizer_config.json"} <= found.keys()
+    if "tokenizer.json" not in found and not sentencepiece:
+        raise ConfigError(
+            f"{folder}: neither tokenizer.model with tokenizer_config.json nor tokenizer.json"
+            f" exists; {advice}"
+        )
+    for name in found:
+        if safe_join(folder, name) is None:
+            raise ConfigError(f"{folder}: {name} is a link that leads out of the folder; {advice}")
+    return found

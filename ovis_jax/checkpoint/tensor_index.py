@@ -1,0 +1,130 @@
+"""The tensors of a checkpoint folder: which there are, in which files, and what is wrong."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ovis_jax.checkpoint.checkpoint_problems import CheckpointProblem, CheckpointValidationError
+from ovis_jax.checkpoint.safetensors_reader import SafetensorsHeader, TensorInfo, read_header
+from ovis_jax.errors import CheckpointError, ConfigError
+from ovis_jax.json_fields import read_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DOWNLOAD_ADVICE = "download or write the checkpoint again"
+
+
+@dataclass(frozen=True)
+class TensorIndex:
+    """The tensors of a folder, or of arrays in memory; `match_tensors` compares them with a model.
+
+    Attributes:
+      folder: the folder, or a name for arrays in memory.
+      tensors: the tensors of all files.
+      weight_map: key -> file name from the index file; empty for a single file.
+      unusable_keys: keys whose data is known to be broken.
+      problems: faults of files and headers.
+    """
+
+    folder: Path
+    tensors: tuple[TensorInfo, ...]
+    weight_map: Mapping[str, str]
+    unusable_keys: frozenset[str]
+    problems: tuple[CheckpointProblem, ...]
+
+
+HeaderReader = Callable[[Path], SafetensorsHeader | None]
+"""Function from a path to the header of the file, or None if there is no such file."""
+
+
+def read_local_header(path: Path) -> SafetensorsHeader | None:
+    """Read the header of a local file; return None if there is no such file.
+
+    Raises:
+      OSError: the file cannot be opened or read.
+    """
+    return read_header(path) if path.is_file() else None
+
+
+def read_tensor_index(folder: Path, read_header: HeaderReader = read_local_header) -> TensorIndex:
+    """Read the index file and all headers of a folder, but no tensor.
+
+    Args:
+      folder: a folder with model.safetensors, or with model.safetensors.index.json and shards.
+      read_header: reads a header; headers of files that are not local can come from the Hub.
+
+    Raises:
+      CheckpointError: the folder has no weights, the index file is invalid, or the header of a
+        single file cannot be parsed. All other faults become rows of `problems`.
+      OSError: a file cannot be opened or read.
+    """
+    single, index_path = folder / SINGLE_FILE, folder / INDEX_FILE
+    weight_map = _read_weight_map(index_path) if index_path.exists() else {}
+    names = sorted(set(weight_map.values())) or [SINGLE_FILE]
+    tensors: list[TensorInfo] = []
+    problems: list[CheckpointProblem] = []
+    unusable: set[str] = set()
+
+    def report(file: str, problem: str, expected: str, found: str) -> None:
+        problems.append(CheckpointProblem(file, "", problem, expected, found))
+
+    if weight_map and SINGLE_FILE not in names and single.exists():
+        found = f"also {INDEX_FILE}, which names other files"
+        report(SINGLE_FILE, "two checkpoints", "one of the two", found)
+    for name in names:
+        path = safe_join(folder, name)
+        if path is None:
+            report(name, "rejected file", "a file inside the folder", "a path that leaves it")
+        elif (header := read_header(path)) is None:
+            if not weight_map:
+                raise CheckpointError(
+                    f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} exists; give a folder with"
+                    " weights"
+                )
+            report(name, "missing file", "a file", "no file of that name")
+        else:
+            tensors += header.tensors
+            problems += header.problems
+            unusable |= header.unusable_keys
+            if header.readable:
+                continue
+            if not weight_map:
+                raise CheckpointValidationError(str(folder), problems, DOWNLOAD_ADVICE)
+        unusable |= {key for key, file in weight_map.items() if file == name}
+    return TensorIndex(folder, tuple(tensors), weight_map, frozenset(unusable), tuple(problems))
+
+
+def safe_join(folder: Path, name: str) -> Path | None:
+    """Join a folder and a file name; return None if the name or a link leads out of the folder.
+
+    The Hub's cache is a folder of links into its own `blobs`, which may be links into the `blobs`
+    that all repositories share. Both are allowed.
+    """
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        repo = root.parent.parent
+        allowed += [repo / "blobs", repo.parent / "blobs"]
+    try:
+        # A name such as "../here/x" must not leave the folder and come back.
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return None
+        target = (root / name).resolve()
+    except (ValueError, OSError):
+        return None
+    return folder / name if any(target.is_relative_to(parent) for parent in allowed) else None
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    try:
+        weight_map = read_json(path).get("weight_map")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{path}: weight_map is {weight_map!r}, expected an object of key -> file name"
+        )
+    for key, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(f"{path}: weight_map[{key!r}] is {file!r}, expected a file name")
+    return weight_map

@@ -1,0 +1,102 @@
+"""The commands `ovis-jax inspect` and `ovis-jax verify`."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from ovis_jax.checkpoint.checkpoint_problems import CheckpointValidationError
+from ovis_jax.checkpoint.checksums import read_recorded_sha256, verify_sha256
+from ovis_jax.checkpoint.params import match_checkpoint
+from ovis_jax.checkpoint.resolve import BUNDLED, resolve_checkpoint
+from ovis_jax.config import OvisConfig
+from ovis_jax.console import TensorParallelOption, print_error
+from ovis_jax.errors import OvisError
+from ovis_jax.loading import LoadedOvis, load
+from ovis_jax.mesh import tensor_parallel_mesh
+from ovis_jax.verify_goldens import compare_with_golden, is_bfloat16_golden
+
+FolderArgument = Annotated[
+    str, typer.Argument(help="Converted folder, folder in the Hub's layout, or ovis-tiny.")
+]
+
+
+def inspect_command(
+    folder: FolderArgument,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Also compare the weights with the recorded checksums; exit code 1 on a mismatch.",
+        ),
+    ] = False,
+) -> None:
+    """Show a checkpoint's config and the size of each part, without reading the weights."""
+    if not Path(folder).is_dir() and folder not in BUNDLED:
+        raise OvisError(
+            f"{folder} is not a folder; to download a repo id, run ovis-jax convert {folder} DIR"
+        )
+    checkpoint = resolve_checkpoint(folder)
+    config = OvisConfig.from_folder(checkpoint.folder)
+    sha256 = read_recorded_sha256(checkpoint) if check else {}
+    matched, dtype = match_checkpoint(checkpoint.folder, config)
+    used = [(path.partition("/")[0], info) for path, info in matched.sources.items()]
+    unused = [("(not used)", info) for info, _ in matched.unused]
+    totals: dict[str, list[int]] = {}
+    for part, info in [*used, *unused]:
+        row = totals.setdefault(part, [0, 0, 0])
+        sizes = 1, math.prod(info.shape), info.stop - info.start
+        totals[part] = [total + size for total, size in zip(row, sizes, strict=True)]
+    table = Table("part", *_number_columns("tensors", "parameters", f"bytes ({dtype})"))
+    for part, row in totals.items():
+        table.add_row(part, *(f"{value:,}" for value in row))
+    table.add_section()
+    table.add_row("all", *(f"{sum(column):,}" for column in zip(*totals.values(), strict=True)))
+    console = Console(highlight=False)
+    console.print_json(data=asdict(config))
+    console.print(table)
+    if check:
+        try:
+            verify_sha256(checkpoint.folder, sha256)
+        except CheckpointValidationError as error:
+            print_error(Console(stderr=True, highlight=False), error)
+            raise typer.Exit(1) from None
+        console.print(f"{len(sha256)} file(s) match the checksums in conversion.json")
+
+
+def verify_command(
+    folder: FolderArgument,
+    golden: Annotated[
+        list[Path], typer.Argument(help="Golden files (.npz): results of the original code.")
+    ],
+    tensor_parallel: TensorParallelOption = 1,
+) -> None:
+    """Compare a checkpoint with results of the original code, stage by stage."""
+    mesh = tensor_parallel_mesh(tensor_parallel)
+    loaded: dict[str, LoadedOvis] = {}
+    columns = _number_columns("largest difference", "tolerance")
+    table = Table("case", "stage", *columns, "result")
+    all_passed = True
+    for path in golden:
+        dtype = "bfloat16" if is_bfloat16_golden(path) else "float32"
+        if dtype not in loaded:
+            loaded[dtype] = load(folder, dtype=dtype, mesh=mesh)
+        ovis = loaded[dtype]
+        stages = compare_with_golden(ovis.processor, ovis.model, ovis.params, path)
+        for n, stage in enumerate(stages):
+            all_passed &= stage.passed
+            result = "[green]pass[/]" if stage.passed else "[bold red]FAIL[/]"
+            numbers = f"{stage.difference:.2g}", f"{stage.tolerance:g}"
+            table.add_row("" if n else path.stem, stage.name, *numbers, result)
+        table.add_section()
+    Console().print(table)
+    if not all_passed:
+        raise typer.Exit(1)
+
+
+def _number_columns(*names: str) -> list[Column]:
+    return [Column(name, justify="right") for name in names]

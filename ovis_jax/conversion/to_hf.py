@@ -1,0 +1,283 @@
+"""Exporting a converted checkpoint to the Hub's layout: `ovis-jax export SRC DST`.
+
+An export is the inverse of `convert`: tensors get their keys on the Hub back and are never
+reshaped, so it is a stream too. With `--lora ADAPTERS` it writes a PEFT adapter instead, and with
+`--merge` the checkpoint with the adapters merged.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ovis_jax.checkpoint.adapters import LoraAdapters, load_adapters
+from ovis_jax.checkpoint.checkpoint_problems import CheckpointProblem, CheckpointValidationError
+from ovis_jax.checkpoint.conversion_record import CONVERSION_FILE, is_converted
+from ovis_jax.checkpoint.key_map import (
+    UNUSED_HUB_KEYS,
+    check_tensor,
+    make_hub_key_map,
+    unused_tensor_shapes,
+)
+from ovis_jax.checkpoint.output_dirs import check_disk_space, require_empty, resumable_dir
+from ovis_jax.checkpoint.params import match_checkpoint
+from ovis_jax.checkpoint.resolve import (
+    TOKENIZER_FILES,
+    ResolvedCheckpoint,
+    find_local_checkpoint,
+)
+from ovis_jax.checkpoint.safetensors_reader import TensorInfo
+from ovis_jax.checkpoint.safetensors_writer import (
+    MAX_SHARD_BYTES,
+    TensorSpecs,
+    count_bytes,
+    plan_shards,
+    select_unfinished,
+    total_bytes,
+    write_shards,
+)
+from ovis_jax.checkpoint.tensor_index import DOWNLOAD_ADVICE, read_tensor_index, safe_join
+from ovis_jax.config import OvisConfig
+from ovis_jax.console import Dtype
+from ovis_jax.conversion.exit_codes import exit_on_error
+from ovis_jax.conversion.input_fingerprint import (
+    check_unchanged,
+    copy_small_files,
+    describe_inputs,
+    read_file_stats,
+)
+from ovis_jax.conversion.peft_export import export_peft_adapter
+from ovis_jax.conversion.progress import ProgressCallback, progress_bar, report_progress
+from ovis_jax.conversion.tensor_chunks import read_cast_chunks, read_merged_chunks, zero_chunks
+from ovis_jax.errors import ConfigError, OvisError
+from ovis_jax.sharding import axis_letter_sizes
+
+_METADATA = {"format": "pt"}  # transformers rejects files without it
+
+
+@dataclass(frozen=True)
+class _ExportPlan:
+    """Everything that an export writes, from headers and configs alone, by key on the Hub.
+
+    A tensor that is not in `sources` is written as zeros. `paths` are the parameter paths.
+    """
+
+    sources: dict[str, TensorInfo]
+    paths: Mapping[str, str]
+    adapters: LoraAdapters | None
+    tensors: TensorSpecs
+    dtype: str
+    files: tuple[str, ...]
+
+    def read_tensor(self, key: str) -> Iterator[memoryview]:
+        """Return the bytes of a tensor of the result in chunks."""
+        if key not in self.sources:
+            return zero_chunks(count_bytes(*self.tensors[key]))
+        info, adapters, path = self.sources[key], self.adapters, self.paths.get(key)
+        if adapters is None or f"{path}/lora_a" not in adapters.weights:
+            return read_cast_chunks(info, self.dtype)
+        a, b = adapters.weights[f"{path}/lora_a"], adapters.weights[f"{path}/lora_b"]
+        return read_merged_chunks(info, a, b, adapters.scale, self.dtype)
+
+
+def export_to_hf(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    source: str | Path | None = None,
+    merge: str | Path | None = None,
+    dtype: str | None = None,
+    progress: ProgressCallback | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> tuple[int, int]:
+    """Write a converted checkpoint in the Hub's layout; `dst` appears when it is complete.
+
+    A converted folder lacks the tensors that the model never uses: they come from `source`, or are
+    zeros. With `merge` and without `source`, those that `src` has are kept.
+
+    Args:
+      src: a converted folder; with `merge` also a folder in the Hub's layout or the name of a
+        bundled checkpoint.
+      dst: folder to create; it must not exist or be empty. `dst`.partial is resumed.
+      source: folder in the Hub's layout, or the name of a bundled checkpoint, with the never-used
+        tensors, which are cast to the dtype of the result.
+      merge: folder of LoRA adapters to merge in float32, one matrix at a time in memory.
+      dtype: "float32", "bfloat16" or "float16" to cast every tensor to; None for no change.
+      progress: called for every chunk.
+      max_shard_bytes: limit for the tensors of a file.
+
+    Returns:
+      The number of tensors, and how many of the never-used ones are copies and not zeros.
+
+    Raises:
+      ConfigError: a config is missing or not supported.
+      CheckpointError: the tensors of `src` are not those of its config, `source` lacks never-used
+        tensors, or `merge` belongs to another config; all faults are reported.
+      OvisError: `src` is not a converted folder, `merge` has no adapters, `source` is not in the
+        Hub's layout, `dtype` is another one, `dst` is not empty, another process is writing it, or
+        `dst`.partial was started with different inputs.
+      OSError: a file cannot be read or written, or the disk has too little space.
+    """
+    dst = Path(dst)
+    require_empty(dst)
+    checkpoint = find_local_checkpoint(src, "give one that ovis-jax convert has written")
+    plan = _plan_export(checkpoint, source, merge, dtype)
+    adapter_stats = None if merge is None else read_file_stats(Path(merge).iterdir())
+    inputs = describe_inputs(plan.sources, plan.tensors, max_shard_bytes, adapter_stats)
+    shards = plan_shards(plan.tensors, max_shard_bytes)
+    with resumable_dir(dst, inputs) as output:
+        unfinished = total_bytes(select_unfinished(plan.tensors, shards, output.finished))
+        check_disk_space(dst, unfinished)
+        total = total_bytes(plan.tensors)
+        write_shards(
+            output.path,
+            plan.tensors,
+            report_progress(plan.read_tensor, progress, total - unfinished, total),
+            shards,
+            metadata=_METADATA,
+            checksums=False,
+            resumable=output,
+        )
+        dtype_change = None if dtype is None else plan.dtype
+        copy_small_files(checkpoint.folder, output.path, plan.files, dtype_change)
+        check_unchanged(inputs["sources"])
+    return len(plan.tensors), len(UNUSED_HUB_KEYS.keys() & plan.sources.keys())
+
+
+def _plan_export(
+    checkpoint: ResolvedCheckpoint,
+    source: str | Path | None,
+    merge: str | Path | None,
+    dtype: str | None,
+) -> _ExportPlan:
+    src = checkpoint.folder
+    in_hub_layout = not is_converted(src)
+    if in_hub_layout and merge is None:
+        raise OvisError(
+            f"{checkpoint.label} has no {CONVERSION_FILE}, so it is not a converted folder: one in"
+            " the Hub's layout needs no export; give a folder that ovis-jax convert or save_params"
+            " has written"
+        )
+    config = OvisConfig.from_folder(src)
+    files = _find_small_files(src)
+    matched, target = match_checkpoint(src, config, dtype)
+    adapters = None if merge is None else load_adapters(merge, config)
+    paths = make_hub_key_map(config).parameters
+    keys = {path: key for key, path in paths.items()}
+    sources = {keys[path]: info for path, info in matched.sources.items()}
+    tensors = {key: (target, info.shape) for key, info in sources.items()}
+    tensors |= {key: (target, shape) for key, shape in unused_tensor_shapes(config).items()}
+    if source is not None:
+        folder = _find_source_folder(source)
+        sources |= _find_unused_tensors(folder, config, f"--source {source}")
+    elif in_hub_layout:
+        sources |= _find_unused_tensors(src, config)
+    return _ExportPlan(sources, paths, adapters, tensors, target, files)
+
+
+def _find_small_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of the processor's files that exist; save_params may write none."""
+    names = ("preprocessor_config.json", *TOKENIZER_FILES)
+    found = tuple(name for name in names if (folder / name).is_file())
+    for name in found:
+        if safe_join(folder, name) is None:
+            raise ConfigError(
+                f"{folder}: {name} is a link that leads out of the folder; replace it by the file"
+            )
+    return found
+
+
+def _find_source_folder(source: str | Path) -> Path:
+    """Return the folder of --source, which must be in the Hub's layout."""
+    advice = (
+        "--source is a folder in the Hub's layout with the tensors that the model never uses; leave"
+        " it out to write zeros"
+    )
+    folder = find_local_checkpoint(source, advice).folder
+    if is_converted(folder):
+        raise OvisError(f"{source} is a converted folder, which lacks them; {advice}")
+    return folder
+
+
+def _find_unused_tensors(
+    folder: Path, config: OvisConfig, required_by: str | None = None
+) -> dict[str, TensorInfo]:
+    """Find the never-used tensors of a folder in the Hub's layout, and check their shapes.
+
+    With `required_by`, the option that names the folder, all of them must exist.
+    """
+    index = read_tensor_index(folder)
+    problems = list(index.problems)
+    found: dict[str, TensorInfo] = {}
+
+    def report(file: str, key: str, problem: str, expected: str, wrong: str) -> None:
+        problems.append(CheckpointProblem(file, key, problem, expected, wrong))
+
+    for info in index.tensors:
+        if info.key in UNUSED_HUB_KEYS and info.key in found:
+            names = f"{found[info.key].path.name}, {info.path.name}"
+            report(names, info.key, "in two files", "one tensor", "2")
+        found[info.key] = info
+    sizes = axis_letter_sizes(config, "vision/")
+    for key, (axes, _) in UNUSED_HUB_KEYS.items():
+        if key in found:
+            problems += check_tensor(found[key], axes, sizes, None)
+        elif required_by is not None and key not in index.unusable_keys:
+            expected = str(list(unused_tensor_shapes(config)[key]))
+            report(index.weight_map.get(key, "-"), key, "missing key", expected, "no such tensor")
+    if problems:
+        advice = f"{DOWNLOAD_ADVICE}, or leave out --source to write zeros"
+        if required_by is None:
+            advice = DOWNLOAD_ADVICE
+        raise CheckpointValidationError(required_by or str(folder), problems, advice)
+    return {key: found[key] for key in UNUSED_HUB_KEYS if key in found}
+
+
+def export(
+    src: Annotated[str, typer.Argument(help="Folder written by ovis-jax convert or save_params.")],
+    dst: Annotated[Path, typer.Argument(help="Folder to create; if it exists, it must be empty.")],
+    source: Annotated[
+        str | None,
+        typer.Option(help="Folder in the Hub's layout to copy the never-used tensors from."),
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype to cast every tensor to.")] = None,
+    lora: Annotated[
+        Path | None,
+        typer.Option(help="Folder of LoRA adapters of SRC, to write as a PEFT adapter."),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the checkpoint with the adapters merged.")
+    ] = False,
+) -> None:
+    """Write a converted Ovis1.6-Gemma2 checkpoint in the Hub's layout, or its adapters for PEFT."""
+    with exit_on_error(dst) as errors:
+        if merge and lora is None:
+            raise OvisError("--merge needs --lora ADAPTERS, the folder to merge")
+        if lora is not None and not merge:
+            if source is not None:
+                raise OvisError("--source is for a whole checkpoint: leave it out, or add --merge")
+            record = export_peft_adapter(src, dst, lora, dtype=dtype or "float32")
+            matrices, base = len(record["target_modules"]), record["base_model_name_or_path"]
+            summary = f"PEFT adapter of rank {record['r']} for {matrices} matrices of {base}"
+            Console().print(f"{dst}: {summary}", soft_wrap=True)
+            return
+        with progress_bar(errors, "exporting") as progress:
+            count, copied = export_to_hf(
+                src, dst, source=source, merge=lora, dtype=dtype, progress=progress
+            )
+        total, origin = len(UNUSED_HUB_KEYS), source or src
+        unused = f"the {total} that the model never uses were copied from {origin}"
+        if not copied:
+            unused = f"the {total} that the model never uses are zeros"
+        elif copied < total:
+            unused = (
+                f"of the {total} that the model never uses, {copied} were copied from {origin} and"
+                f" {total - copied}, which it lacks, are zeros"
+            )
+        summary = f"{dst}: {count} tensors; {unused}"
+        if lora is not None:
+            summary += f"; the adapters of {lora} were merged"
+        Console().print(summary, soft_wrap=True)

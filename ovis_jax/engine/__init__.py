@@ -1,0 +1,1 @@
+"""The inference engine: continuous batching of requests, without HTTP."""

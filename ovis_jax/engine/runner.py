@@ -1,0 +1,187 @@
+"""The compiled programs of the engine.
+
+The number of programs and the number of slots are fixed. No prompt length, number of crops or
+sampling option causes a compilation.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast, get_args
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool, Float, Float32, Int32
+
+from ovis_jax.config import VisionConfig
+from ovis_jax.engine.state import (
+    DecodeState,
+    PrefillState,
+    SampledTokens,
+    SamplingMode,
+    SamplingParams,
+    decode,
+    encode_images,
+    init_decode_state,
+    init_prefill_state,
+    insert,
+    make_sampling_params,
+    prefill_chunk,
+    split_seed,
+)
+from ovis_jax.errors import RequestError
+from ovis_jax.inference.sampling import Sampling
+from ovis_jax.inputs.image_processing import IMAGE_SLOT
+from ovis_jax.model.kv_cache import Cache
+from ovis_jax.model.ovis import Ovis, Params
+from ovis_jax.sharding import mesh_axis
+
+
+class ModelRunner:
+    """Runs the programs of one model, all compiled by the constructor.
+
+    Every method that takes a state donates it and returns the new one. On a mesh, the caches are
+    sharded across the key/value heads as the parameters are; all other state is replicated.
+
+    Args:
+      model: The model.
+      params: Parameters of the model, on any device or mesh of this process.
+      max_num_seqs: Number of slots: sequences that are generated at the same time.
+      max_model_len: Maximum number of positions of a prompt and its answer together.
+      chunk_size: Number of prompt positions per prefill step.
+
+    Raises:
+      RequestError: A size is below 1.
+    """
+
+    def __init__(
+        self,
+        model: Ovis,
+        params: Params,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        chunk_size: int,
+    ):
+        sizes = dict(max_num_seqs=max_num_seqs, max_model_len=max_model_len, chunk_size=chunk_size)
+        for name, size in sizes.items():
+            if size < 1:
+                raise RequestError(f"{name} is {size}, expected at least 1")
+        self._params = params
+        self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
+        self.chunk_size = min(chunk_size, max_model_len)
+        self._tokens_per_crop = model.config.visual_tokenizer.tokens_per_crop
+        config = model.config.decoder
+        dtype = params["decoder"]["embed"].dtype
+        max_crops = self.max_model_len // self._tokens_per_crop
+        visual_rows = max_crops * self._tokens_per_crop + self.chunk_size
+        replicated, sharded_cache = _shardings(params, config.num_kv_heads)
+        decode_sharding = DecodeState(sharded_cache, *[replicated] * 4)
+        prefill_sharding = PrefillState(sharded_cache, replicated)
+        self.init_decode_state: Callable[[], DecodeState] = jax.jit(
+            partial(init_decode_state, config, max_num_seqs, max_model_len, dtype),
+            out_shardings=decode_sharding,
+        )
+        self.init_prefill_state: Callable[[], PrefillState] = jax.jit(
+            partial(init_prefill_state, config, visual_rows, max_model_len, dtype),
+            out_shardings=prefill_sharding,
+        )
+        self._encode_images = _compile_once(partial(encode_images, model), 1, replicated)
+        self._prefill_chunk = _compile_once(
+            partial(prefill_chunk, model), 1, (prefill_sharding, replicated)
+        )
+        out_shardings = decode_sharding, replicated
+        self._insert = _compile_once(insert, 0, out_shardings)
+        self._decode = {
+            mode: _compile_once(partial(decode, model, mode), 1, out_shardings)
+            for mode in get_args(SamplingMode)
+        }
+        self._warm_up(model.config.vision)
+
+    def _warm_up(self, vision: VisionConfig) -> None:
+        """Run every program once, which compiles it."""
+        pixels = np.zeros((vision.image_size, vision.image_size, vision.num_channels), np.float32)
+        prefill = self.run_encoder(self.init_prefill_state(), pixels, 0, 0)
+        prefill, logits = self.run_prefill(prefill, np.zeros(1, np.int32), 0)
+        params = make_sampling_params(Sampling(), 0, 0)
+        state, _ = self.run_insert(self.init_decode_state(), 0, prefill, logits, params)
+        for mode in get_args(SamplingMode):
+            state, _ = self.run_decode(state, np.zeros(self.max_num_seqs, bool), mode)
+
+    def run_encoder(
+        self, state: PrefillState, pixels: Float32[np.ndarray, "h w C"], crop: int, seed: int
+    ) -> PrefillState:
+        """Encode the crop with the index `crop` of the prompt."""
+        row = np.int32(crop * self._tokens_per_crop)
+        visual = self._encode_images(
+            self._params, state.visual, pixels[None], row, split_seed(seed)
+        )
+        return state._replace(visual=visual)
+
+    def run_prefill(
+        self, state: PrefillState, tokens: Int32[np.ndarray, "T"], start: int
+    ) -> tuple[PrefillState, Float[Array, "1 V"]]:
+        """Read the chunk of a prompt that begins at position `start`.
+
+        Args:
+          state: The prompt up to this chunk, all of its crops encoded.
+          tokens: Ids of the prompt.
+          start: Number of positions already read.
+
+        Returns:
+          The new state, and the logits of the chunk's last position.
+        """
+        ids = np.zeros((1, self.chunk_size), np.int32)
+        positions = np.full_like(ids, -1)
+        chunk = tokens[start : start + self.chunk_size]
+        ids[0, : len(chunk)] = chunk
+        positions[0, : len(chunk)] = np.arange(start, start + len(chunk))
+        row = np.int32(np.count_nonzero(tokens[:start] == IMAGE_SLOT))
+        return self._prefill_chunk(self._params, state, ids, positions, row)
+
+    def run_insert(
+        self,
+        state: DecodeState,
+        slot: int,
+        prefill: PrefillState,
+        logits: Float[Array, "1 V"],
+        params: SamplingParams,
+    ) -> tuple[DecodeState, SampledTokens]:
+        """Start a sequence in a slot; `prefill` is not donated."""
+        state, sampled = self._insert(state, np.int32(slot), prefill.cache, logits, params)
+        return state, jax.device_get(sampled)
+
+    def run_decode(
+        self, state: DecodeState, active: Bool[np.ndarray, "B"], mode: SamplingMode
+    ) -> tuple[DecodeState, SampledTokens]:
+        """Generate a token in every active slot."""
+        state, sampled = self._decode[mode](self._params, state, active)
+        return state, jax.device_get(sampled)
+
+
+def _compile_once(
+    function: Callable[..., Any], donated_argument: int, out_shardings: Any
+) -> Callable[..., Any]:
+    """Return a function that its first call compiles; other shapes are an error from then on."""
+    jitted = jax.jit(function, donate_argnums=donated_argument, out_shardings=out_shardings)
+    compiled: Any = None
+
+    def call(*arguments: Any) -> Any:
+        nonlocal compiled
+        if compiled is None:
+            compiled = jitted.lower(*arguments).compile()
+        return compiled(*arguments)
+
+    return call
+
+
+def _shardings(params: Params, num_kv_heads: int) -> tuple[Any, Any]:
+    """Return the shardings of replicated arrays and of a cache; None without a mesh."""
+    sharding = params["decoder"]["embed"].sharding
+    if not isinstance(sharding, NamedSharding):
+        return None, None
+    replicated = NamedSharding(sharding.mesh, P())
+    heads = NamedSharding(sharding.mesh, P(None, mesh_axis("K", num_kv_heads, sharding.mesh)))
+    return replicated, Cache(cast(Any, heads), cast(Any, replicated))

@@ -1,0 +1,134 @@
+"""Results files: JSON lines with a header, then one result per line.
+
+An interrupted evaluation resumes from its results file. A file of another model, other questions or
+other settings is rejected.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from ovis_jax.errors import DataError
+from ovis_jax.evaluation.evaluate import QuestionResult
+from ovis_jax.evaluation.questions import EvalQuestion
+
+FORMAT = "ovis-jax eval 2"
+SAMPLES_PER_FILE = 256
+SAMPLE_BYTES = 4096
+
+
+def fingerprint_model(folders: Sequence[Path]) -> str:
+    """Hash the config files and evenly spaced samples of every weight file.
+
+    Sampling keeps this fast for large models. A fine-tuned model gets another fingerprint unless
+    less than 1/256 of each file changed.
+    """
+    digest = hashlib.sha256()
+    for folder in folders:
+        files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
+        for path in files:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                for n in range(SAMPLES_PER_FILE):
+                    file.seek(size * n // SAMPLES_PER_FILE)
+                    digest.update(file.read(min(SAMPLE_BYTES, -(-size // SAMPLES_PER_FILE))))
+    return digest.hexdigest()
+
+
+def fingerprint_questions(questions: Sequence[EvalQuestion]) -> str:
+    """Hash the prompts, the expected answers, and the image paths relative to their file."""
+    digest = hashlib.sha256()
+    for question in questions:
+        values = asdict(question)
+        del values["row"]["name"]
+        folder = Path(question.row.name.rpartition(": row ")[0]).parent
+        values["row"]["image_paths"] = [
+            str(Path(image).relative_to(folder)) if Path(image).is_relative_to(folder) else image
+            for image in question.row.image_paths
+        ]
+        digest.update(json.dumps(values, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+class ResultsFile:
+    """A results file that is created or resumed.
+
+    Args:
+      path: the file; None keeps the results in memory only.
+      header: what identifies the evaluation: strings and numbers by name.
+
+    Attributes:
+      results: all results, including those that were in the file.
+
+    Raises:
+      DataError: the file is not a results file, or belongs to another evaluation.
+      OSError: the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path | None, header: Mapping[str, Any]):
+        self.results: list[QuestionResult] = []
+        self._file = None
+        if path is None:
+            return
+        header = {"format": FORMAT, **header}
+        if path.exists() and path.stat().st_size:
+            text = path.read_bytes()
+            complete = text[: text.rfind(b"\n") + 1]  # drops a line that was cut short
+            lines = _parse_lines(path, complete)
+            _check_header(path, lines[0] if lines else {}, header)
+            self.results = cast(list[QuestionResult], lines[1:])
+            if len(complete) < len(text):
+                path.write_bytes(complete)
+            self._file = path.open("a", encoding="utf-8")
+        else:
+            self._file = path.open("w", encoding="utf-8")
+            self._write(header)
+
+    def __enter__(self) -> "ResultsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def add(self, result: QuestionResult) -> None:
+        """Add a result and write it to the file."""
+        self.results.append(result)
+        self._write(result)
+
+    def _write(self, value: Mapping[str, Any]) -> None:
+        if self._file:
+            self._file.write(json.dumps(value, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+
+def _parse_lines(path: Path, text: bytes) -> list[dict[str, Any]]:
+    try:
+        # splitlines() would also split at Unicode line separators, which JSON does not escape.
+        values = [json.loads(line) for line in text.decode("utf-8").split("\n")[:-1]]
+    except ValueError:
+        raise _not_a_results_file(path) from None
+    if not all(isinstance(value, dict) for value in values):
+        raise _not_a_results_file(path)
+    return values
+
+
+def _check_header(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    if found.get("format") != FORMAT:
+        raise _not_a_results_file(path)
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise DataError(
+                f"{path} has the results of another evaluation ({key} is {found.get(key)!r} there"
+                f" and {value!r} here); give --output another name, or remove the file"
+            )
+
+
+def _not_a_results_file(path: Path) -> DataError:
+    return DataError(
+        f"{path} is not a results file of format {FORMAT!r}; give --output another name"
+    )

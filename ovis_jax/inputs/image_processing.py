@@ -1,0 +1,305 @@
+"""Image preprocessing, bit for bit as the original: an image becomes normalized square crops.
+
+An image is cut into the cells of a grid, and each cell becomes a crop. If there are several cells,
+a crop of the full image, the thumbnail, comes first.
+
+Source: `preprocess_image` in ovis/model/visual_tokenizer/base_visual_tokenizer.py of AIDC-AI/Ovis,
+commit d248e34, with the image processor of SigLIP in transformers 4.46.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from PIL import Image
+
+from ovis_jax.errors import ImageError
+from ovis_jax.json_fields import JsonObject, is_int, read_json
+
+IMAGE_SLOT = -300
+"""The id at a visual token's position. A prompt first has one per crop, then one per token."""
+IMAGE_START = -301
+WHOLE_IMAGE_END = -302
+NEXT_COLUMN = -303
+NEXT_ROW = -304
+IMAGE_END = -305
+
+COVER_THRESHOLD = 0.9
+"""A grid is good if its crops, shrunk to the crop size, keep more than this share of the pixels."""
+
+Grid = tuple[int, int]
+"""Rows and columns."""
+Box = tuple[int, int, int, int]
+"""Left, upper, right and lower edge in pixels."""
+
+
+@dataclass(frozen=True)
+class ImageProcessorConfig:
+    """The settings in preprocessor_config.json.
+
+    Attributes:
+      crop_size: Height and width of a crop in pixels.
+      mean: Mean of each color channel, subtracted after rescaling.
+      std: Standard deviation of each color channel, by which the difference is divided.
+      rescale_factor: Factor from 8-bit values to the range of `mean` and `std`.
+    """
+
+    crop_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale_factor: float
+
+    @classmethod
+    def from_folder(cls, folder: Path, image_size: int) -> Self:
+        """Read preprocessor_config.json from a checkpoint folder.
+
+        Args:
+          folder: The checkpoint folder.
+          image_size: The image size in config.json, which the file must agree with.
+
+        Raises:
+          ConfigError: The file or a field is missing, or a value is not supported.
+        """
+        return cls.from_hf(read_json(folder / "preprocessor_config.json"), image_size)
+
+    @classmethod
+    def from_hf(cls, preprocessor_config: dict[str, Any], image_size: int) -> Self:
+        """Convert the parsed preprocessor_config.json.
+
+        Raises:
+          ConfigError: A field is missing, or a value is not supported.
+        """
+        fields = JsonObject(preprocessor_config, "preprocessor_config.json")
+        for step in ("do_resize", "do_rescale", "do_normalize"):
+            fields.require_value(step, True)
+        if fields.get_optional("do_center_crop", None):
+            raise fields.error("do_center_crop", True, "false: crops are resized, never cut")
+        fields.require_value("resample", int(Image.Resampling.BICUBIC))
+        size = fields.get_object("size")
+        for edge in ("height", "width"):
+            if size.get_positive_int(edge) != image_size:
+                raise size.error(edge, size.get(edge), f"image_size {image_size} of config.json")
+        return cls(
+            crop_size=image_size,
+            mean=_three_numbers(fields, "image_mean"),
+            std=_three_numbers(fields, "image_std", above=0),
+            rescale_factor=fields.get_positive_number("rescale_factor"),
+        )
+
+
+class ImageLayout(NamedTuple):
+    """How an image is cut into crops, and what it becomes in a prompt.
+
+    Attributes:
+      grid: Rows and columns.
+      boxes: The part of the image that each crop shows, in order; with several cells, the thumbnail
+        is first.
+      placeholder_ids: The ids of the image in a prompt, with one IMAGE_SLOT per crop.
+      num_tokens: Positions that the image takes in a prompt: visual tokens and indicators.
+    """
+
+    grid: Grid
+    boxes: list[Box]
+    placeholder_ids: list[int]
+    num_tokens: int
+
+
+def layout_image(
+    width: int, height: int, crop_size: int, tokens_per_crop: int, max_partition: int
+) -> ImageLayout:
+    """Lay out an image of `width` x `height` pixels.
+
+    Raises:
+      ImageError: The image has no pixels, or `max_partition` is below 1.
+    """
+    grid = choose_grid(width, height, crop_size, max_partition)
+    boxes = crop_boxes_with_thumbnail(width, height, grid)
+    ids = image_placeholder_ids(grid)
+    return ImageLayout(grid, boxes, ids, len(ids) + len(boxes) * (tokens_per_crop - 1))
+
+
+@lru_cache(maxsize=4096)
+def choose_grid(width: int, height: int, crop_size: int, max_partition: int) -> Grid:
+    """Choose the rows and columns that an image of `width` x `height` pixels is cut into.
+
+    Among the grids with at most `max_partition` cells that cover more than 0.9 of the image, this
+    is the one with the fewest cells. If there is none, it is the grid that covers most.
+
+    Raises:
+      ImageError: The image has no pixels, or `max_partition` is below 1.
+    """
+    if not is_int(max_partition) or max_partition < 1:
+        raise ImageError(
+            f"max_partition is {max_partition!r}, expected a whole number of at least 1: "
+            "it is the maximum number of cells that an image is cut into"
+        )
+    if width < 1 or height < 1:
+        raise ImageError(f"the image is {width} x {height} pixels, so it is empty")
+    covers: list[tuple[Grid, float]] = []
+    for rows in range(1, max_partition + 1):
+        for columns in range(1, max_partition // rows + 1):
+            covered = 0
+            # Added one by one: since Python 3.12, sum() rounds floats differently, which decides
+            # between grids that differ in the last bit.
+            for box in grid_boxes(width, height, (rows, columns)):
+                covered += _covered_area(box, crop_size)
+            covers.append(((rows, columns), covered / (width * height)))
+    # min() takes the first of equals, as the original's stable sort does.
+    if good := [(grid, ratio) for grid, ratio in covers if ratio > COVER_THRESHOLD]:
+        return min(good, key=lambda cover: (_num_cells(cover[0]), -cover[1]))[0]
+    return min(covers, key=lambda cover: (-cover[1], _num_cells(cover[0])))[0]
+
+
+def grid_boxes(width: int, height: int, grid: Grid) -> list[Box]:
+    """Return the cells of a grid, row by row. The last row and column take the remainder."""
+    rows, columns = grid
+    cell_width, cell_height = width // columns, height // rows
+    lefts = [column * cell_width for column in range(columns)]
+    uppers = [row * cell_height for row in range(rows)]
+    rights, lowers = [*lefts[1:], width], [*uppers[1:], height]
+    return [
+        (left, upper, right, lower)
+        for upper, lower in zip(uppers, lowers, strict=True)
+        for left, right in zip(lefts, rights, strict=True)
+    ]
+
+
+def crop_boxes_with_thumbnail(width: int, height: int, grid: Grid) -> list[Box]:
+    """Return the box of each crop: the cells, after the full image if there are several cells."""
+    boxes = grid_boxes(width, height, grid)
+    return boxes if len(boxes) == 1 else [(0, 0, width, height), *boxes]
+
+
+def preprocess_image(
+    image: Image.Image, config: ImageProcessorConfig, max_partition: int
+) -> tuple[np.ndarray, Grid]:
+    """Cut an image into normalized square crops.
+
+    Args:
+      image: The image, in any mode that Pillow converts to RGB.
+      config: Crop size and normalization.
+      max_partition: Maximum number of grid cells.
+
+    Returns:
+      The crops, float32 [I, h, w, C], and the grid. The resized pixels are centered in each crop
+      and surrounded by 0.0.
+
+    Raises:
+      ImageError: The image cannot be decoded or has no RGB form, it is so long and thin that a crop
+        would have no height or width, or `max_partition` is below 1.
+    """
+    try:
+        # Pillow decodes a file at first use, and each decoder raises whatever its parser raises.
+        image.load()
+    except Exception as error:
+        raise ImageError(f"an image of mode {image.mode} cannot be decoded: {error}") from error
+    image = convert_to_rgb(image)
+    grid = choose_grid(image.width, image.height, config.crop_size, max_partition)
+    boxes = crop_boxes_with_thumbnail(image.width, image.height, grid)
+    sizes = [
+        fitted_size(right - left, lower - upper, config.crop_size)
+        for left, upper, right, lower in boxes
+    ]
+    if any(0 in size for size in sizes):
+        raise ImageError(
+            f"the image is {image.width} x {image.height} pixels; resized to crops of "
+            f"{config.crop_size} x {config.crop_size}, its shorter side would be 0 pixels; "
+            "cut or pad the image until its longer side is at most "
+            f"{config.crop_size} times its shorter side"
+        )
+    squares = [
+        _normalized_square(image.crop(box), size, config)
+        for box, size in zip(boxes, sizes, strict=True)
+    ]
+    return np.stack(squares), grid
+
+
+def image_placeholder_ids(grid: Grid) -> list[int]:
+    """Return the ids of an image in a prompt: one IMAGE_SLOT per crop, between indicators."""
+    rows, columns = grid
+    ids = [IMAGE_START, IMAGE_SLOT, WHOLE_IMAGE_END]
+    if _num_cells(grid) > 1:
+        row = [IMAGE_SLOT, *[NEXT_COLUMN, IMAGE_SLOT] * (columns - 1)]
+        ids += [*row, *[NEXT_ROW, *row] * (rows - 1)]
+    return [*ids, IMAGE_END]
+
+
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB. Alpha is dropped, not composited; EXIF orientation is ignored.
+
+    Raises:
+      ImageError: The image has no RGB form.
+    """
+    if image.mode == "RGB":
+        return image
+    try:
+        if image.mode == "P":
+            # The colors are the same, but Pillow warns if a transparent palette loses its alpha in
+            # one step.
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ImageError(
+            f"an image of mode {image.mode} has no RGB form: {error}; convert it first"
+        ) from error
+
+
+def fitted_size(width: int, height: int, crop_size: int) -> tuple[int, int]:
+    """Return width and height of a crop after resizing its longer side to `crop_size`.
+
+    Computed in floats, in this order: 28 x 17 at crop size 84 gives height 50, where integers give
+    51.
+    """
+    if width == height:
+        return crop_size, crop_size
+    if width > height:
+        return crop_size, int(height / width * crop_size)
+    return int(width / height * crop_size), crop_size
+
+
+def _covered_area(box: Box, crop_size: int) -> float:
+    """Area of a cell after its longer side is shrunk (never enlarged) to `crop_size`."""
+    left, upper, right, lower = box
+    longer, shorter = max(right - left, lower - upper), min(right - left, lower - upper)
+    if longer > crop_size:
+        return crop_size * (shorter / longer * crop_size)
+    return longer * shorter
+
+
+def _normalized_square(
+    cell: Image.Image, size: tuple[int, int], config: ImageProcessorConfig
+) -> np.ndarray:
+    """Resize a cell to `size`, normalize it and center it in a square: float32 [h, w, C]."""
+    width, height = size
+    # Two calls fix the order of the two 8-bit passes, which Pillow 13 reverses for tall images.
+    resized = cell.resize((width, cell.height), Image.Resampling.BICUBIC).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    # The same roundings as the original: (u8 - 127.5) / 127.5 differs in the last bit.
+    scaled = (np.asarray(resized, np.float64) * config.rescale_factor).astype(np.float32)
+    normalized = (scaled - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
+    square = np.zeros((config.crop_size, config.crop_size, 3), np.float32)
+    left, upper = (config.crop_size - width) // 2, (config.crop_size - height) // 2
+    square[upper : upper + height, left : left + width] = normalized
+    return square
+
+
+def _num_cells(grid: Grid) -> int:
+    rows, columns = grid
+    return rows * columns
+
+
+def _three_numbers(
+    fields: JsonObject, key: str, above: float = -np.inf
+) -> tuple[float, float, float]:
+    values = fields.get(key)
+    if (
+        not isinstance(values, list)
+        or len(values) != 3
+        or any(isinstance(v, bool) or not isinstance(v, int | float) or v <= above for v in values)
+    ):
+        bound = "" if above == -np.inf else f" above {above:g}"
+        raise fields.error(key, values, f"three numbers{bound}, one per color channel")
+    return values[0], values[1], values[2]

@@ -1,0 +1,184 @@
+"""Opening images: files, bytes, data URLs, Pillow images and numpy arrays become Pillow images.
+
+`open_image` is for images that the caller trusts. Code that receives images from strangers calls
+`open_image_header`, `add_image_pixels` and `decode_image` in turn: only common formats are
+accepted, and the number of pixels is checked before anything is decoded.
+"""
+
+import base64
+import binascii
+import io
+import os
+from collections.abc import Sequence
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ovis_jax.errors import ImageError
+
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+"""An image as users give it; `open_image` describes each form."""
+
+UNTRUSTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""The formats accepted from strangers. Pillow reads many more, some by starting other programs."""
+
+DEFAULT_MAX_PIXELS = 100_000_000
+"""Default limit on the total number of pixels in the images of one untrusted request."""
+
+_EXPECTED = (
+    "expected a path, the bytes of an image file, a data: URL, a PIL image or a numpy uint8 array"
+)
+_BROKEN = f"the bytes are not a whole image (supported formats: {', '.join(UNTRUSTED_FORMATS)})"
+
+
+class TooManyPixelsError(ImageError):
+    """An image, or a request with several images, that exceeds a pixel limit."""
+
+
+def open_image(source: ImageSource, name: str = "the image") -> Image.Image:
+    """Open an image.
+
+    Args:
+      source: One of
+        - a path, str or `os.PathLike`, of a file in any format that Pillow reads;
+        - the bytes of such a file;
+        - a `data:` URL of a PNG, JPEG, WebP, GIF or BMP file;
+        - a PIL image, which is returned as it is;
+        - a numpy uint8 array: [h, w] gray, [h, w, 3] RGB or [h, w, 4] RGBA.
+      name: How error messages call an image that is not a file.
+
+    Raises:
+      ImageError: The file cannot be read or decoded or exceeds Pillow's pixel limit, or the source
+        is of another type, an array of another shape or dtype, or an http(s) URL.
+    """
+    match source:
+        case Image.Image():
+            return source
+        case np.ndarray():
+            return _from_array(source, name)
+        case bytes():
+            return _decode(source, name)
+        case str() if source.startswith("data:"):
+            image = open_image_header(decode_data_url(source))
+            decode_image(image)
+            return image
+        case str() if source.startswith(("http://", "https://")):
+            raise ImageError(
+                f"{source} is a URL; images are not downloaded here, so save it and pass the path"
+            )
+        case str() | os.PathLike():
+            try:
+                with open(source, "rb") as file:
+                    data = file.read()
+            except OSError as error:
+                raise ImageError(f"{source} cannot be read: {error.strerror}") from error
+            return _decode(data, str(source))
+    raise ImageError(f"{name} is a {type(source).__name__}, {_EXPECTED}")
+
+
+def list_images(
+    images: ImageSource | Sequence[ImageSource] | None, name: str = "the prompt"
+) -> Sequence[ImageSource]:
+    """Return the given images, one image or a sequence of images or None, as a sequence.
+
+    Raises:
+      ImageError: `images` is of another type.
+    """
+    if images is None:
+        return ()
+    if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray):
+        return (images,)
+    if not isinstance(images, Sequence):
+        raise ImageError(
+            f"images of {name} is a {type(images).__name__}, {_EXPECTED}, or a list of these"
+        )
+    return images
+
+
+def decode_data_url(url: str) -> bytes:
+    """Return the bytes that a `data:` URL holds.
+
+    Raises:
+      ImageError: The URL has no comma, or its base64 is invalid.
+    """
+    head, comma, body = url.removeprefix("data:").partition(",")
+    if not comma:
+        raise ImageError("a data: URL needs a comma before its data")
+    try:
+        if head.lower().endswith(";base64"):
+            # Unquoting millions of characters takes seconds, and base64 needs no escapes.
+            return base64.b64decode(unquote_to_bytes(body) if "%" in body else body, validate=True)
+        return unquote_to_bytes(body)
+    except (binascii.Error, ValueError):
+        raise ImageError("the data: URL does not hold valid base64") from None
+
+
+def open_image_header(data: bytes) -> Image.Image:
+    """Open an untrusted image file, reading its size but decoding nothing.
+
+    Raises:
+      TooManyPixelsError: The image exceeds Pillow's pixel limit.
+      ImageError: The bytes are not an image, or the format is not in `UNTRUSTED_FORMATS`.
+    """
+    try:
+        return Image.open(io.BytesIO(data), formats=UNTRUSTED_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise TooManyPixelsError("the image has far more pixels than are read") from None
+    # Each Pillow decoder raises whatever its parser raises on a damaged file.
+    except Exception:
+        raise ImageError(_BROKEN) from None
+
+
+def add_image_pixels(pixels: int, image: Image.Image, max_pixels: int) -> int:
+    """Add the pixels of an image to those of the images before it.
+
+    Raises:
+      TooManyPixelsError: The sum exceeds `max_pixels`.
+    """
+    total = pixels + image.width * image.height
+    if total > max_pixels:
+        with_others = ", with the images before it" if pixels else ""
+        raise TooManyPixelsError(
+            f"the image is {image.width} x {image.height}{with_others}, more than "
+            f"{max_pixels} pixels"
+        )
+    return total
+
+
+def decode_image(image: Image.Image) -> None:
+    """Decode an image that `open_image_header` opened.
+
+    Raises:
+      ImageError: The image is damaged.
+    """
+    try:
+        image.load()
+    except Exception:  # see open_image_header
+        raise ImageError(_BROKEN) from None
+
+
+def _decode(data: bytes, name: str) -> Image.Image:
+    """Decode a trusted image file; error messages call it `name`."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name} cannot be decoded as an image: Pillow does not recognize its format"
+        ) from error
+    except Exception as error:  # see open_image_header
+        raise ImageError(f"{name} cannot be decoded as an image: {error}") from error
+    return image
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    shape = array.shape
+    if array.dtype != np.uint8 or not (len(shape) == 2 or len(shape) == 3 and shape[2] in (3, 4)):
+        raise ImageError(
+            f"{name} is a {array.dtype} array of shape {list(shape)}, "
+            "expected uint8 [h, w], [h, w, 3] or [h, w, 4]"
+        )
+    if 0 in shape:
+        raise ImageError(f"{name} is an array of shape {list(shape)}, which has no pixels")
+    return Image.fromarray(array)

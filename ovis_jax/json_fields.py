@@ -1,0 +1,115 @@
+"""Reading JSON objects with errors that name the file and the field."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from numbers import Integral
+from pathlib import Path
+from typing import Any, cast
+
+from ovis_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class JsonObject:
+    """A JSON object with the name that its errors start with.
+
+    Attributes:
+      values: the fields.
+      name: file and path of the object, such as "config.json: llm_config".
+    """
+
+    values: Mapping[str, Any]
+    name: str
+
+    def error(self, key: str, found: Any, expected: str) -> ConfigError:
+        """Create the error for a field with an unsupported value."""
+        return ConfigError(f"{self.name}: {key} is {found!r}, expected {expected}")
+
+    def get(self, key: str) -> Any:
+        """Return a required field."""
+        if key not in self.values:
+            raise ConfigError(f"{self.name}: {key} is missing; the field is required")
+        return self.values[key]
+
+    def get_optional(self, key: str, default: Any) -> Any:
+        """Return a field, or the default if it is missing."""
+        return self.values.get(key, default)
+
+    def require_value(self, key: str, supported: Any) -> None:
+        """Check that a field has the only supported value."""
+        if (found := self.get(key)) != supported:
+            raise self.error(key, found, f"{supported!r}, the only supported value")
+
+    def get_object(self, key: str) -> "JsonObject":
+        """Return a nested object."""
+        value = self.get(key)
+        if not isinstance(value, Mapping):
+            raise self.error(key, value, "an object")
+        return JsonObject(cast(Mapping[str, Any], value), f"{self.name}: {key}")
+
+    def get_positive_int(self, key: str) -> int:
+        """Return an integer above 0."""
+        if not is_int(value := self.get(key)) or value <= 0:
+            raise self.error(key, value, "an integer above 0")
+        return value
+
+    def get_positive_number(self, key: str) -> float:
+        """Return an integer or float above 0."""
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise self.error(key, value, "a number above 0")
+        return value
+
+    def require_divisor(self, key: str, divisor: int, of_key: str, dividend: int) -> None:
+        """Check that one field divides another."""
+        if dividend % divisor:
+            raise self.error(key, divisor, f"a divisor of {of_key} {dividend}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+      ConfigError: the file is missing or does not hold a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist; a checkpoint folder in the Hub's layout needs {path.name}"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def is_int(value: Any) -> bool:
+    """Whether a value is an integer, including numpy's integers but not True and False."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def read_positive_number_fields(
+    cls: type, obj: JsonObject, key_names: Mapping[str, str]
+) -> dict[str, Any]:
+    """Read the int and float fields of a dataclass, all of which must be above 0.
+
+    Args:
+      cls: the dataclass.
+      obj: the JSON object.
+      key_names: field of the dataclass -> key in the object, where the two differ.
+    """
+    readers = {int: obj.get_positive_int, float: obj.get_positive_number}
+    return {
+        field.name: readers[field.type](key_names.get(field.name, field.name))
+        for field in fields(cls)
+        if field.type in readers
+    }
+
+
+def write_positive_number_fields(config: Any, key_names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the JSON fields that `read_positive_number_fields` reads back."""
+    numbers = [field.name for field in fields(config) if field.type in (int, float)]
+    return {key_names.get(name, name): getattr(config, name) for name in numbers}

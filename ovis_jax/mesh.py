@@ -1,0 +1,104 @@
+"""Creating meshes, and running under a caller's mesh whose axes may be explicit.
+
+Inside the model, the compiler chooses the shardings of intermediate values. JAX calls the axes of
+such a mesh automatic. If the caller's mesh has explicit axes, as from `jax.make_mesh`, functions of
+the model switch to the same mesh with automatic axes, and back when they return.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from itertools import chain
+from typing import Any, TypeVar, cast
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from ovis_jax.errors import OvisError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Result = TypeVar("Result")
+
+
+def data_model_mesh(data: int, model: int) -> Mesh:
+    """Create a mesh of the first devices, with automatic axes "data" and "model" of these sizes.
+
+    Raises:
+      OvisError: there are fewer devices than data x model.
+    """
+    needed, devices = data * model, jax.devices()
+    if needed > len(devices):
+        raise OvisError(
+            f"mesh: data {data} x model {model} needs {needed} devices, and JAX has {len(devices)}"
+        )
+    return Mesh(np.array(devices[:needed]).reshape(data, model), ("data", "model"))
+
+
+def tensor_parallel_mesh(num_devices: int) -> Mesh | None:
+    """Create a mesh for tensor parallelism; None for a single device.
+
+    Raises:
+      OvisError: there are fewer devices.
+    """
+    return None if num_devices == 1 else data_model_mesh(1, num_devices)
+
+
+def to_automatic_axes(mesh: Mesh) -> Mesh:
+    """The same devices and axes, with all axes automatic."""
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def run_with_automatic_axes(function: Function) -> Function:
+    """Make a function of arrays run with automatic axes.
+
+    It changes the mesh in scope or, if there is none, the mesh of the arrays among the arguments.
+    Results must be passed to another such function or to `replicate_if_explicit`.
+    """
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        arrays = (x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, jax.Array))
+        meshes = chain([jax.sharding.get_abstract_mesh()], map(_mesh_of, arrays))
+        mesh = next(filter(_is_explicit, meshes), None)
+        if mesh is None:
+            return function(*args, **kwargs)
+        types = dict.fromkeys(mesh.axis_names, AxisType.Auto)
+        with jax.sharding.use_abstract_mesh(mesh.update_axis_types(types)):
+            args, kwargs = jax.tree.map(_reshard_explicit, (args, kwargs))
+            return function(*args, **kwargs)
+
+    return cast(Function, run)
+
+
+def replicate_if_explicit(results: Result) -> Result:
+    """Replicate results if the mesh in scope has explicit axes, which require a known sharding."""
+    if not _is_explicit(jax.sharding.get_abstract_mesh()):
+        return results
+    return jax.sharding.reshard(results, PartitionSpec())
+
+
+def allow_explicit_mesh(function: Function) -> Function:
+    """Make a function of arrays callable in a program whose mesh has explicit axes.
+
+    It runs with automatic axes, and its results are replicated if the caller's axes are explicit.
+    """
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return replicate_if_explicit(run_with_automatic_axes(function)(*args, **kwargs))
+
+    return cast(Function, run)
+
+
+def _is_explicit(mesh: AbstractMesh) -> bool:
+    return not mesh.empty and AxisType.Explicit in mesh.axis_types
+
+
+def _mesh_of(x: jax.Array) -> AbstractMesh:
+    return jax.typeof(x).sharding.mesh
+
+
+def _reshard_explicit(x: Any) -> Any:
+    if isinstance(x, jax.Array) and _is_explicit(_mesh_of(x)):
+        return jax.sharding.reshard(x, PartitionSpec())
+    return x

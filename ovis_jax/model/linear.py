@@ -1,0 +1,78 @@
+"""Weights and the one function that multiplies by them.
+
+A weight is a matrix [out, in], in the checkpoint's orientation, or one of the leaf types defined
+here. `linear` handles every kind, so modules need no change for a new one.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from ovis_jax.model import cpu
+from ovis_jax.model.layers import matmul_precision
+
+init_weight = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
+"""Initializer of matrices [out, in]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix with a low-rank adapter, which together act as w + b a (Hu et al. 2021, LoRA)."""
+
+    w: Float[Array, "o i"]
+    a: Float[Array, "R i"]
+    b: Float[Array, "o R"]
+
+    def merged(self) -> Float[Array, "o i"]:
+        """The single matrix w + b a, computed in float32 and rounded to the dtype of `w`."""
+        product = jnp.matmul(
+            self.b.astype(jnp.float32), self.a.astype(jnp.float32), precision="highest"
+        )
+        return (self.w.astype(jnp.float32) + product).astype(self.w.dtype)
+
+
+def linear(
+    x: Float[Array, "*rows i"],
+    w: Float[Array, "o i"] | LowRank,
+    bias: Float[Array, "o"] | None = None,
+    *,
+    out_dtype: DTypeLike | None = None,
+) -> Float[Array, "*rows o"]:
+    """Compute x w^T + bias. Products accumulate in float32.
+
+    Args:
+      x: activations.
+      w: a weight.
+      bias: added in `out_dtype`; None for no bias.
+      out_dtype: dtype of the result; None for the dtype of `x`.
+    """
+    out_dtype = out_dtype or x.dtype
+    if isinstance(w, LowRank):
+        y = linear(x, w.w, bias, out_dtype=out_dtype)
+        return y + linear(linear(x, w.a), w.b, out_dtype=out_dtype)
+    y = _matmul(x, w, np.dtype(out_dtype))
+    return y if bias is None else y + bias.astype(out_dtype)
+
+
+# `jit` traces each shape once instead of once per block; `inline` keeps it out of the program.
+@partial(jax.jit, static_argnums=2, inline=True)
+def _matmul(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
+    def matmul(x: Array, w: Array) -> Array:
+        return jnp.einsum(
+            "...i,oi->...o",
+            x,
+            w,
+            precision=matmul_precision(x),
+            preferred_element_type=out_dtype,
+        ).astype(out_dtype)
+
+    cpu_matmul = partial(cpu.matmul, out_dtype=out_dtype)
+    return jax.lax.platform_dependent(x, w, cpu=cpu_matmul, default=matmul)

@@ -1,0 +1,199 @@
+"""Ahead-of-time compilation of the model's programs for devices that are not attached.
+
+Compiling needs only the package that contains the compiler. Nothing is executed.
+"""
+
+import contextlib
+import os
+import time
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ovis_jax.inputs.batch import Inputs
+from ovis_jax.model.attention_kernels import Platform
+from ovis_jax.model.kv_cache import Cache
+from ovis_jax.model.ovis import Ovis, Params
+from ovis_jax.plan.abstract_arrays import (
+    abstract_cache,
+    abstract_inputs,
+    abstract_params,
+    abstract_token_ids,
+    decoder_matrix_shapes,
+)
+from ovis_jax.plan.hlo_analysis import (
+    bytes_per_device,
+    compiled_memory,
+    count_collectives,
+    count_kernel_calls,
+    count_weight_sized_operations,
+    max_all_reduces_per_block,
+    parse_out_of_memory_bytes,
+)
+from ovis_jax.plan.topologies import Topology
+from ovis_jax.plan.workload import Workload
+
+Program = Literal["decode", "prefill", "images"]
+REQUEST_PROGRAMS: tuple[Program, ...] = ("decode", "prefill")
+"""Programs that serve requests. "images" is the part of prefill that embeds crops."""
+
+_COMPILER_PACKAGES = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}
+INSTALL_COMMANDS = {
+    "tpu": "pip install '.[tpu]' in a clone of ovis_jax",
+    "cuda": "pip install '.[cuda12]' or '.[cuda13]' in a clone of ovis_jax",
+}
+"""How to install the compiler of a platform."""
+
+# GPU properties that the compiler requires; values of OpenXLA's h100_sxm and a100_sxm_80 specs.
+_GPU_PROPERTIES = {
+    "h100": {
+        "name": "NVIDIA H100 80GB HBM3",
+        "capability": "major: 9 feature_extension: ACCELERATED_FEATURES",
+        "core_count": 132,
+        "fpus_per_core": 128,
+        "memory_bandwidth": 3352320000000,
+        "l2_cache_size": 52428800,
+        "clock_rate_ghz": 1.98,
+        "shared_memory_per_core": 233472,
+        "shared_memory_per_block_optin": 232448,
+    },
+    "a100": {
+        "name": "NVIDIA A100-SXM4-80GB",
+        "capability": "major: 8 feature_extension: NONE",
+        "core_count": 108,
+        "fpus_per_core": 64,
+        "memory_bandwidth": 2039040000000,
+        "l2_cache_size": 41943040,
+        "clock_rate_ghz": 1.41,
+        "shared_memory_per_core": 167936,
+        "shared_memory_per_block_optin": 166912,
+    },
+}
+_COMMON_GPU_PROPERTIES = """
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+"""
+
+
+def installed_compiler(platform: str) -> str | None:
+    """Return the name and version of the installed compiler package for "tpu" or "cuda"."""
+    for package in _COMPILER_PACKAGES[platform]:
+        with contextlib.suppress(PackageNotFoundError):
+            return f"{package} {version(package)}"
+    return None
+
+
+def compile_only_devices(topology: Topology) -> list[Any]:
+    """Create devices that programs can be compiled for but not run on.
+
+    Disables the accelerators of this machine for the current process.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Nothing is executed, so another process may hold the TPU or compile at the same time.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    jax.config.update("jax_platforms", "cpu")
+    if topology.device.platform == "cuda":
+        return topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=f"1x1x{topology.shape}",
+            topology=f"1x1x{topology.shape}",
+            target_config=gpu_target_config(topology),
+        ).devices
+    options: dict[str, Any] = {}
+    if set(topology.shape) == {"1", "x"}:
+        # By default, libtpu assumes a complete host.
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if topology.kind == "v4":
+        # One device per chip, as on real hosts; by default, libtpu creates one per core.
+        options["chip_config_name"] = "megacore"
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=topology.name, **options
+    ).devices
+
+
+def gpu_target_config(topology: Topology) -> str:
+    """Format the GpuTargetConfigProto of a GPU as text."""
+    gpu = dict(_GPU_PROPERTIES[topology.kind])
+    name, capability = gpu.pop("name"), gpu.pop("capability")
+    gpu["device_memory_size"] = topology.device.memory_bytes
+    properties = " ".join(f"{key}: {value}" for key, value in gpu.items())
+    return (
+        f"gpu_device_info {{ {properties} {_COMMON_GPU_PROPERTIES}"
+        f" cuda_compute_capability {{ {capability} }} }}"
+        f' platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}'
+        f' device_description_str: "{name}"'
+    )
+
+
+def compile_program(workload: Workload, program: Program) -> Any:
+    """Compile a program for the devices of a workload.
+
+    Raises:
+      jax.errors.JaxRuntimeError: compilation failed, for example because memory is too small.
+    """
+    devices = compile_only_devices(workload.topology)
+    mesh = Mesh(np.array(devices).reshape(workload.mesh_sizes), ("data", "model"))
+    tpu = workload.topology.device.platform == "tpu"
+    platform: Platform = "tpu" if tpu else "gpu"
+    model = Ovis(workload.config, platform=platform)
+    params = unflatten_dict(abstract_params(workload, mesh), sep="/")
+    cache = abstract_cache(workload, mesh)
+    logits = NamedSharding(mesh, PartitionSpec("data", "model"))
+    out_shardings = (logits, jax.tree.map(lambda x: x.sharding, cache))
+    # Without a default device of the platform, GPU kernels are silently omitted.
+    with contextlib.nullcontext() if tpu else jax.default_device(devices[0]):
+        if program == "decode":
+            jitted = jax.jit(model.decode, donate_argnums=2, out_shardings=out_shardings)
+            tokens = abstract_token_ids(mesh, (workload.batch_size,))
+            lowered = jitted.lower(params, tokens, cache)
+        elif program == "images":
+            pixels = abstract_inputs(workload, mesh).pixels
+            lowered = jax.jit(model.embed_images).lower(params, pixels)
+        else:
+            prefill = partial(_prefill, model, workload.max_length)
+            jitted = jax.jit(prefill, out_shardings=out_shardings)
+            lowered = jitted.lower(params, abstract_inputs(workload, mesh))
+        return lowered.compile()
+
+
+def _prefill(model: Ovis, max_length: int, params: Params, inputs: Inputs) -> tuple[Any, Cache]:
+    return model.prefill(params, inputs, max_length)
+
+
+def analyze_program(workload: Workload, program: Program) -> dict[str, Any]:
+    """Compile a program and collect its memory and operations.
+
+    Returns:
+      The "arguments", "output", "aliased", "temp" and "peak" bytes of the program on one device;
+      "cache", the bytes of the KV cache; "collectives" by kind; "all_reduces_per_block";
+      "weight_sized" copies, all-gathers and all-reduces; "kernels" by name; "compile_seconds".
+      If device memory is too small: only "error", the compiler's message, and "peak", the
+      requested bytes, or None if the message does not state them.
+    """
+    start = time.perf_counter()
+    try:
+        compiled = compile_program(workload, program)
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" not in message:
+            raise
+        return {"error": message.partition("\n")[0], "peak": parse_out_of_memory_bytes(message)}
+    seconds = time.perf_counter() - start
+    hlo = compiled.as_text() or ""
+    return {
+        **compiled_memory(compiled),
+        "cache": bytes_per_device(abstract_cache(workload, workload.abstract_mesh)),
+        "collectives": count_collectives(hlo),
+        "all_reduces_per_block": max_all_reduces_per_block(hlo),
+        "weight_sized": count_weight_sized_operations(hlo, decoder_matrix_shapes(workload)),
+        "kernels": count_kernel_calls(hlo),
+        "compile_seconds": seconds,
+    }

@@ -1,0 +1,85 @@
+"""Lower bounds of latency: bytes over bandwidth and FLOPs over peak speed."""
+
+import math
+from dataclasses import dataclass
+
+from ovis_jax.model.kv_cache import num_slots
+from ovis_jax.plan.memory_estimate import MemoryEstimate
+from ovis_jax.plan.workload import Workload
+from ovis_jax.sharding import axis_letter_sizes
+
+
+@dataclass(frozen=True)
+class LatencyBounds:
+    """Minimum seconds per program on one device, and the bytes and FLOPs behind them."""
+
+    decode_bytes_read: int
+    """Bytes read per decode step: the decoder's weights and the full KV cache."""
+    decode_seconds: float
+    """Read time of these bytes, or compute time of the matrix products if that is longer."""
+    decode_bytes_sent: int
+    """Bytes that a device sends to others per decode step."""
+    decode_link_seconds: float
+    """Transfer time of these bytes, in addition to `decode_seconds`."""
+    prefill_flops: float
+    """FLOPs per device for prompts of the maximum length and all crops."""
+    prefill_seconds: float
+    """Compute time of these FLOPs."""
+
+
+def latency_bounds(workload: Workload, memory: MemoryEstimate) -> LatencyBounds:
+    """Compute the lower bounds of a decode step and of a prefill.
+
+    A decode step reads the decoder's weights and, at worst, the full KV cache. A tied embedding
+    table is read as the output matrix; lookups in a separate table are negligible. Each block sums
+    twice over "model"; with n devices, each device sends 2 (n - 1) / n of a sum.
+    """
+    device, n = workload.topology.device, axis_letter_sizes(workload.config, "decoder/")
+    data, model = workload.mesh_sizes
+    weights = memory.weights["decoder"]
+    if not workload.config.decoder.tie_embeddings:
+        weights -= n["V"] * n["D"] * workload.bytes_per_weight // model
+    bytes_read = weights + memory.cache
+    rows = workload.batch_size // data
+    flops = 2 * rows * weights / workload.bytes_per_weight
+    summed = all_reduces_per_decode_step(workload) * rows * n["D"] * workload.bytes_per_weight
+    bytes_sent = int(2 * (model - 1) / model * summed)
+    prefill = prefill_flops(workload) / workload.topology.num_devices
+    return LatencyBounds(
+        decode_bytes_read=bytes_read,
+        decode_seconds=max(bytes_read / device.memory_bandwidth, flops / device.peak_flops),
+        decode_bytes_sent=bytes_sent,
+        decode_link_seconds=bytes_sent / device.link_bandwidth,
+        prefill_flops=prefill,
+        prefill_seconds=prefill / device.peak_flops,
+    )
+
+
+def all_reduces_per_decode_step(workload: Workload) -> int:
+    """Count the all-reduces: two per block and one for the embedding lookup."""
+    return 0 if workload.mesh_sizes.model == 1 else 2 * workload.config.decoder.depth + 1
+
+
+def prefill_flops(workload: Workload) -> float:
+    """Count the FLOPs of prompts of the maximum length and all crops, over all devices.
+
+    Includes the decoder's matrices at every position, the output matrix once per row, attention
+    over all visible positions, the vision encoder's matrices at every patch and its attention, and
+    the visual head and embedding table at every visual token. A multiply-add is two FLOPs.
+    """
+    c, n = workload.config, axis_letter_sizes(workload.config, "decoder/")
+    T, B = workload.max_length, workload.batch_size
+    matrices = 2 * (n["N"] + n["K"]) * n["H"] * n["D"] + 3 * n["F"] * n["D"]
+    pairs = sum(_visible_pairs(T, num_slots(c.decoder, i, T)) for i in range(c.decoder.depth))
+    decoder = B * T * matrices * c.decoder.depth + B * n["V"] * n["D"]
+    attention = 2 * B * n["N"] * n["H"] * pairs
+    E, P, tokenizer = c.vision.width, c.vision.num_patches, c.visual_tokenizer
+    block = P * (4 * E * E + 2 * E * c.vision.mlp_width) + 2 * P * P * E
+    words = tokenizer.tokens_per_crop * tokenizer.num_words * (tokenizer.merged_width + n["D"])
+    crops = workload.num_crops * (c.vision.depth * block + words)
+    return 2.0 * (decoder + attention + crops)
+
+
+def _visible_pairs(length: int, window: int) -> int:
+    """Query-key pairs of one row under a causal mask with a sliding window."""
+    return math.comb(window + 1, 2) + (length - window) * window

@@ -1,0 +1,85 @@
+"""The smallest change that makes a workload fit, found without compiling."""
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import replace
+
+from ovis_jax.errors import OvisError
+from ovis_jax.plan.memory_estimate import estimate_memory, usable_bytes
+from ovis_jax.plan.topologies import MeshSizes
+from ovis_jax.plan.workload import Workload, default_mesh_sizes
+
+LENGTH_STEP = 128
+"""Step of the search over max-length, in positions."""
+
+
+def fits_in_memory(workload: Workload, bytes_above_estimate: int = 0) -> bool:
+    """Check whether a workload is valid and fits in the usable memory of a device.
+
+    Args:
+      workload: the workload.
+      bytes_above_estimate: bytes per device in addition to the estimate.
+    """
+    try:
+        workload.validate()
+    except OvisError:
+        return False
+    return estimate_memory(workload).peak + bytes_above_estimate <= usable_bytes(workload)
+
+
+def smallest_fitting_change(
+    workload: Workload, bytes_above_estimate: int = 0
+) -> tuple[str, Workload] | None:
+    """Find a change that makes a workload fit.
+
+    Tries, in this order: a larger "model" axis, a smaller batch, a smaller max-length, a larger
+    topology of the same kind.
+
+    Args:
+      workload: a workload that does not fit.
+      bytes_above_estimate: bytes per device by which the compiler's peak exceeds the
+        estimate; assumed to be the same after the change.
+
+    Returns:
+      The command-line options of the change, such as "--batch 4", and the changed workload. None if
+      no known topology of that kind is large enough.
+    """
+    num_devices = workload.topology.num_devices
+    for model in range(workload.mesh_sizes.model + 1, num_devices + 1):
+        data, rest = divmod(num_devices, model)
+        changed = replace(workload, mesh_sizes=MeshSizes(data, model))
+        if not rest and fits_in_memory(changed, bytes_above_estimate):
+            return f"--mesh data={data},model={model}", changed
+
+    def fits_with(**changes: int) -> bool:
+        return fits_in_memory(replace(workload, **changes), bytes_above_estimate)
+
+    batch = _largest_multiple(
+        0, workload.batch_size - 1, workload.mesh_sizes.data, lambda n: fits_with(batch_size=n)
+    )
+    if batch:
+        return f"--batch {batch}", replace(workload, batch_size=batch)
+    length = _largest_multiple(
+        max(workload.visual_tokens_per_row, 1) - 1,
+        workload.max_length - 1,
+        LENGTH_STEP,
+        lambda n: fits_with(max_length=n),
+    )
+    if length:
+        return f"--max-length {length}", replace(workload, max_length=length)
+    for topology in workload.topology.larger():
+        mesh_sizes = default_mesh_sizes(workload.config, topology.num_devices)
+        changed = replace(workload, topology=topology, mesh_sizes=mesh_sizes)
+        if fits_in_memory(changed, bytes_above_estimate):
+            return f"--topology {topology.name}", changed
+    return None
+
+
+def _largest_multiple(low: int, high: int, step: int, accepts: Callable[[int], bool]) -> int:
+    """Bisect for the largest accepted multiple of `step` in (low, high]; 0 if there is none.
+
+    If a multiple is accepted, all smaller multiples above `low` must be accepted, too.
+    """
+    multiples = range(low // step * step + step, high + 1, step)
+    count = bisect_right(multiples, False, key=lambda multiple: not accepts(multiple))
+    return multiples[count - 1] if count else 0

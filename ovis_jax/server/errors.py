@@ -1,0 +1,114 @@
+"""Errors in the format of OpenAI's API, with their HTTP status."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+ERROR_TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+"""OpenAI's type of an error by status; invalid_request_error for all others."""
+
+UNION_TAGS = {"as_text", "as_parts", "str", "list[str]"}
+"""Names in a Pydantic location that denote a member of a union, not a field."""
+
+
+class ErrorDetail(BaseModel):
+    """A message, OpenAI's error type, the field at fault, and a code for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error response."""
+
+    error: ErrorDetail
+
+
+class ApiError(HTTPException):
+    """An error response.
+
+    Args:
+      status: HTTP status.
+      message: The error message.
+      param: Path of the field at fault, such as messages[0].content.
+      code: Code for programs.
+      headers: Additional HTTP headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(status, message, {**(headers or {}), **_headers(status, code)})
+        self.param, self.code = param, code
+
+    def body(self) -> dict[str, Any]:
+        """Return the body of the response."""
+        error = {
+            "message": _printable(self.detail),
+            "type": ERROR_TYPES.get(self.status_code, "invalid_request_error"),
+            "param": self.param and _printable(self.param),
+            "code": self.code,
+        }
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        """Return the response to send."""
+        return JSONResponse(self.body(), self.status_code, self.headers)
+
+
+def bad_request(param: str, message: str, code: str = "invalid_value") -> ApiError:
+    """Return a 400 error whose message begins with the field at fault."""
+    return ApiError(400, f"{param}: {message}", param=param, code=code)
+
+
+def validation_error(errors: Sequence[Any]) -> ApiError:
+    """Convert Pydantic's errors about a body to one error that names the first field."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is not valid JSON", code="invalid_json")
+    param = field_path(first["loc"])
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] == "extra_forbidden":
+        message = "this API has no such field"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    message = f"{param or 'the body'}: {message}{more}"
+    return ApiError(422, message, param=param, code=first["type"])
+
+
+def field_path(location: Sequence[str | int]) -> str | None:
+    """Convert a Pydantic location to a path such as messages[0].content[1].text."""
+    path, after_index = "", False
+    for part in location[1:]:  # the first says that it is the body
+        if isinstance(part, int):
+            # After the index of a content part comes the tag of its type.
+            path, after_index = f"{path}[{part}]", ".content" in path
+        elif after_index:
+            after_index = False
+        elif part not in UNION_TAGS:
+            path += f".{part}"
+    return path[1:] or None
+
+
+def _headers(status: int, code: str | None) -> dict[str, str]:
+    """Return the headers that tell a client how to proceed."""
+    if status == 429:
+        return {"Retry-After": "1"}
+    if status == 401:
+        return {"WWW-Authenticate": "Bearer"}
+    return {"x-should-retry": "false"} if code == "deadline_exceeded" else {}
+
+
+def _printable(text: str) -> str:
+    """Replace unpaired surrogates, which JSON strings may hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,159 @@
+"""Images of a request: data URLs and, if allowed, images on other servers.
+
+A server that fetches URLs from its clients can be abused to reach its own network. So every address
+of a host name must be public, the connection goes to the address that was checked, and redirects
+are not followed.
+"""
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import httpcore
+from PIL import Image
+
+from ovis_jax.errors import ImageError
+from ovis_jax.inputs.open_image import (
+    TooManyPixelsError,
+    add_image_pixels,
+    decode_data_url,
+    open_image_header,
+)
+from ovis_jax.server.errors import ApiError, bad_request
+
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+"""The prefix of all public IPv6 addresses, apart from those that embed an IPv4 address."""
+
+FETCH_TIMEOUT = 10.0
+"""Maximum time to fetch one image, in seconds."""
+
+
+async def fetch_if_remote(
+    url: str, param: str, *, allow_remote: bool, max_bytes: int
+) -> str | bytes:
+    """Return the file that an image URL refers to: bytes, or the URL itself if it is a data URL.
+
+    Args:
+      url: A data URL, or an http(s) URL, which is fetched.
+      param: Path of the field that holds the URL.
+      allow_remote: Whether http(s) URLs are accepted.
+      max_bytes: Maximum size of a fetched file.
+
+    Raises:
+      ApiError: 400; the image is not accepted or cannot be fetched.
+    """
+    scheme = url[:8].partition(":")[0].lower()
+    if scheme == "data":
+        return url
+    if scheme not in ("http", "https"):
+        raise _invalid(param, "expected a data: URL, such as data:image/png;base64,...")
+    if not allow_remote:
+        message = "this server does not fetch images; send the image as a data: URL"
+        raise bad_request(param, message, "remote_image")
+    try:
+        async with asyncio.timeout(FETCH_TIMEOUT):
+            return await _fetch(url, max_bytes)
+    except TimeoutError:
+        raise _invalid(param, f"the image did not arrive within {FETCH_TIMEOUT:g} s") from None
+    except ImageError as error:
+        raise bad_request(param, str(error), "remote_image") from None
+    # Each layer below has exceptions of its own. Their messages are not for clients: they would
+    # describe the server's network.
+    except Exception:
+        raise _invalid(param, "the image cannot be fetched") from None
+
+
+def open_images(files: Sequence[tuple[str | bytes, str]], max_pixels: int) -> list[Image.Image]:
+    """Open image files and check their sizes; none is decoded.
+
+    Args:
+      files: Results of `fetch_if_remote`, each with the path of its field.
+      max_pixels: Maximum number of pixels of all images together.
+
+    Raises:
+      ApiError: 400; a file is not an image, or the images have too many pixels.
+    """
+    images: list[Image.Image] = []
+    num_pixels = 0
+    for file, param in files:
+        with image_errors(param):
+            data = decode_data_url(file) if isinstance(file, str) else file
+            images.append(open_image_header(data))
+            num_pixels = add_image_pixels(num_pixels, images[-1], max_pixels)
+    return images
+
+
+@contextmanager
+def image_errors(param: str) -> Iterator[None]:
+    """Convert an `ImageError` within the block to an `ApiError` about a field."""
+    try:
+        yield
+    except TooManyPixelsError as error:
+        raise bad_request(param, str(error), "image_too_large") from None
+    except ImageError as error:
+        raise _invalid(param, str(error)) from None
+
+
+def is_public_address(address: str) -> bool:
+    """Return whether an IP address is public: not private, local, reserved or shared."""
+    ip: Any = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 6:
+        # IPv6 addresses that embed an IPv4 address.
+        if ip.ipv4_mapped is not None or ip in NAT64:
+            return is_public_address(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        # 6to4 and Teredo embed one too, but are obsolete.
+        if ip not in GLOBAL_UNICAST or ip.sixtofour or ip.teredo:
+            return False
+    return ip.is_global and not ip.is_multicast
+
+
+class PublicAddressBackend(httpcore.AsyncNetworkBackend):
+    """Network backend that connects to public addresses only."""
+
+    def __init__(self) -> None:
+        self._inner = cast(httpcore.AsyncNetworkBackend, httpcore.AnyIOBackend())
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Resolve a host, and connect to its first address if all of them are public."""
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = [str(entry[4][0]) for entry in found]
+        if not addresses or not all(map(is_public_address, addresses)):
+            raise ImageError("the image's server is not on the public internet")
+        return await self._inner.connect_tcp(addresses[0], port, timeout, local_address)
+
+
+async def _fetch(url: str, max_bytes: int) -> bytes:
+    parts = urlsplit(url)
+    if not parts.hostname or parts.username or parts.password:
+        raise ImageError("expected http(s)://host/path without a user")
+    data = bytearray()
+    async with (
+        httpcore.AsyncConnectionPool(network_backend=PublicAddressBackend()) as pool,
+        pool.stream("GET", url.partition("#")[0]) as response,
+    ):
+        if response.status != 200:
+            raise ImageError(
+                f"the image's server responded with {response.status}; redirects are not followed"
+            )
+        async for part in response.aiter_stream():
+            data += part
+            if len(data) > max_bytes:
+                raise ImageError(f"the image is longer than {max_bytes} bytes, the maximum")
+    return bytes(data)
+
+
+def _invalid(param: str, message: str) -> ApiError:
+    return bad_request(param, message, "invalid_image")

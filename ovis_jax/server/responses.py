@@ -1,0 +1,125 @@
+"""Responses in the format of the chat-completions API, complete or as chunks of a stream."""
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ovis_jax.engine.request import Delta, Logprob, Request, TokenLogprobs
+from ovis_jax.inputs.tokenizer import BYTES, SPACE, Tokenizer
+
+MIN_LOGPROB = -9999.0
+"""OpenAI's value for log-probabilities that are too small; JSON has no infinity."""
+
+
+@dataclass(frozen=True)
+class ResponseFormatter:
+    """Formats the response to one request.
+
+    Attributes:
+      model: Name of the model.
+      request: The request.
+      tokenizer: Tokenizer of the model.
+      include_usage: Whether a stream ends with the token counts.
+    """
+
+    model: str
+    request: Request
+    tokenizer: Tokenizer
+    include_usage: bool = False
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def completion(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """Return the complete response, from the deltas of all choices."""
+        choices = []
+        for index in range(self.request.num_choices):
+            own = [delta for delta in deltas if delta.choice == index]
+            content = "".join(delta.text for delta in own)
+            logprobs = [token for delta in own for token in delta.logprobs]
+            choices.append(
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": content, "refusal": None},
+                    "logprobs": self._logprobs(logprobs),
+                    "finish_reason": own[-1].finish_reason,
+                }
+            )
+        return self._object("chat.completion", choices) | {"usage": self._usage()}
+
+    def first_chunk(self) -> str:
+        """Return the chunk that opens each choice."""
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return self._chunk([_choice(n, delta) for n in range(self.request.num_choices)])
+
+    def delta_chunks(self, delta: Delta) -> list[str]:
+        """Return the chunks of a delta: its text, and its finish reason."""
+        chunks = []
+        if delta.text or delta.logprobs:
+            logprobs = self._logprobs(delta.logprobs)
+            choice = _choice(delta.choice, {"content": delta.text}, logprobs=logprobs)
+            chunks.append(self._chunk([choice]))
+        if delta.finish_reason:
+            choice = _choice(delta.choice, {}, finish_reason=delta.finish_reason)
+            chunks.append(self._chunk([choice]))
+        return chunks
+
+    def last_chunks(self) -> list[str]:
+        """Return the chunks after all deltas: the token counts, if wanted, and the end mark."""
+        if not self.include_usage:
+            return ["[DONE]"]
+        usage = self._object("chat.completion.chunk", []) | {"usage": self._usage()}
+        return [json.dumps(usage), "[DONE]"]
+
+    def _usage(self) -> dict[str, int]:
+        prompt, completion = len(self.request.tokens), self.request.completion_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> str:
+        # A stream with token counts has them in every chunk, as null until the last.
+        usage = {"usage": None} if self.include_usage else {}
+        return json.dumps(self._object("chat.completion.chunk", choices) | usage)
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        if self.request.top_logprobs is None:
+            return None
+        content = [
+            self._token(token.token) | {"top_logprobs": [self._token(top) for top in token.top]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: Logprob) -> dict[str, Any]:
+        text, data = token_text(self.tokenizer, token.token_id)
+        return {"token": text, "logprob": max(token.logprob, MIN_LOGPROB), "bytes": list(data)}
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> tuple[str, bytes]:
+    r"""Return a token as OpenAI's API writes it, and its bytes.
+
+    A token that is one byte of a longer character has no text alone: it is written as bytes:\xNN.
+    """
+    piece = tokenizer.pieces[token_id]
+    if piece in BYTES:
+        return f"bytes:\\x{BYTES[piece]:02x}", bytes([BYTES[piece]])
+    text = piece.replace(SPACE, " ")
+    return text, text.encode()
+
+
+def _choice(index: int, delta: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | fields

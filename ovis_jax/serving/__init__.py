@@ -1,1 +1,0 @@
-"""What stands between a loaded model and many users: a server and a page."""

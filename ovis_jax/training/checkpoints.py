@@ -1,0 +1,147 @@
+"""Checkpoints of a training run: parameters, optimizer state, and the position in the data."""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import orbax.checkpoint as ocp
+
+from ovis_jax.checkpoint.file_io import write_json
+from ovis_jax.checkpoint.output_dirs import check_disk_space
+from ovis_jax.errors import CheckpointError
+from ovis_jax.json_fields import read_json
+from ovis_jax.training.train_step import TrainState
+
+RUN_FILE = "run.json"
+
+
+class TrainingCheckpoints:
+    """The checkpoints in the output folder of a run; they are saved in the background.
+
+    Only complete checkpoints count. If saving is interrupted, the earlier checkpoints remain.
+
+    Args:
+      folder: output folder of the run; created if it does not exist.
+      save_total_limit: number of checkpoints to keep.
+      run_settings: settings that determine the result, as JSON. A run resumes only with the
+        settings of its checkpoints.
+      changeable: dotted names of settings that may differ when a run resumes.
+
+    Raises:
+      CheckpointError: the folder has checkpoints of another run.
+      OSError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        save_total_limit: int,
+        run_settings: Mapping[str, Any],
+        changeable: Collection[str] = (),
+    ):
+        self._folder = folder.resolve()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        checkpoints = self._folder / "checkpoints"
+        has_run = (self._folder / RUN_FILE).exists() and checkpoints.exists()
+        if has_run and ocp.utils.checkpoint_steps(checkpoints):
+            self._check_same_run(run_settings, changeable)
+        # Renaming keeps the file intact if the process is killed.
+        partial = self._folder / f"{RUN_FILE}.new"
+        write_json(partial, run_settings)
+        partial.replace(self._folder / RUN_FILE)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=save_total_limit, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(checkpoints, options=options)
+
+    def _check_same_run(self, run_settings: Mapping[str, Any], changeable: Collection[str]) -> None:
+        before = read_json(self._folder / RUN_FILE)
+        now = json.loads(json.dumps({name: run_settings.get(name) for name in before}))
+        changes = _differences(before, now)
+        if lines := [line for name, line in sorted(changes.items()) if name not in changeable]:
+            raise CheckpointError(
+                f"{self._folder} has the checkpoints of another run: {'; '.join(lines)}; restore"
+                " these settings to resume it, or choose another output_dir"
+            )
+
+    def latest_step(self) -> int | None:
+        """Return the step of the latest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, data_position: Mapping[str, Any]) -> None:
+        """Start saving a checkpoint, after the previous one is complete.
+
+        Raises:
+          OSError: the disk is full, now or while the previous checkpoint was written.
+        """
+        self.wait()
+        check_disk_space(self._folder, sum(x.nbytes for x in jax.tree.leaves(state)))
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(cast(Any, state)),
+            data=ocp.args.JsonSave(dict(data_position)),
+        )
+        self._manager.save(int(state.step), args=arguments)
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Restore the latest checkpoint.
+
+        Args:
+          like: a state with the shapes, dtypes and shardings of the result.
+
+        Returns:
+          The state and the position in the data.
+
+        Raises:
+          CheckpointError: the checkpoint cannot be read, or has other shapes.
+        """
+        step = self._manager.latest_step()
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardRestore(cast(Any, abstract)), data=ocp.args.JsonRestore()
+        )
+        # orbax passes on any exception of its backends.
+        try:
+            restored = self._manager.restore(step, args=arguments)
+        except Exception as error:
+            raise CheckpointError(
+                f"{self._folder / 'checkpoints' / str(step)} cannot be restored: {_short(error)};"
+                " remove that folder to resume from the previous checkpoint"
+            ) from error
+        return restored["state"], restored["data"]
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being saved is complete.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise OSError(
+                f"a checkpoint could not be written to {self._folder}: {_short(error)}; the latest"
+                f" complete one is of step {self.latest_step()}; free disk space and run the same"
+                " command again"
+            ) from error
+
+    def close(self) -> None:
+        """Wait until saving is complete, and close the folder."""
+        self.wait()
+        self._manager.close()
+
+
+def _short(error: Exception) -> str:
+    """Return the start of a message: orbax appends whole parameter trees."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _differences(before: Any, now: Any, name: str = "") -> dict[str, str]:
+    """Describe the differences between two JSON values by dotted name."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = before.keys() | now.keys()
+        pairs = [(f"{name}.{key}".strip("."), before.get(key), now.get(key)) for key in keys]
+        return {k: line for key, a, b in pairs for k, line in _differences(a, b, key).items()}
+    return {} if before == now else {name: f"{name} was {before!r} and is {now!r}"}

@@ -1,0 +1,174 @@
+"""One optimizer step in one jitted program: gradients of all micro-batches, then AdamW."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Float
+
+from ovis_jax.errors import RequestError
+from ovis_jax.inputs.conversation import IGNORE_INDEX
+from ovis_jax.model.ovis import Ovis, Params
+from ovis_jax.training.config import StepConfig
+from ovis_jax.training.losses import (
+    PreferenceBatch,
+    TrainBatch,
+    answer_log_probs,
+    cross_entropy_loss,
+    dpo_loss,
+)
+from ovis_jax.training.trainable import FlatParams, join_params
+
+
+class TrainState(NamedTuple):
+    """What a step updates.
+
+    Attributes:
+      trainable: the trainable parameters, or adapters, by path; float32.
+      opt_state: the optimizer's state.
+      step: int32, the number of finished steps.
+    """
+
+    trainable: FlatParams
+    opt_state: optax.OptState
+    step: Array
+
+
+class StepMetrics(NamedTuple):
+    """Measurements of one step, float32.
+
+    Attributes:
+      loss: mean over answer tokens, or over preference pairs.
+      grad_norm: global norm of the gradient before clipping.
+      learning_rate: learning rate of the step.
+      num_targets: number of answer tokens, or of preference pairs.
+    """
+
+    loss: Array
+    grad_norm: Array
+    learning_rate: Array
+    num_targets: Array
+
+
+def learning_rate_at(config: StepConfig, step: Any) -> Array:
+    """Return the learning rate of a step, counted from 0: linear warm-up and linear decay."""
+    rising = (step + 1) / max(config.warmup_steps, 1)
+    falling = (config.max_steps - step) / max(config.decay_steps, 1)
+    return config.learning_rate * jnp.clip(jnp.minimum(rising, falling), 0.0, 1.0)
+
+
+def make_optimizer(config: StepConfig) -> optax.GradientTransformation:
+    """Return AdamW after clipping by the global norm; weight decay applies to matrices only."""
+    adamw = optax.adamw(
+        partial(learning_rate_at, config),
+        b1=config.adam_beta1,
+        b2=config.adam_beta2,
+        weight_decay=config.weight_decay,
+        mask=partial(jax.tree.map, lambda x: x.ndim >= 2),
+    )
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def init_train_state(config: StepConfig, trainable: FlatParams) -> TrainState:
+    """Return the state before the first step, with a float32 copy of the trainable parameters."""
+    trainable = {path: jnp.array(x, jnp.float32) for path, x in trainable.items()}
+    return TrainState(trainable, make_optimizer(config).init(trainable), jnp.int32(0))
+
+
+def stack_micro_batches(
+    batches: Sequence[TrainBatch | PreferenceBatch],
+) -> TrainBatch | PreferenceBatch:
+    """Stack micro-batches of one shape along a new leading axis, as `train_step` expects them.
+
+    Raises:
+      RequestError: there are no micro-batches, or their shapes differ.
+    """
+    shapes = {tuple(jnp.shape(x) for x in jax.tree.leaves(batch)) for batch in batches}
+    if len(shapes) != 1:
+        raise RequestError(f"micro-batches have {len(shapes)} shapes, expected one: {shapes}")
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
+
+
+@partial(jax.jit, static_argnames=("model", "config", "lora_scale"), donate_argnames="state")
+def train_step(
+    model: Ovis,
+    config: StepConfig,
+    state: TrainState,
+    frozen: FlatParams,
+    batches: TrainBatch | PreferenceBatch,
+    lora_scale: float = 1.0,
+) -> tuple[TrainState, StepMetrics]:
+    """Update the trainable parameters as if all micro-batches were one batch.
+
+    Args:
+      model: static; with `remat` its blocks are recomputed in the backward pass.
+      config: static.
+      state: donated.
+      frozen: the frozen parameters by path, in any dtype.
+      batches: micro-batches, stacked by `stack_micro_batches`.
+      lora_scale: static; factor on the products of adapters.
+
+    Returns:
+      The next state, and the metrics over all micro-batches.
+    """
+    loss_and_grad = jax.value_and_grad(
+        partial(_summed_loss, model, config, lora_scale), has_aux=True
+    )
+
+    def accumulate(sums: tuple[FlatParams, Array, Array], batch: TrainBatch | PreferenceBatch):
+        (loss, count), gradients = loss_and_grad(state.trainable, frozen, batch)
+        return jax.tree.map(jnp.add, sums, (gradients, loss, count)), None
+
+    zero = jnp.float32(0)
+    sums = (jax.tree.map(jnp.zeros_like, state.trainable), zero, zero)
+    (gradients, loss, count), _ = jax.lax.scan(accumulate, sums, batches)
+    count = jnp.maximum(count, 1.0)
+    gradients = jax.tree.map(lambda x: x / count, gradients)
+    updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.trainable)
+    trainable = cast(FlatParams, optax.apply_updates(state.trainable, updates))
+    grad_norm = optax.tree.norm(gradients)
+    metrics = StepMetrics(loss / count, grad_norm, learning_rate_at(config, state.step), count)
+    return TrainState(trainable, opt_state, state.step + 1), metrics
+
+
+def _summed_loss(
+    model: Ovis,
+    config: StepConfig,
+    lora_scale: float,
+    trainable: FlatParams,
+    frozen: FlatParams,
+    batch: TrainBatch | PreferenceBatch,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return a micro-batch's loss summed over tokens or pairs, and their number."""
+    cast_all = partial(jax.tree.map, lambda x: x.astype(config.compute_dtype))
+    params = join_params(cast_all(trainable), cast_all(frozen), lora_scale)
+    if isinstance(batch, TrainBatch):
+        return cross_entropy_loss(model.forward(params, batch.inputs)[0], batch.labels)
+    chosen = _answer_log_probs(model, params, batch.chosen)
+    losses = dpo_loss(
+        chosen,
+        _answer_log_probs(model, params, batch.rejected),
+        batch.reference_chosen,
+        batch.reference_rejected,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+    )
+    lengths = jnp.maximum(jnp.sum(batch.chosen.labels != IGNORE_INDEX, axis=1), 1)
+    losses -= config.rpo_alpha * chosen / lengths
+    return jnp.sum(losses), jnp.float32(losses.shape[0])
+
+
+@partial(jax.jit, static_argnames="model")
+def reference_log_probs(
+    model: Ovis, params: Params, batches: TrainBatch
+) -> Float[Array, "micro B"]:
+    """Return the log-probabilities of the answers of stacked micro-batches."""
+    return jax.lax.map(partial(_answer_log_probs, model, params), batches)
+
+
+def _answer_log_probs(model: Ovis, params: Params, batch: TrainBatch) -> Float[Array, "B"]:
+    return answer_log_probs(model.forward(params, batch.inputs)[0], batch.labels)

@@ -1,0 +1,402 @@
+"""The training loop: steps, validation and checkpoints, resumable after any step."""
+
+import math
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, cast
+
+import grain
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+from ovis_jax.checkpoint.adapters import save_adapters
+from ovis_jax.checkpoint.params import load_params, read_config_dtype, save_params
+from ovis_jax.checkpoint.resolve import find_processor_files, resolve_checkpoint
+from ovis_jax.checkpoint.safetensors_reader import DTYPES
+from ovis_jax.config import OvisConfig
+from ovis_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
+from ovis_jax.evaluation.batch_answering import (
+    accuracy_by_kind,
+    answer_rows,
+    check_has_expected_answer,
+)
+from ovis_jax.inputs.dataset import Dataset, read_dataset
+from ovis_jax.inputs.processor import Processor
+from ovis_jax.loading import LoadedOvis
+from ovis_jax.mesh import data_model_mesh
+from ovis_jax.model.lora import init_adapters
+from ovis_jax.model.ovis import Ovis
+from ovis_jax.sharding import RULES_BY_NAME, TENSOR, adapter_shapes, adapter_shardings, param_shapes
+from ovis_jax.training.batches import RowEncoder, iterate_batches
+from ovis_jax.training.checkpoints import TrainingCheckpoints
+from ovis_jax.training.config import MeshConfig, TrainConfig
+from ovis_jax.training.losses import PreferenceBatch, TrainBatch
+from ovis_jax.training.reporting import MetricsWriter, ProgressBar, read_metrics
+from ovis_jax.training.train_step import (
+    StepMetrics,
+    init_train_state,
+    reference_log_probs,
+    train_step,
+)
+from ovis_jax.training.trainable import FlatParams, join_params, split_params
+
+MODEL_FOLDER = "model"
+ADAPTERS_FOLDER = "adapters"
+CHANGEABLE = ("config.training.learning_rate", "config.training.max_grad_norm")
+"""Settings that may change when a run resumes, so that a run that diverged can continue."""
+
+
+class Trainer:
+    """A training run, loaded from its config.
+
+    Args:
+      config: config of the run.
+      console: where progress is printed.
+
+    Raises:
+      ConfigError: the config contradicts the model or the devices.
+      DataError: a dataset file is invalid, or a row is and invalid rows are errors.
+      CheckpointError: the model cannot be loaded.
+      OvisError: the mesh needs more devices than there are.
+    """
+
+    def __init__(self, config: TrainConfig, console: Console):
+        self._config, self._console = config, console
+        self._mesh = mesh = None if config.mesh is None else _make_mesh(config)
+        self._train_set = _read_rows(config, config.data.train_files)
+        self._validation_set = _read_rows(config, config.data.validation_files, validation=True)
+        self._source = resolve_checkpoint(config.model).folder
+        ovis_config = OvisConfig.from_folder(self._source)
+        self._processor = Processor.from_folder(self._source, ovis_config)
+        self._model = Ovis(ovis_config, remat=config.run.remat)
+        rules = RULES_BY_NAME[config.mesh.rules] if config.mesh else TENSOR
+        params = load_params(self._source, ovis_config, mesh=mesh, rules=rules)
+        if config.lora is None:
+            trainable, frozen = split_params(params, config.trainable)
+        else:
+            trainable = init_adapters(
+                params,
+                jax.random.key(config.run.seed),
+                rank=config.lora.rank,
+                target_modules=config.lora.target_modules,
+            )
+            frozen = cast(FlatParams, flatten_dict(params, sep="/"))
+            if mesh is not None:
+                shardings = adapter_shardings(ovis_config, mesh, rules)
+                trainable = {
+                    path: jax.device_put(x, shardings[path]) for path, x in trainable.items()
+                }
+        self._frozen = self._cast(frozen)
+        self._reference = None
+        if config.training.objective == "dpo":
+            # LoRA starts at zero, so the reference model is the frozen base.
+            self._reference = join_params(
+                {} if config.lora else self._cast(trainable), self._frozen
+            )
+        state = init_train_state(config.training, trainable)
+        self._state = jax.tree.map(lambda x: x if x.ndim else self._place(x), state)
+        self._encode_row = RowEncoder(self._processor, config.data)
+
+    def train(self) -> bool:
+        """Start the run, or resume it from its latest checkpoint.
+
+        Writes to the folder `output_dir`: run.json, checkpoints/, metrics.jsonl, tensorboard/, and
+        at the end loss.png and either model/, a converted folder in the dtype of the initial model,
+        or adapters/. On SIGTERM or SIGINT it finishes the current step and saves a checkpoint.
+
+        Returns:
+          Whether the run is complete; otherwise another call resumes it.
+
+        Raises:
+          DataError: a row is invalid and invalid rows are errors.
+          CheckpointError: the output folder belongs to another run, or has a result without the
+            checkpoint of its last step.
+          TrainingError: the loss or the gradient is not finite.
+          OSError: a file cannot be read or written, or the disk is full; the latest checkpoint
+            remains.
+        """
+        config, console = self._config, self._console
+        errors = (*self._train_set.errors, *self._validation_set.errors)
+        for error in errors:
+            console.print(f"skipped: {error}", markup=False, soft_wrap=True)
+        num_train, num_validation = len(self._train_set.rows), len(self._validation_set.rows)
+        console.print(
+            f"{num_train:,} training rows, {num_validation:,} validation rows", highlight=False
+        )
+        checkpoints = TrainingCheckpoints(
+            config.output_dir, config.run.save_total_limit, self._run_settings(), CHANGEABLE
+        )
+        latest, max_steps = checkpoints.latest_step(), config.training.max_steps
+        if self._result_folder.exists() and (latest or 0) < max_steps:
+            checkpoints.close()
+            raise CheckpointError(
+                f"{self._result_folder} exists, and the checkpoint of its last step does not; move"
+                " the folder, or choose another output_dir"
+            )
+        batches = iterate_batches(self._train_set.rows, self._encode_row, config.run.seed)
+        if latest is not None:
+            self._state, position = checkpoints.restore(self._state)
+            batches.set_state(position)
+            console.print(f"resumed at step {latest}")
+        with _StopSignal() as stop:
+            step = self._run_steps(checkpoints, batches, stop)
+            if step == max_steps:
+                self._write_result()
+        if num_skipped := len(errors) + len(self._encode_row.skipped):
+            console.print(f"rows skipped: {num_skipped:,}", highlight=False)
+        if step < max_steps:
+            console.print(f"stopped at step {step}; run the same command to resume")
+            return False
+        console.print(f"result: {self._result_folder}", soft_wrap=True)
+        return True
+
+    def _run_steps(
+        self, checkpoints: TrainingCheckpoints, batches: grain.DatasetIterator, stop: "_StopSignal"
+    ) -> int:
+        """Run the remaining steps, or those until a stop is requested; return the last step."""
+        run, max_steps = self._config.run, self._config.training.max_steps
+        step = saved_step = int(self._state.step)
+        metrics = None
+        writer = MetricsWriter(self._config.output_dir, step)
+        lines = read_metrics(self._config.output_dir)
+        reported: set[str] = set()
+
+        def report_skipped() -> None:
+            for name in self._encode_row.skipped.keys() - reported:
+                bar.print(f"skipped: {self._encode_row.skipped[name]}")
+                reported.add(name)
+
+        def validate_if_due() -> None:
+            is_due = step == max_steps or (step and step % run.eval_steps == 0)
+            if not (self._validation_set.rows and is_due) or stop.requested:
+                return
+            accuracies = self._validation_accuracy(stop)
+            report_skipped()
+            if accuracies:
+                mean = float(np.mean(list(accuracies.values())))
+                writer.write(step, {"accuracy": mean, "accuracy_by_kind": accuracies})
+                bar.print(
+                    f"step {step}: {mean:.1%} exact match on validation rows, mean over kinds"
+                )
+
+        def save() -> int:
+            _finite_metrics(metrics, step)  # a diverged state must not replace a good checkpoint
+            checkpoints.save(self._state, batches.get_state())
+            return step
+
+        # On an error, closing waits for a checkpoint that is being saved.
+        with closing(checkpoints), ProgressBar(self._console, step, max_steps) as bar:
+            if not any("accuracy" in line and line["step"] == step for line in lines):
+                validate_if_due()  # the run stopped before or during this validation
+            while step < max_steps and not stop.requested:
+                batch = self._place_batch(next(batches))
+                self._state, metrics = train_step(
+                    self._model,
+                    self._config.training,
+                    self._state,
+                    self._frozen,
+                    batch,
+                    self._config.lora_scale,
+                )
+                step += 1
+                is_last = step == max_steps
+                rate = bar.update(step, _num_tokens(batch), metrics.loss)
+                if is_last or step % run.logging_steps == 0:
+                    writer.write(step, _finite_metrics(metrics, step) | {"tokens_per_second": rate})
+                report_skipped()
+                if is_last or step % run.save_steps == 0:
+                    saved_step = save()
+                validate_if_due()
+            if saved_step < step:
+                save()
+        batches.close()
+        writer.close()
+        return step
+
+    def _validation_accuracy(self, stop: "_StopSignal") -> dict[str, float]:
+        """Return the accuracy on the validation rows by kind, or {} if a stop is requested."""
+        trainable = self._cast(self._state.trainable)
+        params = join_params(trainable, self._frozen, self._config.lora_scale)
+        answers = answer_rows(
+            LoadedOvis(self._model.config, self._model, params, self._processor),
+            self._validation_set.rows,
+            max_new_tokens=self._config.run.max_new_tokens,
+            max_partition=self._config.data.max_partition,
+            skipped=self._encode_row.skipped if self._config.data.invalid_rows == "skip" else None,
+        )
+        outcomes = []
+        for answer in answers:
+            if stop.requested:
+                return {}
+            outcomes.append((answer.row.kind or "all", answer.is_correct))
+        accuracies = accuracy_by_kind(outcomes)
+        return {kind: accuracy.fraction for kind, accuracy in accuracies.items()}
+
+    def _cast(self, params: FlatParams) -> FlatParams:
+        dtype = self._config.training.compute_dtype
+        return {path: x.astype(dtype) for path, x in params.items()}
+
+    def _place(self, arrays: Any, *axes: str | None) -> Any:
+        """Shard arrays over these mesh axes; without a mesh they are unchanged."""
+        if self._mesh is None:
+            return arrays
+        return jax.device_put(arrays, NamedSharding(self._mesh, PartitionSpec(*axes)))
+
+    def _place_batch(self, batch: TrainBatch | PreferenceBatch) -> TrainBatch | PreferenceBatch:
+        """Shard a step's batch, and add the reference log-probabilities to preference pairs."""
+        batch = self._place(batch, None, "data")
+        if isinstance(batch, TrainBatch) or self._reference is None:
+            return batch
+        return batch._replace(
+            reference_chosen=reference_log_probs(self._model, self._reference, batch.chosen),
+            reference_rejected=reference_log_probs(self._model, self._reference, batch.rejected),
+        )
+
+    def _run_settings(self) -> dict[str, Any]:
+        """Return the settings that determine the result; the others may change on resuming."""
+        config = self._config
+        values = config.model_dump(
+            mode="json",
+            exclude={
+                "output_dir": True,
+                "mesh": True,
+                "run": {
+                    "logging_steps",
+                    "save_steps",
+                    "save_total_limit",
+                    "eval_steps",
+                    "max_new_tokens",
+                },
+                "data": {"validation_files"},
+            },
+        )
+        unpadded = param_shapes(self._model.config)
+        if config.lora is not None:
+            unpadded = adapter_shapes(self._model.config, config.lora.rank)
+        trainable = self._state.trainable
+        return {
+            "config": values,
+            "model": self._model.config.to_hf()[0],
+            # A mesh may pad the visual vocabulary.
+            "padded": {k: list(x.shape) for k, x in trainable.items() if x.shape != unpadded[k]},
+            "rows": len(self._train_set.rows),
+        }
+
+    @property
+    def _result_folder(self) -> Path:
+        name = MODEL_FOLDER if self._config.lora is None else ADAPTERS_FOLDER
+        return self._config.output_dir / name
+
+    def _write_result(self) -> None:
+        """Write the adapters, or the model with the tokenizer of the initial model."""
+        folder, config = self._result_folder, self._model.config
+        if folder.exists():
+            return
+        if self._config.lora is not None:
+            save_adapters(folder, self._state.trainable, config, scale=self._config.lora_scale)
+            return
+        params = join_params(self._state.trainable, self._frozen)
+        files = {
+            name: path.read_bytes() for name, path in find_processor_files(self._source).items()
+        }
+        dtype = DTYPES[read_config_dtype(self._source)]
+        save_params(folder, params, config, dtype=dtype, files=files)
+
+
+def _make_mesh(config: TrainConfig) -> Mesh:
+    sizes, rows = cast(MeshConfig, config.mesh), config.data.micro_batch_size
+    mesh = data_model_mesh(sizes.data, sizes.model)
+    if rows % sizes.data:
+        raise ConfigError(
+            f"data.micro_batch_size is {rows}, expected a multiple of the size of mesh axis data,"
+            f" {sizes.data}"
+        )
+    return mesh
+
+
+def _read_rows(config: TrainConfig, paths: Sequence[Path], *, validation: bool = False) -> Dataset:
+    """Read dataset files; invalid rows are an error unless the config skips them."""
+    if not paths:
+        return Dataset((), ())
+    dataset = read_dataset(paths)
+    if validation:
+        dataset = _check_validation_rows(dataset)
+    if dataset.errors and config.data.invalid_rows == "error":
+        more = len(dataset.errors) - 1
+        raise DataError(
+            f"{dataset.errors[0]}{f' (and {more} more invalid rows)' if more else ''}; fix the row,"
+            ' or skip invalid rows with data.invalid_rows="skip"'
+        )
+    if not dataset.rows:
+        raise DataError(f"{', '.join(map(str, paths))}: no valid rows; {dataset.errors[0]}")
+    needs_pairs = config.training.objective == "dpo"
+    for row in dataset.rows:
+        if (row.preference is not None) != needs_pairs and not validation:
+            fields = "prompt, chosen and rejected" if needs_pairs else "conversations"
+            raise DataError(
+                f"{row.name}: training.objective={config.training.objective} needs rows with"
+                f" {fields}"
+            )
+    return dataset
+
+
+def _check_validation_rows(dataset: Dataset) -> Dataset:
+    """Check what can be checked before images are decoded: expected answers and image files."""
+    rows, errors = [], list(dataset.errors)
+    for row in dataset.rows:
+        missing = [path for path in row.image_paths if not os.path.isfile(path)]
+        try:
+            check_has_expected_answer(row)
+            if missing:
+                raise DataError(f"{row.name}: image file {missing[0]} does not exist")
+            rows.append(row)
+        except DataError as error:
+            errors.append(str(error))
+    return Dataset(tuple(rows), tuple(errors))
+
+
+def _num_tokens(batch: TrainBatch | PreferenceBatch) -> int:
+    """Return the number of positions in a batch without padding."""
+    parts = (batch,) if isinstance(batch, TrainBatch) else (batch.chosen, batch.rejected)
+    return sum(int(np.count_nonzero(np.asarray(part.inputs.positions) >= 0)) for part in parts)
+
+
+def _finite_metrics(metrics: StepMetrics | None, step: int) -> dict[str, float]:
+    """Return the metrics of a step as floats.
+
+    Raises:
+      TrainingError: the loss or the gradient norm is not finite.
+    """
+    values = {} if metrics is None else {k: float(v) for k, v in metrics._asdict().items()}
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values.get(name, 0.0)):
+            raise TrainingError(
+                f"the {name} of step {step} is {values[name]}; resume from the last checkpoint with"
+                " a smaller training.learning_rate or training.max_grad_norm"
+            )
+    return values
+
+
+class _StopSignal:
+    """Context where a first SIGTERM or SIGINT requests a stop, and a second ends the process."""
+
+    requested = False
+
+    def __enter__(self) -> "_StopSignal":
+        signals = (signal.SIGTERM, signal.SIGINT)
+        self._previous: dict[int, Any] = {x: signal.signal(x, self._request) for x in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
+        signal.signal(number, self._previous[number])

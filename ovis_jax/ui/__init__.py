@@ -1,0 +1,1 @@
+"""The Gradio page: chat with a model about images in the browser."""

@@ -1,0 +1,252 @@
+"""The layout of the page, and serving it.
+
+The page loads no fonts, scripts or statistics from other servers.
+"""
+
+import html
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ovis_jax.ui.private_dir import SERVED_DIR  # must come before Gradio
+
+# isort: split
+import gradio as gr
+from gradio import themes
+from gradio.components import Component
+from starlette.middleware import Middleware
+
+from ovis_jax.engine.scheduler import Scheduler
+from ovis_jax.inputs.processor import Processor
+from ovis_jax.server.host_check import HostCheckMiddleware
+from ovis_jax.ui.conversation import Conversation
+from ovis_jax.ui.events import EMPTY_BOX, BoxContent, PageEvents, restore_question, start_new_chat
+from ovis_jax.ui.image_preview import NO_IMAGES_HTML
+from ovis_jax.ui.security import (
+    BlockedRoutesMiddleware,
+    ContentSecurityPolicyMiddleware,
+    KnownFilesBlocks,
+)
+
+ASSETS = Path(__file__).parents[1] / "assets" / "page"
+
+EXAMPLES = {
+    "shapes.png": "Describe the picture.",
+    "word.png": "Which word is in the picture?",
+    "digit.png": "Welche Ziffer zeigt das Bild?",
+    "wide.png": "Where is the green heart?",
+}
+"""Images that are not in the training data of ovis-tiny, each with a question."""
+
+MAX_TOKENS_CHOICES = [64, 128, 256, 512, 1024, 2048]
+"""The limits on the length of an answer that visitors can choose from."""
+
+MAX_FILE_SIZE = "50mb"
+
+UPLOAD_LIFETIME = 24 * 3600
+"""Time after which an upload is deleted, in seconds; all are deleted when the process exits."""
+
+
+def create_page(scheduler: Scheduler, processor: Processor, model_name: str) -> gr.Blocks:
+    """Lay out the page for one model.
+
+    Args:
+      scheduler: The engine.
+      processor: Processor of the model.
+      model_name: Name of the model that visitors see.
+    """
+    examples = _copy_examples()
+    with KnownFilesBlocks(
+        title=f"Ovis: {model_name}",
+        analytics_enabled=False,
+        fill_width=True,
+        delete_cache=(3600, UPLOAD_LIFETIME),
+    ) as page:
+        gr.HTML(
+            f"<h1>Ask about your pictures</h1><p>Chat with <b>{html.escape(model_name)}</b>. "
+            "Attach one or more pictures and ask questions about them.</p>",
+            elem_id="head",
+        )
+        with gr.Row(elem_id="body"):
+            with gr.Column(scale=5, min_width=420):
+                chat, box, status, new_chat = _chat_column(examples)
+            with gr.Column(scale=2, min_width=320, elem_id="side"):
+                gr.HTML("<h2>What the model sees</h2>")
+                preview = gr.HTML(NO_IMAGES_HTML, elem_id="pictures")
+                max_partition = gr.Slider(
+                    1,
+                    9,
+                    9,
+                    step=1,
+                    label="Maximum cells per picture",
+                    info="max_partition: fewer cells take fewer tokens",
+                    elem_id="partition",
+                )
+                with gr.Accordion("Generation settings", open=False, elem_id="controls"):
+                    controls = _generation_controls()
+        # The chat is never an input, because a browser could put any path into it.
+        messages, conversation, question, last_preview = map(
+            gr.State, ((), Conversation(), EMPTY_BOX, None)
+        )
+        events = PageEvents(scheduler, processor, examples)
+        private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        unlimited: dict[str, Any] = private | {"concurrency_limit": None}
+        preview_images: dict[str, Any] = unlimited | {
+            "fn": events.preview_images,
+            "inputs": [box, conversation, max_partition, last_preview],
+            "outputs": [box, preview, last_preview],
+            "trigger_mode": "always_last",
+        }
+        submit: dict[str, Any] = unlimited | {
+            "fn": events.submit_question,
+            "inputs": [box, messages, conversation],
+            "outputs": [box, chat, messages, conversation, question, status, new_chat],
+        }
+        answer: dict[str, Any] = unlimited | {
+            "fn": events.generate_answer,
+            "inputs": [messages, conversation, question, max_partition, *controls],
+            "outputs": [chat, messages, conversation, box, status, new_chat],
+        }
+        # For errors outside of `generate_answer`, such as a control that Gradio rejects.
+        restore: dict[str, Any] = unlimited | {
+            "fn": restore_question,
+            "inputs": [messages, conversation, question],
+            "outputs": answer["outputs"],
+        }
+        gr.on([box.change, max_partition.change], **preview_images)
+        box.submit(**submit).success(**answer).failure(**restore)
+        selected = chat.example_select(events.select_example, None, box, **private)
+        selected.success(**submit).success(**answer).failure(**restore)
+        box.stop(events.stop_answer, queue=False, **private)
+        everything = [chat, messages, conversation, box, status, preview, last_preview]
+        gr.on([new_chat.click, chat.clear], start_new_chat, None, everything, **private)
+        page.unload(events.close_session)
+    page.example_files = frozenset(path for example in examples for path in example["files"])
+    box.keep_in_cache.update(page.example_files)  # `delete_cache` must not remove them
+    return page
+
+
+def launch_page(page: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> str:
+    """Serve a page from another thread until it is closed.
+
+    Args:
+      page: The page.
+      host: Address to listen on.
+      port: Port to listen on; None for the first free one from 7860.
+
+    Returns:
+      The page's URL.
+
+    Raises:
+      OSError: The port is taken, or the host is not this machine.
+    """
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        ssr_mode=False,
+        num_workers=0,  # worker processes would not have the middleware
+        mcp_server=False,
+        run_history=False,
+        # Not empty: otherwise Gradio reads an environment variable instead.
+        allowed_paths=[str(SERVED_DIR / "examples")],
+        max_file_size=MAX_FILE_SIZE,
+        footer_links=[],
+        enable_monitoring=False,
+        app_kwargs={
+            "middleware": [
+                Middleware(ContentSecurityPolicyMiddleware),
+                Middleware(HostCheckMiddleware, host=host),
+                Middleware(BlockedRoutesMiddleware),
+            ]
+        },
+        theme=_theme(),
+        css_paths=ASSETS / "page.css",
+    )
+    return url
+
+
+def _copy_examples() -> list[BoxContent]:
+    """Copy the examples' images to the folder that Gradio may serve."""
+    folder = SERVED_DIR / "examples"
+    folder.mkdir(exist_ok=True)
+    return [
+        {"text": text, "files": [str(shutil.copyfile(ASSETS / file, folder / file))]}
+        for file, text in EXAMPLES.items()
+    ]
+
+
+def _chat_column(
+    examples: list[BoxContent],
+) -> tuple[gr.Chatbot, gr.MultimodalTextbox, gr.HTML, gr.Button]:
+    chat = gr.Chatbot(
+        show_label=False,
+        elem_id="chat",
+        height=None,
+        layout="bubble",
+        buttons=["copy"],
+        feedback_options=None,
+        placeholder="Attach a picture below and ask, or try one of these:",
+        examples=[
+            {"text": example["text"], "files": [*example["files"]], "icon": example["files"][0]}
+            for example in examples
+        ],
+    )
+    box = gr.MultimodalTextbox(
+        show_label=False,
+        elem_id="box",
+        placeholder="Ask a question. Attach, drop or paste pictures.",
+        file_count="multiple",
+        file_types=["image"],
+        autofocus=True,
+    )
+    with gr.Row(elem_id="foot"):
+        status = gr.HTML(elem_id="note")
+        new_chat = gr.Button("New chat", size="sm", scale=0, min_width=110, elem_id="new")
+    return chat, box, status, new_chat
+
+
+def _generation_controls() -> list[Component]:
+    """Return the controls in the order of `PageEvents.generate_answer`'s parameters."""
+    return [
+        gr.Slider(
+            0,
+            2,
+            0,
+            step=0.05,
+            label="Temperature",
+            info="0 always takes the most likely token",
+            elem_id="temperature",
+        ),
+        gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="1 keeps all tokens", elem_id="top-p"),
+        gr.Slider(0, 200, 0, step=1, label="Top k", info="0 keeps all tokens", elem_id="top-k"),
+        gr.Dropdown(
+            MAX_TOKENS_CHOICES,
+            value=512,
+            label="Maximum number of tokens per answer",
+            elem_id="longest",
+        ),
+        gr.Number(
+            0,
+            label="Seed",
+            info="used with a temperature above 0",
+            precision=0,
+            minimum=0,
+            maximum=2**32 - 1,
+            elem_id="seed",
+        ),
+    ]
+
+
+def _theme() -> themes.Base:
+    theme = themes.Default(
+        primary_hue="teal",
+        neutral_hue="slate",
+        radius_size="lg",
+        # Fonts of the visitor's machine, so none are downloaded.
+        font=("system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "monospace"),
+    )
+    return theme.set(body_text_color_subdued="*neutral_500")  # readable on white

@@ -1,0 +1,266 @@
+"""Continuous batching: answers do not depend on other requests, none waits for a whole prompt."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+from compilations import compilations
+from serving_setup import (
+    CHUNK_SIZE,
+    MAX_NUM_SEQS,
+    MAX_QUEUED_REQUESTS,
+    is_idle,
+    make_image,
+    make_runner,
+    wait_until,
+)
+
+import ovis_jax
+from ovis_jax import Sampling, load
+from ovis_jax.engine.request import Delta, Failure
+from ovis_jax.engine.runner import ModelRunner
+from ovis_jax.engine.scheduler import (
+    DEADLINE_EXCEEDED,
+    ENGINE_FAILED,
+    SHUTTING_DOWN,
+    EngineClosedError,
+    QueueFullError,
+    Scheduler,
+)
+from ovis_jax.errors import RequestError
+from ovis_jax.mesh import tensor_parallel_mesh
+
+ENDLESS = {"sampling": Sampling(repetition_penalty=0.01), "max_new_tokens": 200}
+"""A penalty below 1 makes a model repeat itself up to the maximum length."""
+
+
+@pytest.fixture
+def make_scheduler(ovis, runner):
+    """Make schedulers that a test may close; the rest are closed after it."""
+    made = []
+
+    def make(max_queued_requests: int = 9, **options) -> Scheduler:
+        options = {"ovis": ovis, "runner": runner} | options
+        made.append(Scheduler(**options, max_queued_requests=max_queued_requests))
+        return made[-1]
+
+    yield make
+    for scheduler in made:
+        scheduler.close(30.0)
+
+
+def questions(scenes, number: int):
+    """Prompts of many lengths, with and without pictures, some cut into many crops."""
+    made = []
+    for n in range(number):
+        turns, images, _ = scenes[n % len(scenes)]
+        text = [dict(turn) for turn in turns]
+        if n % 4 == 1:
+            text, images = [{"role": "user", "content": f"What is {n} and so on?"}], []
+        elif n % 4 == 2:
+            text = [{"role": "user", "content": "Describe the picture. " * (1 + n % 9)}]
+            images = [make_image(n, (84 * (1 + n % 3), 84))]
+        made.append((text, images))
+    return made
+
+
+@pytest.mark.slow
+def test_32_concurrent_requests_equal_each_alone_and_compile_nothing(scheduler, submit, scenes):
+    asked = questions(scenes, 32)
+    with compilations() as found:
+        alone = [submit(scheduler, *pair).text() for pair in asked]
+        with ThreadPoolExecutor(32) as pool:  # in any order
+            together = list(pool.map(lambda pair: submit(scheduler, *pair), asked))
+        assert [submitted.text() for submitted in together] == alone
+    assert found == []
+    assert len(set(alone)) > 16 and is_idle(scheduler)
+
+
+def test_answers_equal_those_of_generate(scheduler, submit, ovis, scenes):
+    """The same tokens for the same key, although prefilled in chunks next to other requests."""
+    turns, images, _ = scenes[0]
+    inputs = ovis.processor([list(turns)], [images])
+    assert np.sum(inputs.positions >= 0) > CHUNK_SIZE
+    for temperature, top_k, top_p in ((0.0, 9, 0.9), (1.3, 1024, 1.0), (1.5, 9, 0.95)):
+        sampling = Sampling(temperature, top_k, top_p)
+        out = ovis_jax.generate(
+            ovis.model, ovis.params, inputs, jax.random.key(5), max_new_tokens=12, sampling=sampling
+        )
+        if top_p == 1.0:  # the mode "temperature" leaves out options without effect
+            sampling = Sampling(temperature)
+        expected = ovis.processor.decode(np.asarray(out.tokens))[0]
+        options = dict(sampling=sampling, seed=5, max_new_tokens=12)
+        others = [
+            submit(scheduler, f"Who is {n}?", sampling=Sampling(2.0), seed=n) for n in range(3)
+        ]
+        assert submit(scheduler, list(turns), images, **options).text() == expected
+        assert all(isinstance(other.last_event(), Delta) for other in others)
+
+
+def test_a_seed_gives_one_answer_whatever_else_runs(scheduler, submit):
+    hot = dict(sampling=Sampling(2.0, top_p=0.999, repetition_penalty=1.2), max_new_tokens=20)
+    alone = submit(scheduler, "Tell me a story.", seed=2**40 + 3, num_choices=3, **hot)
+    texts = [alone.text(n) for n in range(3)]
+    assert len(set(texts)) == 3
+    others = [submit(scheduler, f"Now {n}!", seed=n, **hot) for n in range(6)]
+    again = submit(scheduler, "Tell me a story.", seed=2**40 + 3, num_choices=3, **hot)
+    assert [again.text(n) for n in range(3)] == texts
+    assert submit(scheduler, "Tell me a story.", seed=3, **hot).text() != texts[0]
+    assert len({other.text() for other in others}) == 6
+
+
+def test_greedy_choices_of_one_prompt_are_equal(scheduler, submit):
+    submitted = submit(scheduler, "Say it.", num_choices=MAX_NUM_SEQS, max_new_tokens=9)
+    assert len({submitted.text(n) for n in range(MAX_NUM_SEQS)}) == 1
+    assert submitted.request.num_unfinished == 0 and is_idle(scheduler)
+
+
+@pytest.mark.slow
+def test_a_long_prompt_does_not_stall_running_sequences(
+    make_scheduler, submit, decode_gate, monkeypatch
+):
+    """With one free slot, at most one step of prefill runs between two decode steps."""
+    steps = []
+    for name in ("run_encoder", "run_prefill", "run_insert", "run_decode"):
+        method = getattr(ModelRunner, name)
+
+        def noted(self, *arguments, name=name, method=method):
+            steps.append(name)
+            return method(self, *arguments)
+
+        monkeypatch.setattr(ModelRunner, name, noted)
+    scheduler = make_scheduler()
+    running = [submit(scheduler, "Go on.", **ENDLESS)]
+    decode_gate.run(0)  # the other requests wait until all are in the queue
+    running += [submit(scheduler, "Go on.", **ENDLESS) for _ in range(MAX_NUM_SEQS - 2)]
+    long = submit(scheduler, "What is there?", [make_image(1, (252, 252))], max_new_tokens=2)
+    decode_gate.open()
+    for submitted in (*running, long):
+        submitted.text()
+    letters = {"run_encoder": "e", "run_prefill": "p", "run_insert": "i", "run_decode": "d"}
+    work = "".join(letters[name] for name in steps)
+    third, fourth = [n for n, letter in enumerate(work) if letter == "i"][2:]
+    work = work[third + 1 : fourth]  # while all other slots are taken
+    assert work.count("e") == 10  # the whole picture and nine cells
+    assert work.count("p") == -(-len(long.request.tokens) // CHUNK_SIZE)
+    prefill = work.replace("e", "p")
+    assert "pp" not in prefill and prefill.count("d") >= prefill.count("p") - 1, work
+
+
+def test_aborted_requests_free_their_slots(scheduler, submit, decode_gate):
+    many = [submit(scheduler, f"Number {n}", **ENDLESS) for n in range(2 * MAX_NUM_SEQS)]
+    decode_gate.run(2 * MAX_NUM_SEQS)
+    assert scheduler.num_running == MAX_NUM_SEQS and scheduler.num_waiting == MAX_NUM_SEQS
+    for submitted in many:
+        scheduler.abort(submitted.request)
+    decode_gate.open()
+    assert is_idle(scheduler)
+    assert not any(submitted.complete.is_set() for submitted in many)
+    assert isinstance(submit(scheduler, "Still there?").last_event(), Delta)
+
+
+def test_a_deadline_ends_running_and_waiting_requests(scheduler, submit, decode_gate):
+    many = [submit(scheduler, f"Number {n}", **ENDLESS) for n in range(2 * MAX_NUM_SEQS)]
+    decode_gate.run(2 * MAX_NUM_SEQS)
+    assert scheduler.num_running == MAX_NUM_SEQS and scheduler.num_waiting == MAX_NUM_SEQS
+    for submitted in many:
+        submitted.request.deadline = 0.0
+    decode_gate.open()
+    for submitted in many:
+        assert submitted.last_event() == DEADLINE_EXCEEDED
+        assert sum(isinstance(event, Failure) for event in submitted.events) == 1
+    assert is_idle(scheduler)
+
+
+def test_a_full_queue_rejects_requests(make_scheduler, submit, decode_gate):
+    scheduler = make_scheduler(max_queued_requests=1)
+    accepted = [submit(scheduler, "Number 0")]
+    decode_gate.run(0)
+    accepted.append(submit(scheduler, "Number 1"))
+    for n in range(2, 5):
+        with pytest.raises(QueueFullError, match="1 requests are waiting"):
+            submit(scheduler, f"Number {n}")
+    decode_gate.open()
+    assert all(submitted.text() for submitted in accepted)
+    assert submit(scheduler, "Number 2").text()
+
+
+def test_closing_finishes_running_requests_and_rejects_new_ones(make_scheduler, submit):
+    scheduler = make_scheduler(max_queued_requests=40)
+    many = [submit(scheduler, f"Number {n}", max_new_tokens=15) for n in range(12)]
+    closing = threading.Thread(target=scheduler.close, args=(60.0,))
+    closing.start()
+    wait_until(lambda: scheduler.failure)
+    with pytest.raises(EngineClosedError, match="shutting down") as caught:
+        submit(scheduler, "Too late?")
+    assert caught.value.failure == SHUTTING_DOWN
+    closing.join()
+    assert all(isinstance(submitted.last_event(), Delta) for submitted in many)
+
+
+def test_requests_fail_after_the_shutdown_timeout(make_scheduler, submit, decode_gate):
+    scheduler = make_scheduler()
+    many = [submit(scheduler, f"Number {n}", **ENDLESS) for n in range(6)]
+    decode_gate.run(2)
+    closing = threading.Thread(target=scheduler.close, args=(0.0,))
+    closing.start()
+    wait_until(lambda: scheduler._abort)
+    decode_gate.open()
+    assert [submitted.last_event() for submitted in many] == [SHUTTING_DOWN] * 6
+    closing.join()
+
+
+def test_a_step_that_fails_fails_its_requests_only(make_scheduler, submit, monkeypatch, caplog):
+    scheduler = make_scheduler()
+    failed = threading.Event()
+    run_decode = ModelRunner.run_decode
+
+    def fails_once(self, *arguments):
+        if not failed.is_set():
+            failed.set()
+            raise RuntimeError("the device is on fire")
+        return run_decode(self, *arguments)
+
+    monkeypatch.setattr(ModelRunner, "run_decode", fails_once)
+    assert submit(scheduler, "Hello?").last_event() == ENGINE_FAILED
+    assert "on fire" in caplog.text
+    assert isinstance(submit(scheduler, "Hello?").last_event(), Delta)
+
+
+def test_an_engine_that_cannot_recover_closes(make_scheduler, runner, submit, monkeypatch):
+    scheduler = make_scheduler()
+
+    def fails(*arguments):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(ModelRunner, "run_decode", fails)
+    monkeypatch.setattr(runner, "init_decode_state", fails)
+    assert submit(scheduler, "Hello?").last_event() == ENGINE_FAILED
+    wait_until(lambda: scheduler.failure)
+    with pytest.raises(EngineClosedError, match="the model failed"):
+        submit(scheduler, "Hello?")
+    scheduler.close(30.0)
+    assert scheduler.failure == ENGINE_FAILED
+
+
+def test_the_size_of_the_queue_is_checked(make_scheduler):
+    with pytest.raises(RequestError, match="max_queued_requests is 0, expected at least 1"):
+        make_scheduler(max_queued_requests=0)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_gives_the_same_answers(scheduler, make_scheduler, submit, scenes):
+    sharded = load("ovis-tiny", mesh=tensor_parallel_mesh(2))
+    runner = make_runner(sharded)
+    keys, _ = runner.init_decode_state().cache.blocks[0]
+    assert keys.addressable_shards[0].data.shape[1] == keys.shape[1] / 2
+    other = make_scheduler(MAX_QUEUED_REQUESTS, ovis=sharded, runner=runner)
+    # Pictures that the model knows: on noise, another order of summation may tip a token.
+    asked = [(list(turns), images) for turns, images, _ in scenes[:8]]
+    with compilations() as found:
+        submitted = [submit(other, *pair) for pair in asked]
+        texts = [one.text() for one in submitted]
+    assert found == []
+    assert texts == [submit(scheduler, *pair).text() for pair in asked]

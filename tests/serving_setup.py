@@ -1,0 +1,148 @@
+"""Helpers for tests of the engine and the server: sizes, request bodies, a server in a thread."""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import uvicorn
+from PIL import Image
+
+from benchmarks import server_throughput
+from benchmarks.support.server_load import noise_image, png_data_url
+from ovis_jax.engine.request import Delta, Failure, Request
+from ovis_jax.engine.runner import ModelRunner
+from ovis_jax.engine.scheduler import Scheduler
+from ovis_jax.loading import LoadedOvis
+from ovis_jax.server.preprocess import RequestLimits
+from ovis_jax.server.shutdown import DrainingServer
+
+MAX_NUM_SEQS, MAX_MODEL_LEN, CHUNK_SIZE, MAX_QUEUED_REQUESTS = 4, 320, 24, 40
+LIMITS = RequestLimits(
+    max_body_bytes=2**20, max_images=3, max_pixels=250_000, max_tokens=250, request_timeout=120
+)
+
+FIELDS: dict[str, Any] = {"model": "ovis-tiny", "temperature": 0}
+ENDLESS_FIELDS: dict[str, Any] = {
+    "max_tokens": LIMITS.max_tokens,
+    "extra_body": {"repetition_penalty": 0.01},
+}
+"""A penalty below 1 makes a model repeat itself up to the maximum length."""
+
+
+@contextmanager
+def running_server(app, scheduler: Scheduler | None = None, shutdown_timeout: float = 0.0):
+    """Serve an application from a thread; yields the server and its URL.
+
+    With a scheduler it stops like `ovis-jax serve`, otherwise like any other uvicorn server.
+    """
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60)
+    server = uvicorn.Server(config)
+    if scheduler:
+        server = DrainingServer(config, scheduler, shutdown_timeout)
+    with server_throughput.run_server(server) as url:
+        yield server, url
+
+
+def make_runner(ovis: LoadedOvis) -> ModelRunner:
+    return ModelRunner(
+        ovis.model,
+        ovis.params,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_model_len=MAX_MODEL_LEN,
+        chunk_size=CHUNK_SIZE,
+    )
+
+
+class DecodeGate:
+    """Blocks the engine before each decode step until the test lets it run."""
+
+    def __init__(self):
+        self._changed = threading.Condition()
+        self._permits, self._blocked = 0, False
+
+    def enter(self) -> None:
+        """Called by the engine before a step."""
+        with self._changed:
+            self._blocked = True
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._permits > 0, 60)
+            self._permits -= 1
+            self._blocked = False
+
+    def run(self, steps: int) -> None:
+        """Let the engine run some steps, and wait until it is blocked before the next one."""
+        with self._changed:
+            self._permits += steps
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._permits == 0 and self._blocked, 60)
+
+    def open(self) -> None:
+        """Let the engine run freely from now on."""
+        with self._changed:
+            self._permits = math.inf
+            self._changed.notify_all()
+
+
+def is_idle(scheduler: Scheduler) -> bool:
+    """Wait until no request is waiting or running; clients get their answers slightly earlier."""
+    wait_until(lambda: not scheduler.num_running and not scheduler.num_waiting)
+    return True
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    """Wait for another thread."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+@dataclass
+class Submitted:
+    """A submitted request and its events."""
+
+    request: Request = field(init=False)
+    events: list[Delta | Failure] = field(default_factory=list)
+    complete: threading.Event = field(default_factory=threading.Event)
+
+    def on_event(self, event: Delta | Failure) -> None:
+        self.events.append(event)
+        finished = [e for e in self.events if isinstance(e, Delta) and e.finish_reason]
+        if isinstance(event, Failure) or len(finished) == self.request.num_choices:
+            self.complete.set()
+
+    def wait(self) -> "Submitted":
+        assert self.complete.wait(120)
+        return self
+
+    def last_event(self) -> Delta | Failure:
+        return self.wait().events[-1]
+
+    def text(self, choice: int = 0) -> str:
+        deltas = [e for e in self.wait().events if isinstance(e, Delta) and e.choice == choice]
+        ended = [delta.finish_reason is not None for delta in deltas]
+        assert ended == [False] * (len(deltas) - 1) + [True]
+        return "".join(delta.text for delta in deltas)
+
+
+def make_image(seed: int, size: tuple[int, int] = (84, 84)) -> Image.Image:
+    return noise_image(seed, size)
+
+
+def image_part(image: Image.Image, **fields: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": png_data_url(image), **fields}}
+
+
+def user_message(text: str, *parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def read_metrics(url: str) -> dict[str, float]:
+    """Values of /metrics by name."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return {k: float(v) for k, v in (x.rsplit(" ", 1) for x in lines if x[:1] != "#")}

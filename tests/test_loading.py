@@ -1,0 +1,92 @@
+"""`ask`, `ask_stream` and `repr` of a loaded model."""
+
+import base64
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden_copies import GOLDEN
+from PIL import Image
+
+import ovis_jax
+from ovis_jax import Sampling
+from ovis_jax.errors import ImageError, PromptError, RequestError
+
+WIDE = GOLDEN / "images" / "wide.png"
+
+
+@pytest.fixture(scope="module")
+def ovis(shallow_checkpoint):
+    return ovis_jax.load(shallow_checkpoint)
+
+
+def ask(ovis, *arguments, **options):
+    return ovis.ask(*arguments, max_new_tokens=8, **options)
+
+
+def test_ask_equals_generate(ovis):
+    inputs = ovis.processor(["Who?"], [[Image.open(WIDE)]], assistant_prefix="It", max_partition=4)
+    out = ovis_jax.generate(ovis.model, ovis.params, inputs, max_new_tokens=8)
+    text = ovis.processor.decode(out.tokens)[0]
+    options = dict(assistant_prefix="It", max_partition=4)
+    assert ask(ovis, "Who?", str(WIDE), **options) == text != ""
+    assert "".join(ovis.ask_stream("Who?", WIDE, max_new_tokens=8, **options)) == text
+    *_, last = ovis.stream_answer("Who?", WIDE, max_new_tokens=8, **options)
+    assert last.text == text
+    assert list(last.tokens) == out.tokens[0, : int(out.lengths[0])].tolist()
+    assert last.prompt_positions == np.count_nonzero(inputs.positions >= 0)
+
+
+@pytest.mark.slow
+def test_every_form_of_an_image_and_a_prompt(ovis):
+    image = Image.open(WIDE)
+    text = ask(ovis, "Who?", WIDE)
+    for source in (str(WIDE), WIDE.read_bytes(), image, np.asarray(image.convert("RGB"))):
+        assert ask(ovis, "Who?", source) == ask(ovis, "Who?", [source]) == text
+    url = f"data:image/png;base64,{base64.b64encode(WIDE.read_bytes()).decode()}"
+    for part in (
+        {"type": "image", "image": WIDE},
+        {"type": "image_url", "image_url": {"url": url}},
+    ):
+        content = [part, {"type": "text", "text": "Who?"}]
+        assert ask(ovis, [{"role": "user", "content": content}]) == text
+    turns = [
+        {"role": "user", "content": "<image>\nWho?"},
+        {"role": "assistant", "content": text},
+        {"role": "user", "content": "<image>\nAnd there?"},
+    ]
+    assert ask(ovis, turns, [WIDE, WIDE]) != text
+
+
+@pytest.mark.slow
+def test_sampling_options(ovis):
+    texts = {ask(ovis, "Who?", temperature=2.0, seed=seed) for seed in range(4)}
+    assert len(texts) > 1
+    assert ask(ovis, "Who?", sampling=Sampling(2.0), seed=3) in texts
+    assert ask(ovis, "Who?", temperature=0.0) == ask(ovis, "Who?")
+
+
+def test_invalid_arguments(ovis):
+    """They raise at the call, before the first token is requested."""
+    with pytest.raises(ImageError, match="none.png cannot be read"):
+        ovis.ask_stream("Who?", "none.png")
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        ovis.ask_stream(" ")
+    with pytest.raises(RequestError, match="temperature and sampling are both given"):
+        ovis.ask_stream("Who?", temperature=1.0, sampling=Sampling(2.0))
+    with pytest.raises(RequestError, match="max_new_tokens is 0"):
+        ovis.ask_stream("Who?", max_new_tokens=0)
+    with pytest.raises(TypeError, match="max_tokens"):
+        ovis.ask_stream("Who?", max_tokens=3)
+
+
+def test_repr_is_one_short_paragraph():
+    text = repr(ovis_jax.load(GOLDEN / "tiny-bf16-sharded"))
+    assert len(text) < 300 and "\n" not in text
+    assert text.startswith("LoadedOvis(tiny-bf16-sharded: Ovis1.6-Gemma2 with ")
+    assert "parameters in bfloat16 on 1 x cpu" in text
+
+
+def test_version():
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'version = "{ovis_jax.__version__}"' in project

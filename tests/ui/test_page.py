@@ -1,0 +1,292 @@
+"""The page in a browser: one server, one visit, and a new chat for each test."""
+
+import asyncio
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browsers import CHROMIUM, FLAGS
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+from serving_setup import is_idle, wait_until
+
+from ovis_jax.engine.runner import ModelRunner
+from ovis_jax.errors import RequestError
+from ovis_jax.inference.sampling import Sampling
+from ovis_jax.ui import events
+from ovis_jax.ui.page import create_page, launch_page
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SHAPES = EXAMPLES / "shapes.png"
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    # Gradio uses deprecated options of pandas in every event, and does not close its event loops.
+    pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting'"),
+    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def url(scheduler, ovis):
+    page = create_page(scheduler, ovis.processor, "ovis-tiny")
+    yield launch_page(page)
+    page.close(verbose=False)
+    # Gradio made its own event loop the current one; the warning that it was not closed must not
+    # appear in another test.
+    asyncio.set_event_loop(None)
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def visit(url):
+    """A visit that sends no request to another server and raises no error in a script."""
+    expect.set_options(timeout=60_000)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page()
+        page.set_default_timeout(60_000)
+        requested, errors = [], []
+        page.on("request", lambda request: requested.append(request.url))
+        page.on("pageerror", lambda error: errors.append(error))
+        page.goto(url)
+        page.locator("#box textarea").wait_for()
+        yield page
+        browser.close()
+    assert len(requested) > 5
+    assert [x for x in requested if not x.startswith((url, "data:", "blob:"))] == []
+    assert errors == []
+
+
+@pytest.fixture
+def page(visit):
+    """The visit with a new chat."""
+    for toast in visit.locator(".toast-close").all():
+        toast.click()
+    visit.fill("#box textarea", "text that New chat removes")
+    visit.click("#new")
+    expect(visit.locator("#pictures figure")).to_have_count(0)
+    expect(visit.locator("#chat .example")).to_have_count(4)
+    expect(visit.locator("#box textarea")).to_have_value("")
+    return visit
+
+
+@pytest.fixture
+def show_every_token(monkeypatch):
+    monkeypatch.setattr(events, "UPDATE_INTERVAL", 0.0)
+
+
+@pytest.fixture
+def other_page(visit, url):
+    """A visit of somebody else."""
+    page = visit.context.browser.new_page()
+    page.goto(url)
+    yield page
+    page.close()
+
+
+def attach(page: Page, *paths: Path) -> None:
+    # Not set_input_files, which does nothing for the file that was attached last.
+    with page.expect_file_chooser() as chooser:
+        page.click("#box [data-testid=upload-button]")
+    chooser.value.set_files(paths)
+    expect(page.locator("#pictures figure")).to_have_count(len(paths))
+
+
+def ask(page: Page, text: str) -> None:
+    page.fill("#box textarea", text)
+    page.click("#box .submit-button")
+
+
+def answers(page: Page):
+    return page.locator("#chat [data-testid=bot]")
+
+
+@pytest.mark.usefixtures("show_every_token")
+def test_answer_appears_gradually_and_a_follow_up_is_understood(page, ovis):
+    page.evaluate(
+        """() => { window.seen = []; new MutationObserver(() => {
+            const bot = document.querySelector('#chat [data-testid=bot]');
+            const text = bot ? bot.innerText.trim() : '';
+            if (text && text != window.seen.at(-1)) window.seen.push(text);
+        }).observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
+    )
+    attach(page, SHAPES)
+    tokens = ovis.processor.encode("Hi", [Image.open(SHAPES)]).tokens
+    expect(page.locator("#tokens")).to_have_text(str(np.count_nonzero(tokens <= -300)))
+    ask(page, "Describe the picture.")
+    expect(answers(page)).to_have_text(
+        "There is a big yellow circle at the top, a small orange diamond at the top right, "
+        "a big purple cross on the right and a big black cross at the bottom left."
+    )
+    placeholder, *seen = page.evaluate("window.seen")
+    assert placeholder == "…" and len(set(seen)) >= 3
+    assert all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:], strict=False))
+    expect(page.locator("#note")).to_contain_text("written")
+    expect(page.locator("#tokens")).to_be_visible()  # the image is part of the next prompt too
+    ask(page, "What colour is the diamond?")
+    expect(answers(page)).to_have_count(2)
+    expect(answers(page).last).to_contain_text("orange")
+    page.click("#new")
+    expect(answers(page)).to_have_count(0)
+    expect(page.locator("#tokens")).to_have_count(0)
+
+
+def test_two_images(page):
+    attach(page, SHAPES, EXAMPLES / "digit.png")
+    ask(page, "Which of the two pictures has more shapes?")
+    expect(answers(page)).to_contain_text("first")
+    expect(page.locator("#chat .user img")).to_have_count(2)
+
+
+def test_example_takes_one_click(page):
+    page.locator("#chat .example", has_text="Which word").click()
+    expect(answers(page)).to_have_text("The word is WOLF.")
+
+
+@pytest.mark.usefixtures("show_every_token")
+def test_visitors_are_answered_at_the_same_time(page, other_page, scheduler, decode_gate):
+    for visitor in (page, other_page):
+        attach(visitor, SHAPES)
+        ask(visitor, "Describe the picture.")
+    wait_until(lambda: scheduler.num_running + scheduler.num_waiting == 2)
+    decode_gate.run(8)
+    for visitor in (page, other_page):
+        expect(answers(visitor)).to_contain_text("yellow")
+    assert scheduler.num_running == 2
+    decode_gate.open()
+    for visitor in (page, other_page):
+        expect(answers(visitor)).to_contain_text("at the bottom left.")
+
+
+@pytest.fixture
+def submitted(scheduler, monkeypatch):
+    """The requests that are submitted to the engine."""
+    requests, submit = [], scheduler.submit
+
+    def record(request):
+        requests.append(request)
+        submit(request)
+
+    monkeypatch.setattr(scheduler, "submit", record)
+    return requests
+
+
+@pytest.mark.usefixtures("show_every_token")
+def test_stop_button_aborts_the_request(page, scheduler, decode_gate, submitted):
+    attach(page, SHAPES)
+    ask(page, "Describe the picture.")
+    decode_gate.run(8)
+    expect(answers(page)).to_contain_text("yellow circle")
+    page.click("#box .stop-button")
+    expect(page.locator("#note")).to_contain_text("Stopped.")
+    decode_gate.open()
+    assert is_idle(scheduler)
+    # The first token comes from the prefill, and the engine was in its ninth step.
+    assert submitted[0].completion_tokens == 1 + 8 + 1
+    # The partial answer is part of the conversation, and another question can be asked.
+    expect(answers(page)).to_contain_text("yellow circle")
+    expect(page.locator("#box .submit-button")).to_be_visible()
+
+
+@pytest.mark.usefixtures("show_every_token")
+def test_leaving_the_page_aborts_the_request(other_page, scheduler, decode_gate, submitted):
+    attach(other_page, SHAPES)
+    ask(other_page, "Describe the picture.")
+    decode_gate.run(8)
+    expect(answers(other_page)).to_contain_text("yellow circle")
+    other_page.close()
+    wait_until(lambda: submitted[0].aborted)
+    decode_gate.open()
+    assert is_idle(scheduler)
+    assert submitted[0].completion_tokens == 1 + 8 + 1
+
+
+def test_broken_file_gets_a_message(page, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(SHAPES.read_bytes()[:200])
+    page.set_input_files("#box input[type=file]", [broken, SHAPES])
+    toast = page.locator(".toast-body")
+    expect(toast).to_contain_text("broken.png cannot be shown: the bytes are not a whole")
+    assert "Traceback" not in page.content() and str(tmp_path) not in toast.inner_text()
+    expect(page.locator("#pictures figure")).to_have_count(1)  # the other file is kept
+
+
+def test_rejected_question_returns_to_the_text_box(page):
+    ask(page, "What is <image> this?")
+    expect(answers(page)).to_contain_text("holds <image> once, but 0 images come with it")
+    expect(page.locator("#box textarea")).to_have_value("What is <image> this?")
+    expect(page.locator("#note")).to_contain_text("not part of the conversation")
+
+
+@pytest.fixture
+def controls(page):
+    """The page with its controls open; afterwards they have their default values."""
+    page.click("#controls button")
+    yield page
+    page.fill("#seed input", "0")
+    page.fill("#temperature input[type=number]", "0")
+    page.click("#controls button")
+
+
+@pytest.mark.parametrize(("seed", "bound"), [("-1", "less than minimum"), ("1e20", "greater than")])
+def test_rejected_seed_does_not_end_the_visit(controls, seed, bound):
+    page = controls
+    page.fill("#temperature input[type=number]", "0.5")
+    page.fill("#seed input", seed)
+    ask(page, "Who?")
+    expect(page.locator(".toast-body")).to_contain_text(bound)
+    expect(answers(page)).to_contain_text("was not asked")
+    expect(page.locator("#box textarea")).to_have_value("Who?")
+    expect(page.locator("#box .submit-button")).to_be_enabled()
+    expect(page.locator("#new")).to_be_enabled()
+
+
+def test_failing_model_does_not_end_the_visit(page, monkeypatch, caplog):
+    def run_prefill(*_):
+        raise RuntimeError("the device is on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRunner, "run_prefill", run_prefill)
+        ask(page, "Who?")
+        expect(answers(page)).to_contain_text("the model failed")
+    expect(page.locator("#box textarea")).to_have_value("Who?")
+    assert "on fire" in caplog.text and "on fire" not in page.content()
+    page.click("#box .submit-button")
+    expect(page.locator("#note")).to_contain_text("written")
+    expect(answers(page)).to_have_count(2)
+    expect(answers(page).last).not_to_contain_text("failed")
+
+
+def test_image_without_a_question_is_rejected(page):
+    attach(page, SHAPES)
+    page.click("#box .submit-button")
+    expect(page.locator(".toast-body")).to_contain_text("the question is empty")
+
+
+def test_controls_reach_the_engine(page, scheduler, monkeypatch):
+    submitted = []
+
+    def submit(request):
+        submitted.append(request)
+        raise RequestError("enough <seen>")
+
+    monkeypatch.setattr(scheduler, "submit", submit)
+    attach(page, EXAMPLES / "wide.png")
+    expect(page.locator("#pictures")).to_contain_text("3 crops")
+    page.fill("#partition input[type=number]", "1")
+    page.press("#partition input[type=number]", "Enter")
+    expect(page.locator("#pictures")).to_contain_text("1 crop")
+    page.click("#controls button")
+    for name, value in (("temperature", "0.5"), ("top-p", "0.9"), ("top-k", "7")):
+        page.fill(f"#{name} input[type=number]", value)
+    page.fill("#seed input", "3")
+    page.click("#longest input")
+    page.locator("[role=option]", has_text="64").first.click()
+    ask(page, "Who?")
+    expect(answers(page)).to_have_text("⚠️ enough <seen>")
+    (request,) = submitted
+    assert request.sampling == Sampling(temperature=0.5, top_k=7, top_p=0.9)
+    assert (request.max_new_tokens, request.seed, len(request.pixels)) == (64, 3, 1)
