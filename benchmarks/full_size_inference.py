@@ -21,7 +21,7 @@ from ovis_jax import generate, load
 STATUS = Path("/proc/self/status")
 
 
-def resident_memory() -> dict[str, int]:
+def mapped_and_private_memory() -> dict[str, int]:
     """Return the resident bytes of mapped files and of private memory (Linux only)."""
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     return {
@@ -47,7 +47,7 @@ def main(
         start = time.perf_counter()
         result = jax.block_until_ready(call())
         seconds = time.perf_counter() - start
-        rows.append({"step": name, "seconds": seconds, **resident_memory()})
+        rows.append({"step": name, "seconds": seconds, **mapped_and_private_memory()})
         return result
 
     ovis = time_step("load", lambda: load(folder, dtype=dtype))

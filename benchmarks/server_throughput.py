@@ -85,7 +85,7 @@ def compare_throughput(
     }
 
 
-def run_load_test(
+def run_soak_test(
     url: str, scheduler: Scheduler, num_requests: int, concurrency: int
 ) -> dict[str, Any]:
     """Send random requests; return their results, and the memory and slots in use."""
@@ -150,7 +150,7 @@ def main(
     with run_server(server) as url:
         found = compare_throughput(url, bodies, concurrency, rounds)
         if requests:
-            load_test = run_load_test(url, scheduler, requests, 3 * concurrency)
+            load_test = run_soak_test(url, scheduler, requests, 3 * concurrency)
     print_results(
         f"{model}, {questions} questions per round, answers of "
         f"{found['tokens_per_answer']:.0f} tokens, {jax.devices()[0].device_kind}; tokens/s",

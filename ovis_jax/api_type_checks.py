@@ -6,6 +6,8 @@ HINTS = {
     "inputs": "Inputs, as returned by ovis.processor(...)",
     "processor": "a Processor, such as ovis.processor",
     "config": "an OvisConfig, such as ovis.config",
+    "sampling": "a Sampling, such as Sampling(temperature=0.7)",
+    "max_new_tokens": "an int, which is static under jax.jit",
 }
 
 

@@ -124,6 +124,10 @@ def chat_command(
                 turns, images, attached = [], [], []
             elif line.startswith("/image "):
                 attached.append(open_image(line.removeprefix("/image ").strip()))
+            elif line.startswith("/"):
+                raise OvisError(
+                    f"{line.split()[0]} is not a command; use /image FILE, /new or /exit"
+                )
             elif line:
                 question = add_image_placeholders(line, len(attached))
                 asked = [*turns, {"role": "user", "content": question}]

@@ -19,7 +19,7 @@ from ovis_jax.plan.command import plan
 from ovis_jax.server.command import serve
 from ovis_jax.training.command import train_command
 from ovis_jax.ui.command import ui
-from ovis_jax.words.command import words
+from ovis_jax.words.command import draw_visual_words
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("generate")(generate_command)
@@ -33,7 +33,7 @@ app.command()(export)
 app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)
 app.command()(plan)
-app.command()(words)
+app.command("words")(draw_visual_words)
 
 
 def _print_version(requested: bool) -> None:

@@ -245,8 +245,8 @@ class TorchComparison:
             "request_cold",
             1,
             tokens.shape[1],
-            lambda: first_output_line(ours),
-            lambda: first_output_line(theirs),
+            lambda: run_module_until_first_line(ours),
+            lambda: run_module_until_first_line(theirs),
             read_weights + request_cost(self.jax_side.config, tokens.shape[1], 1, 1, self.itemsize),
         )
 
@@ -280,7 +280,7 @@ def unpadded_row(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     return inputs.tokens[:, inputs.positions[0] >= 0], inputs.pixels
 
 
-def first_output_line(arguments: list[str]) -> str:
+def run_module_until_first_line(arguments: list[str]) -> str:
     """Run `python -m` with arguments, wait for the first line of output, and kill the process."""
     process = subprocess.Popen(
         [sys.executable, "-m", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True

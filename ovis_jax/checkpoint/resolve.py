@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovis_jax.checkpoint.tensor_index import INDEX_FILE, SINGLE_FILE, safe_join
+from ovis_jax.checkpoint.tensor_index import INDEX_FILE, SINGLE_FILE, path_inside_folder
 from ovis_jax.errors import ConfigError, OvisError
 
 CONFIG_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
@@ -84,7 +84,7 @@ def resolve_checkpoint(
     return found
 
 
-def find_local_checkpoint(checkpoint: str | Path, advice: str) -> ResolvedCheckpoint:
+def find_folder_or_bundled_checkpoint(checkpoint: str | Path, advice: str) -> ResolvedCheckpoint:
     """Resolve a folder or a bundled checkpoint; nothing is downloaded.
 
     Args:
@@ -130,6 +130,6 @@ def find_processor_files(folder: Path) -> dict[str, Path]:
             f" exists; {advice}"
         )
     for name in found:
-        if safe_join(folder, name) is None:
+        if path_inside_folder(folder, name) is None:
             raise ConfigError(f"{folder}: {name} is a link that leads out of the folder; {advice}")
     return found

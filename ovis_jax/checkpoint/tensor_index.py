@@ -72,7 +72,7 @@ def read_tensor_index(folder: Path, read_header: HeaderReader = read_local_heade
         found = f"also {INDEX_FILE}, which names other files"
         report(SINGLE_FILE, "two checkpoints", "one of the two", found)
     for name in names:
-        path = safe_join(folder, name)
+        path = path_inside_folder(folder, name)
         if path is None:
             report(name, "rejected file", "a file inside the folder", "a path that leaves it")
         elif (header := read_header(path)) is None:
@@ -94,7 +94,7 @@ def read_tensor_index(folder: Path, read_header: HeaderReader = read_local_heade
     return TensorIndex(folder, tuple(tensors), weight_map, frozenset(unusable), tuple(problems))
 
 
-def safe_join(folder: Path, name: str) -> Path | None:
+def path_inside_folder(folder: Path, name: str) -> Path | None:
     """Join a folder and a file name; return None if the name or a link leads out of the folder.
 
     The Hub's cache is a folder of links into its own `blobs`, which may be links into the `blobs`

@@ -11,7 +11,7 @@ from ovis_jax.checkpoint.file_io import write_json
 from ovis_jax.checkpoint.key_map import make_hub_key_map
 from ovis_jax.checkpoint.output_dirs import atomic_dir, require_empty
 from ovis_jax.checkpoint.params import safetensors_dtype
-from ovis_jax.checkpoint.resolve import ResolvedCheckpoint, find_local_checkpoint
+from ovis_jax.checkpoint.resolve import ResolvedCheckpoint, find_folder_or_bundled_checkpoint
 from ovis_jax.checkpoint.safetensors_writer import cast_array, save_arrays
 from ovis_jax.config import OvisConfig
 from ovis_jax.json_fields import read_json
@@ -45,7 +45,7 @@ def export_peft_adapter(
     """
     dst = Path(dst)
     require_empty(dst)
-    base = find_local_checkpoint(src, "give the base model of the adapters")
+    base = find_folder_or_bundled_checkpoint(src, "give the base model of the adapters")
     config = OvisConfig.from_folder(base.folder)
     adapters = load_adapters(lora, config)
     keys = {path: key for key, path in make_hub_key_map(config).parameters.items()}

@@ -27,7 +27,7 @@ from ovis_jax.checkpoint.params import match_checkpoint
 from ovis_jax.checkpoint.resolve import (
     TOKENIZER_FILES,
     ResolvedCheckpoint,
-    find_local_checkpoint,
+    find_folder_or_bundled_checkpoint,
 )
 from ovis_jax.checkpoint.safetensors_reader import TensorInfo
 from ovis_jax.checkpoint.safetensors_writer import (
@@ -39,7 +39,7 @@ from ovis_jax.checkpoint.safetensors_writer import (
     total_bytes,
     write_shards,
 )
-from ovis_jax.checkpoint.tensor_index import DOWNLOAD_ADVICE, read_tensor_index, safe_join
+from ovis_jax.checkpoint.tensor_index import DOWNLOAD_ADVICE, path_inside_folder, read_tensor_index
 from ovis_jax.config import OvisConfig
 from ovis_jax.console import Dtype
 from ovis_jax.conversion.exit_codes import exit_on_error
@@ -123,7 +123,9 @@ def export_to_hf(
     """
     dst = Path(dst)
     require_empty(dst)
-    checkpoint = find_local_checkpoint(src, "give one that ovis-jax convert has written")
+    checkpoint = find_folder_or_bundled_checkpoint(
+        src, "give one that ovis-jax convert has written"
+    )
     plan = _plan_export(checkpoint, source, merge, dtype)
     adapter_stats = None if merge is None else read_file_stats(Path(merge).iterdir())
     inputs = describe_inputs(plan.sources, plan.tensors, max_shard_bytes, adapter_stats)
@@ -183,7 +185,7 @@ def _find_small_files(folder: Path) -> tuple[str, ...]:
     names = ("preprocessor_config.json", *TOKENIZER_FILES)
     found = tuple(name for name in names if (folder / name).is_file())
     for name in found:
-        if safe_join(folder, name) is None:
+        if path_inside_folder(folder, name) is None:
             raise ConfigError(
                 f"{folder}: {name} is a link that leads out of the folder; replace it by the file"
             )
@@ -196,7 +198,7 @@ def _find_source_folder(source: str | Path) -> Path:
         "--source is a folder in the Hub's layout with the tensors that the model never uses; leave"
         " it out to write zeros"
     )
-    folder = find_local_checkpoint(source, advice).folder
+    folder = find_folder_or_bundled_checkpoint(source, advice).folder
     if is_converted(folder):
         raise OvisError(f"{source} is a converted folder, which lacks them; {advice}")
     return folder

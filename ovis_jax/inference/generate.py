@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
@@ -178,6 +179,9 @@ def make_options(
     Raises:
       RequestError: As in `generate`, or the inputs are not a batch.
     """
+    check_argument_types(
+        "generate", sampling=(sampling, Sampling), max_new_tokens=(max_new_tokens, Integral)
+    )
     if max_new_tokens < 1:
         raise RequestError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     if inputs.tokens.ndim != 2 or inputs.tokens.shape != inputs.positions.shape:

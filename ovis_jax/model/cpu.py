@@ -17,7 +17,7 @@ from ovis_jax.model.layers import matmul_precision
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
+def multiply_by_weight(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
     """The product x [..., in] times w [out, in] transposed, for programs that run on a CPU.
 
     XLA is slow at bfloat16 products of certain forms, which this function avoids:
@@ -38,7 +38,7 @@ def matmul(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
 
 
 def _matmul_forward(x: Array, w: Array, out_dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
-    return matmul(x, w, out_dtype), (x, w)
+    return multiply_by_weight(x, w, out_dtype), (x, w)
 
 
 def _matmul_backward(
@@ -62,7 +62,7 @@ def _matmul_backward(
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+multiply_by_weight.defvjp(_matmul_forward, _matmul_backward)
 
 
 def _float32_product(equation: str, x: Array, y: Array) -> Array:

@@ -74,5 +74,5 @@ def _matmul(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
             preferred_element_type=out_dtype,
         ).astype(out_dtype)
 
-    cpu_matmul = partial(cpu.matmul, out_dtype=out_dtype)
-    return jax.lax.platform_dependent(x, w, cpu=cpu_matmul, default=matmul)
+    cpu_product = partial(cpu.multiply_by_weight, out_dtype=out_dtype)
+    return jax.lax.platform_dependent(x, w, cpu=cpu_product, default=matmul)

@@ -35,7 +35,9 @@ def ui(
     ] = "127.0.0.1",
     port: Annotated[
         int | None,
-        typer.Option(help="Port to listen on; by default the first free one from 7860."),
+        typer.Option(
+            min=1, max=65535, help="Port to listen on; by default the first free one from 7860."
+        ),
     ] = None,
     max_num_seqs: Annotated[
         int, typer.Option(min=1, help="Maximum number of visitors answered at the same time.")

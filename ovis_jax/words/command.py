@@ -20,24 +20,26 @@ from ovis_jax.mesh import tensor_parallel_mesh
 from ovis_jax.words.crop_regions import CropRegion, crop_regions
 
 
-def words(
+def draw_visual_words(
     image: Annotated[
         list[Path], typer.Option(help="Image file; repeat the option to compare two images.")
     ],
-    out: Annotated[Path, typer.Option(help="File to write the heat map to, such as words.png.")],
+    heatmap: Annotated[
+        Path, typer.Option(help="File to write the entropy heat map to, such as words.png.")
+    ],
     model: ModelOption = "ovis-tiny",
     top: Annotated[int, typer.Option(help="Number of visual words to list.")] = 8,
     max_partition: MaxPartitionOption = 9,
     tensor_parallel: TensorParallelOption = 1,
 ) -> None:
     """Draw the entropy of an image's visual tokens, and list its most frequent visual words."""
-    heatmap = _import_heatmap()
+    entropy_heatmap = _import_entropy_heatmap()
     if len(image) > 2:
         raise RequestError(f"--image is given {len(image)} times, expected once or twice")
-    formats = heatmap.Figure().canvas.get_supported_filetypes()
-    if out.suffix.lstrip(".").lower() not in formats:
+    formats = entropy_heatmap.Figure().canvas.get_supported_filetypes()
+    if heatmap.suffix.lstrip(".").lower() not in formats:
         raise RequestError(
-            f"--out {out}: the suffix {out.suffix!r} is not an image format; use one of"
+            f"--heatmap {heatmap}: the suffix {heatmap.suffix!r} is not an image format; use one of"
             f" {', '.join(formats)}"
         )
     images = [open_image(path) for path in image]
@@ -58,17 +60,17 @@ def words(
     ]
     print_table(console, columns, rows)
     _print_words(ovis, names, [usage.word_probabilities for usage in usages], top, console)
-    figure = heatmap.plot_entropy(
+    figure = entropy_heatmap.plot_entropy(
         [
-            heatmap.ImageEntropy(name, one, usage.regions, usage.entropy)
+            entropy_heatmap.ImageEntropy(name, one, usage.regions, usage.entropy)
             for name, one, usage in zip(names, images, usages, strict=True)
         ]
     )
-    figure.savefig(out, dpi=120)
-    console.print(f"wrote {out}", markup=False, soft_wrap=True)
+    figure.savefig(heatmap, dpi=120)
+    console.print(f"wrote {heatmap}", markup=False, soft_wrap=True)
 
 
-def _import_heatmap() -> Any:
+def _import_entropy_heatmap() -> Any:
     try:
         from ovis_jax.words import entropy_heatmap
     except ModuleNotFoundError as error:

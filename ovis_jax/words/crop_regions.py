@@ -13,13 +13,13 @@ class CropRegion:
 
     Attributes:
       box: Left, upper, right and lower edge of the crop, in pixels of the image.
-      token_extent: The same edges of the square grid of visual tokens. The grid exceeds the box
+      token_grid_box: The same edges of the square grid of visual tokens. The grid exceeds the box
         where the crop is padded to a square, or the patches to whole tokens.
       tokens_per_side: Rows, and columns, of the grid.
     """
 
     box: Box
-    token_extent: tuple[float, float, float, float]
+    token_grid_box: tuple[float, float, float, float]
     tokens_per_side: int
 
 

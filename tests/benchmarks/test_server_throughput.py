@@ -14,6 +14,6 @@ def test_throughput_and_load_test(url, scheduler):
     assert [times["repeats"] for times in (one, many, ratio)] == [1, 1, 1]
     assert ratio["median"] == pytest.approx(many["median"] / one["median"])
     assert 5 < found["tokens_per_answer"] <= 128
-    found = server_throughput.run_load_test(url, scheduler, num_requests=20, concurrency=4)
+    found = server_throughput.run_soak_test(url, scheduler, num_requests=20, concurrency=4)
     assert found["slots_in_use_after"] == 0 and found["memory_after"] > 2**20
     assert sum(found["results"].values()) == 20 and found["results"]["200"] > 5

@@ -14,7 +14,7 @@ from ovis_jax import presets
 from ovis_jax.checkpoint.checkpoint_problems import CheckpointValidationError
 from ovis_jax.checkpoint.hub import delete_from_cache
 from ovis_jax.checkpoint.params import load_params
-from ovis_jax.checkpoint.tensor_index import read_tensor_index, safe_join
+from ovis_jax.checkpoint.tensor_index import path_inside_folder, read_tensor_index
 from ovis_jax.errors import CheckpointError
 
 CONFIG = presets.tiny()
@@ -62,7 +62,7 @@ def test_links_of_the_hub_cache_are_followed(sharded):
         path.rename(repo / "blobs" / str(number))
         (snapshot / path.name).symlink_to(os.path.join("..", "..", "blobs", str(number)))
     assert load_params(snapshot, CONFIG)
-    assert safe_join(snapshot, "../../blobs/0") is None
+    assert path_inside_folder(snapshot, "../../blobs/0") is None
 
 
 def shared_cache(folder: Path, names: tuple[str, ...]) -> list[Path]:
@@ -85,7 +85,7 @@ def shared_cache(folder: Path, names: tuple[str, ...]) -> list[Path]:
 def test_shared_content_of_the_hub_cache(tmp_path):
     first, second = shared_cache(tmp_path, ("models--a--b", "models--c--d"))
     for shard in (first, second):
-        assert safe_join(shard.parent, SHARD) == shard
+        assert path_inside_folder(shard.parent, SHARD) == shard
     for path in (first, second):
         delete_from_cache(path)
         assert not path.is_symlink() and not (path.parents[2] / "blobs" / "etag").is_symlink()

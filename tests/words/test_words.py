@@ -23,12 +23,12 @@ def test_the_tokens_of_a_square_image_cover_it():
     """5 patches make 3 blocks of 2, so the last block exceeds the image by 14 of 84 pixels."""
     (region,) = crop_regions(140, 140, (1, 1), TINY)
     assert region.box == (0, 0, 140, 140) and region.tokens_per_side == 3
-    assert region.token_extent == (0, 0, 168, 168)
+    assert region.token_grid_box == (0, 0, 168, 168)
 
 
 def test_a_wide_crop_is_centered_in_its_square():
     (region,) = crop_regions(140, 70, (1, 1), TINY)
-    left, upper, right, lower = region.token_extent
+    left, upper, right, lower = region.token_grid_box
     assert (left, right) == (0, 168)
     # The square covers 140 x 140 pixels, with 35 pixels of padding above the image.
     assert upper == pytest.approx(-35, abs=2) and lower == pytest.approx(133, abs=2)
@@ -38,8 +38,8 @@ def test_cells_follow_the_full_image():
     full, *cells = crop_regions(200, 100, (1, 2), TINY)
     assert full.box == (0, 0, 200, 100)
     assert [cell.box for cell in cells] == [(0, 0, 100, 100), (100, 0, 200, 100)]
-    assert [cell.token_extent[:2] for cell in cells] == [(0, 0), (100, 0)]
-    widths = [cell.token_extent[2] - cell.token_extent[0] for cell in cells]
+    assert [cell.token_grid_box[:2] for cell in cells] == [(0, 0), (100, 0)]
+    widths = [cell.token_grid_box[2] - cell.token_grid_box[0] for cell in cells]
     assert widths == pytest.approx([120, 120])
 
 
@@ -82,7 +82,7 @@ def test_an_image_of_one_crop_leaves_the_third_column_empty():
 def test_the_command_draws_and_lists(golden, tmp_path):
     wide, square = (str(golden / f"images/{name}.png") for name in ("wide", "square"))
     out = tmp_path / "words.png"
-    call = ["words", "--image", wide, "--image", square, "--out", str(out), "--top", "4"]
+    call = ["words", "--image", wide, "--image", square, "--heatmap", str(out), "--top", "4"]
     result = CliRunner().invoke(app, [*call, "--max-partition", "2"], catch_exceptions=False)
     assert result.exit_code == 0
     with Image.open(out) as figure:
@@ -110,9 +110,9 @@ def test_bad_requests(golden, tmp_path, monkeypatch):
         assert isinstance(result.exception, kind), result
         return str(result.exception)
 
-    out = ["--out", str(tmp_path / "words.png")]
+    out = ["--heatmap", str(tmp_path / "words.png")]
     assert "--image is given 3 times" in message_of(*["--image", image] * 3, *out)
-    assert "--out words.xyz: " in message_of("--image", image, "--out", "words.xyz")
+    assert "--heatmap words.xyz: " in message_of("--image", image, "--heatmap", "words.xyz")
     assert "none.png" in message_of("--image", "none.png", *out, kind=ImageError)
     assert "k is 0" in message_of("--image", image, *out, "--top", "0")
     monkeypatch.delitem(sys.modules, "ovis_jax.words.entropy_heatmap")
