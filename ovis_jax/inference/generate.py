@@ -82,10 +82,15 @@ def generate(
     Raises:
       RequestError: `max_new_tokens` is below 1, a sampling value is out of range, or there is a
         temperature but no key.
-      TypeError: `model`, `params` or `inputs` has another type.
+      TypeError: An argument has another type.
     """
     check_argument_types(
-        "generate", model=(model, Ovis), params=(params, Mapping), inputs=(inputs, Inputs)
+        "generate",
+        model=(model, Ovis),
+        params=(params, Mapping),
+        inputs=(inputs, Inputs),
+        max_new_tokens=(max_new_tokens, Integral),
+        sampling=(sampling, Sampling),
     )
     options = make_options(model, inputs, key, max_new_tokens, sampling, eos_ids)
     _, out = prefill_and_decode(model, params, inputs, options, max_new_tokens, max_new_tokens)
@@ -126,7 +131,12 @@ def stream(
       TypeError: As in `generate`.
     """
     check_argument_types(
-        "stream", model=(model, Ovis), params=(params, Mapping), inputs=(inputs, Inputs)
+        "stream",
+        model=(model, Ovis),
+        params=(params, Mapping),
+        inputs=(inputs, Inputs),
+        max_new_tokens=(max_new_tokens, Integral),
+        sampling=(sampling, Sampling),
     )
     options = make_options(model, inputs, key, max_new_tokens, sampling, eos_ids)
     if chunk_size < 1:
@@ -179,9 +189,6 @@ def make_options(
     Raises:
       RequestError: As in `generate`, or the inputs are not a batch.
     """
-    check_argument_types(
-        "generate", sampling=(sampling, Sampling), max_new_tokens=(max_new_tokens, Integral)
-    )
     if max_new_tokens < 1:
         raise RequestError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     if inputs.tokens.ndim != 2 or inputs.tokens.shape != inputs.positions.shape:

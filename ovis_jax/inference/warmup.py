@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -74,7 +75,13 @@ def warmup(
         `generate` or `stream` would raise it. Nothing is compiled then.
       TypeError: `model` or `params` has another type.
     """
-    check_argument_types("warmup", model=(model, Ovis), params=(params, Mapping))
+    check_argument_types(
+        "warmup",
+        model=(model, Ovis),
+        params=(params, Mapping),
+        max_new_tokens=(max_new_tokens, Integral),
+        sampling=(sampling, Sampling),
+    )
     if not buckets:
         raise RequestError("warmup: there is no bucket; pass at least one, such as (1, 512, 1)")
     shapes = []

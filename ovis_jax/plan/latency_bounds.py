@@ -11,7 +11,7 @@ from ovis_jax.sharding import axis_letter_sizes
 
 @dataclass(frozen=True)
 class LatencyBounds:
-    """Minimum seconds per program on one device, and the bytes and FLOPs behind them."""
+    """Minimum seconds per program on one device, and the bytes and FLOPs they follow from."""
 
     decode_bytes_read: int
     """Bytes read per decode step: the decoder's weights and the full KV cache."""
