@@ -46,6 +46,16 @@ def test_model_params_and_inputs(ovis, name, call):
             call(ovis.model, ovis.params, "What is there?")
 
 
+@pytest.mark.parametrize("function", [ovis_jax.generate, ovis_jax.stream, ovis_jax.warmup])
+def test_generation_options(ovis, function):
+    inputs = [(1, 64, 1)] if function is ovis_jax.warmup else ovis.processor("Hi")
+    name, call = function.__name__, partial(function, ovis.model, ovis.params, inputs)
+    with pytest.raises(TypeError, match=f"{name}: max_new_tokens is a str, expected an int"):
+        call(max_new_tokens="8")
+    with pytest.raises(TypeError, match=f"{name}: sampling is a float, expected a Sampling"):
+        call(max_new_tokens=8, sampling=0.7)
+
+
 def test_other_arguments(ovis, tmp_path):
     with pytest.raises(TypeError, match="encode_answers: processor is a list, expected a Proc"):
         ovis_jax.encode_answers([["A"]], ovis.processor)  # pyright: ignore
