@@ -13,7 +13,7 @@ PYTHON ?= $(call python,python3 python3.11 python3.12 python3.13 python3.14 $(PY
 PYTHON_NEWEST ?= $(call python,python3.14 python3.13 python3 $(PYENV_PYTHONS),13)
 
 .PHONY: demo test test-fast test-newest test-tpu lint format dist bench bench-parts bench-train \
-	bench-train-memory bench-accelerators bench-conversion bench-full-size bench-serving docs \
+	bench-train-memory bench-accelerators accelerator bench-conversion bench-full-size bench-serving docs \
 	page-picture ovis-tiny pink short clean
 
 # Converts the bundled checkpoint and asks it about four pictures.
@@ -102,6 +102,11 @@ checkpoints/converted-9b: | checkpoints/random-9b
 # Server throughput with eight concurrent requests and with one, then a thousand mixed requests.
 bench-serving: $(VENV)/test
 	$(BIN)/python -m benchmarks.server_throughput --requests 1000
+
+# Tests and measures ovis_jax on the accelerator of this machine. `make accelerator OPTIONS=--rehearse`
+# runs small sizes on a CPU.
+accelerator: $(VENV)/test
+	$(BIN)/python -m benchmarks.on_accelerator $(OPTIONS)
 
 # Builds the pages of docs/ into site/.
 docs: $(VENV)/docs

@@ -1,8 +1,8 @@
 """Does the 9B model fit on accelerators, and does the compiler produce efficient programs?
 
-`python -m benchmarks.compile_for_accelerators` makes the plan (`ovis-jax plan`) of each target and
-checks the compiled programs. Figures come from the real compiler if it is installed, else from
-arithmetic. Nothing is executed, and no accelerator is needed. Sizes are those of one device.
+`python -m benchmarks.compile_for_accelerators` makes a plan for each topology, as `ovis-jax plan`
+does, and checks the compiled programs. Figures come from the compiler if it is installed, and from
+formulas otherwise. No program is executed, and no accelerator is needed. Sizes are per device.
 """
 
 import re
@@ -12,7 +12,6 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.console import Console
 
-from benchmarks.support.machine_peaks import describe_machine
 from benchmarks.support.results import (
     JsonOption,
     PlotOption,
@@ -27,7 +26,8 @@ from ovis_jax.plan.aot_compile import (
     installed_compiler,
 )
 from ovis_jax.plan.command import load_config, make_workload
-from ovis_jax.plan.report import Method, make_plan, plan_summary_line
+from ovis_jax.plan.make_plan import Method, make_plan
+from ovis_jax.plan.report import plan_summary_line
 from ovis_jax.plan.topologies import GIB
 
 TARGET_WORKLOADS = {
@@ -51,7 +51,7 @@ MAX_IMAGE_TEMP = GIB
 """Maximum temporary arrays of one image with ten crops, in bytes."""
 
 
-def check_plan(plan: dict[str, Any]) -> dict[str, bool]:
+def passed_checks(plan: dict[str, Any]) -> dict[str, bool]:
     """Check a plan and its compiled programs.
 
     Args:
@@ -82,7 +82,7 @@ def check_plan(plan: dict[str, Any]) -> dict[str, bool]:
 
 def main(
     topology: Annotated[
-        list[str] | None, typer.Option(help="Topology to plan for; may be repeated.")
+        list[str] | None, typer.Option(help="Topology to make a plan for; may be repeated.")
     ] = None,
     config: Annotated[
         str, typer.Option(help="Model: 9b, 27b, or a folder with config.json.")
@@ -91,12 +91,14 @@ def main(
     program: Annotated[Program | None, typer.Option(help="Compile only this program.")] = None,
     method: Annotated[
         Method,
-        typer.Option(help="Source of the figures; auto compiles if the compiler is installed."),
+        typer.Option(
+            help='Source of the figures; "auto" means the compiler if installed, else formulas.'
+        ),
     ] = "auto",
     json_path: JsonOption = None,
     plot_path: PlotOption = None,
 ) -> None:
-    """Plan for each target, and print tables and checks; exit with code 1 if a check fails."""
+    """Make a plan for each topology, and print the results; exit with code 1 if a check fails."""
     notes, plans = Console(stderr=True, highlight=False), []
     for name in topology or TARGET_WORKLOADS:
         batch_size, max_length = TARGET_WORKLOADS.get(name, (1, 4096))
@@ -115,9 +117,8 @@ def main(
     print_results(f"{config}, bfloat16, GiB per device", *plan_table(plans))
     print_results("compiled programs, GiB per device", *program_table(plans))
     num_failed = print_checks(plans)
-    if json_path is not None:
-        checked = [{**plan, "checks": check_plan(plan)} for plan in plans]
-        write_results(json_path, machine=describe_machine(), config=config, plans=checked)
+    checked = [{**plan, "checks": passed_checks(plan)} for plan in plans]
+    write_results(json_path, config=config, plans=checked)
     if plot_path is not None:
         labels = [plan["topology"] for plan in plans]
         parts = ("weights", "cache", "activations", "usable")
@@ -168,7 +169,7 @@ def print_checks(plans: list[dict[str, Any]]) -> int:
     """Print the failed checks of each target; return their number."""
     console, num_failed = Console(highlight=False), 0
     for plan in plans:
-        passed = check_plan(plan)
+        passed = passed_checks(plan)
         failed = [name for name, good in passed.items() if not good]
         num_failed += len(failed)
         result = f"FAILED {'; '.join(failed)}" if failed else "all passed"

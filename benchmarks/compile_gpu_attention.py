@@ -1,8 +1,8 @@
-"""Do the attention kernels of prompts compile for GPUs, for all kinds of heads and lengths?
+"""Do the attention kernels for prompts compile for GPUs, with various head sizes and lengths?
 
 `python -m benchmarks.compile_gpu_attention` needs `jax-cuda12-plugin`, `jax-cuda12-pjrt`,
 `nvidia-cuda-nvcc-cu12` and `tokamax`, but no GPU. It compiles attention for a batch, under `vmap`
-and with a gradient, and exits with code 1 if a program lacks the expected kernel. Nothing is
+and with a gradient. It exits with code 1 if a program lacks the expected kernel. No program is
 executed.
 """
 
@@ -63,7 +63,7 @@ def abstract_arguments(N: int, K: int, H: int, T: int) -> list[jax.ShapeDtypeStr
 
 
 def main() -> None:
-    """Compile all variants and print their kernels."""
+    """Compile attention for GPUs in all variants, and print the kernels that they use."""
     rows, num_failed = [], 0
     for topology, expected in EXPECTED_KERNELS.items():
         (device, *_) = compile_only_devices(parse_topology(topology))

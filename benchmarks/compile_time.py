@@ -1,9 +1,9 @@
 """How long does a bucket take to compile, with a cold and with a warm compilation cache?
 
-`python -m benchmarks.compile_time --model FOLDER`, or `--preset tiny` with random weights. Cold:
-none of the bucket's programs is cached. Warm: the programs are on disk but not in memory, as in a
-new process, so tracing, lowering and reading remain. Both run `ovis_jax.warmup` for `generate` and
-`stream`.
+`python -m benchmarks.compile_time --model FOLDER`, or `--preset tiny` with random weights. With a
+cold cache, none of the bucket's programs is cached. With a warm cache, the programs are on disk but
+not in memory, as in a new process. They must then be traced, lowered and read. Both measurements
+run `ovis_jax.warmup` for `generate` and `stream`.
 """
 
 import tempfile
@@ -22,7 +22,6 @@ from benchmarks.support.benchmark_model import (
     PresetOption,
     load_or_init_model,
 )
-from benchmarks.support.machine_peaks import describe_machine
 from benchmarks.support.results import (
     JsonOption,
     PlotOption,
@@ -90,28 +89,29 @@ def main(
         list[str] | None,
         typer.Option(help="Bucket to compile, as ROWSxPOSITIONSxCROPS; may be repeated."),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per answer.")] = 64,
-    chunk: Annotated[int, typer.Option(help="Number of tokens per chunk of `stream`.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per answer.")] = 64,
+    chunk: Annotated[
+        int, typer.Option(help="Number of tokens that `stream` yields at a time.")
+    ] = 1,
     json_path: JsonOption = None,
     plot_path: PlotOption = None,
 ) -> None:
     """Measure the compile time of each bucket."""
     buckets = [parse_bucket(text) for text in bucket or ("1x128x0", "1x512x2", "4x512x8")]
     benchmark_model = load_or_init_model(model, preset, dtype)
-    rows = time_compilation(benchmark_model, buckets, new_tokens, chunk)
+    rows = time_compilation(benchmark_model, buckets, max_new_tokens, chunk)
     labels = ["x".join(map(str, b)) for b in buckets]
     name = benchmark_model.name
     print_results(
-        f"{name}, {dtype}, {new_tokens} new tokens, {jax.devices()[0].device_kind}",
+        f"{name}, {dtype}, {max_new_tokens} new tokens, {jax.devices()[0].device_kind}",
         ["rows x positions x crops", "cold s", "warm s", "programs", "MiB on disk"],
         [
             (label, r["cold_seconds"], r["warm_seconds"], r["programs"], r["bytes"] / 2**20)
             for label, r in zip(labels, rows, strict=True)
         ],
     )
-    if json_path is not None:
-        settings = {"name": name, "dtype": dtype, "new_tokens": new_tokens, "chunk": chunk}
-        write_results(json_path, machine=describe_machine(), **settings, rows=rows)
+    settings = {"name": name, "dtype": dtype, "new_tokens": max_new_tokens, "chunk": chunk}
+    write_results(json_path, **settings, rows=rows)
     if plot_path is not None:
         series = {state: [r[f"{state}_seconds"] for r in rows] for state in ("cold", "warm")}
         plot_results(plot_path, f"{name}: compile time", labels, series, "seconds")

@@ -1,8 +1,8 @@
-"""Compiles training steps for a TPU topology that need not exist, and reports their memory.
+"""How much memory does a training step need on a TPU topology that this machine does not have?
 
-`make bench-train-memory` compiles full fine-tuning and LoRA of the 9B model for eight v5p chips;
-`python -m benchmarks.compile_train_step --help` lists the options for others. It needs libtpu but
-no TPU, and executes nothing. Bytes are per device, as the compiler reports them.
+`make bench-train-memory` compiles full fine-tuning and LoRA training of the 9B for eight v5p chips.
+`python -m benchmarks.compile_train_step` has options for other models and topologies. Compilation
+needs libtpu but no TPU, and no program is executed. The compiler reports the bytes per device.
 """
 
 import time
@@ -19,7 +19,6 @@ from jax.tree_util import DictKey, KeyPath
 from rich.console import Console
 from rich.table import Column, Table
 
-from benchmarks.support.machine_peaks import describe_machine
 from benchmarks.support.results import JsonOption, write_results
 from ovis_jax import Ovis
 from ovis_jax.config import OvisConfig
@@ -27,7 +26,11 @@ from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model.lora import init_adapters
 from ovis_jax.plan.aot_compile import compile_only_devices
 from ovis_jax.plan.command import PUBLISHED_CONFIGS
-from ovis_jax.plan.hlo_analysis import bytes_per_device, compiled_memory, count_collectives
+from ovis_jax.plan.hlo_analysis import (
+    bytes_per_device,
+    collective_counts_and_bytes,
+    compiled_memory,
+)
 from ovis_jax.plan.topologies import GIB, parse_topology
 from ovis_jax.sharding import RULES_BY_NAME, adapter_shardings, pad_params, param_shardings
 from ovis_jax.training.config import StepConfig
@@ -125,27 +128,27 @@ def measure_step_memory(
         "state": bytes_per_device(state),
         "frozen": bytes_per_device(frozen),
         **compiled_memory(compiled),
-        "collectives": count_collectives(compiled.as_text() or ""),
+        "collectives": collective_counts_and_bytes(compiled.as_text() or ""),
         "compile_seconds": seconds,
     }
 
 
 def main(
-    topology: Annotated[str, typer.Option(help="Topology, as libtpu names it.")] = "v5p:2x2x2",
-    model_axis: Annotated[int, typer.Option(help='Size of mesh axis "model".')] = 1,
+    topology: Annotated[str, typer.Option(help="Topology by its libtpu name.")] = "v5p:2x2x2",
+    model_axis: Annotated[int, typer.Option(help='Size of the mesh axis "model".')] = 1,
     rules: Annotated[
         str, typer.Option(help=f"Sharding rules: {', '.join(RULES_BY_NAME)}.")
     ] = "fsdp",
     preset: Annotated[str, typer.Option(help=f"Model: {', '.join(PUBLISHED_CONFIGS)}.")] = "9b",
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     rows: Annotated[
-        int, typer.Option(help="Number of rows per micro-batch and device of mesh axis data.")
+        int, typer.Option(help='Rows per micro-batch on each device of the mesh axis "data".')
     ] = 1,
     length: Annotated[int, typer.Option(help="Number of positions per row.")] = 2048,
     crops_per_row: Annotated[int, typer.Option(help="Number of crops per row.")] = 4,
     micro_batches: Annotated[int, typer.Option(help="Number of micro-batches per step.")] = 1,
-    full: Annotated[bool, typer.Option(help="Compile full fine-tuning.")] = True,
-    adapters: Annotated[bool, typer.Option(help="Compile training of adapters.")] = True,
+    full: Annotated[bool, typer.Option(help="Compile a step of full fine-tuning.")] = True,
+    adapters: Annotated[bool, typer.Option(help="Compile a training step of adapters.")] = True,
     output: JsonOption = None,
 ) -> None:
     """Compile training steps for a TPU topology, and print the memory that they need."""
@@ -173,15 +176,8 @@ def main(
         f"{preset}, {devices}; {rows} x {length} positions, {crops_per_row} crops per row"
     )
     console.print(memory_table(results))
-    if output is not None:
-        write_results(
-            output,
-            machine=describe_machine(),
-            topology=topology,
-            mesh=dict(mesh.shape),
-            hbm_gib=hbm / GIB,
-            steps=results,
-        )
+    settings = {"topology": topology, "mesh": dict(mesh.shape), "hbm_gib": hbm / GIB}
+    write_results(output, **settings, steps=results)
 
 
 def memory_table(results: list[dict[str, Any]]) -> Table:

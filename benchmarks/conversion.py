@@ -1,9 +1,9 @@
-"""Compare conversion with copying the same folder: `python -m benchmarks.conversion SRC`.
+"""How fast is conversion compared with copying the folder? `python -m benchmarks.conversion SRC`.
 
-Measures in turn `cp -r`, `convert` with and without checksums, a conversion that is killed half-way
-and resumed, and the export of its result, which must have the source's tensors. Prints each
-process's peak resident memory, which includes mapped pages. The disk needs room for the source
-twice.
+The benchmark measures `cp -r`, `convert` with and without checksums, a conversion that is killed
+halfway and resumed, and the export of its result. The export must have the source's tensors. The
+benchmark prints the peak resident memory of each process, which includes mapped pages. The disk
+needs room for two more copies of the source.
 """
 
 import os
@@ -19,7 +19,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.support.machine_peaks import describe_machine
 from benchmarks.support.results import JsonOption, print_results, write_results
 from ovis_jax.checkpoint.key_map import UNUSED_HUB_KEYS
 from ovis_jax.checkpoint.safetensors_reader import map_file, view_tensor
@@ -64,7 +63,7 @@ def run_until_killed(command: list[str], result: Path, at_bytes: int) -> float:
         if sum(path.stat().st_size for path in paths if path.exists()) >= at_bytes:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        time.sleep(0.001)
+        time.sleep(0.001)  # a conversion does not report how much it has written
     if process.returncode != -signal.SIGKILL:
         raise SystemExit(f"{' '.join(command)}: ended before it could be killed")
     return time.perf_counter() - start
@@ -90,11 +89,11 @@ def main(
         Path, typer.Argument(metavar="SRC", help="Folder in the Hub's layout, in bfloat16.")
     ],
     folder: Annotated[
-        Path | None, typer.Option(help="Folder for temporary results; the system's by default.")
+        Path | None, typer.Option(help="Folder for temporary results; default: system folder.")
     ] = None,
     output: JsonOption = None,
 ) -> None:
-    """Measure conversions of a checkpoint."""
+    """Measure the time and memory of converting a checkpoint."""
     source = source.resolve()
     total = sum(path.stat().st_size for path in source.iterdir())
     python = [sys.executable, "-m"]
@@ -150,9 +149,7 @@ def main(
             for name, row in rows.items()
         ],
     )
-    if output is not None:
-        named_rows = [{"name": name, **row} for name, row in rows.items()]
-        write_results(output, machine=describe_machine(**facts), rows=named_rows)
+    write_results(output, facts, rows=[{"name": name, **row} for name, row in rows.items()])
     if differing:
         raise SystemExit(f"tensors that differ after export: {', '.join(sorted(differing))}")
 

@@ -1,4 +1,4 @@
-"""How long does a full-size checkpoint take on this machine, and how much memory?
+"""How much time and memory does a full-size checkpoint take on this machine?
 
 `python -m benchmarks.full_size_inference FOLDER` loads a checkpoint and generates two answers.
 Resident memory has two parts: mapped pages of the weight files, which the system can drop, and the
@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import jax
 import typer
 
-from benchmarks.support.benchmark_model import BenchmarkDtypeOption, random_inputs, tree_bytes
-from benchmarks.support.machine_peaks import describe_machine
+from benchmarks.support.benchmark_model import BenchmarkDtypeOption
+from benchmarks.support.random_inputs import random_inputs, tree_bytes
 from benchmarks.support.results import JsonOption, print_results, write_results
 from ovis_jax import generate, load
 
@@ -40,7 +40,7 @@ def main(
     new_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens per answer.")] = 4,
     json_path: JsonOption = None,
 ) -> None:
-    """Load a checkpoint and generate two answers."""
+    """Load a checkpoint, generate two answers, and print the time and memory."""
     rows: list[dict[str, Any]] = []
 
     def time_step(name: str, call: Callable[[], Any]) -> Any:
@@ -73,9 +73,8 @@ def main(
             for row in rows
         ],
     )
-    if json_path is not None:
-        facts = {"weights": weight_bytes, "tokens": tokens.tolist(), "positions": length}
-        write_results(json_path, machine=describe_machine(**facts), rows=rows)
+    facts = {"weights": weight_bytes, "tokens": tokens.tolist(), "positions": length}
+    write_results(json_path, facts, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """How long does the first token take, stage by stage, and how fast do the next tokens follow?
 
 `python -m benchmarks.generation_speed --model FOLDER`, or `--preset tiny` with random weights. The
-stages run warm and in turn. `preprocess` turns PIL images (one per crop) and text into arrays, or
-the images alone without a checkpoint. `vision` turns pixels into visual embeddings. `prefill`
-processes text prompts of the same length. `first_token` is the complete path. The bandwidth share
-of a step is its minimum traffic, all weights and the cache, relative to the bandwidth of a copy in
-the same run. Compare figures of one run only: they depend on the machine and its load.
+stages take turns, and everything is compiled beforehand. `preprocess` turns PIL images (one per
+crop) and text into arrays; without a checkpoint, it turns only the images into arrays. `vision`
+turns pixels into visual embeddings. `prefill` processes text prompts of the same length.
+`first_token` is the complete path. A step must read at least all weights and the cache; its
+bandwidth share is the rate at which it does so, relative to the copy bandwidth in the same run.
+Compare only figures from the same run, because they depend on the machine and its load.
 """
 
 import resource
@@ -25,8 +26,8 @@ from benchmarks.support.benchmark_model import (
     CheckpointOption,
     PresetOption,
     load_or_init_model,
-    random_inputs,
 )
+from benchmarks.support.random_inputs import random_inputs
 from benchmarks.support.results import (
     JsonOption,
     PlotOption,
@@ -138,7 +139,7 @@ def main(
         list[int] | None, typer.Option(min=1, help="Batch size in rows; may be repeated.")
     ] = None,
     length: Annotated[
-        list[int] | None, typer.Option(min=1, help="Prompt length in positions; repeatable.")
+        list[int] | None, typer.Option(min=1, help="Prompt length; may be repeated.")
     ] = None,
     crops: Annotated[int, typer.Option(min=0, help="Number of crops per row.")] = 1,
     new_tokens: Annotated[
@@ -173,14 +174,14 @@ def main(
             for r in rows
         ],
     )
-    if json_path is not None:
-        settings = {
-            "name": name,
-            "dtype": dtype,
-            "new_tokens": new_tokens,
-            "copy_bytes_per_second": bandwidth,
-        }
-        write_results(json_path, machine=machine_peaks.describe_machine(), **settings, rows=rows)
+    write_results(
+        json_path,
+        name=name,
+        dtype=dtype,
+        new_tokens=new_tokens,
+        copy_bytes_per_second=bandwidth,
+        rows=rows,
+    )
     if plot_path is not None:
         labels = [f"{r['batch']} x {r['positions']}" for r in rows]
         series = {

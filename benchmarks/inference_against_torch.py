@@ -1,10 +1,11 @@
 """How does inference compare with PyTorch, stage by stage?
 
 `python -m benchmarks.inference_against_torch` measures the preset `bench` with random weights;
-`--model` measures a folder in the Hub's layout. Both sides run the same checkpoint on the same
-number of threads, in turn. A ratio is PyTorch's time divided by ours: above 1, ovis_jax is faster.
-The lower bound ("min ms") follows from the fastest copy and matrix product of this machine
-(benchmarks/support/roofline.py). Both sides must agree in float32 before anything is timed.
+`--model` measures a folder in the Hub's layout. Both sides take turns and run the same checkpoint
+on the same number of threads. A ratio is PyTorch's time divided by ours: above 1, ovis_jax is
+faster. The lower bound ("min ms") is computed from the fastest copy and the fastest matrix
+multiplication on this machine (benchmarks/support/roofline.py). The results of both sides must
+agree in float32 before anything is timed.
 """
 
 import gc
@@ -19,7 +20,6 @@ from rich.console import Console
 from benchmarks.support.benchmark_model import PRESETS, PresetOption
 from benchmarks.support.machine_peaks import (
     copy_bandwidth,
-    describe_machine,
     matmul_flop_rate,
     restrict_to_cores,
 )
@@ -117,7 +117,7 @@ def main(
         typer.Option(help=f"Stage to measure; may be repeated. One of {', '.join(STAGES)}."),
     ] = None,
     crops: Annotated[
-        list[int] | None, typer.Option(help="Number of crops of the vision stages; repeatable.")
+        list[int] | None, typer.Option(help="Number of crops in the vision stages; repeatable.")
     ] = None,
     length: Annotated[
         list[int] | None,
@@ -127,7 +127,7 @@ def main(
         list[int] | None, typer.Option(help="Batch size of decode; may be repeated.")
     ] = None,
     new_tokens: Annotated[
-        int, typer.Option(help="Number of tokens per request, and per timing of decode.")
+        int, typer.Option(help="Number of tokens per request, and per measurement of decode.")
     ] = 32,
     repeats: Annotated[int, typer.Option(help="Number of timed rounds.")] = 5,
     threads: Annotated[
@@ -136,7 +136,7 @@ def main(
     json_path: JsonOption = None,
     plot_path: PlotOption = None,
 ) -> None:
-    """Time every stage on both sides, in turn."""
+    """Time every stage in ovis_jax and in PyTorch, in turn."""
     threads = restrict_to_cores(threads)
     dtypes = select_known(dtype, COMPARED_DTYPES, "dtype")
     stages = select_known(stage, STAGES, "stage")
@@ -189,8 +189,7 @@ def main(
                 rows.append(time_stage(comparison, prepared, bandwidth, max(rates.values())))
                 label, ratio = row_label(rows[-1]), rows[-1]["ratio"]
                 Console(stderr=True).print(f"{label} {one}: {ratio:.2f}")
-                if json_path is not None:
-                    write_results(json_path, machine=describe_machine(**facts), rows=rows)
+                write_results(json_path, facts, rows=rows)
     print_rows(rows, f"{model or preset}, {threads} thread(s) per side, {repeats} rounds")
     if plot_path is not None:
         labels = list(dict.fromkeys(map(row_label, rows)))

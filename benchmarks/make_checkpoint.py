@@ -1,8 +1,8 @@
 """Write a checkpoint with random weights: `python -m benchmarks.make_checkpoint --config 9b DST`.
 
-It has the published keys, shapes, dtype and shards. The weights are slices of one array of random
-numbers, so that the disk limits the speed; the same seed gives the same bytes. The tokenizer is
-that of a golden checkpoint.
+The checkpoint has the published keys, shapes, dtype and shards. The weights are slices of one array
+of random numbers, so that only the disk limits the speed. The same seed gives the same bytes. The
+tokenizer is copied from a golden checkpoint.
 """
 
 import re
@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.support.benchmark_model import PRESETS
-from benchmarks.support.random_checkpoints import write_config_and_tokenizer
+from benchmarks.support.random_checkpoints import write_configs_and_tokenizer
 from ovis_jax.checkpoint.key_map import make_hub_key_map, unused_tensor_shapes
 from ovis_jax.checkpoint.output_dirs import atomic_dir, check_disk_space
 from ovis_jax.checkpoint.safetensors_reader import CHUNK_BYTES
@@ -78,7 +78,7 @@ def write_random_checkpoint(
     with atomic_dir(folder) as partial:
         shards = plan_shards(tensors, max_shard_bytes)
         write_shards(partial, tensors, read_tensor, shards, metadata={"format": "pt"})
-        write_config_and_tokenizer(partial, config, "bfloat16")
+        write_configs_and_tokenizer(partial, config, "bfloat16")
     return total
 
 

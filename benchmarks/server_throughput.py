@@ -1,10 +1,10 @@
-"""What does continuous batching gain, and does the server survive a load test?
+"""How much faster is continuous batching, and does the server survive a load test?
 
-`python -m benchmarks.server_throughput` has pictures described over HTTP on loopback, by a
-client in a process of its own: the same pictures one after the other, then several at a time, round
-by round in one run. `--requests 1000` then sends random requests of all kinds: random sizes,
-clients that leave, malformed bodies. The report has the result of each, and the memory and the
-slots in use before and after.
+`python -m benchmarks.server_throughput` starts a server, and a client in another process. In each
+round, the client asks for descriptions of the same pictures, first one at a time, then several at a
+time. `--requests 1000` then sends random requests: images of random sizes, clients that disconnect,
+and malformed bodies. The report contains the result of each request, and the memory and the number
+of slots in use before and after the load test.
 """
 
 import asyncio
@@ -25,12 +25,10 @@ import typer
 import uvicorn
 
 from benchmarks.support import server_load
-from benchmarks.support.machine_peaks import describe_machine
-from benchmarks.support.results import print_results, write_results
+from benchmarks.support.results import JsonOption, print_results, write_results
 from benchmarks.support.timing import Timings, format_timing
 from ovis_jax import load
-from ovis_jax.engine.runner import ModelRunner
-from ovis_jax.engine.scheduler import Scheduler
+from ovis_jax.engine.scheduler import Scheduler, run_engine
 from ovis_jax.server.app import create_app
 from ovis_jax.server.preprocess import RequestLimits
 from recipes.ovis_tiny import dataset_rows
@@ -48,13 +46,9 @@ def description_request(seed: int) -> dict[str, Any]:
 @contextmanager
 def run_server(server: uvicorn.Server) -> Iterator[str]:
     """Run a server in a thread, on any free port; yields its URL."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # accepts connections from now on
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
@@ -99,8 +93,8 @@ def run_soak_test(
     before, start = memory(), time.perf_counter()
     results = asyncio.run(server_load.send_random_requests(url, num_requests, concurrency))
     seconds = time.perf_counter() - start
-    while scheduler.num_running or scheduler.num_waiting:  # requests of clients that left
-        time.sleep(0.01)
+    with scheduler.changed:  # requests of clients that left
+        scheduler.changed.wait_for(lambda: not (scheduler.num_running or scheduler.num_waiting))
     return {
         "requests": num_requests,
         "seconds": seconds,
@@ -114,7 +108,7 @@ def run_soak_test(
 def main(
     model: Annotated[str, typer.Option(help="Checkpoint folder, or ovis-tiny.")] = "ovis-tiny",
     concurrency: Annotated[
-        int, typer.Option(min=2, help="Number of concurrent requests, and of slots.")
+        int, typer.Option(min=2, help="Number of concurrent requests and of slots.")
     ] = 8,
     questions: Annotated[int, typer.Option(min=1, help="Number of questions per round.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 7,
@@ -123,34 +117,29 @@ def main(
     ] = 32,
     max_model_len: Annotated[
         int,
-        typer.Option(min=64, help="Maximum number of positions of a prompt and its answer."),
+        typer.Option(min=64, help="Maximum length of a prompt and its answer."),
     ] = 256,
     requests: Annotated[
-        int, typer.Option(min=0, help="Number of requests of the load test; 0 skips the test.")
+        int, typer.Option(min=0, help="Number of requests in the load test; 0 skips it.")
     ] = 0,
-    output: Annotated[
-        Path | None, typer.Option("--json", help="File to write the results to, as JSON.")
-    ] = None,
+    output: JsonOption = None,
 ) -> None:
-    """Measure the throughput of a warm server."""
+    """Measure the throughput of a server after compilation."""
     ovis = load(model)
-    runner = ModelRunner(
-        ovis.model,
-        ovis.params,
+    bodies = [description_request(n) for n in range(questions)]
+    load_test = None
+    with run_engine(
+        ovis,
         max_num_seqs=concurrency,
         max_model_len=max_model_len,
         chunk_size=prefill_chunk,
-    )
-    scheduler = Scheduler(ovis, runner, max_queued_requests=4 * concurrency)
-    limits = RequestLimits(request_timeout=600)
-    app = create_app(scheduler, ovis.processor, "ovis-tiny", limits=limits)
-    bodies = [description_request(n) for n in range(questions)]
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    load_test = None
-    with run_server(server) as url:
-        found = compare_throughput(url, bodies, concurrency, rounds)
-        if requests:
-            load_test = run_soak_test(url, scheduler, requests, 3 * concurrency)
+        max_queued_requests=4 * concurrency,
+    ) as scheduler:
+        app = create_app(scheduler, "ovis-tiny", limits=RequestLimits(request_timeout=600))
+        with run_server(uvicorn.Server(uvicorn.Config(app, log_level="warning"))) as url:
+            found = compare_throughput(url, bodies, concurrency, rounds)
+            if requests:
+                load_test = run_soak_test(url, scheduler, requests, 3 * concurrency)
     print_results(
         f"{model}, {questions} questions per round, answers of "
         f"{found['tokens_per_answer']:.0f} tokens, {jax.devices()[0].device_kind}; tokens/s",
@@ -172,20 +161,15 @@ def main(
                 ("MiB after", load_test["memory_after"] / 2**20),
             ],
         )
-    if output is not None:
-        settings = {
-            "concurrency": concurrency,
-            "questions": questions,
-            "prefill_chunk": prefill_chunk,
-        }
-        write_results(
-            output,
-            machine=describe_machine(),
-            name=model,
-            **settings,
-            **found,
-            load_test=load_test,
-        )
+    write_results(
+        output,
+        name=model,
+        concurrency=concurrency,
+        questions=questions,
+        prefill_chunk=prefill_chunk,
+        **found,
+        load_test=load_test,
+    )
     if load_test is not None and (
         any(result.startswith("wrong") for result in load_test["results"])
         or load_test["slots_in_use_after"]

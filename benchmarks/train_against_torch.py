@@ -1,11 +1,11 @@
-"""Compares a training step with PyTorch: tokens per second and peak memory of a small model.
+"""How does a training step compare with PyTorch in tokens per second and peak memory?
 
-`python -m benchmarks.train_against_torch`. Both implementations train all parameters of the same
-model on the same batch, with the same loss and with AdamW after gradient clipping. Each runs in its
-own process, and they take turns step by step, so that other load on the machine affects both.
-PyTorch's model is `tests/reference/ovis_torch.py`; its bfloat16 is autocast over float32 weights.
-"Peak MiB" is the peak memory of the process; "in steps" excludes the libraries, the model and
-compilation.
+`python -m benchmarks.train_against_torch` measures a small model. Both implementations train all
+its parameters on the same batch, with the same loss and with AdamW after gradient clipping. Each
+implementation runs in its own process. They take turns step by step, so that other load on the
+machine affects both. PyTorch's model is `tests/reference/ovis_torch.py`; in bfloat16, it uses
+autocast over float32 weights. "Peak MiB" is the peak memory of the process; "in steps" excludes the
+libraries, the model and compilation.
 """
 
 import json
@@ -28,8 +28,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from benchmarks.support.benchmark_model import random_inputs
-from benchmarks.support.machine_peaks import describe_machine, restrict_to_cores
+from benchmarks.support.machine_peaks import restrict_to_cores
+from benchmarks.support.random_inputs import random_inputs
 from benchmarks.support.results import JsonOption, write_results
 from ovis_jax import Ovis
 from ovis_jax.config import DecoderConfig, OvisConfig, VisionConfig, VisualTokenizerConfig
@@ -290,8 +290,7 @@ def main(
         f"{rows} rows x {length} positions, one crop per row, {threads} core(s) per implementation"
     )
     Console().print(table)
-    if output is not None:
-        write_results(output, machine=describe_machine(), huge_pages=huge_pages, rows=results)
+    write_results(output, huge_pages=huge_pages, rows=results)
 
 
 if __name__ == "__main__":

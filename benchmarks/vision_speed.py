@@ -1,9 +1,9 @@
 """How long does a crop take, and how much of the machine's compute does it use?
 
-`python -m benchmarks.vision_speed --model FOLDER`, or `--preset tiny` with random weights. Measures
-the path from pixels through the vision encoder and the visual tokenizer to visual embeddings, for
-several numbers of crops. Only the FLOPs of matrix products count. Their share is relative to the
-fastest square matrix product in the same run.
+`python -m benchmarks.vision_speed --model FOLDER`, or `--preset tiny` with random weights. The
+benchmark measures the path from pixels through the vision encoder and the visual tokenizer to
+visual embeddings, for several numbers of crops. Only the FLOPs of matrix multiplications count.
+Their share is relative to the fastest square matrix multiplication in the same run.
 """
 
 from collections.abc import Sequence
@@ -81,7 +81,7 @@ def main(
     dtype: BenchmarkDtypeOption = "bfloat16",
     crops: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Number of crops; may be repeated. 1 to 10 by default."),
+        typer.Option(min=1, help="Number of crops; may be repeated; default: 1 to 10."),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Number of timed rounds.")] = 5,
     json_path: JsonOption = None,
@@ -108,9 +108,8 @@ def main(
             for r in rows
         ],
     )
-    if json_path is not None:
-        settings = {"name": name, "dtype": dtype, "matmul_flops_per_second": flop_rate}
-        write_results(json_path, machine=machine_peaks.describe_machine(), **settings, rows=rows)
+    settings = {"name": name, "dtype": dtype, "matmul_flops_per_second": flop_rate}
+    write_results(json_path, **settings, rows=rows)
     if plot_path is not None:
         series = {"ms per crop": [r["ms_per_crop"] for r in rows]}
         title = f"{name}: vision encoder and visual tokenizer"

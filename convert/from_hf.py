@@ -2,7 +2,9 @@
 
 import typer
 
+from ovis_jax.console import exit_on_error
 from ovis_jax.conversion.from_hf import convert
 
 if __name__ == "__main__":
-    typer.run(convert)
+    with exit_on_error():
+        typer.run(convert)

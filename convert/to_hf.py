@@ -2,7 +2,9 @@
 
 import typer
 
+from ovis_jax.console import exit_on_error
 from ovis_jax.conversion.to_hf import export
 
 if __name__ == "__main__":
-    typer.run(export)
+    with exit_on_error():
+        typer.run(export)

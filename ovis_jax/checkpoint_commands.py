@@ -9,16 +9,17 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from ovis_jax.checkpoint.checkpoint_problems import CheckpointValidationError
 from ovis_jax.checkpoint.checksums import read_recorded_sha256, verify_sha256
+from ovis_jax.checkpoint.conversion_record import CONVERSION_FILE
 from ovis_jax.checkpoint.params import match_checkpoint
-from ovis_jax.checkpoint.resolve import BUNDLED, resolve_checkpoint
+from ovis_jax.checkpoint.resolve import find_folder_or_bundled_checkpoint
 from ovis_jax.config import OvisConfig
-from ovis_jax.console import TensorParallelOption, print_error
-from ovis_jax.errors import OvisError
+from ovis_jax.console import TensorParallelOption
+from ovis_jax.errors import count_noun
 from ovis_jax.loading import LoadedOvis, load
 from ovis_jax.mesh import tensor_parallel_mesh
-from ovis_jax.verify_goldens import compare_with_golden, is_bfloat16_golden
+from ovis_jax.training.trainable import PART_BY_PREFIX
+from ovis_jax.verify_goldens import GoldenFile, compare_with_golden
 
 FolderArgument = Annotated[
     str, typer.Argument(help="Converted folder, folder in the Hub's layout, or ovis-tiny.")
@@ -35,58 +36,55 @@ def inspect_command(
         ),
     ] = False,
 ) -> None:
-    """Show a checkpoint's config and the size of each part, without reading the weights."""
-    if not Path(folder).is_dir() and folder not in BUNDLED:
-        raise OvisError(
-            f"{folder} is not a folder; to download a repo id, run ovis-jax convert {folder} DIR"
-        )
-    checkpoint = resolve_checkpoint(folder)
+    """Show a checkpoint's config and the size of each model part, without reading the weights."""
+    advice = (
+        "give a converted folder, a folder in the Hub's layout, or ovis-tiny; a repo id must be"
+        " converted first, with: ovis-jax convert REPO_ID DIR"
+    )
+    checkpoint = find_folder_or_bundled_checkpoint(folder, advice)
     config = OvisConfig.from_folder(checkpoint.folder)
     sha256 = read_recorded_sha256(checkpoint) if check else {}
     matched, dtype = match_checkpoint(checkpoint.folder, config)
     used = [(path.partition("/")[0], info) for path, info in matched.sources.items()]
-    unused = [("(not used)", info) for info, _ in matched.unused]
+    unused = [("(not used)", info) for info, _ in matched.unused_found]
     totals: dict[str, list[int]] = {}
     for part, info in [*used, *unused]:
         row = totals.setdefault(part, [0, 0, 0])
         sizes = 1, math.prod(info.shape), info.stop - info.start
         totals[part] = [total + size for total, size in zip(row, sizes, strict=True)]
-    table = Table("part", *_number_columns("tensors", "parameters", f"bytes ({dtype})"))
+    numbers = _number_columns("tensors", "parameters", f"bytes ({dtype})")
+    table = Table("part", *numbers, "trainable as")
     for part, row in totals.items():
-        table.add_row(part, *(f"{value:,}" for value in row))
+        table.add_row(part, *(f"{value:,}" for value in row), PART_BY_PREFIX.get(part, ""))
     table.add_section()
     table.add_row("all", *(f"{sum(column):,}" for column in zip(*totals.values(), strict=True)))
     console = Console(highlight=False)
     console.print_json(data=asdict(config))
     console.print(table)
     if check:
-        try:
-            verify_sha256(checkpoint.folder, sha256)
-        except CheckpointValidationError as error:
-            print_error(Console(stderr=True, highlight=False), error)
-            raise typer.Exit(1) from None
-        console.print(f"{len(sha256)} file(s) match the checksums in conversion.json")
+        verify_sha256(checkpoint.folder, sha256)
+        files = count_noun(len(sha256), "file")
+        console.print(f"{files} checked: equal to the checksums in {CONVERSION_FILE}")
 
 
 def verify_command(
     folder: FolderArgument,
     golden: Annotated[
-        list[Path], typer.Argument(help="Golden files (.npz): results of the original code.")
+        list[Path], typer.Argument(help="Golden files (.npz) with results of the original code.")
     ],
     tensor_parallel: TensorParallelOption = 1,
 ) -> None:
-    """Compare a checkpoint with results of the original code, stage by stage."""
+    """Compare a checkpoint with results from the original code, stage by stage."""
     mesh = tensor_parallel_mesh(tensor_parallel)
     loaded: dict[str, LoadedOvis] = {}
     columns = _number_columns("largest difference", "tolerance")
     table = Table("case", "stage", *columns, "result")
     all_passed = True
     for path in golden:
-        dtype = "bfloat16" if is_bfloat16_golden(path) else "float32"
-        if dtype not in loaded:
-            loaded[dtype] = load(folder, dtype=dtype, mesh=mesh)
-        ovis = loaded[dtype]
-        stages = compare_with_golden(ovis.processor, ovis.model, ovis.params, path)
+        results = GoldenFile(path)
+        if results.dtype not in loaded:
+            loaded[results.dtype] = load(folder, dtype=results.dtype, mesh=mesh)
+        stages = compare_with_golden(loaded[results.dtype], results)
         for n, stage in enumerate(stages):
             all_passed &= stage.passed
             result = "[green]pass[/]" if stage.passed else "[bold red]FAIL[/]"

@@ -1,20 +1,17 @@
-"""The command line `ovis-jax`."""
+"""The command-line interface `ovis-jax`."""
 
-import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 import ovis_jax
-from ovis_jax.chat_commands import chat_command, generate_command
 from ovis_jax.checkpoint_commands import inspect_command, verify_command
 from ovis_jax.compile_cache import enable_compilation_cache
-from ovis_jax.console import print_error
+from ovis_jax.console import exit_on_error
 from ovis_jax.conversion.from_hf import convert
 from ovis_jax.conversion.to_hf import export
-from ovis_jax.errors import OvisError
 from ovis_jax.evaluation.command import eval_
+from ovis_jax.generate_and_chat_commands import chat_command, generate_command
 from ovis_jax.plan.command import plan
 from ovis_jax.server.command import serve
 from ovis_jax.training.command import train_command
@@ -51,14 +48,11 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Ovis1.6-Gemma2 vision-language models in JAX."""
+    """Run, serve, train and convert Ovis1.6-Gemma2 vision-language models in JAX."""
 
 
 def main() -> None:
-    """Run the command line. Invalid input prints one line on stderr and exits with code 2."""
+    """Run the command-line interface."""
     enable_compilation_cache()
-    try:
+    with exit_on_error():
         app()
-    except (OvisError, OSError) as error:
-        print_error(Console(stderr=True, highlight=False), error)
-        sys.exit(2)

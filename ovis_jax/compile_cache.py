@@ -1,4 +1,4 @@
-"""The command line's persistent compilation cache, so that a second run compiles nothing."""
+"""The command line's persistent compilation cache, with which a second run compiles nothing."""
 
 import os
 import sys
@@ -16,9 +16,9 @@ MAX_SIZE = 10 * 2**30
 
 
 def compilation_cache_dir() -> Path:
-    """The default folder: ovis_jax/compilation_cache in $XDG_CACHE_HOME, or in ~/.cache."""
+    """Return the default folder: ovis_jax/compilation_cache in $XDG_CACHE_HOME, or in ~/.cache."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification says that relative paths must be ignored.
+    # According to the XDG specification, relative paths must be ignored.
     return (
         (base if base.is_absolute() else Path.home() / ".cache") / "ovis_jax" / "compilation_cache"
     )
@@ -27,24 +27,26 @@ def compilation_cache_dir() -> Path:
 def enable_compilation_cache() -> None:
     """Let JAX store compiled programs and load them in later runs.
 
-    JAX's own environment variables take precedence: the folder, the size limit, and the compile
-    time from which programs are stored. By default all programs are stored, because even the small
-    ones take longer to compile than to load, and there are many. JAX's cache key includes versions
-    and devices, so a program is never loaded for another setup. If the folder cannot be written, a
-    note on stderr says so and nothing is stored.
+    JAX's environment variables for the folder, the size limit and the minimum compile time take
+    precedence. By default all programs are stored, because there are many small programs and even
+    these take longer to compile than to load. JAX's cache key includes versions and devices, so a
+    program is never loaded for a different setup. If the folder is not writable, a note is printed
+    on stderr and nothing is stored.
     """
     if not os.environ.get(MIN_SECONDS_VARIABLE):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # The size limit is only for the default folder: JAX cannot limit a folder that also has
-    # programs from before, which were stored without a limit.
-    if os.environ.get(DIR_VARIABLE):
+    # The size limit applies only to the default folder: JAX cannot limit a folder that already
+    # contains programs that were stored without a limit.
+    if given := os.environ.get(DIR_VARIABLE):
+        if "://" not in given:  # `ovis-jax ui` changes the working folder; a URL is a bucket
+            jax.config.update("jax_compilation_cache_dir", os.path.abspath(given))
         return
     try:
         folder = compilation_cache_dir()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder is unknown
+    except (OSError, RuntimeError) as error:  # RuntimeError means that the home folder is unknown
         print(
             f"note: compiled programs are not stored for the next run: {error}; "
             f"set {DIR_VARIABLE} to a writable folder",

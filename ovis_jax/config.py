@@ -20,9 +20,9 @@ from ovis_jax.json_fields import (
 TokenizeFunction = Literal["softmax", "gumbel_argmax", "st_argmax"]
 
 NUM_IMAGE_INDICATORS = 5
-"""Rows at the end of the visual embedding table that belong to the ids -301 to -305."""
+"""Number of rows at the end of the visual embedding table that belong to the ids -301 to -305."""
 
-# Our field names -> those of the Hub's config.json, where the two differ.
+# Field names in the Hub's config.json by our field names, where the two differ.
 _SHARED_NAMES = {
     "width": "hidden_size",
     "depth": "num_hidden_layers",
@@ -40,7 +40,7 @@ _DECODER_NAMES = _SHARED_NAMES | {
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The SigLIP encoder. Sizes are in pixels or channels."""
+    """Config of the SigLIP vision encoder. Sizes are in pixels or channels."""
 
     width: int
     depth: int
@@ -58,12 +58,12 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """P: number of patches per crop."""
+        """P, the number of patches per crop."""
         return self.grid_size**2
 
     @classmethod
     def from_hf(cls, config: JsonObject) -> Self:
-        """Read `visual_tokenizer_config.backbone_config`."""
+        """Create the config from `visual_tokenizer_config.backbone_config` in config.json."""
         config.require_value("model_type", "siglip_vision_model")
         config.require_value("hidden_act", "gelu_pytorch_tanh")
         vision = cls(**read_positive_number_fields(cls, config, _VISION_NAMES))
@@ -75,7 +75,7 @@ class VisionConfig:
         return vision
 
     def to_hf(self) -> dict[str, Any]:
-        """Return `visual_tokenizer_config.backbone_config`."""
+        """Return the field `visual_tokenizer_config.backbone_config` of config.json."""
         return {
             "model_type": "siglip_vision_model",
             "hidden_act": "gelu_pytorch_tanh",
@@ -86,15 +86,16 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class VisualTokenizerConfig:
-    """From vision features to a distribution over the visual vocabulary.
+    """Config of the visual tokenizer, which turns vision features into visual tokens.
 
     Attributes:
-      vision: the vision encoder.
-      vocab_size: U, the rows of the visual embedding table, including the image indicators.
-      hidden_stride: side of a block of patches that becomes one visual token.
-      tokenize_function: how logits become a distribution over visual words.
-      norm_eps: epsilon of the head's LayerNorm, the default of torch.nn.LayerNorm; no config file
-        states it.
+      vision: The vision encoder.
+      vocab_size: U, the number of rows in the visual embedding table, including the image
+        indicators.
+      hidden_stride: Side length, in patches, of the square block that becomes one visual token.
+      tokenize_function: The function that turns logits into a distribution over visual words.
+      norm_eps: Epsilon of the head's LayerNorm. Config files do not state it, so it is the default
+        of torch.nn.LayerNorm.
     """
 
     vision: VisionConfig
@@ -105,27 +106,27 @@ class VisualTokenizerConfig:
 
     @property
     def num_words(self) -> int:
-        """W: number of visual words in the softmax, without the image indicators."""
+        """W, the number of visual words in the softmax, without the image indicators."""
         return self.vocab_size - NUM_IMAGE_INDICATORS
 
     @property
     def merged_grid_size(self) -> int:
-        """Number of visual tokens along one side of a crop, including zero-padded ones."""
+        """Number of visual tokens along one side of a crop, including zero padding."""
         return -(-self.vision.grid_size // self.hidden_stride)
 
     @property
     def tokens_per_crop(self) -> int:
-        """M: number of visual tokens per crop."""
+        """M, the number of visual tokens per crop."""
         return self.merged_grid_size**2
 
     @property
     def merged_width(self) -> int:
-        """Number of channels of a merged block of patches."""
+        """Number of channels in a merged block of patches."""
         return self.hidden_stride**2 * self.vision.width
 
     @classmethod
     def from_hf(cls, config: JsonObject) -> Self:
-        """Read `visual_tokenizer_config`."""
+        """Create the config from `visual_tokenizer_config` in config.json."""
         config.require_value("model_type", "siglip_visual_tokenizer")
         if config.get_optional("drop_cls_token", False):
             raise config.error("drop_cls_token", True, "false: SigLIP has no class token")
@@ -148,7 +149,7 @@ class VisualTokenizerConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """Return `visual_tokenizer_config`."""
+        """Return the field `visual_tokenizer_config` of config.json."""
         return {
             "model_type": "siglip_visual_tokenizer",
             "vocab_size": self.vocab_size,
@@ -164,7 +165,7 @@ class VisualTokenizerConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The Gemma2 decoder."""
+    """Config of the Gemma2 decoder."""
 
     vocab_size: int
     width: int
@@ -182,12 +183,12 @@ class DecoderConfig:
     tie_embeddings: bool = True
 
     def window(self, block: int) -> int | None:
-        """The sliding window of a block in positions; None for a global block."""
+        """Return the sliding window of a block in positions; None for a global block."""
         return self.sliding_window if block % 2 == 0 else None
 
     @classmethod
     def from_hf(cls, config: JsonObject, *, disable_tie_weight: bool) -> Self:
-        """Read `llm_config`; `disable_tie_weight` is a field of the top level."""
+        """Create the config from `llm_config`; `disable_tie_weight` is a top-level field."""
         config.require_value("model_type", "gemma2")
         config.require_value("hidden_activation", "gelu_pytorch_tanh")
         config.require_value("attention_bias", False)
@@ -210,7 +211,7 @@ class DecoderConfig:
         return decoder
 
     def to_hf(self) -> dict[str, Any]:
-        """Return `llm_config`."""
+        """Return the field `llm_config` of config.json."""
         return {
             "model_type": "gemma2",
             "architectures": ["Gemma2ForCausalLM"],
@@ -226,15 +227,15 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class OvisConfig:
-    """A complete Ovis1.6-Gemma2 model.
+    """Config of a complete Ovis1.6-Gemma2 model.
 
     Attributes:
-      visual_tokenizer: vision encoder and visual tokenizer.
-      decoder: the language model.
-      multimodal_max_length: maximum prompt length in positions, with each crop as its M tokens.
-      eos_ids: ids that end an answer.
-      bos_id: id that starts every prompt.
-      pad_id: id at padding.
+      visual_tokenizer: Vision encoder and visual tokenizer.
+      decoder: The language model.
+      multimodal_max_length: Maximum prompt length in positions, where each crop takes M positions.
+      eos_ids: Ids that end an answer.
+      bos_id: Id that starts every prompt.
+      pad_id: Token id of padding.
     """
 
     visual_tokenizer: VisualTokenizerConfig
@@ -251,10 +252,10 @@ class OvisConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any]) -> Self:
-        """Read the parsed config.json and generation_config.json of a Hub folder.
+        """Create the config from the parsed config.json and generation_config.json of a Hub folder.
 
         Raises:
-          ConfigError: a field that affects the computation is missing or not supported.
+          ConfigError: A field that affects the computation is missing or not supported.
         """
         top = JsonObject(config, "config.json")
         top.require_value("model_type", "ovis")
@@ -285,7 +286,7 @@ class OvisConfig:
         return ovis
 
     def to_hf(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return config.json and generation_config.json, which `from_hf` reads back."""
+        """Return the contents of config.json and generation_config.json that `from_hf` reads."""
         ids = {"bos_token_id": self.bos_id, "pad_token_id": self.pad_id}
         config = {
             "architectures": ["Ovis"],
@@ -309,7 +310,7 @@ class OvisConfig:
         """Read config.json and generation_config.json of a checkpoint folder.
 
         Raises:
-          ConfigError: a file or field is missing, unreadable or not supported.
+          ConfigError: A file or field is missing, cannot be read or is not supported.
         """
         names = ("config.json", "generation_config.json")
         return cls.from_hf(*(read_json(folder / name) for name in names))

@@ -1,6 +1,8 @@
-"""Options and output that the commands share."""
+"""Options and output functions that the commands share."""
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,35 +13,58 @@ from rich.table import Table
 from rich.text import Text
 
 from ovis_jax.checkpoint.checkpoint_problems import CheckpointValidationError, escape_unprintable
+from ovis_jax.errors import CheckpointError, ConfigError, OvisError
+
+INTERRUPTED = 4
+"""Exit code of a command that was interrupted and can be resumed by running it again."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-"""Dtypes that parameters may be cast to."""
+"""The dtypes that parameters can be cast to."""
 
 ModelOption = Annotated[
     str,
     typer.Option(
-        help="Converted folder, folder or repo id in the Hub's layout, or the bundled ovis-tiny."
+        help="Converted folder, folder in the Hub's layout, repo id, or the bundled ovis-tiny."
     ),
 ]
 DtypeOption = Annotated[
-    Dtype | None, typer.Option(help="Dtype to compute in; without it, the checkpoint's own.")
+    Dtype | None, typer.Option(help="Dtype of the computation; by default, the checkpoint's dtype.")
 ]
 AdaptersOption = Annotated[Path | None, typer.Option(help="Folder of LoRA adapters to attach.")]
 TensorParallelOption = Annotated[
     int, typer.Option(min=1, help="Number of devices to shard the model over.")
 ]
 MaxPartitionOption = Annotated[
-    int, typer.Option(min=1, help="Maximum number of cells that an image is cut into.")
+    int, typer.Option(min=1, help="Maximum number of grid cells that an image is split into.")
 ]
+MaxNewTokensOption = Annotated[
+    int, typer.Option(min=1, help="Maximum number of tokens per answer.")
+]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Number of rows per batch.")]
 
 
 def model_display_name(model: str) -> str:
-    """Return the name to show for a model: the name of its folder, or the repo id."""
+    """Return the displayed name of a model, which is the name of its folder or the repo id."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """If the block raises an error, print it on stderr and exit with the error's exit code.
+
+    docs/index.md lists the exit codes of all commands.
+    """
+    try:
+        yield
+    except (OvisError, OSError) as error:
+        print_error(Console(stderr=True, highlight=False), error)
+        if isinstance(error, OSError):
+            sys.exit(3)
+        sys.exit(1 if isinstance(error, CheckpointError | ConfigError) else 2)
+
+
 def print_error(console: Console, error: object) -> None:
-    """Print an error in one line, and the problems of a checkpoint in a table below."""
+    """Print an error in one line; the problems of a checkpoint follow in a table."""
     message = error
     if isinstance(error, CheckpointValidationError):
         message = error.summary
@@ -57,14 +82,14 @@ def print_error(console: Console, error: object) -> None:
 
 
 def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table of literal text. Outside a terminal it is as wide as its content."""
+    """Print a table of literal text. If the output is not a terminal, the lines are not wrapped."""
     table = Table(*columns)
     for column in table.columns:
         column.overflow = "fold"
     for row in rows:
-        # Text, not markup: keys come from files.
+        # Keys come from files, so they must not be parsed as markup.
         table.add_row(*(Text(escape_unprintable(cell)) for cell in row))
-    if not console.is_terminal:  # a file or pipe has no width to fold a table into
+    if not console.is_terminal:  # a file or pipe has no width that a table must fit
         widest = console.options.update(max_width=10_000)
         width = Measurement.get(console, widest, table).maximum
         console = Console(file=console.file, width=width)

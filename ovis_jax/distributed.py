@@ -1,8 +1,8 @@
-"""Starting several processes: a roll call, then `jax.distributed.initialize`.
+"""Starting several processes: all must report first, then `jax.distributed.initialize` is called.
 
-When `jax.distributed.initialize` times out, JAX aborts the process without naming the missing ones.
-So all processes first report to the coordinator's address. If one is missing, every process raises
-an ordinary error that names it.
+When `jax.distributed.initialize` times out, JAX aborts the process without naming the missing
+processes. Therefore, all processes first report to the coordinator's address. If a process is
+missing, all others raise an ordinary error that names the missing process.
 """
 
 import contextlib
@@ -14,29 +14,30 @@ import jax
 from ovis_jax.errors import OvisError
 
 RETRY_SECONDS = 0.1
-"""Pause between two attempts to reach the coordinator."""
+"""Pause between two attempts to reach the coordinator, in seconds."""
 REPORT_SECONDS = 5.0
-"""Time in which a connected process must send its index."""
+"""Maximum time for a connected process to send its index, in seconds."""
 
 
 def initialize_distributed(
     coordinator_address: str, num_processes: int, process_id: int, *, timeout: float = 300.0
 ) -> None:
-    """Make this process one of several that share their devices.
+    """Join this process to a group of processes whose devices JAX uses together.
 
-    Call it before JAX creates any array. Afterwards `jax.devices()` lists the devices of all
-    processes. Every process must then build the same mesh and call `load`, `generate` and the other
-    functions with the same arguments.
+    Call this function before JAX creates any array. Afterwards, `jax.devices()` lists the devices
+    of all processes. Every process must then build the same mesh and call `load`, `generate` and
+    the other functions with the same arguments.
 
     Args:
       coordinator_address: "host:port" of process 0, the same for all processes.
-      num_processes: number of processes.
-      process_id: index of this process, from 0.
-      timeout: seconds to wait for the other processes.
+      num_processes: Number of processes.
+      process_id: Index of this process, from 0.
+      timeout: Seconds to wait for the other processes.
 
     Raises:
-      OvisError: the address or the index is invalid, two processes have the same index, or some
-        processes did not report in time; names those that are missing.
+      OvisError: The address or the index is invalid, two processes have the same index, or some
+        processes did not report in time. In the last case, the error names the missing processes.
+      OSError: Process 0 cannot listen on the port.
     """
     host, _, port = coordinator_address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -55,73 +56,61 @@ def initialize_distributed(
     if error:
         raise OvisError(error)
     jax.distributed.initialize(
-        coordinator_address,
-        num_processes,
-        process_id,
-        initialization_timeout=max(int(timeout), 1),
+        coordinator_address, num_processes, process_id, initialization_timeout=max(int(timeout), 1)
     )
 
 
 def _collect_reports(host: str, port: int, num_processes: int, timeout: float) -> str:
-    """In process 0: wait for all reports, then send every process the error, "" for none."""
+    """Process 0: wait for all reports, then send every process an error message, "" for success."""
     end = time.monotonic() + timeout
-    indices: set[int] = set()
+    missing = set(range(1, num_processes))
     connections: list[socket.socket] = []
     error = ""
     with contextlib.ExitStack() as stack:
-        try:
-            # On all interfaces, like JAX's own coordinator afterwards.
-            server = stack.enter_context(socket.create_server(("", port)))
-        except OSError as refusal:
-            return f"process 0 cannot listen on port {port}: {refusal}"
-        while len(indices) < num_processes - 1 and not error:
-            server.settimeout(max(end - time.monotonic(), 0.001))
+        # On all interfaces, like JAX's own coordinator afterwards.
+        server = stack.enter_context(socket.create_server(("", port)))
+        while missing and not error:
+            if (remaining := end - time.monotonic()) <= 0:
+                error = (
+                    f"{len(missing)} of {num_processes} processes did not report within"
+                    f" {timeout:g} s: {', '.join(map(str, sorted(missing)))}; start each of them"
+                    f" with coordinator_address {host}:{port} and its own process_id"
+                )
+                break
+            server.settimeout(remaining)
             try:
                 connection = stack.enter_context(server.accept()[0])
                 connection.settimeout(REPORT_SECONDS)
                 index = int(connection.makefile().readline(20))
-            except TimeoutError:
-                if time.monotonic() < end:
-                    continue  # a connection that sent nothing
-                missing = sorted(set(range(1, num_processes)) - indices)
-                error = (
-                    f"{len(missing)} of {num_processes} processes did not report within"
-                    f" {timeout:g} s: {', '.join(map(str, missing))}; start each of them with"
-                    f" coordinator_address {host}:{port} and its own process_id"
-                )
             except (ValueError, OSError):
-                continue  # not one of our processes
-            else:
-                if index in indices or not 0 < index < num_processes:
-                    error = f"process_id {index} of {num_processes} is taken or out of range"
-                indices.add(index)
-                connections.append(connection)
+                continue  # no connection, or not one of our processes
+            if index not in missing:
+                error = f"process_id {index} of {num_processes} is taken or out of range"
+            missing.discard(index)
+            connections.append(connection)
         for connection in connections:
             with contextlib.suppress(OSError):
                 connection.sendall(f"{error}\n".encode())
-                # The side that closes first keeps the port busy, so let it be the other side.
-                connection.recv(1)
     return error
 
 
 def _report(host: str, port: int, process_id: int, timeout: float) -> str:
-    """In the other processes: send the index to process 0, and return the error it answers with."""
+    """Other processes: send the index to process 0, and return the error message from its reply."""
     end = time.monotonic() + timeout
     while True:
         try:
             with socket.create_connection((host, port), timeout=timeout) as connection:
                 connection.sendall(f"{process_id}\n".encode())
-                # Process 0 may have started later than this process and waits equally long.
+                # Process 0 may have started later than this process, and it has the same timeout.
                 connection.settimeout(2 * timeout)
                 answer = connection.makefile().readline()
             if answer:
                 return answer.strip()
-            reason = "it closed the connection"
+            raise ConnectionError("it closed the connection")
         except OSError as error:
-            reason = str(error)
-        if time.monotonic() + RETRY_SECONDS > end:
-            return (
-                f"process {process_id}: process 0 did not answer at {host}:{port} within"
-                f" {timeout:g} s ({reason}); check that it runs and that this is its address"
-            )
-        time.sleep(RETRY_SECONDS)
+            if time.monotonic() + RETRY_SECONDS > end:
+                return (
+                    f"process {process_id}: process 0 did not answer at {host}:{port} within"
+                    f" {timeout:g} s ({error}); check that it runs and that this is its address"
+                )
+        time.sleep(RETRY_SECONDS)  # there is no notification when process 0 starts to listen

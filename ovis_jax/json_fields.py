@@ -1,4 +1,4 @@
-"""Reading JSON objects with errors that name the file and the field."""
+"""Reading fields of JSON objects, with errors that name the file and the field."""
 
 import json
 from collections.abc import Mapping
@@ -12,18 +12,18 @@ from ovis_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class JsonObject:
-    """A JSON object with the name that its errors start with.
+    """A JSON object, with a name for error messages.
 
     Attributes:
-      values: the fields.
-      name: file and path of the object, such as "config.json: llm_config".
+      values: The fields.
+      name: The file and the path of the object in it, such as "config.json: llm_config".
     """
 
     values: Mapping[str, Any]
     name: str
 
     def error(self, key: str, found: Any, expected: str) -> ConfigError:
-        """Create the error for a field with an unsupported value."""
+        """Return the error for a field with an unsupported value."""
         return ConfigError(f"{self.name}: {key} is {found!r}, expected {expected}")
 
     def get(self, key: str) -> Any:
@@ -37,32 +37,32 @@ class JsonObject:
         return self.values.get(key, default)
 
     def require_value(self, key: str, supported: Any) -> None:
-        """Check that a field has the only supported value."""
+        """Check that a field has its only supported value."""
         if (found := self.get(key)) != supported:
             raise self.error(key, found, f"{supported!r}, the only supported value")
 
     def get_object(self, key: str) -> "JsonObject":
-        """Return a nested object."""
+        """Return a field that is a nested object."""
         value = self.get(key)
         if not isinstance(value, Mapping):
             raise self.error(key, value, "an object")
         return JsonObject(cast(Mapping[str, Any], value), f"{self.name}: {key}")
 
     def get_positive_int(self, key: str) -> int:
-        """Return an integer above 0."""
+        """Return a field that is an integer above 0."""
         if not is_int(value := self.get(key)) or value <= 0:
             raise self.error(key, value, "an integer above 0")
         return value
 
     def get_positive_number(self, key: str) -> float:
-        """Return an integer or float above 0."""
+        """Return a field that is an integer or float above 0."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise self.error(key, value, "a number above 0")
         return value
 
     def require_divisor(self, key: str, divisor: int, of_key: str, dividend: int) -> None:
-        """Check that one field divides another."""
+        """Check that the value of one field divides the value of another."""
         if dividend % divisor:
             raise self.error(key, divisor, f"a divisor of {of_key} {dividend}")
 
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-      ConfigError: the file is missing or does not hold a JSON object.
+      ConfigError: The file is missing or does not contain a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -82,12 +82,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+        raise ConfigError(f"{path} contains a JSON {type(value).__name__}, expected an object")
     return value
 
 
 def is_int(value: Any) -> bool:
-    """Whether a value is an integer, including numpy's integers but not True and False."""
+    """Return whether a value is an integer; numpy integers are included, bools are not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -97,9 +97,9 @@ def read_positive_number_fields(
     """Read the int and float fields of a dataclass, all of which must be above 0.
 
     Args:
-      cls: the dataclass.
-      obj: the JSON object.
-      key_names: field of the dataclass -> key in the object, where the two differ.
+      cls: The dataclass.
+      obj: The JSON object.
+      key_names: Keys in the object by name of the dataclass field, where the two names differ.
     """
     readers = {int: obj.get_positive_int, float: obj.get_positive_number}
     return {
@@ -110,6 +110,6 @@ def read_positive_number_fields(
 
 
 def write_positive_number_fields(config: Any, key_names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the JSON fields that `read_positive_number_fields` reads back."""
+    """Return the int and float fields of a dataclass as JSON fields."""
     numbers = [field.name for field in fields(config) if field.type in (int, float)]
     return {key_names.get(name, name): getattr(config, name) for name in numbers}

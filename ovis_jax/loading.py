@@ -1,9 +1,9 @@
-"""Loading a checkpoint, and asking the loaded model."""
+"""Loading a checkpoint, and asking the loaded model questions."""
 
 import math
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -14,24 +14,25 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from ovis_jax.argument_type_checks import check_argument_types
 from ovis_jax.checkpoint.adapters import load_adapters
 from ovis_jax.checkpoint.params import OnRead, load_params
 from ovis_jax.checkpoint.resolve import resolve_checkpoint
 from ovis_jax.config import OvisConfig
-from ovis_jax.errors import RequestError
+from ovis_jax.errors import OvisError, RequestError
 from ovis_jax.inference.generate import Generation, stream
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.batch import pad_batch
 from ovis_jax.inputs.conversation import Prompt
 from ovis_jax.inputs.processor import Images, Processor
-from ovis_jax.mesh import to_automatic_axes
+from ovis_jax.inputs.tokenizer import IncrementalDetokenizer
 from ovis_jax.model.lora import attach_adapters
 from ovis_jax.model.ovis import Ovis, Params
-from ovis_jax.sharding import TENSOR, Rules, param_shapes
+from ovis_jax.sharding import TENSOR, Rules, param_shapes, parse_rules
 
 
 class AskOptions(TypedDict, total=False):
-    """The keyword arguments of `LoadedOvis.ask`, which documents them."""
+    """The keyword arguments of `LoadedOvis.ask`; its docstring describes them."""
 
     max_new_tokens: int
     temperature: float | None
@@ -47,11 +48,11 @@ class PartialAnswer:
     """An answer after one more token.
 
     Attributes:
-      delta: Text that the token added.
+      delta: Text that the last token added.
       text: All text so far.
       tokens: All token ids so far, including the stop id.
-      finish_reason: "stop" or "length" at the last token, None before.
-      prompt_positions: Length of the prompt in positions.
+      finish_reason: "stop" or "length" after the answer's last token; None before.
+      prompt_positions: Number of positions in the prompt.
       seconds_to_first_token: Seconds from the call to the first token.
       seconds: Seconds from the call to this token.
     """
@@ -71,8 +72,8 @@ class LoadedOvis:
 
     Attributes:
       config: The config of the checkpoint.
-      model: The model as pure functions.
-      params: Nested dict of arrays.
+      model: The model, whose methods are pure functions.
+      params: The parameters, a nested dict of arrays.
       processor: Converts text and images to arrays, and ids to text.
       name: Name of the checkpoint: a folder name, a repo id or "ovis-tiny".
     """
@@ -104,24 +105,22 @@ class LoadedOvis:
         """Answer one prompt.
 
         Args:
-          prompt: A question, or a conversation as a list of turns
-            `{"role": "user" | "assistant", "content": CONTENT}`; CONTENT is a string or a list of
-            OpenAI content parts. "<image>" in a text marks the place of an image; without any, the
-            images come first.
-          images: An image or a list of images. An image is a path, the bytes of a file, a PIL image
-            or a numpy uint8 array [h, w, 3].
-          **options: Any of
-            max_new_tokens: Maximum number of tokens of the answer. Default 1024.
-            temperature: Short for `sampling=Sampling(temperature)`. Default None: greedy.
-            sampling: How tokens are chosen. Default None: greedy.
-            seed: Seed of the sampling. Default 0.
-            max_partition: Maximum number of cells that an image is cut into. Default 9.
-            assistant_prefix: Text that the answer begins with. Default "".
+          prompt: A question, or a conversation as a list of turns `{"role": "user" | "assistant",
+            "content": CONTENT}`; CONTENT is a string or a list of OpenAI content parts. "<image>"
+            in a text marks the place of an image; if no text contains "<image>", the images come
+            first.
+          images: An image or a list of images. An image is a path, the bytes of a file, a `data:`
+            URL, a PIL image, or a numpy or JAX uint8 array [h, w, 3].
+          **options: Any of these keyword arguments: max_new_tokens: Maximum number of tokens of the
+            answer. Default 1024. temperature: Short for `sampling=Sampling(temperature)`. Default
+            None: greedy. sampling: How tokens are chosen. Default None: greedy. seed: Seed of the
+            sampling. Default 0. max_partition: Maximum number of cells that an image is cut into.
+            Default 9. assistant_prefix: Text that the answer begins with. Default "".
             parse_special_tokens: Whether special tokens spelled out in the prompt become their ids.
-              Default True; pass False for text from people you do not trust.
+            Default True; pass False for text from people you do not trust.
 
         Returns:
-          The answer, without `assistant_prefix`.
+          The text of the answer, without `assistant_prefix`.
 
         Raises:
           OvisError: The prompt, an image or an option is invalid.
@@ -131,7 +130,7 @@ class LoadedOvis:
     def ask_stream(
         self, prompt: Prompt, images: Images | None = None, **options: Unpack[AskOptions]
     ) -> Iterator[str]:
-        """Answer one prompt piece by piece. Takes the arguments of `ask`.
+        """Answer one prompt piece by piece; the arguments are those of `ask`.
 
         Yields:
           The next piece of the answer's text. The pieces join to the result of `ask`.
@@ -155,10 +154,10 @@ class LoadedOvis:
         assistant_prefix: str = "",
         parse_special_tokens: bool = True,
     ) -> Generator[PartialAnswer]:
-        """Answer one prompt token by token, with ids and times. Takes the arguments of `ask`.
+        """Answer one prompt token by token, with ids and times; the arguments are those of `ask`.
 
         Yields:
-          A `PartialAnswer` per token. Closing the generator ends the generation.
+          A `PartialAnswer` after each token. Closing the generator stops the generation.
 
         Raises:
           OvisError: The prompt, an image or an option is invalid.
@@ -189,7 +188,8 @@ class LoadedOvis:
     def _follow(
         self, chunks: Iterator[Generation], prompt_positions: int, max_new_tokens: int, start: float
     ) -> Generator[PartialAnswer]:
-        detokenizer, tokens, text, first = self.processor.new_detokenizer(), (), "", 0.0
+        detokenizer = IncrementalDetokenizer(self.processor.tokenizer)
+        tokens, text, first = (), "", 0.0
         for chunk in chunks:
             token = int(np.asarray(chunk.tokens)[0, 0])
             elapsed = time.perf_counter() - start
@@ -211,38 +211,46 @@ def load(
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
-    rules: Rules = TENSOR,
+    rules: Rules | str = TENSOR,
     adapters: str | Path | None = None,
     on_read: OnRead | None = None,
 ) -> LoadedOvis:
     """Load a checkpoint.
 
     Args:
-      path: A converted folder, a folder in the Hub's layout, a repo id, which is downloaded, or
+      path: A converted folder, a folder in the Hub's layout, a repo id (which is downloaded), or
         "ovis-tiny", the small checkpoint that ships with the library.
-      dtype: Dtype of parameters and activations: float32, bfloat16 or float16. None keeps the
-        checkpoint's own.
-      mesh: Mesh that the parameters are sharded over; every device reads only its own slices, and
-        every process only those of its devices. None uses the default device.
-      rules: Which mesh axis shards which letter: `TENSOR`, `FSDP`, `TENSOR_FSDP` or your own table
-        from letters to mesh axes such as "data" and "model".
+      dtype: Dtype of parameters and activations: float32, bfloat16 or float16; None for the
+        checkpoint's dtype.
+      mesh: Mesh to shard the parameters over; None for the default device. Every device reads only
+        its own slices, and every process reads only the slices for its devices.
+      rules: Sharding rules, which map axis letters to mesh axes: `TENSOR`, `FSDP`, `TENSOR_FSDP`,
+        one of the names "tensor", "fsdp" and "tensor_fsdp", or your own dict.
       adapters: Folder of LoRA adapters that `save_adapters` wrote. Each adapted matrix becomes a
         `LowRank` in the parameters.
-      on_read: Called with the key and the bytes of each slice of a tensor that this process reads.
+      on_read: Called with the key and the size in bytes of each slice that this process reads.
 
     Raises:
-      ConfigError: A config or tokenizer file is missing, or asks for something unsupported.
-      CheckpointError: The weights or adapters do not match the config; all problems are named.
-      OvisError: There is no such checkpoint or folder of adapters, or the rules cannot shard the
-        parameters over the mesh.
+      ConfigError: A config or tokenizer file is missing or has an unsupported value.
+      CheckpointError: The weights or adapters do not match the config; the error lists all
+        problems.
+      OvisError: The checkpoint or the folder of adapters does not exist, the rules are invalid or
+        cannot shard the parameters over the mesh, or rules other than `TENSOR` are given without a
+        mesh.
       OSError: The Hub cannot be reached, or a file cannot be read.
+      TypeError: `mesh` or `rules` has the wrong type.
     """
-    mesh = mesh and to_automatic_axes(mesh)
+    check_argument_types("load", mesh=(mesh, Mesh | None), rules=(rules, Mapping | str))
+    rules = parse_rules(rules)
+    if mesh is not None:
+        mesh = Mesh(mesh.devices, mesh.axis_names)  # with automatic axes
+    elif rules != TENSOR:
+        raise OvisError("load: rules are given without a mesh; pass a mesh, or leave out rules")
     checkpoint = resolve_checkpoint(path)
     folder = checkpoint.folder
     config = OvisConfig.from_folder(folder)
     processor = Processor.from_folder(folder, config)
-    # Adapters first: they are small, and may belong to another model.
+    # Adapters are read first, because they are small and may belong to a different model.
     lora = None if adapters is None else load_adapters(adapters, config, mesh=mesh, rules=rules)
     params = load_params(folder, config, dtype=dtype, mesh=mesh, rules=rules, on_read=on_read)
     if lora is not None:

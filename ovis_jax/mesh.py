@@ -1,8 +1,9 @@
-"""Creating meshes, and running under a caller's mesh whose axes may be explicit.
+"""Creating meshes, and running under a caller's mesh that may have explicit axes.
 
-Inside the model, the compiler chooses the shardings of intermediate values. JAX calls the axes of
-such a mesh automatic. If the caller's mesh has explicit axes, as from `jax.make_mesh`, functions of
-the model switch to the same mesh with automatic axes, and back when they return.
+Inside the model, the compiler chooses the shardings of intermediate values. JAX calls the axes of a
+mesh automatic in this case. If the caller's mesh has explicit axes, for example from
+`jax.make_mesh`, the model's functions switch to the same mesh with automatic axes, and switch back
+when they return.
 """
 
 from collections.abc import Callable
@@ -21,10 +22,10 @@ Result = TypeVar("Result")
 
 
 def data_model_mesh(data: int, model: int) -> Mesh:
-    """Create a mesh of the first devices, with automatic axes "data" and "model" of these sizes.
+    """Create a mesh of the first devices, with automatic axes "data" and "model".
 
     Raises:
-      OvisError: there are fewer devices than data x model.
+      OvisError: There are fewer than `data` x `model` devices.
     """
     needed, devices = data * model, jax.devices()
     if needed > len(devices):
@@ -35,24 +36,20 @@ def data_model_mesh(data: int, model: int) -> Mesh:
 
 
 def tensor_parallel_mesh(num_devices: int) -> Mesh | None:
-    """Create a mesh for tensor parallelism; None for a single device.
+    """Create a mesh for tensor parallelism, or return None for a single device.
 
     Raises:
-      OvisError: there are fewer devices.
+      OvisError: There are fewer than `num_devices` devices.
     """
     return None if num_devices == 1 else data_model_mesh(1, num_devices)
 
 
-def to_automatic_axes(mesh: Mesh) -> Mesh:
-    """The same devices and axes, with all axes automatic."""
-    return Mesh(mesh.devices, mesh.axis_names)
-
-
 def run_with_automatic_axes(function: Function) -> Function:
-    """Make a function of arrays run with automatic axes.
+    """Wrap a function of arrays so that it runs with automatic axes.
 
-    It changes the mesh in scope or, if there is none, the mesh of the arrays among the arguments.
-    Results must be passed to another such function or to `replicate_if_explicit`.
+    The wrapper changes the axes of the mesh in scope or, if there is none, of the mesh that the
+    arguments are sharded over. Pass the results to another wrapped function or to
+    `replicate_if_explicit`.
     """
 
     @wraps(function)
@@ -71,16 +68,17 @@ def run_with_automatic_axes(function: Function) -> Function:
 
 
 def replicate_if_explicit(results: Result) -> Result:
-    """Replicate results if the mesh in scope has explicit axes, which require a known sharding."""
+    """Replicate results if the mesh in scope has explicit axes, which need known shardings."""
     if not _is_explicit(jax.sharding.get_abstract_mesh()):
         return results
     return jax.sharding.reshard(results, PartitionSpec())
 
 
 def allow_explicit_mesh(function: Function) -> Function:
-    """Make a function of arrays callable in a program whose mesh has explicit axes.
+    """Wrap a function of arrays so that it can be called under a mesh with explicit axes.
 
-    It runs with automatic axes, and its results are replicated if the caller's axes are explicit.
+    The function runs with automatic axes. If the caller's axes are explicit, the results are
+    replicated.
     """
 
     @wraps(function)

@@ -1,4 +1,4 @@
-"""Configs of the published models, of a model for benchmarks, and of a tiny model for tests."""
+"""Configs: the published models, a model for benchmarks, and a tiny model for tests."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ _GEMMA2: dict[str, Any] = {
     "rope_theta": 10000.0,
     "norm_eps": 1e-6,
 }
-"""Constants of every Gemma2 decoder."""
+"""Constants that all Gemma2 decoders share."""
 
 
 def ovis1_6_gemma2_9b() -> OvisConfig:
-    """The published AIDC-AI/Ovis1.6-Gemma2-9B, with 10.2 billion parameters."""
+    """Return the config of AIDC-AI/Ovis1.6-Gemma2-9B, which has 10.2 billion parameters."""
     return _published(
         width=3584,
         depth=42,
@@ -28,7 +28,7 @@ def ovis1_6_gemma2_9b() -> OvisConfig:
 
 
 def ovis1_6_gemma2_27b() -> OvisConfig:
-    """The published AIDC-AI/Ovis1.6-Gemma2-27B."""
+    """Return the config of AIDC-AI/Ovis1.6-Gemma2-27B."""
     return _published(
         width=4608,
         depth=46,
@@ -41,7 +41,7 @@ def ovis1_6_gemma2_27b() -> OvisConfig:
 
 
 def tiny() -> OvisConfig:
-    """A model for tests, with grouped heads and an odd patch grid like the published ones."""
+    """Return the config of a tiny model for tests."""
     vision = VisionConfig(
         width=48,
         depth=2,
@@ -71,11 +71,11 @@ def tiny() -> OvisConfig:
 
 
 def benchmark() -> OvisConfig:
-    """A model for benchmarks on small machines: the 9B's proportions in 410 million parameters.
+    """Return the config of a model for benchmarks on small machines, with 410 million parameters.
 
-    The vision encoder has the 9B's sizes except for its depth. Decoder width and vocabularies are
-    about a quarter of the 9B's. Heads keep their size, so that attention scores and products have
-    the 9B's proportion.
+    The model has the proportions of the 9B. The vision encoder has the same sizes as in the 9B,
+    except for the depth. The decoder's width and the vocabularies are about a quarter of the 9B's.
+    The heads have the same size, so the ratio of attention scores to matrix products is the 9B's.
     """
     decoder = DecoderConfig(
         vocab_size=64000,
@@ -92,7 +92,7 @@ def benchmark() -> OvisConfig:
 
 
 def _published(**decoder: Any) -> OvisConfig:
-    """A published model from the sizes of its decoder."""
+    """Return the config of a published model, given the sizes of its decoder."""
     return _ovis(
         VisualTokenizerConfig(_siglip(depth=27), 65536, 2, "softmax"),
         DecoderConfig(vocab_size=256000, **_GEMMA2, **decoder),
@@ -100,7 +100,7 @@ def _published(**decoder: Any) -> OvisConfig:
 
 
 def _siglip(depth: int) -> VisionConfig:
-    """SigLIP so400m at 384 pixels, with `depth` blocks."""
+    """Return the config of SigLIP so400m for 384 pixels, with `depth` blocks."""
     return VisionConfig(
         width=1152,
         depth=depth,

@@ -1,10 +1,11 @@
-"""The axes of every parameter, and the rules that shard them over a mesh.
+"""The axes of every parameter, and the rules for sharding parameters over a mesh.
 
-`PARAM_AXES` gives the axes of each parameter as letters, and a rule maps a letter to a mesh axis.
-Shapes, shardings, the key map and errors about shapes all come from this table. The letters are
-those of the whole repository, listed in docs/research.md, and two local ones: p is the side of a
-patch in pixels, m the stride that merges patches. A group in parentheses is one dimension, the
-product of its letters. A number is a size.
+`PARAM_AXES` lists the axes of each parameter as letters, and a rule maps a letter to a mesh axis.
+Shapes, shardings, the key map and errors about shapes are all derived from this table.
+docs/research.md lists the letters, which have the same meaning in the whole repository. Two more
+letters are used only here: p is the side length of a patch in pixels, and m is the stride for
+merging patches. A group in parentheses is one dimension, whose size is the product of its letters.
+A number is a size.
 """
 
 import math
@@ -61,30 +62,54 @@ PARAM_AXES: Mapping[str, str] = {
 }
 
 _LOOKUP_TABLES = {"vision/position", "visual_embedding", "decoder/embed"}
-"""Two-dimensional parameters that `linear` does not multiply by."""
+"""Two-dimensional parameters that are not multiplied by in `linear`."""
 
 _PADDED_LETTERS = "UW"
-"""Letters whose dimension is padded with rows of zeros to divide a mesh axis: 65531 is odd."""
+"""Letters whose dimension is padded with rows of zeros so that a mesh axis divides it. In the
+published models, W is 65531, which is odd."""
 
 _DIMENSION = r"\([^)]*\)|\S+"
 
 Rules = Mapping[str, str]
 
 TENSOR: Rules = {axis: "model" for axis in "NKFAVUW"} | {"B": "data"}
-"""Tensor parallelism: heads, MLP widths and vocabularies over "model", the batch over "data"."""
+"""Tensor parallelism: heads, MLP widths and vocabularies are sharded over "model", the batch over
+"data"."""
 
 FSDP: Rules = {"D": "data", "E": "data"}
-"""Weights over "data" along their width. For weights only, as activations have B on "data"."""
+"""FSDP: weights are sharded over "data" along their width. These rules do not apply to activations,
+whose batch is already sharded over "data"."""
 
 TENSOR_FSDP: Rules = {**TENSOR, **FSDP}
-"""Every weight over both mesh axes."""
+"""Tensor parallelism and FSDP together: every weight is sharded over both mesh axes."""
 
 RULES_BY_NAME: Mapping[str, Rules] = {"tensor": TENSOR, "fsdp": FSDP, "tensor_fsdp": TENSOR_FSDP}
-"""The names of the rules in configs and commands."""
+"""The rules by the name that configs, commands and `load` use."""
+
+_RULE_LETTERS = {*re.findall("[A-Z]", "".join(PARAM_AXES.values())), "B"}
+
+
+def parse_rules(rules: Rules | str) -> Rules:
+    """Return the rules with a name in `RULES_BY_NAME`, or check a dict of rules and return it.
+
+    Raises:
+      OvisError: The name is unknown, or the dict does not map letters to names of mesh axes.
+    """
+    table = RULES_BY_NAME.get(rules) if isinstance(rules, str) else rules
+    if (
+        table is None
+        or not table.keys() <= _RULE_LETTERS
+        or not all(isinstance(axis, str) for axis in table.values())
+    ):
+        raise OvisError(
+            f"rules are {rules!r}, expected one of {', '.join(RULES_BY_NAME)}, or a dict from"
+            f" letters ({' '.join(sorted(_RULE_LETTERS))}) to names of mesh axes"
+        )
+    return table
 
 
 def param_axes(config: OvisConfig) -> dict[str, str]:
-    """The axes of every parameter of a model by path, in a fixed order, block by block."""
+    """Return the axes of every parameter by path, in a fixed order, block by block."""
     axes = {}
     for prefix, group in groupby(PARAM_AXES, lambda pattern: pattern.partition("*")[0]):
         patterns = list(group)
@@ -98,17 +123,17 @@ def param_axes(config: OvisConfig) -> dict[str, str]:
 
 
 def axes_of_param(path: str) -> str:
-    """The axes of a parameter, such as "(N H) D" for "decoder/block_0/attn/q"."""
+    """Return the axes of a parameter, such as "(N H) D" for "decoder/block_0/attn/q"."""
     return PARAM_AXES[re.sub(r"/block_\d+/", "/block_*/", path)]
 
 
 def supports_adapter(path: str) -> bool:
-    """Whether a parameter is a matrix that `linear` multiplies by."""
-    return len(parse_axes(axes_of_param(path))) == 2 and path not in _LOOKUP_TABLES
+    """Return whether a parameter can have an adapter, as a matrix that `linear` multiplies by."""
+    return len(split_axis_letters(axes_of_param(path))) == 2 and path not in _LOOKUP_TABLES
 
 
 def adapter_axes(config: OvisConfig) -> dict[str, str]:
-    """The axes of every adapter: `<matrix>/lora_a` "R in" and `<matrix>/lora_b` "out R"."""
+    """Return the axes of every adapter: `<matrix>/lora_a` has "R in", `<matrix>/lora_b` "out R"."""
     axes = {}
     for path, letters in param_axes(config).items():
         if supports_adapter(path):
@@ -118,7 +143,7 @@ def adapter_axes(config: OvisConfig) -> dict[str, str]:
 
 
 def axis_letter_sizes(config: OvisConfig, path: str) -> dict[str, int]:
-    """The size of every letter at a path; F and H depend on whether the decoder holds the path."""
+    """Return the size of every letter for a path; F and H have different sizes in the decoder."""
     tokenizer, vision, decoder = config.visual_tokenizer, config.vision, config.decoder
     in_decoder = path.startswith("decoder/")
     return {
@@ -139,28 +164,28 @@ def axis_letter_sizes(config: OvisConfig, path: str) -> dict[str, int]:
     }
 
 
-def parse_axes(axes: str) -> list[list[str]]:
-    """The letters of each dimension: "(N H) D" -> [["N", "H"], ["D"]]."""
+def split_axis_letters(axes: str) -> list[list[str]]:
+    """Return the letters of each dimension: [["N", "H"], ["D"]] for "(N H) D"."""
     return [part.strip("()").split() for part in re.findall(_DIMENSION, axes)]
 
 
 def shape_from_axes(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of a parameter from its axes and the sizes of their letters."""
+    """Return the shape of a parameter, given its axes and the sizes of the letters."""
     return tuple(
         math.prod(int(letter) if letter.isdigit() else sizes[letter] for letter in group)
-        for group in parse_axes(axes)
+        for group in split_axis_letters(axes)
     )
 
 
 def param_shapes(
     config: OvisConfig, mesh: Mesh | AbstractMesh | None = None, rules: Rules = TENSOR
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of a model by path, in the order of `param_axes`.
+    """Return the shape of every parameter by path, in the order of `param_axes`.
 
-    With a mesh, the shapes include padding. The visual table has U rows and the visual head W =
-    U - 5. If a mesh axis of size n > 1 shards them, both get U rounded up to a multiple of n; the
-    additional rows are zeros. Both get the same number, so that the product of the head's words
-    with the table needs no communication of shards.
+    With a mesh, the shapes include padding. The visual embedding table has U rows, and the visual
+    head has W = U - 5 rows. If a mesh axis of size n > 1 shards them, both are padded with rows of
+    zeros to U, rounded up to a multiple of n. Both get the same number of rows, so that multiplying
+    the head's words by the table needs no communication of shards.
     """
     return _shapes(param_axes(config), config, mesh, rules)
 
@@ -168,7 +193,7 @@ def param_shapes(
 def adapter_shapes(
     config: OvisConfig, rank: int, mesh: Mesh | AbstractMesh | None = None, rules: Rules = TENSOR
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of every adapter of rank `rank` by path, padded on a mesh like its matrix."""
+    """Return the shape of every adapter by path, padded for a mesh like its matrix."""
     return _shapes(adapter_axes(config), config, mesh, rules, R=rank)
 
 
@@ -188,7 +213,7 @@ def _shapes(
 def _padded_sizes(
     config: OvisConfig, path: str, mesh: Mesh | AbstractMesh | None, rules: Rules
 ) -> dict[str, int]:
-    """`axis_letter_sizes` with the padding for a mesh."""
+    """Return the sizes from `axis_letter_sizes`, with the padding for a mesh."""
     sizes = axis_letter_sizes(config, path)
     padded = {}
     for letter in _PADDED_LETTERS:
@@ -199,8 +224,8 @@ def _padded_sizes(
 
 
 def unpadded_rows(config: OvisConfig, axes: str) -> int | None:
-    """The number of real rows of a parameter that may be padded on a mesh; None for others."""
-    first = parse_axes(axes)[0][0]
+    """Return the number of real rows if a parameter may be padded for a mesh, otherwise None."""
+    first = split_axis_letters(axes)[0][0]
     return axis_letter_sizes(config, "")[first] if first in _PADDED_LETTERS else None
 
 
@@ -210,10 +235,10 @@ def pad_params(
     mesh: Mesh | AbstractMesh,
     rules: Rules = TENSOR,
 ) -> dict[str, Any]:
-    """Pad plain arrays in memory to the shapes that `param_shapes` returns for a mesh.
+    """Pad arrays to the shapes that `param_shapes` returns for a mesh.
 
-    `load_params` returns parameters that are padded already. Padded parameters can be used and
-    saved like unpadded ones, on any device.
+    The parameters from `load_params` are already padded. Padded parameters can be used and saved
+    like unpadded parameters, on any device.
     """
     shapes = param_shapes(config, mesh, rules)
     flat: dict[str, Any] = flatten_dict(params, sep="/")
@@ -227,14 +252,15 @@ def pad_params(
 def param_shardings(
     config: OvisConfig, mesh: Mesh | AbstractMesh, rules: Rules = TENSOR
 ) -> dict[str, NamedSharding]:
-    """The sharding of every parameter by path, for the shapes of `param_shapes` with that mesh.
+    """Return the sharding of every parameter by path, for the shapes from `param_shapes`.
 
-    The first letter of a dimension that has a rule decides. A dimension is replicated if none of
-    its letters has a rule, or if the mesh lacks the axis.
+    If a dimension has several letters, the first letter with a rule determines the sharding. A
+    dimension is replicated if none of its letters has a rule, or if the mesh has no such axis.
 
     Raises:
-      OvisError: a letter's size does not divide by its mesh axis (U and W are padded), or the rules
-        put two dimensions of a parameter on one mesh axis.
+      OvisError: The mesh has none of the axes in the rules, the size of a letter is not divisible
+        by its mesh axis (U and W are padded), or the rules shard two dimensions of a parameter over
+        the same mesh axis.
     """
     return _shardings(param_axes(config), config, mesh, rules)
 
@@ -242,10 +268,10 @@ def param_shardings(
 def adapter_shardings(
     config: OvisConfig, mesh: Mesh | AbstractMesh, rules: Rules = TENSOR
 ) -> dict[str, NamedSharding]:
-    """The sharding of every adapter by path: that of its matrix, with R replicated.
+    """Return the sharding of every adapter by path: that of its matrix, with R replicated.
 
     Raises:
-      OvisError: as `param_shardings`.
+      OvisError: The rules cannot shard the adapters, as in `param_shardings`.
     """
     return _shardings(adapter_axes(config), config, mesh, rules)
 
@@ -253,6 +279,12 @@ def adapter_shardings(
 def _shardings(
     axes: Mapping[str, str], config: OvisConfig, mesh: Mesh | AbstractMesh, rules: Rules
 ) -> dict[str, NamedSharding]:
+    if rules and not set(mesh.axis_names).intersection(rules.values()):
+        raise OvisError(
+            f"the mesh has the axes {list(mesh.axis_names)}, but the rules shard over"
+            f" {sorted(set(rules.values()))}, so every device would hold all parameters; rename the"
+            " axes of the mesh, or pass rules with its axes (rules={} replicates them)"
+        )
     return {
         path: NamedSharding(
             mesh, _spec(path, letters, _padded_sizes(config, path, mesh, rules), mesh, rules)
@@ -265,7 +297,7 @@ def _spec(
     path: str, letters: str, sizes: Mapping[str, int], mesh: Mesh | AbstractMesh, rules: Rules
 ) -> PartitionSpec:
     spec: list[str | None] = []
-    for group in parse_axes(letters):
+    for group in split_axis_letters(letters):
         letter = next((letter for letter in group if letter in rules), group[0])
         axis = rules.get(letter)
         if axis not in mesh.shape:
@@ -287,6 +319,6 @@ def _spec(
 
 
 def mesh_axis(letter: str, size: int, mesh: Mesh | AbstractMesh) -> str | None:
-    """The mesh axis over which `TENSOR` shards a letter; None if `size` is not divisible by it."""
+    """Return the mesh axis over which `TENSOR` shards a letter; None if `size` is not divisible."""
     axis = TENSOR[letter]
     return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None

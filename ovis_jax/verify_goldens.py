@@ -1,14 +1,16 @@
-"""Comparison of a checkpoint with results of the original code, stage by stage.
+"""Comparing a checkpoint with results from the original code, stage by stage.
 
-A golden file is an .npz with the original's results for one prompt; tests/golden/README.md lists
-its fields. Results computed in float32 are compared end to end. Results computed in bfloat16 are
-compared stage by stage, each stage with the stored output of the stage before as its input, because
-a difference in the last bit of one stage can change the tokens of a model with sharp distributions.
+A golden file is an .npz file with the original's results for one prompt; tests/golden/README.md
+lists its fields. Results in float32 are compared end to end. Results in bfloat16 are compared stage
+by stage, where the input of each stage is the stored output of the previous stage. The reason is
+that a difference in the last bit in one stage can change the tokens of a model with peaked
+distributions.
 """
 
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,35 +20,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ovis_jax.errors import RequestError
+from ovis_jax.config import OvisConfig
+from ovis_jax.errors import OvisError, RequestError, count_noun
 from ovis_jax.inference.generate import generate
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.conversation import turns_from_sharegpt
 from ovis_jax.inputs.image_processing import IMAGE_SLOT
 from ovis_jax.inputs.open_image import open_image
 from ovis_jax.inputs.processor import Processor
+from ovis_jax.loading import LoadedOvis
 from ovis_jax.model import decoder, vision
 from ovis_jax.model.layers import layer_norm
 from ovis_jax.model.linear import linear
-from ovis_jax.model.ovis import Ovis, Params, apply, forward
+from ovis_jax.model.ovis import apply, forward
 from ovis_jax.model.visual_tokenizer import embed_words, merge_patches, tokenize
 
 VISUAL_TOLERANCE = 1e-4
 DECODER_TOLERANCE = 1e-2
 BLOCK_TOLERANCE_BF16 = 0.032
 LOGITS_TOLERANCE_BF16 = 0.17
-"""The bfloat16 tolerances are relative to the largest value. They are what two correct computations
-differ by (tests/golden/README.md)."""
+"""The bfloat16 tolerances are relative to the largest value. They are based on the differences
+between two correct computations (tests/golden/README.md)."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """One line of the comparison.
+    """The result of comparing one stage.
 
     Attributes:
-      name: the stage.
-      difference: the largest difference found.
-      tolerance: the largest difference allowed.
+      name: Name of the stage.
+      difference: The maximum difference that was found.
+      tolerance: The maximum difference that is allowed.
     """
 
     name: str
@@ -55,7 +59,7 @@ class StageResult:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the tolerance; False for NaN."""
+        """Whether the difference is within the tolerance; it is False for NaN."""
         return self.difference <= self.tolerance
 
 
@@ -63,82 +67,111 @@ class GoldenFile(dict[str, np.ndarray]):
     """The fields of a golden file.
 
     Args:
-      path: the .npz file.
+      path: The .npz file.
+
+    Attributes:
+      path: The path of the .npz file.
+      meta: Metadata: the prompt, the names of the images, and the dtype of the results.
+      dtype: Dtype that the results were computed in.
 
     Raises:
-      RequestError: the file cannot be read, or, later, lacks a field that is looked up.
+      RequestError: The file is not a golden file. It is also raised later, when a missing field is
+        looked up.
     """
 
     def __init__(self, path: Path):
-        try:
-            file = np.load(path)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it holds a single array")
-            with file:
-                super().__init__(file)
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise RequestError(f"{path} cannot be read as an .npz file: {error}") from error
+        if path.is_dir():
+            raise RequestError(f"{path} is a folder; pass golden files, such as {path}/*.npz")
+        if not zipfile.is_zipfile(path):
+            found = "is not an .npz file" if path.exists() else "does not exist"
+            raise RequestError(f"{path} {found}; pass golden files of tools/make_goldens.py")
         self.path = path
+        try:
+            with np.load(path) as file:
+                super().__init__(file)
+            self.meta: dict[str, Any] = json.loads(str(self["meta"]))
+        except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise RequestError(f"{path} is damaged or not a golden file: {error}") from error
+        keys = self.meta.keys() if isinstance(self.meta, dict) else set()
+        if "rows" not in keys and not {"text", "images", "max_partition"} <= keys:
+            raise RequestError(
+                f"{path}: the field meta has {', '.join(keys) or 'no keys'}, expected rows, or"
+                " text, images and max_partition; make the file again with tools/make_goldens.py"
+            )
+        self.dtype = "bfloat16" if self.meta.get("compute") == "bf16" else "float32"
 
     def __missing__(self, field: str) -> np.ndarray:
         raise RequestError(f"{self.path} has no field {field}, so it is not a golden file")
 
-    @property
-    def meta(self) -> dict[str, Any]:
-        """The prompt, the images and the dtype of the results."""
-        try:
-            return json.loads(str(self["meta"]))
-        except ValueError as error:
-            raise RequestError(f"{self.path}: the field meta is not JSON: {error}") from error
 
-
-def is_bfloat16_golden(path: Path) -> bool:
-    """Whether the results in a golden file were computed in bfloat16."""
-    return GoldenFile(path).meta.get("compute") == "bf16"
-
-
-def compare_with_golden(
-    processor: Processor, model: Ovis, params: Params, path: Path
-) -> list[StageResult]:
+def compare_with_golden(ovis: LoadedOvis, golden: GoldenFile) -> list[StageResult]:
     """Compare a model with a golden file.
 
     Args:
-      processor: of the checkpoint.
-      model: of the checkpoint.
-      params: in the dtype that the results in the file were computed in.
-      path: the golden file.
+      ovis: The model, whose parameters must have the dtype `golden.dtype`.
+      golden: The golden file.
 
     Raises:
-      RequestError: the file is not a golden file or belongs to another model, or its images are not
-        in a folder `images` next to it or above it.
+      RequestError: The file contains results from a different model, a field is missing, or the
+        images are not in a folder named `images` next to the file or above it.
     """
-    golden = GoldenFile(path)
-    meta = golden.meta
-    if "rows" in meta:
-        return list(_compare_batch(processor, model, params, golden))
-    if (found := len(golden["llm_blocks"])) != (depth := model.config.decoder.depth):
+    _check_model(golden, ovis.config)
+    try:
+        return list(_compare(ovis, golden))
+    except OvisError as error:
+        named = str(golden.path) in str(error)
+        raise RequestError(str(error) if named else f"{golden.path}: {error}") from error
+
+
+def _check_model(golden: GoldenFile, config: OvisConfig) -> None:
+    """Check that the shapes in a golden file match the sizes of a model."""
+    vision, tokenizer, decoder = config.vision, config.visual_tokenizer, config.decoder
+    sizes = (
+        ("decoder depth", "llm_blocks", 0, decoder.depth),
+        ("decoder width", "inputs_embeds", -1, decoder.width),
+        ("vocabulary size", "logits", -1, decoder.vocab_size),
+        ("vocabulary size", "first_logits", -1, decoder.vocab_size),
+        ("image size", "pixel_values", -1, vision.image_size),
+        ("vision depth + 1", "siglip_hidden", 0, vision.depth + 1),
+        ("vision width", "siglip_hidden", -1, vision.width),
+        ("number of visual tokens per crop", "visual_logits", 1, tokenizer.tokens_per_crop),
+        ("width of visual features", "visual_features", -1, tokenizer.merged_width),
+        ("number of visual words", "visual_logits", -1, tokenizer.num_words),
+    )
+    differences = [
+        f"the {name} is {found} in the file and {size} in the checkpoint"
+        for name, field, axis, size in sizes
+        if field in golden and (found := next(iter(golden[field].shape[axis:]), None)) != size
+    ]
+    if differences:
         raise RequestError(
-            f"{path} has results of {found} decoder blocks, the model has {depth}: the file belongs"
-            " to another model"
+            f"{golden.path} has results from a different model: {'; '.join(differences)}; pass"
+            " goldens of this checkpoint"
         )
-    processed = _process(processor, meta, path)
+
+
+def _compare(ovis: LoadedOvis, golden: GoldenFile) -> Iterator[StageResult]:
+    if "rows" in golden.meta:
+        yield from _compare_batch(ovis, golden)
+        return
+    processed = _process(ovis.processor, golden)
     pixels = golden.get("pixel_values")
-    if pixels is None:  # stored only once, in the float32 file
+    if pixels is None:  # the pixels are stored only in the float32 file
         num_crops = np.count_nonzero(golden["input_ids"] == IMAGE_SLOT)
         pixels = processed.pixels[:num_crops].transpose(0, 3, 1, 2)
-    inputs = processor.convert_hf_inputs(golden["input_ids"], pixels)
-    stages = [StageResult("token ids", _distance(processed.tokens, inputs.tokens), 0)]
+    inputs = ovis.processor.convert_hf_inputs(golden["input_ids"], pixels)
+    yield StageResult("token ids", _distance(processed.tokens, inputs.tokens), 0)
     if "pixel_values" in golden:
-        stages.append(StageResult("crops", _distance(processed.pixels, inputs.pixels), 0))
-    compare = _compare_stages if meta.get("compute") == "bf16" else _compare_end_to_end
-    return stages + list(compare(model, params, inputs, golden))
+        yield StageResult("crops", _distance(processed.pixels, inputs.pixels), 0)
+    compare = _compare_stages if golden.dtype == "bfloat16" else _compare_end_to_end
+    yield from compare(ovis, inputs, golden)
 
 
 def _compare_end_to_end(
-    model: Ovis, params: Params, inputs: Inputs, golden: GoldenFile
+    ovis: LoadedOvis, inputs: Inputs, golden: GoldenFile
 ) -> Iterator[StageResult]:
-    """Compare all stages of one forward pass, and the greedy tokens."""
-    logits, states = forward(model, params, inputs, return_states=True)
+    """Compare all stages of a forward pass, and the tokens from greedy decoding."""
+    logits, states = forward(ovis.model, ovis.params, inputs, return_states=True)
     num_crops = golden.get("visual_embeds", np.zeros(0)).shape[0]
     length = len(golden["merged_mask"])
     if states.images is not None:
@@ -161,18 +194,16 @@ def _compare_end_to_end(
         difference = _distance(hidden[0, :length], golden["llm_blocks"][i])
         yield StageResult(f"block {i}", difference, DECODER_TOLERANCE)
     yield StageResult("logits", _distance(logits[0, :length], golden["logits"]), DECODER_TOLERANCE)
-    margins = golden["gen_margins"][None]
-    yield _compare_tokens(model, params, inputs, golden["gen_tokens"][None], margins)
+    yield _compare_tokens(ovis, inputs, golden["gen_tokens"][None], golden["gen_margins"][None])
 
 
-def _compare_batch(
-    processor: Processor, model: Ovis, params: Params, golden: GoldenFile
-) -> Iterator[StageResult]:
-    """Compare a batch of rows of different lengths."""
+def _compare_batch(ovis: LoadedOvis, golden: GoldenFile) -> Iterator[StageResult]:
+    """Compare a batch whose rows have different lengths."""
     rows = [GoldenFile(golden.path.with_name(f"{name}.npz")) for name in golden.meta["rows"]]
     pixels = np.concatenate([row["pixel_values"] for row in rows if "pixel_values" in row])
-    inputs = processor.convert_hf_inputs(golden["input_ids"], pixels, golden["attention_mask"])
-    logits, states = forward(model, params, inputs, return_states=True)
+    mask = golden["attention_mask"]
+    inputs = ovis.processor.convert_hf_inputs(golden["input_ids"], pixels, mask)
+    logits, states = forward(ovis.model, ovis.params, inputs, return_states=True)
     lengths = golden["merged_mask"].sum(axis=1)
     embeds = [
         _distance(states.inputs_embeds[b, :length], golden["inputs_embeds"][b, -length:])
@@ -181,24 +212,24 @@ def _compare_batch(
     yield StageResult("input embeddings", max(embeds), VISUAL_TOLERANCE)
     last = np.asarray(logits)[np.arange(len(rows)), lengths - 1]
     yield StageResult("logits", _distance(last, golden["first_logits"]), DECODER_TOLERANCE)
-    yield _compare_tokens(model, params, inputs, golden["gen_tokens"], golden["gen_margins"])
+    yield _compare_tokens(ovis, inputs, golden["gen_tokens"], golden["gen_margins"])
 
 
 def _compare_tokens(
-    model: Ovis, params: Params, inputs: Inputs, tokens: np.ndarray, margins: np.ndarray
+    ovis: LoadedOvis, inputs: Inputs, tokens: np.ndarray, margins: np.ndarray
 ) -> StageResult:
-    """Count greedy tokens that differ, in each row up to the first margin below the tolerance."""
-    out = generate(model, params, inputs, max_new_tokens=tokens.shape[1], eos_ids=())
+    """Count the greedy tokens that differ, in each row before the first margin within tolerance."""
+    num_tokens = tokens.shape[1]
+    out = generate(ovis.model, ovis.params, inputs, max_new_tokens=num_tokens, eos_ids=())
     decided = np.cumprod(margins > DECODER_TOLERANCE, axis=1).astype(bool)
     different = (np.asarray(out.tokens) != tokens) & decided
-    return StageResult(f"{decided.sum()} greedy tokens", float(different.sum()), 0)
+    name = count_noun(int(decided.sum()), "greedy token")
+    return StageResult(name, float(different.sum()), 0)
 
 
-def _compare_stages(
-    model: Ovis, params: Params, inputs: Inputs, golden: GoldenFile
-) -> Iterator[StageResult]:
-    """Compare each stage separately, with the stored output of the stage before as its input."""
-    c = model.config
+def _compare_stages(ovis: LoadedOvis, inputs: Inputs, golden: GoldenFile) -> Iterator[StageResult]:
+    """Compare each stage separately; its input is the stored output of the previous stage."""
+    c, params = ovis.config, ovis.params
 
     def stored(field: str) -> jax.Array:
         return jnp.asarray(golden[field]).astype(params["decoder"]["embed"].dtype)
@@ -225,7 +256,7 @@ def _compare_stages(
         x = embed_words(x, params["visual_embedding"])
         yield stage("visual embeddings", x, golden["visual_embeds"], BLOCK_TOLERANCE_BF16)
         length = len(golden["merged_mask"])
-        x = model.embed_inputs(params, jnp.asarray(inputs.tokens), stored("visual_embeds"))
+        x = ovis.model.embed_inputs(params, jnp.asarray(inputs.tokens), stored("visual_embeds"))
         yield stage("input embeddings", x[0, :length], golden["inputs_embeds"], 0)
     x = decoder.scale_embeddings(stored("inputs_embeds")[None])
     positions = jnp.asarray(golden["position_ids"], jnp.int32)[None]
@@ -240,9 +271,10 @@ def _compare_stages(
     yield stage("logits", logits[0], golden["logits"], LOGITS_TOLERANCE_BF16)
 
 
-def _process(processor: Processor, meta: dict[str, Any], path: Path) -> Inputs:
-    """Process the text and image files that the golden file names."""
-    images = [open_image(_find_image(name, path)) for name in meta["images"]]
+def _process(processor: Processor, golden: GoldenFile) -> Inputs:
+    """Process the text and the image files that are named in a golden file."""
+    meta = golden.meta
+    images = [open_image(_find_image(name, golden.path)) for name in meta["images"]]
     text = meta["text"] if isinstance(meta["text"], str) else turns_from_sharegpt(meta["text"])
     return processor([text], [images], max_partition=meta["max_partition"])
 
@@ -257,7 +289,7 @@ def _find_image(name: str, path: Path) -> Path:
 
 
 def _distance(found: jax.Array | np.ndarray, expected: np.ndarray) -> float:
-    """The largest absolute difference; infinite if the shapes differ."""
+    """Return the maximum absolute difference, or infinity if the shapes differ."""
     if found.shape != expected.shape:
         return math.inf
     difference = np.abs(np.asarray(found, np.float64) - np.asarray(expected, np.float64))

@@ -5,19 +5,12 @@ from functools import partial
 from typing import Any
 
 import pytest
-from serving_setup import (
-    LIMITS,
-    MAX_QUEUED_REQUESTS,
-    DecodeGate,
-    Submitted,
-    make_runner,
-    running_server,
-)
+from serving_setup import LIMITS, SIZES, DecodeGate, Submitted, running_server
 
 from ovis_jax import Sampling, load
 from ovis_jax.engine.request import Request
 from ovis_jax.engine.runner import ModelRunner
-from ovis_jax.engine.scheduler import Scheduler
+from ovis_jax.engine.scheduler import Scheduler, run_engine
 from ovis_jax.inputs.dataset import read_dataset
 from ovis_jax.server.app import create_app
 from recipes.ovis_tiny import generate_dataset
@@ -29,13 +22,28 @@ def ovis():
 
 
 @pytest.fixture(scope="session")
-def runner(ovis):
-    return make_runner(ovis)
+def scheduler(ovis):
+    with run_engine(ovis, **SIZES) as scheduler:
+        yield scheduler
 
 
 @pytest.fixture(scope="session")
-def scheduler(ovis, runner):
-    return Scheduler(ovis, runner, max_queued_requests=MAX_QUEUED_REQUESTS)
+def runner(scheduler):
+    return scheduler._runner
+
+
+@pytest.fixture
+def make_scheduler(ovis, runner):
+    """Make schedulers that a test may close; the rest are closed after it."""
+    made = []
+
+    def make(max_queued_requests: int = 9) -> Scheduler:
+        made.append(Scheduler(ovis, runner, max_queued_requests=max_queued_requests))
+        return made[-1]
+
+    yield make
+    for scheduler in made:
+        scheduler.close(30.0)
 
 
 @pytest.fixture
@@ -53,8 +61,8 @@ def decode_gate(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def app(scheduler, ovis):
-    return create_app(scheduler, ovis.processor, "ovis-tiny", limits=LIMITS)
+def app(scheduler):
+    return create_app(scheduler, "ovis-tiny", limits=LIMITS)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import math
 import threading
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,13 +14,17 @@ from PIL import Image
 from benchmarks import server_throughput
 from benchmarks.support.server_load import noise_image, png_data_url
 from ovis_jax.engine.request import Delta, Failure, Request
-from ovis_jax.engine.runner import ModelRunner
 from ovis_jax.engine.scheduler import Scheduler
-from ovis_jax.loading import LoadedOvis
 from ovis_jax.server.preprocess import RequestLimits
 from ovis_jax.server.shutdown import DrainingServer
 
-MAX_NUM_SEQS, MAX_MODEL_LEN, CHUNK_SIZE, MAX_QUEUED_REQUESTS = 4, 320, 24, 40
+MAX_NUM_SEQS, MAX_MODEL_LEN, CHUNK_SIZE = 4, 320, 24
+SIZES = {
+    "max_num_seqs": MAX_NUM_SEQS,
+    "max_model_len": MAX_MODEL_LEN,
+    "chunk_size": CHUNK_SIZE,
+    "max_queued_requests": 40,
+}
 LIMITS = RequestLimits(
     max_body_bytes=2**20, max_images=3, max_pixels=250_000, max_tokens=250, request_timeout=120
 )
@@ -46,16 +49,6 @@ def running_server(app, scheduler: Scheduler | None = None, shutdown_timeout: fl
         server = DrainingServer(config, scheduler, shutdown_timeout)
     with server_throughput.run_server(server) as url:
         yield server, url
-
-
-def make_runner(ovis: LoadedOvis) -> ModelRunner:
-    return ModelRunner(
-        ovis.model,
-        ovis.params,
-        max_num_seqs=MAX_NUM_SEQS,
-        max_model_len=MAX_MODEL_LEN,
-        chunk_size=CHUNK_SIZE,
-    )
 
 
 class DecodeGate:
@@ -90,16 +83,14 @@ class DecodeGate:
 
 def is_idle(scheduler: Scheduler) -> bool:
     """Wait until no request is waiting or running; clients get their answers slightly earlier."""
-    wait_until(lambda: not scheduler.num_running and not scheduler.num_waiting)
+    wait_until(scheduler, lambda: not scheduler.num_running and not scheduler.num_waiting)
     return True
 
 
-def wait_until(condition: Callable[[], Any]) -> None:
-    """Wait for another thread."""
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
+def wait_until(scheduler: Scheduler, condition: Callable[[], Any]) -> None:
+    """Wait until another thread has changed the scheduler or one of its requests."""
+    with scheduler.changed:
+        assert scheduler.changed.wait_for(condition, 60)
 
 
 @dataclass

@@ -6,9 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from ovis_jax.compile_cache import DIR_VARIABLE, MAX_SIZE, MAX_SIZE_VARIABLE, MIN_SECONDS_VARIABLE
+from ovis_jax.compile_cache import (
+    DIR_VARIABLE,
+    MAX_SIZE,
+    MAX_SIZE_VARIABLE,
+    MIN_SECONDS_VARIABLE,
+    enable_compilation_cache,
+)
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = (DIR_VARIABLE, MIN_SECONDS_VARIABLE, MAX_SIZE_VARIABLE)
@@ -85,3 +92,18 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     result = run(tmp_path, *command, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert result.stderr.startswith("note: compiled programs are not stored for the next run: ")
     assert result.stderr.count("\n") == 1 and DIR_VARIABLE in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"), [("compiled", "{cwd}/compiled"), ("/var/c", "/var/c"), ("gs://b", None)]
+)
+def test_a_folder_from_the_environment_does_not_depend_on_the_working_folder(
+    folder, expected, tmp_path, monkeypatch
+):
+    updates = {}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(DIR_VARIABLE, folder)
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    enable_compilation_cache()
+    found = updates.get("jax_compilation_cache_dir")
+    assert found == (expected and expected.format(cwd=tmp_path))

@@ -164,5 +164,5 @@ def test_files_that_are_not_json_objects(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         read_json(path)
     path.write_text("[1]")
-    with pytest.raises(ConfigError, match="holds a JSON list, expected an object"):
+    with pytest.raises(ConfigError, match="contains a JSON list, expected an object"):
         read_json(path)

@@ -75,23 +75,34 @@ def test_an_index_that_is_taken(started):
     assert not started
 
 
-def test_other_connections_do_not_count(started):
+def test_other_connections_do_not_count(started, monkeypatch):
+    listening, create_server = threading.Event(), socket.create_server
+
+    def create_and_report(address):
+        server = create_server(address)
+        listening.set()
+        return server
+
     port = free_port()
+    monkeypatch.setattr(socket, "create_server", create_and_report)
     thread = threading.Thread(target=initialize_distributed, args=(f"localhost:{port}", 2, 0))
     thread.start()
+    assert listening.wait(60)
     for message in (b"GET / HTTP/1.1\n", b"1\n"):
-        while True:
-            try:
-                connection = socket.create_connection(("localhost", port))
-                break
-            except ConnectionRefusedError:
-                continue
-        connection.sendall(message)
-        if message == b"1\n":
-            assert connection.makefile().readline() == "\n"
-        connection.close()
+        with socket.create_connection(("localhost", port)) as connection:
+            connection.sendall(message)
+            if message == b"1\n":
+                assert connection.makefile().readline() == "\n"
     thread.join()
     assert len(started) == 1
+
+
+def test_process_0_cannot_listen(started):
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=f"Address already in use.*{port}"):
+            initialize_distributed(f"localhost:{port}", 2, 0)
+    assert not started
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,17 @@
 import base64
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_copies import GOLDEN
+from jax.sharding import Mesh, PartitionSpec
 from PIL import Image
 
 import ovis_jax
 from ovis_jax import Sampling
-from ovis_jax.errors import ImageError, PromptError, RequestError
+from ovis_jax.errors import ImageError, OvisError, PromptError, RequestError
 
 WIDE = GOLDEN / "images" / "wide.png"
 
@@ -41,7 +44,8 @@ def test_ask_equals_generate(ovis):
 def test_every_form_of_an_image_and_a_prompt(ovis):
     image = Image.open(WIDE)
     text = ask(ovis, "Who?", WIDE)
-    for source in (str(WIDE), WIDE.read_bytes(), image, np.asarray(image.convert("RGB"))):
+    array = np.asarray(image.convert("RGB"))
+    for source in (str(WIDE), WIDE.read_bytes(), image, array, jnp.asarray(array)):
         assert ask(ovis, "Who?", source) == ask(ovis, "Who?", [source]) == text
     url = f"data:image/png;base64,{base64.b64encode(WIDE.read_bytes()).decode()}"
     for part in (
@@ -78,6 +82,39 @@ def test_invalid_arguments(ovis):
         ovis.ask_stream("Who?", max_new_tokens=0)
     with pytest.raises(TypeError, match="max_tokens"):
         ovis.ask_stream("Who?", max_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "image", [WIDE, WIDE.read_bytes(), Image.open(WIDE), np.zeros((2, 3), np.uint8), jnp.zeros(2)]
+)
+def test_a_swapped_prompt_and_image(ovis, image):
+    found = rf"has type {type(image).__name__}, an image type; the order is ask\(prompt, images\)"
+    with pytest.raises(PromptError, match=f"the prompt {found}"):
+        ovis.ask(image, "Who?")
+    with pytest.raises(PromptError, match=f"turn 1 of the prompt {found}"):
+        ovis.ask([image], "Who?")
+    with pytest.raises(PromptError, match=f"the prompt {found}"):
+        ovis.processor(image, "Who?")
+
+
+def test_rules_by_name():
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "model"))
+    ovis = ovis_jax.load("ovis-tiny", mesh=mesh, rules="tensor")
+    assert ovis.params["visual_embedding"].sharding.spec == PartitionSpec("model", None)
+
+
+@pytest.mark.parametrize(
+    "rules, message",
+    [
+        ("tensr", "rules are 'tensr', expected one of tensor, fsdp, tensor_fsdp, or a dict from "),
+        ({"heads": "model"}, "rules are {'heads': 'model'}, expected .* letters .A B C D E F H K "),
+        ({"N": ("data", "model")}, r"rules are {'N': \('data', 'model'\)}, expected"),
+        ("fsdp", "load: rules are given without a mesh"),
+    ],
+)
+def test_invalid_rules(rules, message):
+    with pytest.raises(OvisError, match=message):
+        ovis_jax.load("ovis-tiny", rules=rules)
 
 
 def test_repr_is_one_short_paragraph():

@@ -16,12 +16,13 @@ from ovis_jax.sharding import (
     TENSOR,
     TENSOR_FSDP,
     adapter_shapes,
+    adapter_shardings,
     axes_of_param,
     axis_letter_sizes,
     pad_params,
     param_shapes,
     param_shardings,
-    parse_axes,
+    split_axis_letters,
 )
 
 
@@ -70,14 +71,16 @@ def test_unembed_only_when_untied():
 def test_axes_of_a_parameter():
     assert axes_of_param("decoder/block_11/attn/q") == "(N H) D"
     assert axes_of_param("vision/block_0/attn/q_bias") == "(A H)"
-    assert parse_axes("W (m m E)") == [["W"], ["m", "m", "E"]]
+    assert split_axis_letters("W (m m E)") == [["W"], ["m", "m", "E"]]
     assert axis_letter_sizes(presets.tiny(), "vision/patch")["F"] == 64
     assert axis_letter_sizes(presets.tiny(), "decoder/embed")["F"] == 128
 
 
 def test_every_letter_of_the_table_has_a_size():
     sizes = axis_letter_sizes(presets.tiny(), "decoder/")
-    used = {letter for axes in PARAM_AXES.values() for dim in parse_axes(axes) for letter in dim}
+    used = {
+        letter for axes in PARAM_AXES.values() for dim in split_axis_letters(axes) for letter in dim
+    }
     assert used <= sizes.keys()
 
 
@@ -107,6 +110,16 @@ def test_axes_that_the_mesh_lacks_are_ignored():
     assert specs["decoder/embed"].spec == PartitionSpec(None, "data")
 
 
+def test_a_mesh_without_any_axis_of_the_rules():
+    other = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+    message = r"mesh has the axes \['x', 'y'\], but the rules shard over \['data', 'model'\],"
+    for shardings in (param_shardings, adapter_shardings):
+        with pytest.raises(OvisError, match=message):
+            shardings(presets.tiny(), other, TENSOR)
+    replicated = param_shardings(presets.tiny(), other, {})
+    assert all(sharding.is_fully_replicated for sharding in replicated.values())
+
+
 def test_the_9b_shards_over_eight_devices():
     shardings = param_shardings(presets.ovis1_6_gemma2_9b(), mesh(1, 8), TENSOR)
     shapes = param_shapes(presets.ovis1_6_gemma2_9b(), mesh(1, 8), TENSOR)
@@ -119,7 +132,7 @@ def test_only_a_sharded_visual_vocabulary_is_padded():
     config = presets.tiny()
     plain, rows = param_shapes(config), {"U": 70, "W": 70}
     for path, shape in param_shapes(config, mesh(4, 2), TENSOR_FSDP).items():
-        first = parse_axes(axes_of_param(path))[0][0]
+        first = split_axis_letters(axes_of_param(path))[0][0]
         assert shape == (rows.get(first, plain[path][0]), *plain[path][1:]), path
     assert param_shapes(config, mesh(8, 1), TENSOR_FSDP) == plain
     assert param_shapes(config, mesh(4, 2), FSDP) == plain

@@ -1,5 +1,6 @@
 """Every golden file, through the comparison that `ovis-jax verify` prints."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ from golden_copies import GOLDEN
 from measured import record
 
 from ovis_jax.errors import RequestError
-from ovis_jax.verify_goldens import compare_with_golden, is_bfloat16_golden
+from ovis_jax.loading import load
+from ovis_jax.verify_goldens import GoldenFile, compare_with_golden
 
 pytestmark = pytest.mark.optimized
 
@@ -20,16 +22,16 @@ def ovis(load_golden):
     return load_golden("tiny-f32", "float32")
 
 
-def compare(ovis, path: Path, params=None):
-    return compare_with_golden(ovis.processor, ovis.model, params or ovis.params, path)
+def compare(ovis, path: Path):
+    return compare_with_golden(ovis, GoldenFile(path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_golden_file(case: Path, load_golden):
-    path = GOLDEN / "cases" / case
-    dtype = "bfloat16" if is_bfloat16_golden(path) else "float32"
-    stages = compare(load_golden(case.parent.name, dtype), path)
+    golden = GoldenFile(GOLDEN / "cases" / case)
+    dtype = golden.dtype
+    stages = compare_with_golden(load_golden(case.parent.name, dtype), golden)
     for stage in stages:
         record(f"golden {dtype}: {stage.name}", stage.difference, stage.tolerance)
     assert not [f"{s.name}: {s.difference:.2g} > {s.tolerance}" for s in stages if not s.passed]
@@ -56,7 +58,7 @@ def test_all_greedy_tokens_are_compared(ovis):
 @pytest.mark.parametrize("path", ["decoder/block_1/mlp/up", "vision/block_0/attn/v_bias"])
 def test_a_wrong_weight_fails(path: str, ovis, change_param):
     params = change_param(ovis.params, path, lambda w: w + 0.01)
-    stages = compare(ovis, GOLDEN / "cases/tiny-f32/tall.npz", params)
+    stages = compare(replace(ovis, params=params), GOLDEN / "cases/tiny-f32/tall.npz")
     failed = {stage.name for stage in stages if not stage.passed}
     first = "block 1" if path.startswith("decoder") else "vision features"
     assert first in failed and "logits" in failed
@@ -66,35 +68,75 @@ def test_a_wrong_weight_fails(path: str, ovis, change_param):
 @pytest.mark.slow
 def test_nan_fails(ovis, change_param):
     params = change_param(ovis.params, "decoder/final_norm", lambda w: w * np.nan)
-    stages = compare(ovis, GOLDEN / "cases/tiny-f32/text_only.npz", params)
+    stages = compare(replace(ovis, params=params), GOLDEN / "cases/tiny-f32/text_only.npz")
     assert "logits" in {stage.name for stage in stages if not stage.passed}
 
 
-def test_other_files(ovis, tmp_path):
+def test_other_files(tmp_path):
     path = tmp_path / "a.npz"
-    for content in (b"no archive", b""):
+
+    def error_of(path: Path) -> str:
+        with pytest.raises(RequestError) as raised:
+            GoldenFile(path)
+        return str(raised.value)
+
+    assert (
+        error_of(tmp_path) == f"{tmp_path} is a folder; pass golden files, such as {tmp_path}/*.npz"
+    )
+    assert error_of(path).startswith(f"{path} does not exist; pass golden files")
+    for content in (b"# A README", b""):
         path.write_bytes(content)
-        with pytest.raises(RequestError, match=r"a\.npz cannot be read as an \.npz file"):
-            compare(ovis, path)
+        assert error_of(path).startswith(f"{path} is not an .npz file; pass golden files")
     np.savez(path, other=np.zeros(3))
-    with pytest.raises(RequestError, match=r"a\.npz has no field meta"):
-        compare(ovis, path)
+    assert error_of(path) == f"{path} has no field meta, so it is not a golden file"
     np.savez(path, meta=np.array("{"))
-    with pytest.raises(RequestError, match="the field meta is not JSON"):
-        compare(ovis, path)
-    np.save(tmp_path / "a.npy", np.zeros(3))
-    with pytest.raises(RequestError, match=r"a\.npy .*it holds a single array"):
-        compare(ovis, tmp_path / "a.npy")
+    assert error_of(path).startswith(f"{path} is damaged or not a golden file: ")
+    np.savez(path, meta=np.array('{"text": "Hi"}'))
+    assert f"{path}: the field meta has text, expected rows, or text, images and" in error_of(path)
+    golden = (GOLDEN / "cases/tiny-f32/text_only.npz").read_bytes()
+    path.write_bytes(golden[:500] + bytes(9) + golden[509:])
+    assert error_of(path).startswith(f"{path} is damaged or not a golden file: ")
+
+
+def test_golden_of_another_model():
+    path = GOLDEN / "cases/tiny-f32/wide.npz"
+    with pytest.raises(RequestError) as raised:
+        compare(load("ovis-tiny"), path)
+    message = str(raised.value)
+    assert message.startswith(
+        f"{path} has results from a different model: the decoder width is 64 in"
+    )
+    for difference in (
+        "the decoder width is 64 in the file and 128 in the checkpoint",
+        "the vocabulary size is 600 in the file and 1024 in the checkpoint",
+        "the image size is 70 in the file and 84 in the checkpoint",
+        "the number of visual words is 64 in the file and 251 in the checkpoint",
+    ):
+        assert difference in message
+    assert "depth" not in message
 
 
 def test_incomplete_golden_files(ovis, tmp_path):
-    with np.load(GOLDEN / "cases/tiny-f32/text_only.npz") as file:
-        fields = dict(file)
+    fields = GoldenFile(GOLDEN / "cases/tiny-f32/text_only.npz")
     path = tmp_path / "cut.npz"
     np.savez(path, **(fields | {"llm_blocks": fields["llm_blocks"][:-1]}))
-    with pytest.raises(RequestError, match="results of 3 decoder blocks, the model has 4"):
+    with pytest.raises(RequestError, match="the decoder depth is 3 in the file and 4 in the check"):
         compare(ovis, path)
     del fields["logits"]
     np.savez(path, **fields)
-    with pytest.raises(RequestError, match="has no field logits"):
+    with pytest.raises(RequestError, match=r"cut\.npz has no field logits"):
+        compare(ovis, path)
+    np.savez(path, **fields | {"input_ids": np.array([2, 700])})
+    with pytest.raises(RequestError, match=r"cut\.npz: .*700"):
+        compare(ovis, path)
+
+
+def test_missing_files_of_a_golden(ovis, tmp_path):
+    """The message names the golden file, and the file that it needs."""
+    path = tmp_path / "batch.npz"
+    path.write_bytes((GOLDEN / "cases/tiny-f32/batch_leftpad.npz").read_bytes())
+    with pytest.raises(RequestError, match=r"batch\.npz: .*rgba\.npz does not exist"):
+        compare(ovis, path)
+    path.write_bytes((GOLDEN / "cases/tiny-f32/wide.npz").read_bytes())
+    with pytest.raises(RequestError, match=r"batch\.npz needs the file images/wide\.png"):
         compare(ovis, path)

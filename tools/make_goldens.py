@@ -456,11 +456,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s CHECKPOINT OUT [--image FILE ...] --prompt TEXT [...] [options]",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, or repo id of the Hub")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or repo id on the Hub"
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="new folder for the golden files")
     for kind, metavar, text in [
-        ("image", "FILE", "image of the next --prompt; PNG is safest; repeatable"),
-        ("prompt", "TEXT", "question to the model; one golden file each; repeatable"),
+        ("image", "FILE", "image for the next --prompt, preferably a PNG; may be repeated"),
+        ("prompt", "TEXT", "question to the model, which gives one golden file; may be repeated"),
     ]:
         parser.add_argument(
             f"--{kind}",
@@ -475,24 +477,26 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="float32 results are compared end to end, bfloat16 results one stage at a time "
-        "(default: %(default)s)",
+        help="dtype of the model; float32 results are compared end to end, bfloat16 results one "
+        "stage at a time (default: %(default)s)",
     )
     parser.add_argument(
         "--max-partition",
         type=_positive,
         default=9,
         metavar="N",
-        help="largest number of cells an image is split into (default: %(default)s)",
+        help="maximum number of grid cells that an image is split into (default: %(default)s)",
     )
     parser.add_argument(
         "--max-new-tokens",
         type=_positive,
         default=24,
         metavar="N",
-        help="number of greedy tokens, each a full forward pass (default: %(default)s)",
+        help="number of greedy tokens; each takes a full forward pass (default: %(default)s)",
     )
-    parser.add_argument("--device", default="cpu", help="such as cuda:0 (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cpu", help="PyTorch device, such as cuda:0 (default: %(default)s)"
+    )
     return parser.parse_args(arguments)
 
 

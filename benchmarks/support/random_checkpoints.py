@@ -40,7 +40,7 @@ def write_random_checkpoints(
     folders = {dtype: folder / dtype for dtype in dtypes}
     for dtype, target in folders.items():
         target.mkdir(parents=True)
-        write_config_and_tokenizer(target, config, dtype)
+        write_configs_and_tokenizer(target, config, dtype)
         state = reference.model.state_dict()
         if reference.tied:
             del state["llm.lm_head.weight"]
@@ -49,7 +49,7 @@ def write_random_checkpoints(
     return folders
 
 
-def write_config_and_tokenizer(folder: Path, config: OvisConfig, dtype: str) -> None:
+def write_configs_and_tokenizer(folder: Path, config: OvisConfig, dtype: str) -> None:
     """Write all files of a checkpoint but the weights."""
     ovis, generation = config.to_hf()
     preprocessor = json.loads((GOLDEN / "preprocessor_config.json").read_text())

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from benchmarks.support.machine_peaks import describe_machine
+
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="JSON file to write the results to.")
 ]
@@ -30,10 +32,20 @@ def print_results(title: str, columns: Sequence[str], rows: Sequence[Sequence[An
     Console().print(table)
 
 
-def write_results(path: Path, **fields: Any) -> None:
-    """Write fields as a JSON file. Include `machine=describe_machine()`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(fields, indent=2) + "\n")
+def write_results(
+    path: Path | None, machine_facts: Mapping[str, Any] | None = None, **fields: Any
+) -> None:
+    """Write a JSON file, unless the path is None.
+
+    Args:
+      path: file to write.
+      machine_facts: facts to add to the description of the machine.
+      fields: all other fields.
+    """
+    if path is not None:
+        fields = {"machine": describe_machine(**(machine_facts or {})), **fields}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def plot_results(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from benchmarks.support.benchmark_model import random_inputs, tree_bytes
+from benchmarks.support.random_inputs import random_inputs, tree_bytes
 from benchmarks.support.roofline import (
     StageCost,
     decode_cost,
@@ -64,7 +64,7 @@ class TorchComparison:
 
     Attributes:
       folder: Checkpoint folder.
-      temporary: Folder for files that processes exchange.
+      temporary_folder: Folder for files that processes exchange.
       dtype: "float32" or "bfloat16".
       threads: Number of threads per side.
       repeats: Number of timed rounds.
@@ -74,7 +74,7 @@ class TorchComparison:
     """
 
     folder: Path
-    temporary: Path
+    temporary_folder: Path
     dtype: str
     threads: int
     repeats: int
@@ -233,7 +233,10 @@ class TorchComparison:
     def cold_request(self) -> StageComparison:
         """Compare the time from process start to the first token, with a warm compile cache."""
         tokens, crops = unpadded_row(self.preprocess_request())
-        image_path, inputs_path = self.temporary / "picture.png", self.temporary / "inputs.npz"
+        image_path, inputs_path = (
+            self.temporary_folder / "picture.png",
+            self.temporary_folder / "inputs.npz",
+        )
         self.noise_crop().save(image_path)
         # PyTorch's process reads preprocessed inputs: preprocessing is part of ovis_jax.
         np.savez(inputs_path, tokens=tokens, crops=crops)

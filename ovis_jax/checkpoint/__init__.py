@@ -1,1 +1,1 @@
-"""Reading and writing checkpoint folders: safetensors files, Hub keys, parameters, adapters."""
+"""Reading and writing checkpoint folders: safetensors files, Hub keys, parameters and adapters."""

@@ -1,4 +1,4 @@
-"""LoRA adapters in a folder of their own, with the config of their base model."""
+"""Saving and loading LoRA adapters in a separate folder, with the config of their base model."""
 
 import math
 from collections.abc import Mapping
@@ -39,13 +39,13 @@ ADAPTER_FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class LoraAdapters:
-    """LoRA adapters of one rank; each adds scale * b a to its matrix.
+    """LoRA adapters that all have the same rank; each adds scale * b a to its matrix.
 
     Attributes:
-      weights: float32 arrays `path/lora_a` [rank, in] and `path/lora_b` [out, rank] for each
-        matrix path.
-      rank: the rank of all adapters.
-      scale: factor of their products.
+      weights: Float32 arrays by name, two for each matrix `path`: `path/lora_a` [rank, in] and
+        `path/lora_b` [out, rank].
+      rank: The rank of all adapters.
+      scale: Factor by which the products b a are multiplied.
     """
 
     weights: dict[str, jax.Array]
@@ -61,20 +61,20 @@ class LoraAdapters:
 def save_adapters(
     folder: str | Path, weights: Mapping[str, Any], config: OvisConfig, *, scale: float
 ) -> None:
-    """Write LoRA adapters as a folder, which appears when it is complete.
+    """Write LoRA adapters to a folder, which appears only when it is complete.
 
     Args:
-      folder: folder to create; it must not exist or be empty.
-      weights: float32 arrays, `path/lora_a` [rank, in] and `path/lora_b` [out, rank] for each
-        matrix path.
-      config: config of the base model.
-      scale: factor of the products b a.
+      folder: Folder to create; it must either not exist or be empty.
+      weights: Float32 arrays by name, two for each matrix `path`: `path/lora_a` [rank, in] and
+        `path/lora_b` [out, rank].
+      config: Config of the base model.
+      scale: Factor by which the products b a are multiplied.
 
     Raises:
-      CheckpointError: the weights are not adapters of matrices of `config`, all of one rank.
-      OvisError: the folder is not empty, the scale is not above 0, or an array is not entirely on
+      CheckpointError: The weights are not adapters for matrices of `config`, or their ranks differ.
+      OvisError: The folder is not empty, the scale is not above 0, or an array is not entirely on
         the devices of this host.
-      OSError: the disk has too little space, or a file cannot be written.
+      OSError: The disk has too little space, or a file cannot be written.
     """
     folder = Path(folder)
     if not (math.isfinite(scale) and scale > 0):
@@ -82,7 +82,7 @@ def save_adapters(
     weights = remove_padding(weights, adapter_axes(config), config)
     index = index_arrays("adapters", weights)
     ranks = [x.shape[0] for x in index.tensors if x.key.endswith("/lora_a") and x.shape]
-    rank = max(ranks, key=ranks.count, default=0)  # the most frequent; other ranks are faults
+    rank = max(ranks, key=ranks.count, default=0)  # the most frequent; all others are faults
     header = SafetensorsHeader(index.tensors, index.unusable_keys, index.problems)
     _check_adapters("adapters", "adapters", header, config, rank)
     config_json, _ = config.to_hf()
@@ -106,21 +106,21 @@ def load_adapters(
     mesh: Mesh | None = None,
     rules: Rules = TENSOR,
 ) -> LoraAdapters:
-    """Read a folder that `save_adapters` wrote.
+    """Load the adapters from a folder that `save_adapters` wrote.
 
     Args:
-      folder: folder of adapters.
-      config: config of the base model.
-      mesh: mesh over which the adapters are sharded as their matrices are; None for the default
-        device.
-      rules: sharding rules for the mesh.
+      folder: Folder of adapters.
+      config: Config of the base model.
+      mesh: Mesh over which the adapters are sharded in the same way as their matrices; None for the
+        default device.
+      rules: Sharding rules for the mesh.
 
     Raises:
-      CheckpointError: the adapters belong to a model of another config, or the tensors are not
-        complete adapters of its matrices with the recorded rank; all faults are reported.
-      ConfigError: adapters.json cannot be read, or lacks a field.
-      OvisError: `folder` has no adapters, or the rules cannot shard them over the mesh.
-      OSError: a file cannot be read.
+      CheckpointError: The adapters belong to a model with a different config, or the tensors are
+        not complete adapters with the recorded rank. The error lists all faults.
+      ConfigError: The file adapters.json cannot be read or lacks a field.
+      OvisError: `folder` contains no adapters, or the rules cannot shard them over the mesh.
+      OSError: A file cannot be read.
     """
     folder = Path(folder)
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
@@ -145,7 +145,7 @@ def load_adapters(
 
 
 def _read_adapter_config(folder: Path, config: OvisConfig) -> tuple[int, float]:
-    """Read rank and scale, and check that the base model has this config."""
+    """Read the rank and the scale, and check that the adapters were trained with this config."""
     path = folder / ADAPTER_CONFIG_FILE
     record = JsonObject(read_json(path), str(path))
     if (found := record.get("format")) != ADAPTER_FORMAT_VERSION:
@@ -174,7 +174,7 @@ def _read_adapter_config(folder: Path, config: OvisConfig) -> tuple[int, float]:
 
 
 def _architecture_fields(config_json: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config.json that change what a matrix means: no ids, no lengths."""
+    """Return the fields of config.json that affect the matrices, without token ids and lengths."""
     flat: dict[str, Any] = flatten_dict(config_json, sep=".")
     return {
         key: value
@@ -187,10 +187,10 @@ def _architecture_fields(config_json: dict[str, Any]) -> dict[str, Any]:
 def _check_adapters(
     subject: str, file: str, header: SafetensorsHeader, config: OvisConfig, rank: int
 ) -> None:
-    """Check that tensors are complete adapters of matrices of a config.
+    """Check that the tensors are complete adapters for matrices of a config.
 
     Raises:
-      CheckpointValidationError: with all faults.
+      CheckpointValidationError: The tensors have faults; the error lists all of them.
     """
     problems = list(header.problems)
     axes = adapter_axes(config)

@@ -1,4 +1,4 @@
-"""Checkpoint faults as table rows, collected so that one error reports all of them."""
+"""Checkpoint faults as table rows; one error reports all of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from ovis_jax.errors import CheckpointError
 
 @dataclass(frozen=True)
 class CheckpointProblem:
-    """One fault of one tensor, or of a whole file if `key` is empty."""
+    """One fault in one tensor, or in a whole file if `key` is empty."""
 
     file: str
     key: str
@@ -27,8 +27,8 @@ class CheckpointValidationError(CheckpointError):
     """A checkpoint has one or more faults.
 
     Attributes:
-      summary: the subject, the number of problems and what to do, in one line.
-      problems: one row per fault. The message of the error is the summary and these rows.
+      summary: One line with the subject, the number of problems and what to do.
+      problems: One row per fault. The error message consists of the summary and these rows.
     """
 
     def __init__(self, subject: str, problems: Sequence[CheckpointProblem], advice: str) -> None:
@@ -39,9 +39,9 @@ class CheckpointValidationError(CheckpointError):
 
 
 class DownloadValidationError(CheckpointValidationError):
-    """A downloaded shard has faults; the shards converted before it are valid."""
+    """A downloaded shard has faults; all shards converted before it are valid."""
 
 
 def escape_unprintable(text: str) -> str:
-    """Return text from a file, escaped if a terminal would interpret any of it."""
+    """Return text from a file, escaped if it contains control characters of a terminal."""
     return text if text.isprintable() else ascii(text)

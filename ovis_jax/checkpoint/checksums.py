@@ -1,4 +1,4 @@
-"""SHA-256 of shards: published by the Hub, recorded in conversion.json, and computed from files."""
+"""SHA-256 checksums of shards: published on the Hub, recorded in conversion.json, or computed."""
 
 import hashlib
 from collections.abc import Mapping
@@ -26,17 +26,17 @@ PUBLISHED_SHA256: Mapping[str, Mapping[str, str]] = {
         )
     }
 }
-"""Repo id -> file name -> SHA-256, as the Hub shows it for the first published revision."""
+"""SHA-256 by repo id and file name, as shown on the Hub for the first published revision."""
 
 
 def get_published_sha256(checkpoint: ResolvedCheckpoint) -> Mapping[str, str]:
-    """Return the SHA-256 of a checkpoint's shards as published on the Hub, by file name.
+    """Return the SHA-256 checksums that the Hub publishes for a checkpoint's shards, by file name.
 
-    A folder counts as a known repository if its shards have the same names.
+    A local folder is treated as a copy of a known repository if its shards have the same names.
 
     Raises:
-      OvisError: no checksums of the checkpoint are published, or the repository cannot be read.
-      OSError: the Hub cannot be reached.
+      OvisError: No checksums are published for the checkpoint, or the repository cannot be read.
+      OSError: The Hub cannot be reached.
     """
     if checkpoint.revision is not None and checkpoint.name not in PUBLISHED_SHA256:
         from ovis_jax.checkpoint.hub import fetch_shard_sha256
@@ -54,11 +54,11 @@ def get_published_sha256(checkpoint: ResolvedCheckpoint) -> Mapping[str, str]:
 
 
 def read_recorded_sha256(checkpoint: ResolvedCheckpoint) -> Mapping[str, str]:
-    """Return the SHA-256 of a converted folder's shards as recorded in conversion.json.
+    """Return the SHA-256 checksums of a converted folder's shards, as recorded in conversion.json.
 
     Raises:
-      OvisError: the folder is not a converted one, or was converted without checksums.
-      ConfigError: conversion.json cannot be read.
+      OvisError: The folder is not a converted folder, or it was converted without checksums.
+      ConfigError: The file conversion.json cannot be read.
     """
     path = checkpoint.folder / CONVERSION_FILE
     sha256 = read_json(path).get("sha256") if path.exists() else None
@@ -71,21 +71,22 @@ def read_recorded_sha256(checkpoint: ResolvedCheckpoint) -> Mapping[str, str]:
 
 
 def compute_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal.
+    """Compute the SHA-256 of a file, as a hexadecimal string.
 
     Raises:
-      OSError: the file cannot be read.
+      OSError: The file cannot be read.
     """
     with add_file_name_to_os_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify_sha256(folder: Path, expected: Mapping[str, str | None]) -> None:
-    """Compare the files of a folder with their SHA-256.
+    """Check the files in a folder against their SHA-256 checksums.
 
     Raises:
-      CheckpointValidationError: with a row for every file that is missing or differs.
-      OSError: a file cannot be read.
+      CheckpointValidationError: A file is missing or has a different checksum; the error has a row
+        for every such file.
+      OSError: A file cannot be read.
     """
     problems = []
     for name, sha256 in sorted(expected.items()):

@@ -1,4 +1,4 @@
-"""conversion.json, which marks a converted folder and records how it was made."""
+"""The file conversion.json, which marks a converted folder and records how it was made."""
 
 import math
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ FORMAT_VERSION = 1
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether a folder was written by this library, so that its tensors have our names.
+    """Return whether this library wrote a folder, so that its tensors are named by parameter path.
 
     Raises:
-      CheckpointError: the folder has the format of another version.
-      ConfigError: conversion.json cannot be read.
+      CheckpointError: Another version of the library wrote the folder in a different format.
+      ConfigError: The file conversion.json cannot be read.
     """
     path = folder / CONVERSION_FILE
     if not path.exists():
@@ -40,9 +40,9 @@ def make_conversion_record(
     """Return the content of conversion.json.
 
     Args:
-      tensors: dtypes and shapes of the written tensors.
+      tensors: Dtypes and shapes of the written tensors.
       sha256: SHA-256 by file name.
-      **provenance: fields that describe the source.
+      **provenance: Fields that describe the source.
     """
     return {
         "format": FORMAT_VERSION,
@@ -56,15 +56,15 @@ def make_conversion_record(
 
 
 def get_library_versions() -> dict[str, str]:
-    """Return the versions of this package and of the libraries that write with it."""
+    """Return the versions of this package and of the libraries that it writes checkpoints with."""
     return {name: _get_version(name) for name in ("ovis-jax", "jax", "numpy", "ml-dtypes")}
 
 
 def set_config_dtype(config_json: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Return a parsed config.json with another dtype, at the top and for the decoder.
+    """Return a parsed config.json with a new dtype, both at the top level and for the decoder.
 
     Args:
-      config_json: the parsed file.
+      config_json: The parsed config.json.
       dtype: "F32", "F16" or "BF16".
     """
     torch_dtype = {"torch_dtype": DTYPES[dtype].name}

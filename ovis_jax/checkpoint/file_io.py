@@ -1,4 +1,4 @@
-"""Writing JSON files, and system errors that name the file they occurred on."""
+"""Writing JSON files, and adding file names to operating system errors."""
 
 import errno
 import json
@@ -10,16 +10,16 @@ from typing import Any
 
 @contextmanager
 def add_file_name_to_os_errors(path: Path) -> Iterator[None]:
-    """Add a file name to an `OSError` of the block.
+    """Add a file name to any `OSError` that the block raises.
 
-    The system names a file only if opening it fails. Network errors are left unchanged, because a
-    download can be in progress while another file is written.
+    The operating system names a file only if opening it fails. Network errors stay unchanged,
+    because a download can be in progress while another file is written.
 
     Args:
-      path: file that the block reads or writes.
+      path: File that the block reads or writes.
 
     Raises:
-      OSError: the error of the block; if the disk is full, the message says what to do.
+      OSError: The block raised an `OSError`. If the disk is full, the message says what to do.
     """
     try:
         yield
@@ -32,10 +32,10 @@ def add_file_name_to_os_errors(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object as JSON, formatted as on the Hub.
+    """Write an object as JSON, formatted like the JSON files on the Hub.
 
     Raises:
-      OSError: the file cannot be written.
+      OSError: The file cannot be written.
     """
     with add_file_name_to_os_errors(path):
         path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """Downloads from the Hugging Face Hub with huggingface_hub, its cache and its tokens.
 
-`download_files` resolves a revision to a commit once. All other requests are for that commit, so
-that a branch that moves in the meantime cannot mix two checkpoints.
+`download_files` resolves a revision to a commit once. All later requests are for that commit, so
+files from two checkpoints are never mixed, even if the branch moves in the meantime.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from huggingface_hub.utils import tqdm
 from ovis_jax.checkpoint.safetensors_reader import SafetensorsHeader, parse_header, read_header
 from ovis_jax.errors import OvisError
 
-_HEADER_BLOCK_BYTES = 1 << 17  # one request; nearly all headers of published shards are shorter
+_HEADER_BLOCK_BYTES = 1 << 17  # one request; most headers of published shards are shorter
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that can read it"
 
 
@@ -29,49 +29,47 @@ def download_files(repo_id: str, revision: str | None, patterns: Sequence[str]) 
     """Download the files of a repository whose names match patterns.
 
     Args:
-      repo_id: such as "AIDC-AI/Ovis1.6-Gemma2-9B".
-      revision: branch, tag or commit; None for the default branch.
-      patterns: file name patterns, such as "*.json".
+      repo_id: Repo id, such as "AIDC-AI/Ovis1.6-Gemma2-9B".
+      revision: Branch, tag or commit; None for the default branch.
+      patterns: File name patterns, such as "*.json".
 
     Returns:
-      The folder of the files in the Hub's cache, whose name is the commit.
+      The folder with the files in the Hub's cache. The name of the folder is the commit.
 
     Raises:
-      OvisError: the repository or revision does not exist, or the token cannot read it.
-      OSError: the Hub cannot be reached.
+      OvisError: The repository or revision does not exist, or the token cannot read it.
+      OSError: The Hub cannot be reached.
     """
     with hub_errors(repo_id):
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
 
 
-def download_file(
-    repo_id: str, commit: str, file_name: str, progress_bar: type[tqdm] = tqdm
-) -> None:
-    """Download one file into the folder of its commit in the Hub's cache, unless it is there.
+def download_file(repo_id: str, commit: str, file_name: str, tqdm_class: type[tqdm] = tqdm) -> None:
+    """Download one file into its commit's folder in the Hub's cache, unless it is already there.
 
     Raises:
-      OvisError, OSError: as `download_files`.
+      OvisError, OSError: The request fails, as in `download_files`.
     """
     with hub_errors(repo_id):
-        hf_hub_download(repo_id, file_name, revision=commit, tqdm_class=progress_bar)
+        hf_hub_download(repo_id, file_name, revision=commit, tqdm_class=tqdm_class)
 
 
 def read_remote_header(
     repo_id: str, commit: str, folder: Path, path: Path
 ) -> SafetensorsHeader | None:
-    """Read the header of a safetensors file by a range request, unless the file is local.
+    """Read the header of a safetensors file, with an HTTP range request if the file is not local.
 
     Args:
-      repo_id: the repository.
-      commit: its commit.
-      folder: folder of the commit in the Hub's cache.
-      path: path that the file has in `folder` once it is downloaded.
+      repo_id: The repository.
+      commit: Its commit.
+      folder: The commit's folder in the Hub's cache.
+      path: Path in `folder` that the file has once it is downloaded.
 
     Returns:
       The header, or None if the repository has no such file.
 
     Raises:
-      OvisError, OSError: as `download_files`.
+      OvisError, OSError: The request fails, as in `download_files`.
     """
     if path.is_file():
         return read_header(path)
@@ -85,10 +83,10 @@ def read_remote_header(
 
 
 def fetch_shard_sha256(repo_id: str, commit: str) -> Mapping[str, str]:
-    """Fetch the SHA-256 of every safetensors file of a repository, by file name.
+    """Fetch the SHA-256 of every safetensors file in a repository, by file name.
 
     Raises:
-      OvisError, OSError: as `download_files`.
+      OvisError, OSError: The request fails, as in `download_files`.
     """
     with hub_errors(repo_id):
         info = HfApi().model_info(repo_id, revision=commit, files_metadata=True)
@@ -97,13 +95,13 @@ def fetch_shard_sha256(repo_id: str, commit: str) -> Mapping[str, str]:
 
 
 def delete_from_cache(path: Path) -> None:
-    """Delete a file from the Hub's cache, for all revisions of its repository.
+    """Delete a file from the Hub's cache, in all revisions of its repository.
 
-    Content that other repositories share stays as long as one of them links to it. A path outside
-    the cache is left alone.
+    Content that several repositories share remains as long as one of them links to it. A path
+    outside the cache is not deleted.
 
     Raises:
-      OSError: it cannot be deleted.
+      OSError: The file cannot be deleted.
     """
     snapshots = path.parents[1]
     if snapshots.name != "snapshots" or not path.exists():
@@ -121,16 +119,16 @@ def delete_from_cache(path: Path) -> None:
 
 @contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
-    """Convert errors of huggingface_hub to one line that says what to do, without the token.
+    """Convert errors from huggingface_hub to one line that says what to do and omits the token.
 
     Raises:
-      OvisError: the repository or revision does not exist, or the token cannot read it.
-      OSError: any other error.
+      OvisError: The repository or revision does not exist, or the token cannot read it.
+      OSError: Any other error occurred.
     """
     subject = f"{repo_id}: there is no such folder, and as a repo id of the Hub it"
     try:
         yield
-    # huggingface_hub lets errors through from the HTTP library that its version uses.
+    # huggingface_hub does not catch the errors of its HTTP library, which depends on its version.
     except Exception as error:
         causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__) is not None:

@@ -13,8 +13,8 @@ from ovis_jax.sharding import (
     axis_letter_sizes,
     param_axes,
     param_shapes,
-    parse_axes,
     shape_from_axes,
+    split_axis_letters,
 )
 
 _VISION = "visual_tokenizer.backbone.vision_model"
@@ -60,7 +60,7 @@ HUB_KEYS: Mapping[str, str] = {
     "llm.model.norm.weight": "decoder/final_norm",
     "llm.lm_head.weight": "decoder/unembed",
 }
-"""Pattern of keys on the Hub -> pattern of parameter paths."""
+"""Patterns of parameter paths, by pattern of keys on the Hub."""
 
 _NORM_REASON = "the features are the output of the last block, before this norm"
 _HEAD_REASON = "the pooling head is not part of Ovis: every patch's features are used"
@@ -80,16 +80,16 @@ UNUSED_HUB_KEYS: Mapping[str, tuple[str, str]] = {
     f"{_VISION}.head.mlp.fc2.weight": ("E F", _HEAD_REASON),
     f"{_VISION}.head.mlp.fc2.bias": ("E", _HEAD_REASON),
 }
-"""Keys of published checkpoints that the model never uses -> axes and the reason."""
+"""Keys of published checkpoints that the model never uses, each with the axes and the reason."""
 
 
 @dataclass(frozen=True)
 class KeyMap:
-    """The keys of one checkpoint layout for one config.
+    """The tensor keys that one checkpoint layout has for one config.
 
     Attributes:
-      parameters: key -> parameter path.
-      unused: key -> reason why the model never uses the tensor.
+      parameters: Parameter path by key.
+      unused: Reason why the model never uses a tensor, by the tensor's key.
     """
 
     parameters: Mapping[str, str]
@@ -98,21 +98,22 @@ class KeyMap:
 
 @dataclass(frozen=True)
 class MatchedTensors:
-    """A checkpoint whose tensors are exactly those of a config.
+    """A checkpoint whose tensors match a config exactly.
 
     Attributes:
-      sources: parameter path -> tensor in a file, in the order of `param_shapes`.
-      unused: tensors in the files that the model never uses, each with the reason.
-      absent: keys of never-used tensors that are not in the files.
+      sources: Location of each parameter's tensor, by parameter path, in the order of
+        `param_shapes`.
+      unused_found: Tensors in the files that the model never uses, each with the reason.
+      unused_missing: Keys of never-used tensors that are not in the files.
     """
 
     sources: Mapping[str, TensorInfo]
-    unused: tuple[tuple[TensorInfo, str], ...]
-    absent: tuple[str, ...]
+    unused_found: tuple[tuple[TensorInfo, str], ...]
+    unused_missing: tuple[str, ...]
 
 
 def make_hub_key_map(config: OvisConfig) -> KeyMap:
-    """Return the key map of a folder in the Hub's layout."""
+    """Return the key map for a folder in the Hub's layout."""
     parameters = {}
     for key, path in HUB_KEYS.items():
         depth = (config.vision if path.startswith("vision/") else config.decoder).depth
@@ -124,12 +125,12 @@ def make_hub_key_map(config: OvisConfig) -> KeyMap:
 
 
 def make_converted_key_map(config: OvisConfig) -> KeyMap:
-    """Return the key map of a converted folder, whose tensors are named by parameter path."""
+    """Return the key map for a converted folder, whose tensors are named by parameter path."""
     return KeyMap({path: path for path in param_axes(config)}, {})
 
 
 def unused_tensor_shapes(config: OvisConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the never-used tensors of a checkpoint, by key on the Hub."""
+    """Return the shapes of the tensors that the model never uses, by their key on the Hub."""
     sizes = axis_letter_sizes(config, "vision/")
     return {key: shape_from_axes(axes, sizes) for key, (axes, _) in UNUSED_HUB_KEYS.items()}
 
@@ -137,18 +138,18 @@ def unused_tensor_shapes(config: OvisConfig) -> dict[str, tuple[int, ...]]:
 def match_tensors(
     index: TensorIndex, config: OvisConfig, key_map: KeyMap, stored_dtype: str | None
 ) -> MatchedTensors:
-    """Match every tensor of a checkpoint with every parameter of a config.
+    """Match the tensors of a checkpoint with the parameters of a config, one to one.
 
     Args:
-      index: the tensors of the checkpoint.
-      config: config whose parameters are expected.
-      key_map: the keys of the checkpoint's layout.
-      stored_dtype: the dtype ("F32", "F16", "BF16") that parameters must have; None for any of the
-        three. Shapes and dtypes of never-used tensors are not checked.
+      index: The tensors of the checkpoint.
+      config: Config that determines the expected parameters.
+      key_map: The keys of the checkpoint's layout.
+      stored_dtype: The dtype that parameters must have: "F32", "F16" or "BF16"; None accepts any of
+        the three. The shapes and dtypes of never-used tensors are not checked.
 
     Raises:
-      CheckpointValidationError: with all faults: those of the index, unknown and missing keys,
-        wrong shapes and dtypes, parameters without a key or with several.
+      CheckpointValidationError: The index has faults, a key is unknown or missing, a shape or dtype
+        is wrong, or a parameter has no key or several keys. The error lists all faults.
     """
     problems = list(index.problems)
     shapes = param_shapes(config)
@@ -190,15 +191,15 @@ def match_tensors(
     unused = key_map.unused.items()
     return MatchedTensors(
         sources={path: by_key[keys[path]][0] for path in shapes},
-        unused=tuple((by_key[key][0], reason) for key, reason in unused if key in by_key),
-        absent=tuple(key for key in key_map.unused if key not in by_key),
+        unused_found=tuple((by_key[key][0], reason) for key, reason in unused if key in by_key),
+        unused_missing=tuple(key for key in key_map.unused if key not in by_key),
     )
 
 
 def _check_key_map(
     shapes: Mapping[str, tuple[int, ...]], key_map: KeyMap
 ) -> list[CheckpointProblem]:
-    """Return the faults of the key map itself, compared with the model's parameters."""
+    """Return the parameters for which the key map has no key or several keys, as faults."""
     keys: defaultdict[str, list[str]] = defaultdict(list)
     for key, path in key_map.parameters.items():
         keys[path].append(key)
@@ -223,13 +224,13 @@ def check_tensor(
     """Check the shape and the dtype of a tensor.
 
     Args:
-      info: the tensor.
-      axes: its expected axes, such as "(N H) D".
-      sizes: the size of each letter.
-      stored_dtype: the expected dtype; None for any that parameters can have.
+      info: The tensor.
+      axes: The tensor's expected axes, such as "(N H) D".
+      sizes: The size of each letter.
+      stored_dtype: The expected dtype; None accepts any dtype that parameters can have.
 
     Returns:
-      A row for each fault.
+      One row for each fault.
     """
     file, key = info.path.name, info.key
     shape = shape_from_axes(axes, sizes)
@@ -237,7 +238,7 @@ def check_tensor(
     if info.shape != shape:
         expected, found = f"{list(shape)} {axes!r}", f"{list(info.shape)}"
         if len(info.shape) == len(shape):
-            for group, size, wrong in zip(parse_axes(axes), shape, info.shape, strict=True):
+            for group, size, wrong in zip(split_axis_letters(axes), shape, info.shape, strict=True):
                 if size != wrong:
                     expected += f", {' * '.join(group)} = {size}"
                     found += f", {' * '.join(group)} = {wrong}"

@@ -1,4 +1,4 @@
-"""Output folders that appear only when they are complete; conversions can resume theirs."""
+"""Output folders that appear only when they are complete, and conversions that can be resumed."""
 
 import errno
 import json
@@ -22,10 +22,10 @@ _FILES = "files"
 
 
 def require_empty(folder: Path) -> None:
-    """Check that an output folder does not exist or is empty.
+    """Check that an output folder either does not exist or is empty.
 
     Raises:
-      OvisError: it exists and is not an empty folder.
+      OvisError: `folder` exists and is not an empty folder.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OvisError(
@@ -42,14 +42,14 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
     block succeeds. On any exception, including an interrupt, the temporary folder is removed.
 
     Args:
-      folder: folder to create; it must not exist or be empty.
+      folder: Folder to create; it must either not exist or be empty.
 
     Yields:
       The temporary folder.
 
     Raises:
       OvisError: `folder` exists and is not an empty folder.
-      OSError: a folder cannot be created or renamed.
+      OSError: A folder cannot be created or renamed.
     """
     require_empty(folder)
     folder = folder.resolve()
@@ -65,11 +65,11 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
 
 
 class ResumableDir:
-    """An unfinished output folder that records which of its files are finished.
+    """An unfinished output folder, with a record of the files that are finished.
 
     Attributes:
-      path: folder to write into.
-      finished: SHA-256 by name of the finished files; None for files without a checksum.
+      path: Folder to write into.
+      finished: SHA-256 of each finished file by file name; None for a file without a checksum.
     """
 
     def __init__(self, partial: Path, inputs: Mapping[str, Any]):
@@ -84,19 +84,19 @@ class ResumableDir:
         self.path.mkdir(exist_ok=True)
 
     def record_finished(self, name: str, sha256: str | None) -> None:
-        """Record that a file is complete, so that a later attempt keeps it.
+        """Record that a file is complete, so that it is kept when the conversion is resumed.
 
         Raises:
-          OSError: the record cannot be written.
+          OSError: The record cannot be written.
         """
         self.finished[name] = sha256
         self._sizes[name] = (self.path / name).stat().st_size
         self._write_record()
 
     def _resume(self, partial: Path) -> None:
-        """Keep the files that an earlier attempt with the same inputs finished; remove others.
+        """Keep the files that an earlier attempt with the same inputs finished; remove all others.
 
-        A power failure can lose data that was not on disk; the size shows such files.
+        After a power failure, a recorded file may have lost data. Its size shows this.
         """
         try:
             record = json.loads(self._record.read_text(encoding="utf-8"))
@@ -133,16 +133,17 @@ class ResumableDir:
 
 @contextmanager
 def resumable_dir(folder: Path, inputs: Mapping[str, Any]) -> Iterator[ResumableDir]:
-    """Create a folder that is either complete or absent, across interruptions.
+    """Create a folder that is either complete or absent; interrupted work can be resumed.
 
     The block writes into `<folder>.partial/files`, which is renamed to `folder` when the block
     succeeds. If the process is killed or the block raises, `<folder>.partial` remains, and the next
-    call with the same inputs keeps its finished files. A `CheckpointError` means that the source is
-    invalid: `<folder>.partial` is then removed, unless only a download was.
+    call with the same inputs keeps its finished files. If the block raises `CheckpointError`, the
+    source is invalid, so `<folder>.partial` is removed. It remains if only a downloaded shard was
+    invalid.
 
     Args:
-      folder: folder to create; it must not exist or be empty.
-      inputs: everything that the result depends on, as JSON.
+      folder: Folder to create; it must either not exist or be empty.
+      inputs: All inputs that the result depends on, as JSON.
 
     Yields:
       The unfinished folder.
@@ -150,7 +151,7 @@ def resumable_dir(folder: Path, inputs: Mapping[str, Any]) -> Iterator[Resumable
     Raises:
       OvisError: `folder` is not empty, another process is writing it, or `<folder>.partial` was
         started with different inputs or contains other files.
-      OSError: a folder cannot be created or renamed.
+      OSError: A folder cannot be created or renamed.
     """
     folder = folder.resolve()
     partial = folder.with_name(f"{folder.name}.partial")
@@ -181,13 +182,13 @@ def resumable_dir(folder: Path, inputs: Mapping[str, Any]) -> Iterator[Resumable
 
 @contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    """Lock a folder against other processes; the system releases the lock of a killed process.
+    """Lock a folder against other processes; if this process dies, the system releases the lock.
 
-    The lock file is removed if nothing else is in the folder, and the folder with it.
+    At the end, the folder and the lock file are removed if the folder contains nothing else.
 
     Raises:
-      OvisError: another process holds the lock.
-      OSError: the lock file cannot be created.
+      OvisError: Another process holds the lock.
+      OSError: The lock file cannot be created.
     """
     path = folder / _LOCK_FILE
     lock = FileLock(path)
@@ -218,14 +219,14 @@ def _move_folder(source: Path, target: Path) -> None:
 
 
 def check_disk_space(folder: Path, required: int) -> None:
-    """Check that a disk has room before anything is written.
+    """Check that a disk has enough free space before anything is written.
 
     Args:
-      folder: folder to write into; it need not exist.
-      required: bytes to write.
+      folder: Folder to write into; it does not need to exist yet.
+      required: Number of bytes that will be written.
 
     Raises:
-      OSError: the disk of the folder has less free space.
+      OSError: The folder's disk has less free space than `required`.
     """
     existing = existing_ancestor(folder)
     free = shutil.disk_usage(existing).free
@@ -235,7 +236,7 @@ def check_disk_space(folder: Path, required: int) -> None:
 
 
 def existing_ancestor(folder: Path) -> Path:
-    """Return the folder, or its nearest ancestor that exists."""
+    """Return the folder if it exists, otherwise its nearest existing ancestor."""
     folder = folder.resolve()
     while not folder.exists():
         folder = folder.parent

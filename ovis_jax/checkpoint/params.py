@@ -1,4 +1,4 @@
-"""Reading parameters from a checkpoint folder onto a mesh, and writing them back."""
+"""Loading parameters from a checkpoint folder onto a mesh, and saving them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from ovis_jax.api_type_checks import check_argument_types
+from ovis_jax.argument_type_checks import check_argument_types
 from ovis_jax.checkpoint.checkpoint_problems import CheckpointProblem
 from ovis_jax.checkpoint.conversion_record import (
     CONVERSION_FILE,
@@ -39,7 +39,7 @@ from ovis_jax.checkpoint.safetensors_writer import (
 from ovis_jax.checkpoint.tensor_index import (
     HeaderReader,
     TensorIndex,
-    read_local_header,
+    read_header_if_present,
     read_tensor_index,
 )
 from ovis_jax.config import OvisConfig
@@ -56,30 +56,30 @@ from ovis_jax.sharding import (
 )
 
 OnRead = Callable[[str, int], None]
-"""Called with a tensor's key and the bytes of each slice of it that this process reads."""
+"""Called for each slice of a tensor that this process reads, with the key and the slice's size."""
 
 
 def match_checkpoint(
     folder: Path,
     config: OvisConfig,
     dtype: DTypeLike | None = None,
-    read_header: HeaderReader = read_local_header,
+    read_header: HeaderReader = read_header_if_present,
 ) -> tuple[MatchedTensors, str]:
-    """Match the tensors of a folder in either layout with the parameters of a config.
+    """Match the tensors of a converted folder or a Hub folder with the parameters of a config.
 
     Args:
-      folder: a converted folder, or one in the Hub's layout.
-      config: config whose parameters are expected.
-      dtype: dtype to cast to, from any of the three; None for the one that config.json states,
-        which every parameter must then have.
-      read_header: as in `read_tensor_index`.
+      folder: A converted folder, or a folder in the Hub's layout.
+      config: Config that determines the expected parameters.
+      dtype: Dtype that parameters will be cast to, whatever their stored dtype; None for the dtype
+        in config.json, in which every parameter must then be stored.
+      read_header: Function that reads a header, as in `read_tensor_index`.
 
     Returns:
       The matched tensors, and the dtype of the parameters: "F32", "F16" or "BF16".
 
     Raises:
-      ConfigError: config.json states no dtype that parameters can have, and none is given.
-      CheckpointError: the folder does not contain exactly the parameters of `config`.
+      ConfigError: `dtype` is None, and config.json does not state a supported dtype.
+      CheckpointError: The folder does not contain exactly the parameters of `config`.
     """
     stored = None if dtype is not None else read_config_dtype(folder)
     make_key_map = make_converted_key_map if is_converted(folder) else make_hub_key_map
@@ -89,10 +89,10 @@ def match_checkpoint(
 
 
 def read_config_dtype(folder: Path) -> str:
-    """Read the dtype that config.json states: "F32", "F16" or "BF16".
+    """Read the dtype in config.json: "F32", "F16" or "BF16".
 
     Raises:
-      ConfigError: it states none, or one that parameters cannot have.
+      ConfigError: The file config.json does not state a supported dtype.
     """
     path = folder / "config.json"
     name = read_json(path).get("torch_dtype")
@@ -110,7 +110,7 @@ def safetensors_dtype(dtype: DTypeLike | None) -> str:
     """Return the safetensors name of a dtype: "F32", "F16" or "BF16".
 
     Raises:
-      OvisError: it is not float32, float16 or bfloat16.
+      OvisError: The dtype is not float32, float16 or bfloat16.
     """
     try:
         found = np.dtype(dtype)
@@ -131,28 +131,29 @@ def load_params(
     rules: Rules = TENSOR,
     on_read: OnRead | None = None,
 ) -> Params:
-    """Read the parameters of a converted folder, or of one in the Hub's layout.
+    """Read the parameters from a converted folder or a folder in the Hub's layout.
 
-    A CPU device without a mesh uses the mapped files without a copy (a donated array is copied
-    first), so replace such files by renaming and do not write to them.
+    On a CPU without a mesh, the arrays use the memory-mapped files without a copy (a donated array
+    is copied first). Do not write to these files afterwards; replace them by renaming instead.
 
     Args:
-      folder: the checkpoint.
-      config: its config.
-      dtype: float32, float16 or bfloat16 to cast to; None keeps the stored dtype.
-      mesh: mesh whose devices each read their own slices only; None for the default device.
-      rules: sharding rules for the mesh.
-      on_read: called for each slice that is read, once if several devices hold the same one.
+      folder: The checkpoint.
+      config: The checkpoint's config.
+      dtype: Dtype to cast to: float32, float16 or bfloat16; None keeps the stored dtype.
+      mesh: Mesh to shard the parameters over; each device reads only its own slices. None for the
+        default device.
+      rules: Sharding rules for the mesh.
+      on_read: Called for each slice that is read, only once if several devices hold the same slice.
 
     Returns:
-      A nested dict of arrays in the shapes of `param_shapes`, with zeros where the shapes of the
-      mesh are padded.
+      A nested dict of arrays with the shapes from `param_shapes`. If a shape is padded for the
+      mesh, the padding is zeros.
 
     Raises:
-      ConfigError: config.json states no usable dtype and none is given.
-      CheckpointError: the files do not contain exactly the parameters of `config`.
-      OvisError: the rules cannot shard the parameters over the mesh.
-      OSError: a file cannot be read.
+      ConfigError: `dtype` is None, and config.json does not state a supported dtype.
+      CheckpointError: The files do not contain exactly the parameters of `config`.
+      OvisError: The rules cannot shard the parameters over the mesh.
+      OSError: A file cannot be read.
     """
     matched, target = match_checkpoint(folder, config, dtype)
     shardings = None if mesh is None else param_shardings(config, mesh, rules)
@@ -177,18 +178,19 @@ def put_on_devices(
     shape: tuple[int, ...],
     on_slice: Callable[[int], None] | None = None,
 ) -> jax.Array:
-    """Cast an array and put it on the default device, or its slices on the devices of a sharding.
+    """Cast an array and put it on the default device, or shard it over several devices.
 
     Args:
-      key: name of the tensor, for errors.
-      array: host array of any shape.
+      key: Name of the tensor in error messages.
+      array: Host array of any shape.
       dtype: "F32", "F16" or "BF16".
-      sharding: sharding of the result; None for the default device.
-      shape: shape of the result with a sharding; the rest of it is filled with zeros.
-      on_slice: called with the bytes of each slice of `array` that is used.
+      sharding: Sharding of the result; None for the default device.
+      shape: Shape of the result if there is a sharding; the part beyond `array` is filled with
+        zeros.
+      on_slice: Called with the size in bytes of each slice of `array` that is used.
 
     Raises:
-      CheckpointError: a number is too large for the dtype.
+      CheckpointError: A number is too large for the dtype.
     """
     slices: set[str] = set()
 
@@ -220,23 +222,23 @@ def save_params(
     files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write parameters as a converted folder, which appears when it is complete.
+    """Write parameters to a converted folder, which appears only when it is complete.
 
-    The padding that parameters have on a mesh is not written.
+    Padding that was added for a mesh is not written.
 
     Args:
-      folder: folder to create; it must not exist or be empty.
-      params: nested dict of arrays, all of one dtype unless `dtype` is given.
-      config: config of the parameters.
-      dtype: float32, float16 or bfloat16 to cast to.
-      files: further files by name, such as those of the tokenizer.
-      max_shard_bytes: limit for the tensors of a file.
+      folder: Folder to create; it must either not exist or be empty.
+      params: Nested dict of arrays, all of one dtype unless `dtype` is given.
+      config: Config of the model.
+      dtype: Dtype to cast to: float32, float16 or bfloat16; None for no cast.
+      files: Content of additional files by file name, such as tokenizer files.
+      max_shard_bytes: Maximum size of the tensors in one file, in bytes.
 
     Raises:
-      CheckpointError: `params` are not those of `config`, or have several dtypes.
-      OvisError: the folder is not empty, or an array is not entirely on the devices of this host.
-      OSError: the disk has too little space, or a file cannot be written.
-      TypeError: `params` or `config` has another type.
+      CheckpointError: The parameters do not match `config`, or they have several dtypes.
+      OvisError: The folder is not empty, or an array is not entirely on the devices of this host.
+      OSError: The disk has too little space, or a file cannot be written.
+      TypeError: `params` or `config` has the wrong type.
     """
     check_argument_types("save_params", params=(params, Mapping), config=(config, OvisConfig))
     folder = Path(folder)
@@ -267,14 +269,14 @@ def save_params(
 def remove_padding(
     arrays: Mapping[str, Any], axes: Mapping[str, str], config: OvisConfig
 ) -> dict[str, Any]:
-    """Remove the rows of zeros that pad arrays on a mesh beyond the sizes in the config.
+    """Remove the rows of zeros that pad arrays for a mesh beyond the sizes in the config.
 
-    Rows that are not zero are not padding. They stay, and the shape check then reports them.
+    Rows that are not zero cannot be padding. They stay, so the shape check reports them later.
 
     Args:
-      arrays: arrays by path.
-      axes: axis letters by path.
-      config: config of the arrays.
+      arrays: Arrays by path.
+      axes: Axis letters by path.
+      config: Config of the model.
     """
     result = dict(arrays)
     for path, array in arrays.items():
@@ -289,14 +291,14 @@ def remove_padding(
 
 
 def index_arrays(name: str, arrays: Mapping[str, Any]) -> TensorIndex:
-    """Return the index of arrays in memory, so that they are checked like those of a folder.
+    """Return a tensor index of arrays in memory, so that they can be checked like files.
 
     Args:
-      name: what messages call the arrays.
-      arrays: arrays by key; other values become problems.
+      name: Name of the arrays in messages.
+      arrays: Arrays by key; a value that is not an array becomes a problem in the index.
 
     Raises:
-      OvisError: an array is not entirely on the devices of this host.
+      OvisError: An array is not entirely on the devices of this host.
     """
     dtype_names = {dtype: dtype_name for dtype_name, dtype in DTYPES.items()}
     infos, problems = [], []

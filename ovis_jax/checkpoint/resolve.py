@@ -1,4 +1,4 @@
-"""Resolving what a user names, a folder, a bundled checkpoint or a repo id, to a local folder."""
+"""Resolving a folder name, the name of a bundled checkpoint or a repo id to a local folder."""
 
 import re
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ TOKENIZER_FILES = (
 )
 
 BUNDLED = {"ovis-tiny": Path(__file__).parents[1] / "assets" / "ovis-tiny"}
-"""Checkpoints that are part of this package, in the Hub's layout, by name."""
+"""Folders of the checkpoints in this package, by name; all are in the Hub's layout."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,11 @@ class ResolvedCheckpoint:
     """A checkpoint on this machine.
 
     Attributes:
-      folder: its local folder; of a repo id, the folder of a commit in the Hub's cache.
-      name: the repo id, the bundled name, or the last part of the folder's path.
-      revision: the commit of a repo id, otherwise None.
-      label: what messages call it.
+      folder: The local folder of the checkpoint; for a repo id, a commit's folder in the Hub's
+        cache.
+      name: The repo id, the bundled name, or the last part of the folder's path.
+      revision: The commit for a repo id; None for other checkpoints.
+      label: Name of the checkpoint in messages.
     """
 
     folder: Path
@@ -44,19 +45,19 @@ class ResolvedCheckpoint:
 def resolve_checkpoint(
     checkpoint: str | Path, revision: str | None = None, *, weights: bool = True
 ) -> ResolvedCheckpoint:
-    """Find a checkpoint, and download it if it is a repo id.
+    """Find a checkpoint, and download it if a repo id is given.
 
-    A folder takes precedence over a bundled checkpoint of the same name.
+    A folder takes precedence over a bundled checkpoint with the same name.
 
     Args:
-      checkpoint: a folder, the name of a bundled checkpoint, or a repo id of the Hub.
-      revision: branch, tag or commit of a repo id.
-      weights: whether to download the weights too; otherwise all other files.
+      checkpoint: A folder, the name of a bundled checkpoint, or a repo id of the Hub.
+      revision: Branch, tag or commit, for a repo id only.
+      weights: Whether to download the weights too, or only all other files.
 
     Raises:
-      OvisError: there is no such checkpoint, `revision` is given without a repo id, or the
+      OvisError: There is no such checkpoint, `revision` is given without a repo id, or the
         repository cannot be read.
-      OSError: the Hub cannot be reached.
+      OSError: The Hub cannot be reached.
     """
     folder, name = Path(checkpoint), str(checkpoint)
     if folder.is_dir():
@@ -85,14 +86,14 @@ def resolve_checkpoint(
 
 
 def find_folder_or_bundled_checkpoint(checkpoint: str | Path, advice: str) -> ResolvedCheckpoint:
-    """Resolve a folder or a bundled checkpoint; nothing is downloaded.
+    """Find a folder or a bundled checkpoint; nothing is downloaded.
 
     Args:
-      checkpoint: a folder, or the name of a bundled checkpoint.
-      advice: what to do if there is no such folder, for the error.
+      checkpoint: A folder, or the name of a bundled checkpoint.
+      advice: Advice for the error message if there is no such folder.
 
     Raises:
-      OvisError: it is neither.
+      OvisError: `checkpoint` is neither a folder nor a bundled checkpoint.
     """
     if not Path(checkpoint).is_dir() and str(checkpoint) not in BUNDLED:
         raise OvisError(f"{checkpoint} is not a folder; {advice}")
@@ -113,10 +114,11 @@ def _download_checkpoint(
 
 
 def find_processor_files(folder: Path) -> dict[str, Path]:
-    """Return the files of the image processor and the tokenizer in a folder, by name.
+    """Return the paths of a folder's image processor and tokenizer files, by file name.
 
     Raises:
-      ConfigError: a required file is missing, or a file is a link that leads out of the folder.
+      ConfigError: A required file is missing, or a file is a symbolic link to a target outside the
+        folder.
     """
     names = ["preprocessor_config.json", *TOKENIZER_FILES]
     found = {name: folder / name for name in names if (folder / name).is_file()}

@@ -1,13 +1,14 @@
-"""Reading safetensors files: checked headers, memory-mapped tensors and tensors in chunks.
+"""Reading safetensors files: validated headers, memory-mapped tensors, and tensors in chunks.
 
 A file consists of the header length (8 bytes, little endian), a JSON header with each tensor's
 dtype, shape and data offsets, and the data of the tensors without gaps.
 
-The `safetensors` package decides whether a local file is valid. It stops at the first fault and
-mostly does not name the tensor. The checks here produce one row per fault, with the key and what
-was expected, and also work on headers of files that have not been downloaded. Tensors are mapped or
-read here because the package copies a whole tensor: a slice of a mapped file is read alone, a CPU
-device uses mapped memory without a copy, and conversion needs bounded memory.
+The `safetensors` package decides whether a local file is valid, but it stops at the first fault and
+usually does not name the tensor. The checks here produce one row per fault, with the key and the
+expected value, and they also work on headers of files that have not been downloaded. This module
+also reads the tensors itself, because the package copies whole tensors. With a mapped file, a
+single slice can be read, and a CPU device can use the memory without a copy. Reading in chunks
+keeps the memory of a conversion bounded.
 """
 
 import json
@@ -38,13 +39,13 @@ ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
     "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
-"""Bytes per element, by safetensors dtype name."""
+"""Number of bytes per element, by safetensors dtype name."""
 
 CHUNK_BYTES = 1 << 22
-"""Chunk size for streaming tensors."""
+"""Size of the chunks in which tensors are read."""
 
-_MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors package
-_MAX_ELEMENTS = 1 << 60  # numpy cannot represent larger shapes, even if another dimension is 0
+_MAX_HEADER_BYTES = 100_000_000  # the limit in the safetensors package
+_MAX_ELEMENTS = 1 << 60  # numpy rejects larger shapes, even if a dimension is 0
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """Contents of a header.
+    """Contents of a safetensors header.
 
     Attributes:
-      tensors: tensors with valid entries.
-      unusable_keys: keys with invalid entries.
-      problems: faults of the header.
-      readable: False if the header cannot be parsed, so that its keys are unknown.
+      tensors: Tensors whose header entries are valid.
+      unusable_keys: Keys whose header entries are invalid.
+      problems: Faults in the header.
+      readable: Whether the header could be parsed. If it is False, the keys are unknown.
     """
 
     tensors: tuple[TensorInfo, ...] = ()
@@ -77,10 +78,10 @@ class SafetensorsHeader:
 
 
 def read_header(path: Path) -> SafetensorsHeader:
-    """Read and check the header of a file; faults become rows of `problems`.
+    """Read and check the header of a file; faults are listed in `problems`.
 
     Raises:
-      OSError: the file cannot be opened or read.
+      OSError: The file cannot be opened or read.
     """
     with add_file_name_to_os_errors(path), path.open("rb") as file:
         header = parse_header(path, file)
@@ -99,11 +100,11 @@ def parse_header(path: Path, file: BinaryIO) -> SafetensorsHeader:
     """Parse and check the header of an open file, which may be remote.
 
     Args:
-      path: local path of the file, for the result.
-      file: seekable file; only its header is read.
+      path: Local path of the file, which is stored in the result.
+      file: A seekable file; only its header is read.
 
     Raises:
-      OSError: the file cannot be read.
+      OSError: The file cannot be read.
     """
 
     def unreadable(problem: str, expected: str, found: str) -> SafetensorsHeader:
@@ -155,7 +156,7 @@ def parse_header(path: Path, file: BinaryIO) -> SafetensorsHeader:
 
 
 def _find_entry_fault(value: Any) -> tuple[str, str, str] | None:
-    """Return problem, expected and found of a tensor's header entry, or None if it is valid."""
+    """Return (problem, expected, found) for a tensor's header entry, or None if it is valid."""
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         return "header entry", "an object with dtype, shape and data_offsets", _shorten(value)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -186,7 +187,7 @@ def _shorten(value: Any) -> str:
 def _find_layout_faults(
     path: Path, tensors: Iterable[TensorInfo], data_start: int, size: int, *, complete: bool
 ) -> Iterator[CheckpointProblem]:
-    """Yield overlaps and missing data; gaps and excess data only if every entry is `complete`."""
+    """Yield overlaps and missing data; if every entry is `complete`, also gaps and excess data."""
     end = data_start
     for info in sorted(tensors, key=lambda info: (info.start, info.stop)):
         if info.start < end or (complete and info.start > end):
@@ -202,22 +203,22 @@ def _find_layout_faults(
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """Map a file into memory for `view_tensor`; it stays open as long as arrays refer to it.
+    """Map a file into memory for `view_tensor`; the mapping exists as long as arrays refer to it.
 
-    The file must keep its length. Replacing it by renaming another file is safe.
+    The length of the file must not change. Replacing the file by renaming another file is safe.
 
     Raises:
-      OSError: the file cannot be opened or mapped.
+      OSError: The file cannot be opened or mapped.
     """
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def view_tensor(mapped: mmap.mmap, info: TensorInfo) -> np.ndarray:
-    """Return a read-only array [*shape] over a mapped file; only used parts are read from disk.
+    """Return a tensor as a read-only array over a mapped file; only used parts are read from disk.
 
     Raises:
-      CheckpointError: the file has become shorter since its header was read.
+      CheckpointError: The file has become shorter since its header was read.
     """
     if len(mapped) < info.stop:
         raise _shrunk_file_error(info)
@@ -229,15 +230,15 @@ def view_tensor(mapped: mmap.mmap, info: TensorInfo) -> np.ndarray:
 
 
 def read_chunks(info: TensorInfo, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor in chunks; each chunk is overwritten by the third after it.
+    """Yield the bytes of a tensor in chunks; a chunk is valid until the third chunk after it.
 
     Args:
-      info: the tensor.
-      size: bytes per chunk.
+      info: The tensor.
+      size: Size of a chunk in bytes.
 
     Raises:
-      CheckpointError: the file has become shorter since its header was read.
-      OSError: the file cannot be opened or read.
+      CheckpointError: The file has become shorter since its header was read.
+      OSError: The file cannot be opened or read.
     """
     remaining = info.stop - info.start
     buffers = [memoryview(bytearray(min(size, remaining))) for _ in range(3)]

@@ -1,7 +1,8 @@
-"""Writing safetensors files: small ones with the `safetensors` package, checkpoints as a stream.
+"""Writing safetensors files: small files with the `safetensors` package, checkpoints as a stream.
 
-The package needs all tensors of a file in memory. `write_safetensors` needs a few chunks, computes
-SHA-256 on the way and aligns tensors to 64 bytes, so that a CPU device can use them as mapped.
+The package needs all tensors of a file in memory. `write_safetensors` needs only a few chunks in
+memory, computes the SHA-256 while writing, and aligns tensors to 64 bytes, so that a CPU device can
+use them from a mapped file without a copy.
 """
 
 import hashlib
@@ -24,24 +25,24 @@ from ovis_jax.checkpoint.tensor_index import INDEX_FILE
 from ovis_jax.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5_000_000_000
-"""Default limit for the tensors of one shard."""
+"""Default maximum size of the tensors in one shard, in bytes."""
 
 TensorSpecs = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Tensor name -> dtype ("F32", "F16" or "BF16") and shape."""
+"""Dtype ("F32", "F16" or "BF16") and shape of each tensor, by name."""
 
 ChunkReader = Callable[[str], Iterable[memoryview]]
-"""Function from a tensor name to the tensor's bytes in chunks."""
+"""A function that takes a tensor name and yields the tensor's bytes in chunks."""
 
-_ALIGNMENT = 64  # alignment at which a CPU device uses mapped memory without a copy
+_ALIGNMENT = 64  # with this alignment, a CPU device uses mapped memory without a copy
 
 
 def count_bytes(dtype: str, shape: Iterable[int]) -> int:
-    """Return the size of a tensor in a file, in bytes."""
+    """Return the size in bytes of a tensor in a file."""
     return math.prod(shape) * ITEM_BYTES[dtype]
 
 
 def total_bytes(tensors: TensorSpecs) -> int:
-    """Return the size of all tensors in files, in bytes."""
+    """Return the total size in bytes of all tensors in files."""
     return sum(count_bytes(*spec) for spec in tensors.values())
 
 
@@ -50,15 +51,16 @@ def plan_shards(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     source_files: Mapping[str, Path] | None = None,
 ) -> dict[str, list[str]]:
-    """Distribute tensors over shards in order.
+    """Assign tensors to shards, in order.
 
     Args:
-      tensors: dtypes and shapes by name.
-      max_shard_bytes: limit for the tensors of a shard; a larger tensor gets its own shard.
-      source_files: source file by tensor name; a shard then has tensors from one source file only.
+      tensors: Dtypes and shapes by name.
+      max_shard_bytes: Maximum size of the tensors in one shard; a larger tensor gets its own shard.
+      source_files: Source file of each tensor, by tensor name. If given, all tensors of a shard
+        come from the same source file.
 
     Returns:
-      File name -> tensor names.
+      The tensor names in each shard, by file name.
     """
     groups: list[list[str]] = [[]]
     filled = 0
@@ -80,7 +82,7 @@ def plan_shards(
 def select_unfinished(
     tensors: TensorSpecs, shards: Mapping[str, list[str]], finished: Container[str]
 ) -> TensorSpecs:
-    """Return the tensors of the shards whose file names are not in `finished`."""
+    """Return the tensors in the shards whose file names are not in `finished`."""
     names = [name for shard, group in shards.items() if shard not in finished for name in group]
     return {name: tensors[name] for name in names}
 
@@ -95,23 +97,23 @@ def write_shards(
     checksums: bool = True,
     resumable: ResumableDir | None = None,
 ) -> dict[str, str | None]:
-    """Write the shards of a checkpoint and their index.
+    """Write the shards of a checkpoint and their index file.
 
     Args:
-      folder: existing folder to write into.
-      tensors: dtypes and shapes by name.
-      read_tensor: called once per tensor, in the order of the file; not called for shards that
-        `resumable` has.
-      shards: tensor names by file name, see `plan_shards`.
-      metadata: strings for the header of every shard.
-      checksums: whether to compute SHA-256.
-      resumable: record of finished shards; these are kept, and each new one is recorded.
+      folder: Existing folder to write into.
+      tensors: Dtypes and shapes by name.
+      read_tensor: Called once per tensor, in file order, except for shards that are already
+        finished in `resumable`.
+      shards: Tensor names by file name, as returned by `plan_shards`.
+      metadata: Strings for the header of every shard.
+      checksums: Whether to compute the SHA-256 of each file.
+      resumable: Record of the finished shards, which are kept. Each new shard is added to it.
 
     Returns:
-      SHA-256 by file name; None without checksums.
+      SHA-256 by file name; all values are None without checksums.
 
     Raises:
-      OSError: a file cannot be written.
+      OSError: A file cannot be written.
     """
     sha256: dict[str, str | None] = {}
     for shard, names in shards.items():
@@ -120,7 +122,7 @@ def write_shards(
             continue
         specs = {name: tensors[name] for name in names}
         sha256[shard] = write_safetensors(
-            folder / shard, specs, read_tensor, metadata, checksum=checksums
+            folder / shard, specs, read_tensor, metadata, compute_checksum=checksums
         )
         if resumable is not None:
             resumable.record_finished(shard, sha256[shard])
@@ -136,29 +138,29 @@ def write_safetensors(
     read_tensor: ChunkReader,
     metadata: Mapping[str, str] | None = None,
     *,
-    checksum: bool = True,
+    compute_checksum: bool = True,
 ) -> str | None:
-    """Write a safetensors file as a stream; it gets its name when it is complete.
+    """Write a safetensors file as a stream, under a temporary name until it is complete.
 
-    The format has no gaps. The data starts at a multiple of 64 bytes, and tensors whose size is a
-    multiple of 64 bytes come first, so that these, which are nearly all, are aligned.
+    The format allows no padding between tensors. To align nearly all of them, the data starts at a
+    multiple of 64 bytes, and tensors whose size is a multiple of 64 bytes come first.
 
-    While a chunk is written, one thread reads the next one and another hashes the previous one. A
-    chunk must therefore stay unchanged until the second one after it has been read.
+    While a chunk is written, one thread reads the next chunk and another thread hashes the previous
+    one. `read_tensor` must therefore not modify a chunk until it has yielded the next two chunks.
 
     Args:
-      path: the file.
-      tensors: dtypes and shapes by name; all dtypes of safetensors are possible.
-      read_tensor: called once per tensor, in the order of the file.
-      metadata: strings for the header.
-      checksum: whether to compute SHA-256.
+      path: File to write.
+      tensors: Dtypes and shapes by name; all safetensors dtypes are supported.
+      read_tensor: Called once per tensor, in file order.
+      metadata: Strings for the header.
+      compute_checksum: Whether to compute the SHA-256 of the file.
 
     Returns:
-      SHA-256 of the file in hexadecimal, or None without `checksum`.
+      The SHA-256 of the file as a hexadecimal string, or None if `compute_checksum` is False.
 
     Raises:
-      OSError: the file cannot be written.
-      ValueError: the chunks of a tensor have another size than the tensor.
+      OSError: The file cannot be written.
+      ValueError: The chunks of a tensor do not add up to its size.
     """
 
     def sort_key(name: str) -> tuple[bool, int]:
@@ -177,7 +179,7 @@ def write_safetensors(
         def write(chunk: bytes | memoryview) -> None:
             nonlocal hashed
             hashed.result()
-            if checksum:
+            if compute_checksum:
                 hashed = threads.submit(digest.update, chunk)
             file.write(chunk)
 
@@ -191,11 +193,11 @@ def write_safetensors(
                 raise ValueError(f"{name}: the chunks have {size} bytes, expected {expected}")
         hashed.result()
     temporary.replace(path)
-    return digest.hexdigest() if checksum else None
+    return digest.hexdigest() if compute_checksum else None
 
 
 def _encode_header(tensors: TensorSpecs, metadata: Mapping[str, str] | None) -> bytes:
-    """Encode the length and the JSON of a header, padded to a multiple of 64 bytes."""
+    """Encode the length and the JSON of a header, padded to a total multiple of 64 bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     stop = 0
     for name, (dtype, shape) in tensors.items():
@@ -207,10 +209,10 @@ def _encode_header(tensors: TensorSpecs, metadata: Mapping[str, str] | None) -> 
 
 
 def _read_ahead(threads: Executor, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
-    """Yield chunks while a thread reads the next one.
+    """Yield chunks while a thread reads the next chunk.
 
-    The first chunk is read in this thread: it can wait for a download, and only a wait in the main
-    thread can be interrupted.
+    The first chunk is read in the calling thread, because it may have to wait for a download, and
+    only a wait in the main thread can be interrupted.
     """
     iterator = iter(chunks)
     chunk = next(iterator, None)
@@ -223,10 +225,10 @@ def _read_ahead(threads: Executor, chunks: Iterable[memoryview]) -> Iterator[mem
 def save_arrays(
     path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write arrays that are in memory to a safetensors file, with the `safetensors` package.
+    """Write arrays to a safetensors file, with the `safetensors` package.
 
     Raises:
-      OSError: the file cannot be written.
+      OSError: The file cannot be written.
     """
     try:
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -236,15 +238,15 @@ def save_arrays(
 
 
 def cast_array(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    """Cast an array; an array that has the dtype is returned unchanged.
+    """Cast an array; if the array already has the dtype, it is returned unchanged.
 
     Args:
-      name: name of the tensor, for the error.
-      array: array of any shape.
+      name: Name of the tensor in the error message.
+      array: Array of any shape.
       dtype: "F32", "F16" or "BF16".
 
     Raises:
-      CheckpointError: a finite number is too large for the dtype.
+      CheckpointError: A finite number is too large for the dtype.
     """
     if array.dtype == DTYPES[dtype]:
         return array
@@ -252,13 +254,13 @@ def cast_array(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
         result = array.astype(DTYPES[dtype])
     if np.any(np.isinf(result) & ~np.isinf(array)):
         raise CheckpointError(
-            f"{escape_unprintable(name)}: holds numbers too large for {DTYPES[dtype].name}; choose"
-            " bfloat16 or float32"
+            f"{escape_unprintable(name)}: contains numbers too large for {DTYPES[dtype].name};"
+            " choose bfloat16 or float32"
         )
     return result
 
 
 def split_array(array: np.ndarray) -> Iterator[memoryview]:
-    """Return the bytes of an array in chunks, as `write_safetensors` takes them."""
+    """Return the bytes of an array in chunks, in the form that `write_safetensors` expects."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     return (data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES))

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint folder: which there are, in which files, and what is wrong."""
+"""The tensors in a checkpoint folder: their names, their files and their faults."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ DOWNLOAD_ADVICE = "download or write the checkpoint again"
 
 @dataclass(frozen=True)
 class TensorIndex:
-    """The tensors of a folder, or of arrays in memory; `match_tensors` compares them with a model.
+    """The tensors in a folder, or arrays in memory; `match_tensors` compares them with a model.
 
     Attributes:
-      folder: the folder, or a name for arrays in memory.
-      tensors: the tensors of all files.
-      weight_map: key -> file name from the index file; empty for a single file.
-      unusable_keys: keys whose data is known to be broken.
-      problems: faults of files and headers.
+      folder: The folder, or a name for arrays in memory.
+      tensors: The tensors in all files.
+      weight_map: File name by key, from the index file; empty if there is a single weight file.
+      unusable_keys: Keys whose data is known to be invalid.
+      problems: Faults in the files and headers.
     """
 
     folder: Path
@@ -34,29 +34,32 @@ class TensorIndex:
 
 
 HeaderReader = Callable[[Path], SafetensorsHeader | None]
-"""Function from a path to the header of the file, or None if there is no such file."""
+"""A function that takes a path and returns the file's header, or None if there is no such file."""
 
 
-def read_local_header(path: Path) -> SafetensorsHeader | None:
-    """Read the header of a local file; return None if there is no such file.
+def read_header_if_present(path: Path) -> SafetensorsHeader | None:
+    """Read the header of a local file, or return None if there is no such file.
 
     Raises:
-      OSError: the file cannot be opened or read.
+      OSError: The file cannot be opened or read.
     """
     return read_header(path) if path.is_file() else None
 
 
-def read_tensor_index(folder: Path, read_header: HeaderReader = read_local_header) -> TensorIndex:
-    """Read the index file and all headers of a folder, but no tensor.
+def read_tensor_index(
+    folder: Path, read_header: HeaderReader = read_header_if_present
+) -> TensorIndex:
+    """Read the index file and all headers in a folder, but no tensors.
 
     Args:
-      folder: a folder with model.safetensors, or with model.safetensors.index.json and shards.
-      read_header: reads a header; headers of files that are not local can come from the Hub.
+      folder: A folder with model.safetensors, or with model.safetensors.index.json and shards.
+      read_header: Function that reads a header. It may fetch the headers of remote files from the
+        Hub.
 
     Raises:
-      CheckpointError: the folder has no weights, the index file is invalid, or the header of a
-        single file cannot be parsed. All other faults become rows of `problems`.
-      OSError: a file cannot be opened or read.
+      CheckpointError: The folder has no weights, the index file is invalid, or the header of a
+        single file cannot be parsed. All other faults are listed in `problems`.
+      OSError: A file cannot be opened or read.
     """
     single, index_path = folder / SINGLE_FILE, folder / INDEX_FILE
     weight_map = _read_weight_map(index_path) if index_path.exists() else {}
@@ -95,10 +98,10 @@ def read_tensor_index(folder: Path, read_header: HeaderReader = read_local_heade
 
 
 def path_inside_folder(folder: Path, name: str) -> Path | None:
-    """Join a folder and a file name; return None if the name or a link leads out of the folder.
+    """Join a folder and a file name, or return None if the name or a link leads out of the folder.
 
-    The Hub's cache is a folder of links into its own `blobs`, which may be links into the `blobs`
-    that all repositories share. Both are allowed.
+    Links within the Hub's cache are allowed: the files of a commit are links to the repository's
+    `blobs`, which may in turn be links to the `blobs` that all repositories share.
     """
     root = folder.resolve()
     allowed = [root]

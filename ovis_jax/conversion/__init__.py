@@ -1,1 +1,1 @@
-"""Converting checkpoints from the Hub's layout, and exporting them back."""
+"""Converting checkpoints from the Hub's layout, and exporting them to it."""

@@ -1,14 +1,13 @@
 """Converting a checkpoint from the Hub's layout: `ovis-jax convert SRC DST`.
 
-A conversion renames tensors and never reshapes them, so it is a stream that never holds a whole
-tensor in memory. It writes to DST.partial. If it is interrupted, the same command keeps the
-finished shards and converts the others again.
+A conversion renames tensors and never reshapes them, so it can process them as a stream, without holding a whole tensor in memory. The result is written to DST.partial. If the conversion is interrupted,
+running the same command again keeps the finished shards and converts the others.
 
-From a repo id, the configs and the headers of all shards are read first. The index file has only
-keys; the headers also have shapes and dtypes, so that all faults are known before anything is
-written. Each shard is then downloaded while the one before it is converted. A file of the result
-has tensors from one file of the source, so that a source shard can be deleted
-(`--delete-source-shards`) as soon as the next one is needed.
+If SRC is a repo id, the configs and the headers of all shards are read first. The headers contain
+shapes and dtypes, which the index file lacks, so all faults are known before anything is written.
+Each shard is downloaded while the previous one is converted. Each output file contains tensors from
+a single source file, so a source shard can be deleted (`--delete-source-shards`) as soon as the
+next one is needed.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -45,67 +44,68 @@ from ovis_jax.checkpoint.safetensors_writer import (
     total_bytes,
     write_shards,
 )
-from ovis_jax.checkpoint.tensor_index import read_local_header
+from ovis_jax.checkpoint.tensor_index import read_header_if_present
 from ovis_jax.config import OvisConfig
 from ovis_jax.console import Dtype
-from ovis_jax.conversion.exit_codes import exit_on_error
 from ovis_jax.conversion.input_fingerprint import check_unchanged, copy_small_files, describe_inputs
 from ovis_jax.conversion.progress import (
     ProgressCallback,
+    exit_on_interrupt,
     print_conversion_plan,
     progress_bar,
     report_progress,
 )
 from ovis_jax.conversion.tensor_chunks import read_cast_chunks
-from ovis_jax.errors import OvisError
+from ovis_jax.errors import OvisError, count_noun
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """The complete plan of a conversion, computed from headers and configs alone.
+    """The complete plan for a conversion, computed from the headers and configs alone.
 
     Attributes:
-      checkpoint: the source.
-      headers: headers of the source's files, by path.
-      matched: the parameter of every source tensor.
-      tensors: dtypes and shapes of the result, in the order of the source's files.
-      source_files: source file by parameter path.
-      dtype: dtype of the result: "F32", "F16" or "BF16".
-      is_cast: whether the user gave a dtype to cast to.
-      processor_files: names of the files to copy.
+      checkpoint: The source checkpoint.
+      headers: Headers of the source files, by path.
+      matched: The source tensors, each matched with a parameter.
+      source_files: Source file by parameter path, in file order.
+      dtype: Dtype of the result: "F32", "F16" or "BF16".
+      processor_files: Names of the files to copy.
     """
 
     checkpoint: ResolvedCheckpoint
     headers: Mapping[Path, SafetensorsHeader]
     matched: MatchedTensors
-    tensors: TensorSpecs
     source_files: Mapping[str, Path]
     dtype: str
-    is_cast: bool
     processor_files: tuple[str, ...]
 
+    @property
+    def tensors(self) -> TensorSpecs:
+        """Dtypes and shapes of the result, in the order of the source files."""
+        return {path: (self.dtype, self.matched.sources[path].shape) for path in self.source_files}
+
     def plan_shards(self, max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:
-        """Return the parameter paths of each file of the result."""
+        """Return the parameter paths in each output file."""
         return plan_shards(self.tensors, max_shard_bytes, self.source_files)
 
 
 def plan_conversion(
     src: str | Path, *, revision: str | None = None, dtype: str | None = None
 ) -> ConversionPlan:
-    """Read the configs and headers of a source and match every tensor; nothing is written.
+    """Read the configs and headers of a source and match all tensors; nothing is written.
 
-    From a repo id, only these are downloaded.
+    If the source is a repo id, only the configs and headers are downloaded.
 
     Args:
-      src: a folder in the Hub's layout, the name of a bundled checkpoint, or a repo id.
-      revision: branch, tag or commit of a repo id.
-      dtype: "float32", "bfloat16" or "float16" to cast to.
+      src: A folder in the Hub's layout, the name of a bundled checkpoint, or a repo id.
+      revision: Branch, tag or commit of a repo id.
+      dtype: Dtype to cast to: "float32", "bfloat16" or "float16"; None for no cast.
 
     Raises:
-      ConfigError: a config or tokenizer file is missing or not supported.
-      CheckpointError: the tensors are not those of the config; all faults are reported.
-      OvisError: there is no such source, it is already converted, or `dtype` is another one.
-      OSError: a file cannot be read or downloaded.
+      ConfigError: A config or tokenizer file is missing or not supported.
+      CheckpointError: The tensors do not match the config; the error lists all faults.
+      OvisError: The source does not exist, it is already converted, or `dtype` is not supported.
+      OSError: A file cannot be read or downloaded.
     """
     checkpoint = resolve_checkpoint(src, revision, weights=False)
     folder = checkpoint.folder
@@ -121,7 +121,7 @@ def plan_conversion(
 
     def read_header(path: Path) -> SafetensorsHeader | None:
         if checkpoint.revision is None:
-            header = read_local_header(path)
+            header = read_header_if_present(path)
         else:
             from ovis_jax.checkpoint.hub import read_remote_header
 
@@ -131,18 +131,9 @@ def plan_conversion(
         return header
 
     matched, target = match_checkpoint(folder, config, dtype, read_header)
-    sources = matched.sources
-    ordered = sorted(sources, key=lambda path: sources[path].path)
-    return ConversionPlan(
-        checkpoint,
-        headers,
-        matched,
-        tensors={path: (target, sources[path].shape) for path in ordered},
-        source_files={path: sources[path].path for path in ordered},
-        dtype=target,
-        is_cast=dtype is not None,
-        processor_files=tuple(processor_files),
-    )
+    files = {path: info.path for path, info in matched.sources.items()}
+    ordered = dict(sorted(files.items(), key=lambda item: item[1]))
+    return ConversionPlan(checkpoint, headers, matched, ordered, target, tuple(processor_files))
 
 
 def convert_from_hf(
@@ -157,30 +148,32 @@ def convert_from_hf(
     verify: bool = False,
     delete_source_shards: bool = False,
 ) -> dict[str, Any]:
-    """Convert a checkpoint from the Hub's layout; `dst` appears when it is complete.
+    """Convert a checkpoint from the Hub's layout; `dst` appears only when it is complete.
 
     Args:
-      src: a folder in the Hub's layout, the name of a bundled checkpoint, or a repo id.
-      dst: folder to create; it must not exist or be empty. `dst`.partial is resumed.
-      revision: branch, tag or commit of a repo id.
-      dtype: "float32", "bfloat16" or "float16" to cast every tensor to; None for no change.
-      progress: called for every chunk.
-      max_shard_bytes: limit for the tensors of a file.
-      checksums: whether to record the SHA-256 of every shard in conversion.json.
-      verify: whether to compare the source with the SHA-256 that the Hub publishes, and the result
-        with conversion.json.
-      delete_source_shards: whether to delete each shard of a repo id from the Hub's cache once the
-        result has its tensors. At most two shards are then on the disk.
+      src: A folder in the Hub's layout, the name of a bundled checkpoint, or a repo id.
+      dst: Folder to create; it must either not exist or be empty. An interrupted conversion in
+        `dst`.partial is resumed.
+      revision: Branch, tag or commit of a repo id.
+      dtype: Dtype to cast every tensor to: "float32", "bfloat16" or "float16"; None for no cast.
+      progress: Called after every chunk with the progress.
+      max_shard_bytes: Maximum size of the tensors in one file, in bytes.
+      checksums: Whether to record the SHA-256 of every shard in conversion.json.
+      verify: Whether to check the source against the SHA-256 checksums on the Hub, and the result
+        against those in conversion.json.
+      delete_source_shards: Whether to delete each downloaded shard from the Hub's cache once its
+        tensors are converted. At most two source shards are then on the disk at a time.
 
     Returns:
       The content of conversion.json.
 
     Raises:
-      OvisError: as in `plan_conversion`; also if `dst` is not empty, another process is writing it,
-        or `dst`.partial was started with different inputs.
-      CheckpointError: a source file has changed while it was read, or a checksum is wrong.
-      DownloadValidationError: the same for a downloaded shard; `dst`.partial is kept.
-      OSError: a file cannot be read or written, or a disk has too little space.
+      OvisError: The arguments are invalid, as in `plan_conversion`, `dst` is not empty, another
+        process is writing it, or `dst`.partial was started with different inputs.
+      CheckpointError: A source file changed while it was read, or a checksum does not match.
+      DownloadValidationError: A downloaded shard has faults or the wrong checksum; `dst`.partial is
+        kept.
+      OSError: A file cannot be read or written, or a disk has too little space.
     """
     dst = Path(dst)
     require_empty(dst)
@@ -197,9 +190,12 @@ def convert_from_hf(
     published = get_published_sha256(checkpoint) if verify else None
     if published is not None and checkpoint.revision is None:
         verify_sha256(checkpoint.folder, published)
-    inputs = describe_inputs(
-        sources, plan.tensors, max_shard_bytes, checksums, origin=_describe_origin(plan, verify)
-    )
+    origin = None
+    if checkpoint.revision is not None:
+        # Finished shards are not checked again, so --verify must not be added when resuming.
+        given = "given" if verify else "left out"
+        origin = {"repo": checkpoint.name, "revision": checkpoint.revision, "--verify": given}
+    inputs = describe_inputs(sources, plan.tensors, max_shard_bytes, checksums, origin=origin)
     shards = plan.plan_shards(max_shard_bytes)
     with resumable_dir(dst, inputs) as output:
         unfinished = select_unfinished(plan.tensors, shards, output.finished)
@@ -220,9 +216,16 @@ def convert_from_hf(
                 checksums=checksums,
                 resumable=output,
             )
-            dtype_change = plan.dtype if plan.is_cast else None
+            dtype_change = None if dtype is None else plan.dtype
             copy_small_files(checkpoint.folder, output.path, plan.processor_files, dtype_change)
-            record = make_conversion_record(plan.tensors, sha256, **_describe_source(plan))
+            record = make_conversion_record(
+                plan.tensors,
+                sha256,
+                source={"name": checkpoint.name, "revision": checkpoint.revision},
+                source_keys=len(sources) + len(plan.matched.unused_found),
+                not_used={info.key: reason for info, reason in plan.matched.unused_found},
+                not_used_and_absent=list(plan.matched.unused_missing),
+            )
             write_json(output.path / CONVERSION_FILE, record)
             check_unchanged(inputs.get("sources", {}))
             if verify:
@@ -231,17 +234,8 @@ def convert_from_hf(
 
 
 def _is_local(src: str | Path) -> bool:
-    """Whether nothing is downloaded."""
+    """Return whether the source is local, so that nothing is downloaded."""
     return Path(src).exists() or str(src) in BUNDLED
-
-
-def _describe_origin(plan: ConversionPlan, verify: bool) -> dict[str, Any] | None:
-    """Return what identifies the files of a repo id, which need not be local when resuming."""
-    if plan.checkpoint.revision is None:
-        return None
-    # The shards of a finished part are not checked again, so --verify must not be added later.
-    given = "given" if verify else "left out"
-    return {"repo": plan.checkpoint.name, "revision": plan.checkpoint.revision, "--verify": given}
 
 
 def _provide_shards(
@@ -252,9 +246,10 @@ def _provide_shards(
     *,
     delete_used: bool,
 ) -> AbstractContextManager[Callable[[Path], None]]:
-    """Check the disk space, and return the context in which source shards are downloaded.
+    """Check the disk space, and return a context manager that downloads the source shards.
 
-    The context yields a function that waits for a shard; local files are always there.
+    The context manager yields a function that waits for a shard. For a local source, this function
+    returns immediately.
     """
     if plan.checkpoint.revision is None:
         check_disk_space(dst, total_bytes(unfinished))
@@ -278,24 +273,12 @@ def _provide_shards(
     )
 
 
-def _describe_source(plan: ConversionPlan) -> dict[str, Any]:
-    matched, checkpoint = plan.matched, plan.checkpoint
-    return {
-        "source": {"name": checkpoint.name, "revision": checkpoint.revision},
-        "source_keys": len(matched.sources) + len(matched.unused),
-        "not_used": {info.key: reason for info, reason in matched.unused},
-        "not_used_and_absent": list(matched.absent),
-    }
-
-
 def convert(
     src: Annotated[
         str, typer.Argument(help="Folder in the Hub's layout, a repo id, or ovis-tiny.")
     ],
     dst: Annotated[Path, typer.Argument(help="Folder to create; if it exists, it must be empty.")],
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the repo id.")
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repo.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype to cast every tensor to.")] = None,
     checksums: Annotated[
         bool, typer.Option(help="Record the SHA-256 of every shard in conversion.json.")
@@ -304,41 +287,41 @@ def convert(
         bool,
         typer.Option(
             "--verify",
-            help="Compare the SHA-256 of the source with the published one, and reread the result.",
+            help="Check the source against the published SHA-256, and check the written result.",
         ),
     ] = False,
     delete_source_shards: Annotated[
         bool,
         typer.Option(
             "--delete-source-shards",
-            help="Delete each shard of a repo id from the Hub's cache once it is converted.",
+            help="Delete each downloaded shard from the Hub's cache once it is converted.",
         ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
     ] = False,
 ) -> None:
-    """Convert an Ovis1.6-Gemma2 checkpoint from the Hub's layout."""
-    with exit_on_error(dst) as errors:
-        if dry_run:
-            require_empty(dst)
-            plan = plan_conversion(src, revision=revision, dtype=dtype)
-            print_conversion_plan(Console(), plan.matched, plan.tensors, plan.plan_shards())
-            return
-        # For a repo id, huggingface_hub shows bars of the downloads, which take longer.
-        with progress_bar(errors, "converting", visible=_is_local(src)) as progress:
-            record = convert_from_hf(
-                src,
-                dst,
-                revision=revision,
-                dtype=dtype,
-                progress=progress,
-                checksums=checksums,
-                verify=verify,
-                delete_source_shards=delete_source_shards,
-            )
-        Console().print(
-            f"{dst}: {record['source_keys']} source keys, {record['parameters']:,} parameters"
-            f" as {record['dtype']} in {len(list(dst.glob('*.safetensors')))} shard(s)",
-            soft_wrap=True,
+    """Convert an Ovis1.6-Gemma2 checkpoint from the Hub's layout to that of ovis_jax."""
+    if dry_run:
+        require_empty(dst)
+        plan = plan_conversion(src, revision=revision, dtype=dtype)
+        print_conversion_plan(Console(), plan.matched, plan.tensors, plan.plan_shards())
+        return
+    # For a repo id, huggingface_hub shows progress bars for the downloads, which take longer.
+    with exit_on_interrupt(dst), progress_bar("converting", visible=_is_local(src)) as progress:
+        record = convert_from_hf(
+            src,
+            dst,
+            revision=revision,
+            dtype=dtype,
+            progress=progress,
+            checksums=checksums,
+            verify=verify,
+            delete_source_shards=delete_source_shards,
         )
+    shards = count_noun(len(list(dst.glob("*.safetensors"))), "shard")
+    Console().print(
+        f"{dst}: {count_noun(record['source_keys'], 'source key')}, {record['parameters']:,}"
+        f" parameters as {record['dtype']} in {shards}",
+        soft_wrap=True,
+    )

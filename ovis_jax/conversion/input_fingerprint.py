@@ -1,4 +1,4 @@
-"""The input files of a conversion: what identifies them, changes to them, and copies."""
+"""The input files of a conversion: identifying them, detecting changes, and copying small files."""
 
 import hashlib
 import json
@@ -22,17 +22,17 @@ def describe_inputs(
     *options: Any,
     origin: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return what a result depends on, so that only the same conversion resumes it.
+    """Describe everything that a result depends on, so that only the same conversion resumes it.
 
     Args:
-      sources: tensors that are read, by name in the result.
-      tensors: dtypes and shapes of the result.
-      *options: further options, as JSON.
-      origin: what identifies files that need not be local; otherwise their sizes and modification
-        times do.
+      sources: Tensors that are read, by their name in the result.
+      tensors: Dtypes and shapes of the result.
+      *options: Additional options, as JSON.
+      origin: Identification of the source if its files may be remote. If None, the files are
+        identified by their sizes and modification times.
 
     Raises:
-      OSError: a file does not exist.
+      OSError: A file does not exist.
     """
     layout = [(name, str(x.path), x.dtype, x.start, x.stop) for name, x in sources.items()]
     digest = hashlib.sha256(json.dumps([layout, [*tensors.items()], options]).encode())
@@ -46,7 +46,7 @@ def read_file_stats(paths: Iterable[Path]) -> dict[str, list[int]]:
     """Return [size in bytes, modification time in nanoseconds] of files, by path.
 
     Raises:
-      OSError: a file does not exist.
+      OSError: A file does not exist.
     """
     stats = {str(path): path.stat() for path in set(paths)}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in sorted(stats.items())}
@@ -56,8 +56,8 @@ def check_unchanged(file_stats: Mapping[str, list[int]]) -> None:
     """Check that files have not changed since `read_file_stats`.
 
     Raises:
-      CheckpointError: a file has changed.
-      OSError: a file does not exist any more.
+      CheckpointError: A file has changed.
+      OSError: A file no longer exists.
     """
     for path, found in read_file_stats(map(Path, file_stats)).items():
         if found != file_stats[path]:
@@ -73,13 +73,13 @@ def copy_small_files(
     """Copy config.json, generation_config.json and other files of a checkpoint.
 
     Args:
-      source: folder of the checkpoint.
-      destination: existing folder.
-      names: names of the other files.
-      dtype: dtype that config.json then states ("F32", "F16" or "BF16"); None for no change.
+      source: Folder of the checkpoint.
+      destination: Existing folder.
+      names: Names of the other files.
+      dtype: Dtype to state in the copied config.json: "F32", "F16" or "BF16"; None for no change.
 
     Raises:
-      OSError: a file cannot be read or written.
+      OSError: A file cannot be read or written.
     """
     for name in ("config.json", "generation_config.json", *names):
         shutil.copyfile(source / name, destination / name)

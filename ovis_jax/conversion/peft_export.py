@@ -1,4 +1,4 @@
-"""Exporting LoRA adapters as a folder that the PyTorch library `peft` reads."""
+"""Exporting LoRA adapters to the folder format of the PyTorch library PEFT."""
 
 from pathlib import Path
 from typing import Any
@@ -23,37 +23,38 @@ _PEFT_NAMES = {"lora_a": "lora_A", "lora_b": "lora_B"}
 
 
 def export_peft_adapter(
-    src: str | Path, dst: str | Path, lora: str | Path, *, dtype: str = "float32"
+    src: str | Path, dst: str | Path, adapters: str | Path, *, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Write LoRA adapters as a PEFT folder, which appears when it is complete.
+    """Write LoRA adapters to a PEFT folder, which appears only when it is complete.
 
     Args:
-      src: folder of the base model in either layout, or the name of a bundled checkpoint; only its
+      src: Folder of the base model in either layout, or the name of a bundled checkpoint; only its
         configs are read.
-      dst: folder to create; it must not exist or be empty.
-      lora: folder of the adapters.
-      dtype: dtype of the tensors: "float32", "bfloat16" or "float16".
+      dst: Folder to create; it must either not exist or be empty.
+      adapters: Folder that contains the adapters.
+      dtype: Dtype of the tensors: "float32", "bfloat16" or "float16".
 
     Returns:
       The content of adapter_config.json.
 
     Raises:
-      ConfigError: a config of `src` is missing or not supported.
-      CheckpointError: the adapters belong to a model of another config; all faults are reported.
-      OvisError: `src` is not a folder, `lora` has no adapters, or `dst` is not empty.
-      OSError: a file cannot be read or written.
+      ConfigError: A config of `src` is missing or not supported.
+      CheckpointError: The adapters belong to a model with a different config; the error lists all
+        faults.
+      OvisError: `src` is not a folder, `adapters` contains no adapters, or `dst` is not empty.
+      OSError: A file cannot be read or written.
     """
     dst = Path(dst)
     require_empty(dst)
     base = find_folder_or_bundled_checkpoint(src, "give the base model of the adapters")
     config = OvisConfig.from_folder(base.folder)
-    adapters = load_adapters(lora, config)
+    loaded = load_adapters(adapters, config)
     keys = {path: key for key, path in make_hub_key_map(config).parameters.items()}
-    modules = {path: keys[path].removesuffix(".weight") for path in adapters.matrix_paths}
+    modules = {path: keys[path].removesuffix(".weight") for path in loaded.matrix_paths}
     target = safetensors_dtype(dtype)
     arrays = {
         f"base_model.model.{module}.{name}.weight": cast_array(
-            path, np.asarray(adapters.weights[f"{path}/{factor}"]), target
+            path, np.asarray(loaded.weights[f"{path}/{factor}"]), target
         )
         for path, module in modules.items()
         for factor, name in _PEFT_NAMES.items()
@@ -62,8 +63,8 @@ def export_peft_adapter(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": _base_model_name(base),
-        "r": adapters.rank,
-        "lora_alpha": adapters.scale * adapters.rank,
+        "r": loaded.rank,
+        "lora_alpha": loaded.scale * loaded.rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -77,7 +78,7 @@ def export_peft_adapter(
 
 
 def _base_model_name(base: ResolvedCheckpoint) -> str:
-    """Return the source that conversion.json records, or else the name of the checkpoint."""
+    """Return the source recorded in conversion.json, or else the name of the checkpoint."""
     folder = base.folder
     source = read_json(folder / CONVERSION_FILE).get("source") if is_converted(folder) else None
     name = source.get("name") if isinstance(source, dict) else None

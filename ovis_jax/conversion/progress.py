@@ -1,8 +1,11 @@
-"""What a conversion prints: a plan for a dry run, and a progress bar."""
+"""Output of a conversion: the plan in a dry run, a progress bar, and a note when interrupted."""
 
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,10 +18,11 @@ from rich.progress import (
 from ovis_jax.checkpoint.key_map import MatchedTensors
 from ovis_jax.checkpoint.safetensors_reader import DTYPES
 from ovis_jax.checkpoint.safetensors_writer import ChunkReader, TensorSpecs, total_bytes
-from ovis_jax.console import print_table
+from ovis_jax.console import INTERRUPTED, print_error, print_table
+from ovis_jax.errors import count_noun
 
 ProgressCallback = Callable[[str, int, int], None]
-"""Called with the tensor being written, the bytes written so far and the total bytes."""
+"""A function that is called with the current tensor's name, the bytes written, and the total."""
 
 
 def print_conversion_plan(
@@ -27,29 +31,44 @@ def print_conversion_plan(
     tensors: TensorSpecs,
     shards: Mapping[str, list[str]],
 ) -> None:
-    """Print the parameter of every source tensor, the reasons for unused ones, and the totals."""
+    """Print each source tensor with its parameter, or with why it is not used, and the totals."""
     parameters = [(info, path) for path, info in matched.sources.items()]
-    unused = [(info, f"not used: {reason}") for info, reason in matched.unused]
+    unused = [(info, f"not used: {reason}") for info, reason in matched.unused_found]
     rows = [
         (info.key, str(list(info.shape)), info.dtype, target)
         for info, target in [*parameters, *unused]
     ]
-    rows += [(key, "", "", "not used, and not in the files") for key in matched.absent]
+    rows += [(key, "", "", "not used, and not in the files") for key in matched.unused_missing]
     print_table(console, ["source key", "shape", "dtype", "parameter"], rows)
     dtype = DTYPES[next(iter(tensors.values()))[0]].name
     console.print(
-        f"{len(parameters) + len(unused)} source keys, {len(unused)} of them not used;"
-        f" {len(tensors)} parameters, {total_bytes(tensors):,} bytes as {dtype} in"
-        f" {len(shards)} shard(s); dry run: nothing was written",
+        f"{count_noun(len(parameters) + len(unused), 'source key')}, {len(unused)} of them not"
+        f" used; {count_noun(len(tensors), 'parameter')}, {total_bytes(tensors):,} bytes as {dtype}"
+        f" in {count_noun(len(shards), 'shard')}; dry run: nothing was written",
         soft_wrap=True,
     )
 
 
 @contextmanager
-def progress_bar(
-    console: Console, title: str, *, visible: bool = True
-) -> Iterator[ProgressCallback]:
-    """Show a bar of the bytes written while the block runs, if the console is a terminal."""
+def exit_on_interrupt(destination: Path) -> Iterator[None]:
+    """On Ctrl-C or SIGTERM, let the block clean up, then exit with the code `INTERRUPTED`.
+
+    Args:
+      destination: Output folder of the command.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        message = f"interrupted; {destination} was not written; the same command resumes"
+        print_error(Console(stderr=True), message)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def progress_bar(title: str, *, visible: bool = True) -> Iterator[ProgressCallback]:
+    """Show a progress bar of the bytes written while the block runs, if stderr is a terminal."""
+    console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     disabled = not (visible and console.is_terminal)
     with Progress(*columns, console=console, disable=disabled) as bar:
@@ -63,10 +82,10 @@ def report_progress(
     """Wrap a chunk reader so that it reports every chunk.
 
     Args:
-      read_tensor: the reader.
-      callback: receives the progress; None for no reports.
-      done: bytes that an earlier attempt has written.
-      total: bytes of all tensors.
+      read_tensor: The reader.
+      callback: Called with the progress; None for no reports.
+      done: Number of bytes that an earlier attempt has written.
+      total: Number of bytes in all tensors.
     """
 
     def read(name: str) -> Iterator[memoryview]:

@@ -1,4 +1,4 @@
-"""Downloading the shards of a repository during conversion, one shard ahead."""
+"""Downloading the shards of a repository during conversion, one shard in advance."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,22 +16,22 @@ from ovis_jax.checkpoint.safetensors_reader import SafetensorsHeader, read_heade
 from ovis_jax.conversion.input_fingerprint import check_unchanged, read_file_stats
 from ovis_jax.errors import OvisError
 
-_STOP_SECONDS = 10  # time limit for a download to stop
+_STOP_SECONDS = 10  # maximum time to wait for a download to stop
 
 
 class ShardDownloader:
-    """Context that downloads shards one ahead of their use, and optionally deletes used ones.
+    """Context manager that downloads shards one in advance, and can delete the used shards.
 
     Args:
-      checkpoint: the repository at a commit.
-      shards: paths of the shards in the Hub's cache, in the order of their use.
-      headers: header of each shard, as read before the download.
-      expected_sha256: SHA-256 by file name to check each shard with; None for no check.
-      delete_used: whether to delete a shard when the next one is requested. At most two shards are
-        then on the disk.
+      checkpoint: The repository at a commit.
+      shards: Paths of the shards in the Hub's cache, in the order in which they are used.
+      headers: Header of each shard, read before the download.
+      expected_sha256: Expected SHA-256 of each shard, by file name; None for no check.
+      delete_used: Whether to delete a shard when the next one is requested. At most two shards are
+        then on the disk at a time.
 
     Raises:
-      OvisError: `expected_sha256` lacks a shard.
+      OvisError: A shard is missing from `expected_sha256`.
     """
 
     def __init__(
@@ -57,25 +57,25 @@ class ShardDownloader:
                 )
 
     def __enter__(self) -> Callable[[Path], None]:
-        """Return the function that waits for a shard."""
+        """Return a function that waits for a shard."""
         return self.wait_for
 
     def __exit__(self, error_type: object, *_: object) -> None:
-        """Stop all downloads; without an error, check and release the last shard."""
+        """Stop all downloads; if there was no error, also check and release the last shard."""
         self.stop()
         if error_type is None:
             self._release(self._shards[self._next - 1 : self._next])
 
     def wait_for(self, path: Path) -> None:
-        """Wait until a shard is downloaded, and start to download the next one.
+        """Wait until a shard is downloaded, and start downloading the next one.
 
-        The result must contain everything from the shards before this one.
+        All tensors from the previous shards must already be in the result.
 
         Raises:
-          CheckpointError: the shard does not match its header or checksum, or the one before it has
+          CheckpointError: The shard does not match its header or checksum, or the previous shard
             changed while it was read.
-          OvisError: the repository cannot be read any more.
-          OSError: a shard cannot be downloaded, read or deleted.
+          OvisError: The repository can no longer be read.
+          OSError: A shard cannot be downloaded, read or deleted.
         """
         position = self._shards.index(path)
         if position < self._next:
@@ -95,7 +95,7 @@ class ShardDownloader:
         return path.relative_to(self._checkpoint.folder).as_posix()
 
     def _start_download(self, path: Path) -> Future[dict[str, list[int]]]:
-        """Download a shard in a daemon thread, which an executor does not have."""
+        """Download a shard in a daemon thread; the threads of an executor are not daemons."""
         if path not in self._downloads:
             future = self._downloads[path] = Future()
 
@@ -109,7 +109,7 @@ class ShardDownloader:
         return self._downloads[path]
 
     def _download(self, path: Path) -> dict[str, list[int]]:
-        """Download and check a shard, and return its file stats; an invalid one is deleted."""
+        """Download and check a shard, and return its file stats. An invalid shard is deleted."""
         stopped = self._stopped
 
         class StoppableBar(tqdm):
@@ -135,7 +135,7 @@ class ShardDownloader:
         return file_stats
 
     def _release(self, paths: Sequence[Path]) -> None:
-        """Check that shards have not changed since their download, and delete them if asked to."""
+        """Check that shards have not changed since their download, and delete them if requested."""
         for path in paths:
             check_unchanged(self._downloads[path].result())
             if self._delete_used:
@@ -151,18 +151,18 @@ def check_download_space(
     *,
     delete_used: bool,
 ) -> None:
-    """Check that the disks have room for a result and the shards to download.
+    """Check that the disks have enough free space for the result and the shards to download.
 
     Args:
-      destination: folder of the result.
-      result_bytes: bytes to write there.
-      cache: folder of the shards in the Hub's cache.
-      shards: paths of the shards that are needed; those that exist need no room.
-      headers: header of each shard.
-      delete_used: whether shards are deleted after use, so that at most two exist.
+      destination: Folder of the result.
+      result_bytes: Number of bytes to write to `destination`.
+      cache: Folder of the shards in the Hub's cache.
+      shards: Paths of the required shards; shards that already exist need no free space.
+      headers: Header of each shard.
+      delete_used: Whether shards are deleted after use, so that at most two exist at a time.
 
     Raises:
-      OSError: a disk has less free space.
+      OSError: A disk has too little free space.
     """
     sizes = [max(info.stop for info in headers[x].tensors) for x in shards if not x.exists()]
     download_bytes = sum(sorted(sizes)[-2:] if delete_used else sizes)

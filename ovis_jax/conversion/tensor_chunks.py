@@ -1,4 +1,4 @@
-"""Streams of tensors for conversion and export: cast, or with LoRA adapters merged."""
+"""Reading tensors in chunks for conversion and export, either cast or with LoRA adapters merged."""
 
 from collections.abc import Iterator
 
@@ -12,15 +12,16 @@ from ovis_jax.model.linear import LowRank
 
 
 def read_cast_chunks(info: TensorInfo, dtype: str) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor in chunks, cast to a dtype; see `read_chunks`.
+    """Yield the bytes of a tensor in chunks, cast to a dtype; `read_chunks` describes the chunks.
 
     Args:
-      info: the tensor.
+      info: The tensor.
       dtype: "F32", "F16" or "BF16".
 
     Raises:
-      CheckpointError: a number is too large for the dtype, or the file has become shorter.
-      OSError: the file cannot be read.
+      CheckpointError: A number is too large for the dtype, or the file has become shorter since its
+        header was read.
+      OSError: The file cannot be read.
     """
     for chunk in read_chunks(info):
         if info.dtype != dtype:
@@ -32,17 +33,17 @@ def read_cast_chunks(info: TensorInfo, dtype: str) -> Iterator[memoryview]:
 def read_merged_chunks(
     info: TensorInfo, a: Array, b: Array, scale: float, dtype: str
 ) -> Iterator[memoryview]:
-    """Return the bytes of a matrix with its LoRA adapter merged, w + scale * b a in float32.
+    """Yield the bytes of a matrix with its LoRA adapter merged: w + scale * b a, in float32.
 
     Args:
-      info: the matrix w [out, in].
-      a: [rank, in].
-      b: [out, rank].
-      scale: factor of b a.
-      dtype: dtype of the result: "F32", "F16" or "BF16".
+      info: The matrix w [out, in].
+      a: The adapter's matrix a [rank, in].
+      b: The adapter's matrix b [out, rank].
+      scale: Factor by which b a is multiplied.
+      dtype: Dtype of the result: "F32", "F16" or "BF16".
 
     Raises:
-      CheckpointError, OSError: as `read_cast_chunks`.
+      CheckpointError, OSError: The matrix cannot be read or cast, as in `read_cast_chunks`.
     """
     stored = np.frombuffer(b"".join(map(bytes, read_chunks(info))), DTYPES[info.dtype])
     w = jnp.asarray(stored.reshape(info.shape).astype(np.float32))
@@ -51,6 +52,6 @@ def read_merged_chunks(
 
 
 def zero_chunks(size: int) -> Iterator[memoryview]:
-    """Return `size` zero bytes in chunks."""
+    """Yield `size` zero bytes in chunks."""
     starts = range(0, size, CHUNK_BYTES)
     return (memoryview(bytes(min(CHUNK_BYTES, size - start))) for start in starts)

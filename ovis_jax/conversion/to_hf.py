@@ -1,8 +1,8 @@
 """Exporting a converted checkpoint to the Hub's layout: `ovis-jax export SRC DST`.
 
-An export is the inverse of `convert`: tensors get their keys on the Hub back and are never
-reshaped, so it is a stream too. With `--lora ADAPTERS` it writes a PEFT adapter instead, and with
-`--merge` the checkpoint with the adapters merged.
+An export is the inverse of `convert`: it renames tensors back to their keys on the Hub. Tensors are
+never reshaped, so they are also processed as a stream. With `--adapters DIR`, the export writes a
+PEFT adapter instead. With `--merge` in addition, it writes the checkpoint with the adapters merged.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,7 +42,6 @@ from ovis_jax.checkpoint.safetensors_writer import (
 from ovis_jax.checkpoint.tensor_index import DOWNLOAD_ADVICE, path_inside_folder, read_tensor_index
 from ovis_jax.config import OvisConfig
 from ovis_jax.console import Dtype
-from ovis_jax.conversion.exit_codes import exit_on_error
 from ovis_jax.conversion.input_fingerprint import (
     check_unchanged,
     copy_small_files,
@@ -50,9 +49,14 @@ from ovis_jax.conversion.input_fingerprint import (
     read_file_stats,
 )
 from ovis_jax.conversion.peft_export import export_peft_adapter
-from ovis_jax.conversion.progress import ProgressCallback, progress_bar, report_progress
+from ovis_jax.conversion.progress import (
+    ProgressCallback,
+    exit_on_interrupt,
+    progress_bar,
+    report_progress,
+)
 from ovis_jax.conversion.tensor_chunks import read_cast_chunks, read_merged_chunks, zero_chunks
-from ovis_jax.errors import ConfigError, OvisError
+from ovis_jax.errors import ConfigError, OvisError, count_noun
 from ovis_jax.sharding import axis_letter_sizes
 
 _METADATA = {"format": "pt"}  # transformers rejects files without it
@@ -60,7 +64,7 @@ _METADATA = {"format": "pt"}  # transformers rejects files without it
 
 @dataclass(frozen=True)
 class _ExportPlan:
-    """Everything that an export writes, from headers and configs alone, by key on the Hub.
+    """The tensors that an export writes, by key on the Hub; computed from headers and configs.
 
     A tensor that is not in `sources` is written as zeros. `paths` are the parameter paths.
     """
@@ -73,7 +77,7 @@ class _ExportPlan:
     files: tuple[str, ...]
 
     def read_tensor(self, key: str) -> Iterator[memoryview]:
-        """Return the bytes of a tensor of the result in chunks."""
+        """Yield the bytes of an output tensor in chunks."""
         if key not in self.sources:
             return zero_chunks(count_bytes(*self.tensors[key]))
         info, adapters, path = self.sources[key], self.adapters, self.paths.get(key)
@@ -93,33 +97,37 @@ def export_to_hf(
     progress: ProgressCallback | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> tuple[int, int]:
-    """Write a converted checkpoint in the Hub's layout; `dst` appears when it is complete.
+    """Write a converted checkpoint in the Hub's layout; `dst` appears only when it is complete.
 
-    A converted folder lacks the tensors that the model never uses: they come from `source`, or are
-    zeros. With `merge` and without `source`, those that `src` has are kept.
+    A converted folder lacks the tensors that the model never uses. The export copies them from
+    `source` or, without `source`, writes zeros. If adapters are merged into a folder in the Hub's
+    layout and there is no `source`, its never-used tensors are kept.
 
     Args:
-      src: a converted folder; with `merge` also a folder in the Hub's layout or the name of a
+      src: A converted folder; with `merge` also a folder in the Hub's layout or the name of a
         bundled checkpoint.
-      dst: folder to create; it must not exist or be empty. `dst`.partial is resumed.
-      source: folder in the Hub's layout, or the name of a bundled checkpoint, with the never-used
-        tensors, which are cast to the dtype of the result.
-      merge: folder of LoRA adapters to merge in float32, one matrix at a time in memory.
-      dtype: "float32", "bfloat16" or "float16" to cast every tensor to; None for no change.
-      progress: called for every chunk.
-      max_shard_bytes: limit for the tensors of a file.
+      dst: Folder to create; it must either not exist or be empty. An interrupted export in
+        `dst`.partial is resumed.
+      source: Folder in the Hub's layout or name of a bundled checkpoint that the never-used tensors
+        are copied from. They are cast to the dtype of the result.
+      merge: Folder of LoRA adapters to merge. They are merged in float32, one matrix at a time.
+      dtype: Dtype to cast every tensor to: "float32", "bfloat16" or "float16"; None for no cast.
+      progress: Called after every chunk with the progress.
+      max_shard_bytes: Maximum size of the tensors in one file, in bytes.
 
     Returns:
-      The number of tensors, and how many of the never-used ones are copies and not zeros.
+      The number of tensors, and the number of never-used tensors that were copied instead of
+      written as zeros.
 
     Raises:
-      ConfigError: a config is missing or not supported.
-      CheckpointError: the tensors of `src` are not those of its config, `source` lacks never-used
-        tensors, or `merge` belongs to another config; all faults are reported.
-      OvisError: `src` is not a converted folder, `merge` has no adapters, `source` is not in the
-        Hub's layout, `dtype` is another one, `dst` is not empty, another process is writing it, or
-        `dst`.partial was started with different inputs.
-      OSError: a file cannot be read or written, or the disk has too little space.
+      ConfigError: A config is missing or not supported.
+      CheckpointError: The tensors in `src` do not match its config, a never-used tensor is missing
+        from `source`, or the adapters belong to a model with a different config. The error lists
+        all faults.
+      OvisError: `src` is not a converted folder, `merge` contains no adapters, `source` is not in
+        the Hub's layout, `dtype` is not supported, `dst` is not empty, another process is writing
+        it, or `dst`.partial was started with different inputs.
+      OSError: A file cannot be read or written, or the disk has too little space.
     """
     dst = Path(dst)
     require_empty(dst)
@@ -181,7 +189,7 @@ def _plan_export(
 
 
 def _find_small_files(folder: Path) -> tuple[str, ...]:
-    """Return the names of the processor's files that exist; save_params may write none."""
+    """Return the names of the processor files in a folder; `save_params` may have written none."""
     names = ("preprocessor_config.json", *TOKENIZER_FILES)
     found = tuple(name for name in names if (folder / name).is_file())
     for name in found:
@@ -193,7 +201,7 @@ def _find_small_files(folder: Path) -> tuple[str, ...]:
 
 
 def _find_source_folder(source: str | Path) -> Path:
-    """Return the folder of --source, which must be in the Hub's layout."""
+    """Return the folder that `--source` names, after checking that it is in the Hub's layout."""
     advice = (
         "--source is a folder in the Hub's layout with the tensors that the model never uses; leave"
         " it out to write zeros"
@@ -207,9 +215,9 @@ def _find_source_folder(source: str | Path) -> Path:
 def _find_unused_tensors(
     folder: Path, config: OvisConfig, required_by: str | None = None
 ) -> dict[str, TensorInfo]:
-    """Find the never-used tensors of a folder in the Hub's layout, and check their shapes.
+    """Find the never-used tensors in a folder in the Hub's layout, and check their shapes.
 
-    With `required_by`, the option that names the folder, all of them must exist.
+    If `required_by` is given (the option that names the folder), all of these tensors must exist.
     """
     index = read_tensor_index(folder)
     problems = list(index.problems)
@@ -243,43 +251,39 @@ def export(
     dst: Annotated[Path, typer.Argument(help="Folder to create; if it exists, it must be empty.")],
     source: Annotated[
         str | None,
-        typer.Option(help="Folder in the Hub's layout to copy the never-used tensors from."),
+        typer.Option(
+            help="Folder in the Hub's layout from which to copy tensors that the model never uses."
+        ),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype to cast every tensor to.")] = None,
-    lora: Annotated[
+    adapters: Annotated[
         Path | None,
-        typer.Option(help="Folder of LoRA adapters of SRC, to write as a PEFT adapter."),
+        typer.Option(help="Folder of LoRA adapters for SRC; they are written as a PEFT adapter."),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Write the checkpoint with the adapters merged.")
+        bool, typer.Option("--merge", help="Merge the adapters, and write the full checkpoint.")
     ] = False,
 ) -> None:
-    """Write a converted Ovis1.6-Gemma2 checkpoint in the Hub's layout, or its adapters for PEFT."""
-    with exit_on_error(dst) as errors:
-        if merge and lora is None:
-            raise OvisError("--merge needs --lora ADAPTERS, the folder to merge")
-        if lora is not None and not merge:
-            if source is not None:
-                raise OvisError("--source is for a whole checkpoint: leave it out, or add --merge")
-            record = export_peft_adapter(src, dst, lora, dtype=dtype or "float32")
-            matrices, base = len(record["target_modules"]), record["base_model_name_or_path"]
-            summary = f"PEFT adapter of rank {record['r']} for {matrices} matrices of {base}"
-            Console().print(f"{dst}: {summary}", soft_wrap=True)
-            return
-        with progress_bar(errors, "exporting") as progress:
+    """Export a converted checkpoint to the Hub's layout, or its adapters to PEFT."""
+    if merge and adapters is None:
+        raise OvisError("--merge needs --adapters DIR, the adapters to merge")
+    if adapters is not None and not merge:
+        if source is not None:
+            raise OvisError("--source is for a whole checkpoint: leave it out, or add --merge")
+        record = export_peft_adapter(src, dst, adapters, dtype=dtype or "float32")
+        count, base = len(record["target_modules"]), record["base_model_name_or_path"]
+        matrices = "1 matrix" if count == 1 else f"{count} matrices"
+        summary = f"PEFT adapter of rank {record['r']} for {matrices} of {base}"
+    else:
+        with exit_on_interrupt(dst), progress_bar("exporting") as progress:
             count, copied = export_to_hf(
-                src, dst, source=source, merge=lora, dtype=dtype, progress=progress
+                src, dst, source=source, merge=adapters, dtype=dtype, progress=progress
             )
-        total, origin = len(UNUSED_HUB_KEYS), source or src
-        unused = f"the {total} that the model never uses were copied from {origin}"
-        if not copied:
-            unused = f"the {total} that the model never uses are zeros"
-        elif copied < total:
-            unused = (
-                f"of the {total} that the model never uses, {copied} were copied from {origin} and"
-                f" {total - copied}, which it lacks, are zeros"
-            )
-        summary = f"{dst}: {count} tensors; {unused}"
-        if lora is not None:
-            summary += f"; the adapters of {lora} were merged"
-        Console().print(summary, soft_wrap=True)
+        origins = [f"{copied} copied from {source or src}"] if copied else []
+        if zeros := len(UNUSED_HUB_KEYS) - copied:
+            origins.append(f"{zeros} written as zeros")
+        unused = f"tensors that the model never uses: {', '.join(origins)}"
+        summary = f"{count_noun(count, 'tensor')}; {unused}"
+        if adapters is not None:
+            summary += f"; the adapters of {adapters} were merged"
+    Console().print(f"{dst}: {summary}", soft_wrap=True)

@@ -1,12 +1,15 @@
-"""A request to the engine, and its output: tokens become text that ends before a stop string."""
+"""Requests to the engine and their output, which is text that ends before a stop string."""
 
-from collections.abc import Callable, Iterable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from ovis_jax.errors import OvisError
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -21,29 +24,66 @@ class Logprob(NamedTuple):
 
 
 class TokenLogprobs(NamedTuple):
-    """A generated token and the most likely tokens at its position, with log-probabilities."""
+    """A generated token and the most likely tokens at its position, all with log-probabilities."""
 
     token: Logprob
     top: tuple[Logprob, ...]
 
 
 class Delta(NamedTuple):
-    """New output of one choice."""
+    """New output for one choice of a request."""
 
     choice: int
-    """The index of the choice, from 0."""
+    """The index of the choice, starting at 0."""
     text: str
     logprobs: tuple[TokenLogprobs, ...]
-    """The tokens of the text; empty if the request wants no log-probabilities."""
+    """The tokens that the text consists of; empty if no log-probabilities were requested."""
     finish_reason: FinishReason | None
-    """None unless the choice is complete."""
+    """The reason why the choice is complete; None if it is not complete yet."""
 
 
 class Failure(NamedTuple):
-    """The reason why the engine gave up on a request."""
+    """The reason why a request failed."""
 
     message: str
     code: str
+
+
+class EngineError(OvisError):
+    """A request failed, or the engine no longer accepts requests.
+
+    Args:
+      failure: The reason.
+    """
+
+    def __init__(self, failure: Failure):
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+class EventStream:
+    """The events of one request, passed from the engine's thread to an asyncio event loop."""
+
+    def __init__(self):
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Delta | Failure | None] = asyncio.Queue()
+
+    def put(self, event: Delta | Failure | None) -> None:
+        """Add an event from any thread; None ends the stream."""
+        with suppress(RuntimeError):  # the event loop is closed, so nothing waits for the event
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def deltas(self, num_choices: int) -> AsyncIterator[Delta]:
+        """Yield the deltas until every choice is complete or the stream ends.
+
+        Raises:
+          EngineError: The request failed.
+        """
+        while num_choices and (event := await self._events.get()) is not None:
+            if isinstance(event, Failure):
+                raise EngineError(event)
+            yield event
+            num_choices -= event.finish_reason is not None
 
 
 @dataclass(eq=False)
@@ -51,22 +91,23 @@ class Request:
     """A request to the engine.
 
     Attributes:
-      tokens: Prompt ids, int32 [T], not padded; an image slot per visual token.
+      tokens: Token ids of the prompt, int32 [T], without padding; each visual token has an
+        IMAGE_SLOT.
       pixels: Crops of the images, float32 [I, h, w, C].
-      sampling: Sampling options as plain numbers, not arrays.
-      seed: Seed of the sampling, from 0 to 2**64 - 1.
-      max_new_tokens: Maximum number of tokens per choice, the stop id included.
-      deadline: Time by `time.monotonic()` at which the request fails if it is not complete.
-      on_event: Called with each `Delta`, or with one `Failure`, in the engine's thread.
+      sampling: Sampling parameters as plain numbers, not arrays.
+      seed: Sampling seed, from 0 to 2**64 - 1.
+      max_new_tokens: Maximum number of tokens per choice, including the stop id.
+      deadline: Time, as in `time.monotonic()`, at which the request fails if it is not complete.
+      on_event: Called in the engine's thread with each `Delta`, or with a single `Failure`.
       num_choices: Number of answers to generate.
-      stop: Strings that end an answer and are not part of it.
-      top_logprobs: Number of most likely tokens to report per token; None for no
+      stop: Stop strings. An answer ends before the first of them.
+      top_logprobs: Number of most likely tokens to report at each position; None for no
         log-probabilities at all.
-      stream: Whether to send a `Delta` per piece of text; otherwise one per choice.
-      aborted: Whether the request is over for its caller: no more events are sent.
-      first_token_time: Time of the first token by `time.monotonic()`, or None.
-      completion_tokens: Number of tokens generated so far, over all choices.
-      num_unfinished: Number of choices that are not complete.
+      stream: Whether to send a `Delta` for each new piece of text; otherwise, one per choice.
+      aborted: Whether the caller aborted the request; no more events are then sent.
+      first_token_time: Time of the first token, as in `time.monotonic()`; None before it.
+      completion_tokens: Number of tokens generated so far, in all choices.
+      num_unfinished: Number of choices that are not yet complete.
     """
 
     tokens: Int32[np.ndarray, "T"]
@@ -90,9 +131,9 @@ class Request:
 
 
 class StopStringFilter:
-    """Passes text on up to the first stop string, however the text is split into pieces.
+    """Returns text up to the first stop string, even if a stop string is split over several pieces.
 
-    Text that could be the beginning of a stop string is held back.
+    Text that could be the beginning of a stop string is held back until this is decided.
     """
 
     def __init__(self, stop: Iterable[str]):
@@ -100,39 +141,34 @@ class StopStringFilter:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Add text.
+        """Add a piece of text.
 
         Returns:
-          The text that is certain now, and whether a stop string was found, in which case the text
-          ends before it.
+          The text that can be output now, and whether a stop string was found. If so, the text ends
+          before the stop string.
         """
         text = self._held + text
         found = [(i + len(stop), i) for stop in self._stop if (i := text.find(stop)) >= 0]
         if found:
             self._held = ""
             return text[: min(found)[1]], True
-        kept = max((_overlap(text, stop) for stop in self._stop), default=0)
+        prefixes = (stop[:n] for stop in self._stop for n in range(1, len(stop)))
+        kept = max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept], False
 
     def finish(self) -> str:
-        """Return the text that was held back, at the end of the input."""
+        """Return the text that is still held back; call this at the end of the input."""
         held, self._held = self._held, ""
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    sizes = range(min(len(text), len(stop) - 1), 0, -1)
-    return next((n for n in sizes if text.endswith(stop[:n])), 0)
-
-
 class Sequence:
-    """One choice of a request while it is generated.
+    """One choice of a request while it is being generated.
 
     Args:
       request: The request.
-      choice: The index of the choice, from 0.
+      choice: The index of the choice, starting at 0.
       tokenizer: Tokenizer of the model.
       eos_ids: Ids that end a sequence.
     """
@@ -148,10 +184,10 @@ class Sequence:
         self._logprobs: list[tuple[int, TokenLogprobs]] = []  # each with the start of its text
 
     def append(self, token: TokenLogprobs) -> FinishReason | None:
-        """Add a token, and send the new text to the request's `on_event`.
+        """Add a token, and pass the new text to the request's `on_event`.
 
         Returns:
-          Why the sequence is complete, or None if it is not.
+          The reason why the sequence is complete, or None if it is not complete.
         """
         request = self.request
         self._num_tokens += 1
@@ -175,7 +211,7 @@ class Sequence:
         return reason
 
     def _send(self, reason: FinishReason | None, stopped: bool) -> None:
-        """Send the final text, and the tokens whose text starts in it."""
+        """Send the text that is final, and the tokens whose text starts in it."""
         end = self._num_final if stopped or reason is None else self._num_decoded + 1
         ready = tuple(token for start, token in self._logprobs if start < end)
         self._logprobs = [(start, token) for start, token in self._logprobs if start >= end]

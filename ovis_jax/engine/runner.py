@@ -1,7 +1,7 @@
 """The compiled programs of the engine.
 
-The number of programs and the number of slots are fixed. No prompt length, number of crops or
-sampling option causes a compilation.
+The number of programs and the number of slots are fixed. All prompt lengths, numbers of crops and
+sampling parameters use the same programs, so they cause no recompilation.
 """
 
 from collections.abc import Callable
@@ -26,12 +26,11 @@ from ovis_jax.engine.state import (
     encode_images,
     init_decode_state,
     init_prefill_state,
-    insert,
+    insert_and_sample,
     make_sampling_params,
     prefill_chunk,
     split_seed,
 )
-from ovis_jax.errors import RequestError
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.image_processing import IMAGE_SLOT
 from ovis_jax.model.kv_cache import Cache
@@ -40,20 +39,17 @@ from ovis_jax.sharding import mesh_axis
 
 
 class ModelRunner:
-    """Runs the programs of one model, all compiled by the constructor.
+    """Runs the programs of one model, which the constructor compiles.
 
     Every method that takes a state donates it and returns the new one. On a mesh, the caches are
-    sharded across the key/value heads as the parameters are; all other state is replicated.
+    sharded over the key/value heads, like the parameters; all other state is replicated.
 
     Args:
       model: The model.
       params: Parameters of the model, on any device or mesh of this process.
-      max_num_seqs: Number of slots: sequences that are generated at the same time.
-      max_model_len: Maximum number of positions of a prompt and its answer together.
+      max_num_seqs: Number of slots, which is the maximum number of concurrent sequences.
+      max_model_len: Maximum total length of a prompt and its answer, in positions.
       chunk_size: Number of prompt positions per prefill step.
-
-    Raises:
-      RequestError: A size is below 1.
     """
 
     def __init__(
@@ -65,10 +61,6 @@ class ModelRunner:
         max_model_len: int,
         chunk_size: int,
     ):
-        sizes = dict(max_num_seqs=max_num_seqs, max_model_len=max_model_len, chunk_size=chunk_size)
-        for name, size in sizes.items():
-            if size < 1:
-                raise RequestError(f"{name} is {size}, expected at least 1")
         self._params = params
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.chunk_size = min(chunk_size, max_model_len)
@@ -93,7 +85,7 @@ class ModelRunner:
             partial(prefill_chunk, model), 1, (prefill_sharding, replicated)
         )
         out_shardings = decode_sharding, replicated
-        self._insert = _compile_once(insert, 0, out_shardings)
+        self._insert = _compile_once(insert_and_sample, 0, out_shardings)
         self._decode = {
             mode: _compile_once(partial(decode, model, mode), 1, out_shardings)
             for mode in get_args(SamplingMode)
@@ -101,7 +93,7 @@ class ModelRunner:
         self._warm_up(model.config.vision)
 
     def _warm_up(self, vision: VisionConfig) -> None:
-        """Run every program once, which compiles it."""
+        """Run every program once to compile it."""
         pixels = np.zeros((vision.image_size, vision.image_size, vision.num_channels), np.float32)
         prefill = self.run_encoder(self.init_prefill_state(), pixels, 0, 0)
         prefill, logits = self.run_prefill(prefill, np.zeros(1, np.int32), 0)
@@ -113,7 +105,7 @@ class ModelRunner:
     def run_encoder(
         self, state: PrefillState, pixels: Float32[np.ndarray, "h w C"], crop: int, seed: int
     ) -> PrefillState:
-        """Encode the crop with the index `crop` of the prompt."""
+        """Encode the prompt's crop with the index `crop`."""
         row = np.int32(crop * self._tokens_per_crop)
         visual = self._encode_images(
             self._params, state.visual, pixels[None], row, split_seed(seed)
@@ -123,15 +115,15 @@ class ModelRunner:
     def run_prefill(
         self, state: PrefillState, tokens: Int32[np.ndarray, "T"], start: int
     ) -> tuple[PrefillState, Float[Array, "1 V"]]:
-        """Read the chunk of a prompt that begins at position `start`.
+        """Prefill the chunk of a prompt that begins at position `start`.
 
         Args:
-          state: The prompt up to this chunk, all of its crops encoded.
-          tokens: Ids of the prompt.
-          start: Number of positions already read.
+          state: The state after the previous chunk, with all crops of the prompt encoded.
+          tokens: Token ids of the whole prompt.
+          start: Number of positions that are already in the cache.
 
         Returns:
-          The new state, and the logits of the chunk's last position.
+          The new state, and the logits at the chunk's last position.
         """
         ids = np.zeros((1, self.chunk_size), np.int32)
         positions = np.full_like(ids, -1)
@@ -147,10 +139,10 @@ class ModelRunner:
         slot: int,
         prefill: PrefillState,
         logits: Float[Array, "1 V"],
-        params: SamplingParams,
+        sampling_params: SamplingParams,
     ) -> tuple[DecodeState, SampledTokens]:
         """Start a sequence in a slot; `prefill` is not donated."""
-        state, sampled = self._insert(state, np.int32(slot), prefill.cache, logits, params)
+        state, sampled = self._insert(state, np.int32(slot), prefill.cache, logits, sampling_params)
         return state, jax.device_get(sampled)
 
     def run_decode(
@@ -164,7 +156,7 @@ class ModelRunner:
 def _compile_once(
     function: Callable[..., Any], donated_argument: int, out_shardings: Any
 ) -> Callable[..., Any]:
-    """Return a function that its first call compiles; other shapes are an error from then on."""
+    """Return a function that is compiled in its first call and then rejects other shapes."""
     jitted = jax.jit(function, donate_argnums=donated_argument, out_shardings=out_shardings)
     compiled: Any = None
 
@@ -178,7 +170,7 @@ def _compile_once(
 
 
 def _shardings(params: Params, num_kv_heads: int) -> tuple[Any, Any]:
-    """Return the shardings of replicated arrays and of a cache; None without a mesh."""
+    """Return the shardings of replicated arrays and of a cache; both are None without a mesh."""
     sharding = params["decoder"]["embed"].sharding
     if not isinstance(sharding, NamedSharding):
         return None, None

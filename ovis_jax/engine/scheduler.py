@@ -1,11 +1,12 @@
-"""Continuous batching: one decode step serves all sequences, and new ones join between steps."""
+"""Continuous batching: one decode step serves all sequences; new sequences join between steps."""
 
 import logging
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast, get_args
 
@@ -13,10 +14,10 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from ovis_jax.engine.request import Failure, Logprob, Request, Sequence, TokenLogprobs
+from ovis_jax.engine.request import EngineError, Failure, Logprob, Request, Sequence, TokenLogprobs
 from ovis_jax.engine.runner import ModelRunner
 from ovis_jax.engine.state import SampledTokens, SamplingMode, make_sampling_params
-from ovis_jax.errors import OvisError, RequestError
+from ovis_jax.errors import OvisError
 from ovis_jax.loading import LoadedOvis
 
 DEADLINE_EXCEEDED = Failure("the request took longer than this server allows", "deadline_exceeded")
@@ -30,72 +31,62 @@ class QueueFullError(OvisError):
     """Too many requests are waiting."""
 
 
-class EngineClosedError(OvisError):
-    """The engine accepts no more requests.
-
-    Args:
-      failure: The reason.
-    """
-
-    def __init__(self, failure: Failure):
-        super().__init__(failure.message)
-        self.failure = failure
-
-
 @dataclass
 class PrefillProgress:
-    """The request whose prompt is being read, and how far.
+    """The request whose prompt is being prefilled, and its progress.
 
     Attributes:
       request: The request.
-      num_crops: Number of crops encoded.
-      num_tokens: Number of prompt positions read.
-      logits: Logits of the prompt's last position, once it has been read.
-      num_started: Number of choices whose generation has started.
+      num_crops_encoded: Number of crops encoded.
+      num_tokens_read: Number of prompt positions prefilled.
+      logits: Logits at the prompt's last position; None until the whole prompt is prefilled.
+      num_choices_started: Number of choices whose generation has started.
     """
 
     request: Request
-    num_crops: int = 0
-    num_tokens: int = 0
+    num_crops_encoded: int = 0
+    num_tokens_read: int = 0
     logits: Float[Array, "1 V"] | None = None
-    num_started: int = 0
+    num_choices_started: int = 0
 
 
 class Scheduler:
-    """Decides what the model runs next, in a thread of its own.
+    """Decides what the model runs next, in a separate thread.
 
-    Requests are read in order of arrival. Between two decode steps the thread runs one step of
-    prefill, or as many as there are free slots: running sequences never wait for a whole prompt,
-    and idle slots fill up fast.
+    Prompts are prefilled in order of arrival. Between two decode steps, the thread runs one prefill
+    step per free slot, and at least one. Running sequences therefore never wait for a whole prompt,
+    and free slots fill up quickly.
 
     Args:
       ovis: The model.
-      runner: Programs compiled for the model; schedulers may share them.
+      runner: Programs compiled for the model; several schedulers may share one runner.
       max_queued_requests: Maximum number of waiting requests.
 
-    Raises:
-      RequestError: `max_queued_requests` is below 1.
+    Attributes:
+      processor: Processor of the model.
+      max_model_len: Maximum total length of a prompt and its answer, in positions.
+      max_num_seqs: Maximum number of concurrent sequences.
+      changed: Condition variable that is notified after every change to a request or to the
+        scheduler.
     """
 
     def __init__(self, ovis: LoadedOvis, runner: ModelRunner, *, max_queued_requests: int):
-        if max_queued_requests < 1:
-            raise RequestError(f"max_queued_requests is {max_queued_requests}, expected at least 1")
+        self.processor, self._eos_ids = ovis.processor, ovis.config.eos_ids
         self.max_model_len, self.max_num_seqs = runner.max_model_len, runner.max_num_seqs
-        self._tokenizer, self._eos_ids = ovis.processor.tokenizer, ovis.config.eos_ids
+        self.changed = threading.Condition()
         self._runner = runner
         self._state, self._prefill_state = runner.init_decode_state(), runner.init_prefill_state()
         self._max_queued_requests = max_queued_requests
         self._waiting: deque[Request] = deque()
         self._prefill: PrefillProgress | None = None
         self._sequences: list[Sequence | None] = [None] * runner.max_num_seqs
-        self._wake = threading.Condition()
         self._closing, self._abort, self._failed = False, False, False
         self._thread = threading.Thread(target=self._run, name="ovis-engine", daemon=True)
         self._thread.start()
 
     @property
     def num_waiting(self) -> int:
-        """Number of requests whose prompt has not been read."""
+        """Number of requests whose prompt has not been fully prefilled."""
         return len(self._waiting) + (self._prefill is not None)
 
     @property
@@ -105,7 +96,7 @@ class Scheduler:
 
     @property
     def failure(self) -> Failure | None:
-        """The reason why no more requests are accepted; None while they are."""
+        """The reason why no more requests are accepted; None while requests are accepted."""
         return ENGINE_FAILED if self._failed else SHUTTING_DOWN if self._closing else None
 
     def check_accepting(self) -> None:
@@ -113,10 +104,10 @@ class Scheduler:
 
         Raises:
           QueueFullError: Too many requests are waiting.
-          EngineClosedError: The engine is shutting down, or the model can no longer run.
+          EngineError: The engine is shutting down, or the model can no longer run.
         """
         if self.failure:
-            raise EngineClosedError(self.failure)
+            raise EngineError(self.failure)
         if len(self._waiting) >= self._max_queued_requests:
             raise QueueFullError(
                 f"{len(self._waiting)} requests are waiting, the maximum; try again later"
@@ -127,28 +118,32 @@ class Scheduler:
 
         Raises:
           QueueFullError: Too many requests are waiting.
-          EngineClosedError: The engine is shutting down, or the model can no longer run.
+          EngineError: The engine is shutting down, or the model can no longer run.
         """
-        with self._wake:
+        with self.changed:
             self.check_accepting()
             self._waiting.append(request)
-            self._wake.notify()
+            self.changed.notify_all()
 
     def abort(self, request: Request) -> None:
-        """Drop a request without another event; its slots are free after the current step."""
-        request.aborted = True
+        """Drop a request without another event; its slots become free after the current step."""
+        with self.changed:
+            request.aborted = True
+            self.changed.notify_all()
 
     def close(self, timeout: float) -> None:
-        """Accept no more requests, finish those there are, and stop.
+        """Accept no more requests, finish the existing requests, and stop.
 
         Args:
-          timeout: Seconds after which unfinished requests fail.
+          timeout: Time in seconds after which unfinished requests fail.
         """
-        with self._wake:
+        with self.changed:
             self._closing = True
-            self._wake.notify()
+            self.changed.notify_all()
         self._thread.join(timeout)
-        self._abort = True
+        with self.changed:
+            self._abort = True
+            self.changed.notify_all()
         self._thread.join()
 
     def _run(self) -> None:
@@ -157,7 +152,7 @@ class Scheduler:
                 self._drop_expired()
                 self._advance_prefill()
                 self._decode()
-            except Exception:  # a device may raise anything
+            except Exception:  # a device may raise any exception
                 log.exception("a step of the model failed")
                 self._fail_all()
                 try:  # the failed step may have consumed the donated state
@@ -165,18 +160,20 @@ class Scheduler:
                     self._prefill_state = self._runner.init_prefill_state()
                 except Exception:
                     log.exception("the model cannot run any more")
-                    with self._wake:
+                    with self.changed:
                         self._failed = True
+                        self.changed.notify_all()
                     self._fail_all()
                     return
 
     def _wait_for_work(self) -> bool:
-        """Block until there is work; return False if the engine is closing and has none."""
-        with self._wake:
-            while not (self._waiting or self._prefill or self.num_running):
+        """Block until there is work; return False if the engine is closing and no work is left."""
+        with self.changed:
+            self.changed.notify_all()  # reports the changes from the previous step
+            while not (self.num_waiting or self.num_running):
                 if self._closing:
                     return False
-                self._wake.wait()
+                self.changed.wait()
             return True
 
     def _drop_expired(self) -> None:
@@ -189,8 +186,8 @@ class Scheduler:
         _send_failure(self._remove(lambda request: True), ENGINE_FAILED)
 
     def _remove(self, matches: Callable[[Request], bool]) -> list[Request]:
-        """Remove matching requests from the queue, the prefill and the slots, and return them."""
-        with self._wake:
+        """Remove requests that match from the queue, the prefill and the slots, and return them."""
+        with self.changed:
             removed = [request for request in self._waiting if matches(request)]
             self._waiting = deque(request for request in self._waiting if not matches(request))
         if self._prefill and matches(self._prefill.request):
@@ -203,10 +200,10 @@ class Scheduler:
         return removed
 
     def _advance_prefill(self) -> None:
-        """Run a step of prefill per free slot, at least one, and start what was read."""
+        """Run one prefill step per free slot, at least one, and start sequences that are ready."""
         for _ in range(max(1, self.max_num_seqs - self.num_running)):
             if self._prefill is None:
-                with self._wake:
+                with self.changed:
                     if not self._waiting:
                         return
                     self._prefill = PrefillProgress(self._waiting.popleft())
@@ -215,45 +212,45 @@ class Scheduler:
                 self._run_prefill_step(prefill)
             if prefill.logits is not None:
                 self._start_sequences(prefill, prefill.logits)
-                if prefill.num_started < prefill.request.num_choices:
-                    return  # all slots are taken
+                if prefill.num_choices_started < prefill.request.num_choices:
+                    return  # all slots are in use
                 self._prefill = None
 
     def _run_prefill_step(self, prefill: PrefillProgress) -> None:
-        """Encode the next crop, or read the next chunk once all crops are encoded."""
+        """Encode the next crop or, once all crops are encoded, prefill the next chunk."""
         request, runner = prefill.request, self._runner
-        if prefill.num_crops < len(request.pixels):
-            crop = prefill.num_crops
+        if prefill.num_crops_encoded < len(request.pixels):
+            crop = prefill.num_crops_encoded
             self._prefill_state = runner.run_encoder(
                 self._prefill_state, request.pixels[crop], crop, request.seed
             )
-            prefill.num_crops += 1
+            prefill.num_crops_encoded += 1
             return
         self._prefill_state, logits = runner.run_prefill(
-            self._prefill_state, request.tokens, prefill.num_tokens
+            self._prefill_state, request.tokens, prefill.num_tokens_read
         )
-        prefill.num_tokens += runner.chunk_size
-        if prefill.num_tokens >= len(request.tokens):
+        prefill.num_tokens_read += runner.chunk_size
+        if prefill.num_tokens_read >= len(request.tokens):
             prefill.logits = logits
 
     def _start_sequences(self, prefill: PrefillProgress, logits: Float[Array, "1 V"]) -> None:
-        """Start as many choices of a request as there are free slots."""
-        request = prefill.request
+        """Start as many of a request's choices as there are free slots."""
+        request, tokenizer = prefill.request, self.processor.tokenizer
         for slot, taken in enumerate(self._sequences):
-            if taken is not None or prefill.num_started == request.num_choices:
+            if taken is not None or prefill.num_choices_started == request.num_choices:
                 continue
-            choice = prefill.num_started
+            choice = prefill.num_choices_started
             params = make_sampling_params(request.sampling, request.seed, choice)
             self._state, sampled = self._runner.run_insert(
                 self._state, slot, self._prefill_state, logits, params
             )
             request.first_token_time = request.first_token_time or time.monotonic()
-            self._sequences[slot] = Sequence(request, choice, self._tokenizer, self._eos_ids)
-            prefill.num_started += 1
+            self._sequences[slot] = Sequence(request, choice, tokenizer, self._eos_ids)
+            prefill.num_choices_started += 1
             self._append_token(slot, sampled, row=0)
 
     def _decode(self) -> None:
-        """Generate one token of every running sequence."""
+        """Generate one token for every running sequence."""
         active = np.array([sequence is not None for sequence in self._sequences])
         if not active.any():
             return
@@ -264,7 +261,7 @@ class Scheduler:
             self._append_token(slot, sampled, row=slot)
 
     def _append_token(self, slot: int, sampled: SampledTokens, row: int) -> None:
-        """Add a row's token to the sequence in a slot, and free the slot after its last token."""
+        """Add a row's token to the sequence in a slot, and free the slot after the last token."""
         sequence = self._sequences[slot]
         assert sequence is not None
         request = sequence.request
@@ -278,8 +275,40 @@ class Scheduler:
             request.num_unfinished -= 1
 
 
+@contextmanager
+def run_engine(
+    ovis: LoadedOvis,
+    *,
+    max_num_seqs: int,
+    max_model_len: int,
+    chunk_size: int = 128,
+    max_queued_requests: int = 64,
+) -> Iterator[Scheduler]:
+    """Compile the programs of a model, and run a scheduler until the block ends.
+
+    Args:
+      ovis: The model.
+      max_num_seqs: Maximum number of concurrent sequences.
+      max_model_len: Maximum total length of a prompt and its answer, in positions.
+      chunk_size: Number of prompt positions per prefill step.
+      max_queued_requests: Maximum number of waiting requests.
+    """
+    runner = ModelRunner(
+        ovis.model,
+        ovis.params,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        chunk_size=chunk_size,
+    )
+    scheduler = Scheduler(ovis, runner, max_queued_requests=max_queued_requests)
+    try:
+        yield scheduler
+    finally:
+        scheduler.close(timeout=0.0)
+
+
 def _send_failure(requests: Iterable[Request], failure: Failure) -> None:
-    """Send a failure once to each request that was not aborted."""
+    """Send a failure to each request that was not aborted, once per request."""
     for request in requests:
         if not request.aborted:
             request.aborted = True
@@ -287,9 +316,9 @@ def _send_failure(requests: Iterable[Request], failure: Failure) -> None:
 
 
 def _sampling_mode(request: Request) -> SamplingMode:
-    """Return the cheapest mode that supports a request's options."""
+    """Return the cheapest mode that supports a request's sampling parameters."""
     sampling = request.sampling
-    drawn = sampling.temperature is not None and bool(np.any(np.asarray(sampling.temperature) > 0))
+    drawn = bool(sampling.temperature)
     filtered = drawn and (sampling.top_k is not None or sampling.top_p is not None)
     if request.top_logprobs or filtered or sampling.repetition_penalty is not None:
         return "full"

@@ -1,7 +1,8 @@
 """The arrays of running requests, and the pure functions on them.
 
-Each sequence has a slot: a row of `DecodeState`. A prompt is read in chunks of one shape into
-`PrefillState`, whose cache is then inserted into a slot. `runner.py` compiles these functions.
+Each sequence has a slot, which is a row of `DecodeState`. A prompt is prefilled in chunks of a
+fixed shape. The resulting cache in `PrefillState` is then inserted into a slot. `runner.py`
+compiles these functions.
 """
 
 from typing import Literal, NamedTuple
@@ -20,17 +21,18 @@ from ovis_jax.model.kv_cache import Cache
 from ovis_jax.model.ovis import Ovis, Params
 
 SamplingMode = Literal["greedy", "temperature", "full"]
-"""Which sampling steps a decode program has: none, the temperature alone, or all of them and the
-top log-probabilities. A row gets the same token from every mode that supports its options."""
+"""The sampling steps in a decode program: none (greedy), only the temperature, or all steps and the
+top log-probabilities. Every mode that supports a row's sampling parameters samples the same
+token."""
 
 MAX_TOP_LOGPROBS = 20
-"""Number of most likely tokens reported per position, the maximum of OpenAI's API."""
+"""Number of most likely tokens reported per position, which is the maximum in OpenAI's API."""
 
 
 class SamplingParams(NamedTuple):
-    """Sampling options of one sequence as arrays, or of all slots with a leading axis.
+    """Sampling parameters as arrays, for one sequence or, with a leading axis, for all slots.
 
-    Every option has a value, so that other options compile nothing.
+    Every parameter always has a value, so changing the parameters causes no recompilation.
     """
 
     temperature: Float[ArrayLike, "*B"]
@@ -38,46 +40,46 @@ class SamplingParams(NamedTuple):
     top_p: Float[ArrayLike, "*B"]
     repetition_penalty: Float[ArrayLike, "*B"]
     seed: UInt32[ArrayLike, "*B 2"]
-    """The low and the high half of a 64-bit seed."""
+    """The low and the high 32 bits of a 64-bit seed."""
     choice: Int[ArrayLike, "*B"]
-    """The index of the sequence within its request; each draws with a key of its own."""
+    """The index of the sequence within its request. Each sequence samples with its own key."""
 
 
 class SampledTokens(NamedTuple):
-    """The tokens of one step."""
+    """The tokens sampled in one step."""
 
     tokens: Int[Array, "B"]
     logprobs: Float[Array, "B"]
-    """Log-probabilities under the model, before any sampling step."""
+    """Log-probabilities under the model, before any sampling parameter is applied."""
     top: tuple[Int[Array, "B n"], Float[Array, "B n"]] | None
-    """The most likely tokens and their log-probabilities; None except in the mode "full"."""
+    """The most likely tokens and their log-probabilities; None unless the mode is "full"."""
 
 
 class DecodeState(NamedTuple):
-    """The sequences in all slots, one row each."""
+    """The state of all slots, with one row per slot."""
 
     cache: Cache
     last_tokens: Int[Array, "B"]
     num_tokens: Int[Array, "B"]
     """Number of tokens generated in each row."""
     seen: Bool[Array, "B V"]
-    """Tokens generated in each row; maintained in the mode "full" only."""
+    """Which tokens have been generated in each row; updated only in the mode "full"."""
     params: SamplingParams
 
 
 class PrefillState(NamedTuple):
-    """The prompt that is being read."""
+    """The prompt that is being prefilled."""
 
     cache: Cache
     visual: Float[Array, "rows D"]
-    """The embeddings of its visual tokens in order, with room for a chunk after the last one."""
+    """The embeddings of the prompt's visual tokens in order, then unused rows for one chunk."""
 
 
 def make_sampling_params(sampling: Sampling, seed: int, choice: int) -> SamplingParams:
-    """Convert sampling options to arrays, with a neutral value for each option that is None.
+    """Convert sampling parameters to arrays, with a neutral value for each parameter that is None.
 
     Args:
-      sampling: Options as plain numbers.
+      sampling: Sampling parameters as plain numbers.
       seed: Seed of the request, from 0 to 2**64 - 1.
       choice: The index of the sequence within its request.
     """
@@ -96,14 +98,15 @@ def make_sampling_params(sampling: Sampling, seed: int, choice: int) -> Sampling
 
 
 def split_seed(seed: int) -> UInt32[np.ndarray, "2"]:
-    """Return the low and the high half of a 64-bit seed."""
+    """Return the low and the high 32 bits of a 64-bit seed."""
     return np.array([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF], np.uint32)
 
 
 def make_key(seed: UInt32[ArrayLike, "2"], choice: Int[ArrayLike, ""]) -> Key[Array, ""]:
-    """Return the key of a sequence, `jax.random.key(seed)` for choice 0 of a seed below 2**32.
+    """Return the random key of a sequence.
 
-    Such a sequence draws the same tokens as `generate` with that key.
+    For choice 0 and a seed below 2**32, the key is `jax.random.key(seed)`, so the sequence has the
+    same tokens as `generate` with that key.
     """
     seed = jnp.asarray(seed)
     key = jax.random.key(seed[0])
@@ -119,13 +122,13 @@ def sample_tokens(
     num_tokens: Int[Array, "B"],
     mode: SamplingMode,
 ) -> SampledTokens:
-    """Sample a token per row, with the row's own options and key.
+    """Sample one token per row, with each row's own sampling parameters and key.
 
     Args:
       logits: Float32 logits.
-      params: Options of each row.
-      seen: Tokens that the repetition penalty applies to.
-      num_tokens: Number of tokens generated before; the key is folded with it.
+      params: Sampling parameters of each row.
+      seen: Which tokens the repetition penalty applies to.
+      num_tokens: Number of tokens generated so far, which is folded into the key.
       mode: Which sampling steps to run.
     """
     if mode == "greedy":
@@ -155,8 +158,8 @@ def encode_images(
     row: Int[ArrayLike, ""],
     seed: UInt32[Array, "2"],
 ) -> Float[Array, "rows D"]:
-    """Write the visual embeddings of crops to `visual`, from `row` on."""
-    # The key is for models that draw their visual words.
+    """Write the visual embeddings of crops into `visual`, starting at `row`."""
+    # The key is only used by models that sample their visual words.
     key = jax.random.fold_in(derive_image_key(make_key(seed, 0)), row)
     embeddings = model.embed_images(params, pixels, key).reshape(-1, visual.shape[1])
     return jax.lax.dynamic_update_slice(visual, embeddings.astype(visual.dtype), (row, 0))
@@ -170,19 +173,19 @@ def prefill_chunk(
     positions: Int[Array, "1 T"],
     row: Int[ArrayLike, ""],
 ) -> tuple[PrefillState, Float[Array, "1 V"]]:
-    """Read the next chunk of a prompt.
+    """Prefill the next chunk of a prompt.
 
     Args:
       model: The model.
       params: Parameters of the model.
-      state: The prompt up to this chunk. The cache of an earlier prompt is not read, as positions
-        start at 0 again.
-      tokens: Ids of the chunk, padded on the right.
-      positions: Their positions in the prompt, -1 at padding.
-      row: Row of `state.visual` that holds the embedding of the chunk's first visual token.
+      state: The state after the previous chunk. Cache entries from an earlier prompt are ignored,
+        because positions start at 0 again.
+      tokens: Token ids of the chunk, padded on the right.
+      positions: Positions of these tokens in the prompt; -1 at padding.
+      row: Row of `state.visual` with the embedding of the chunk's first visual token.
 
     Returns:
-      The new state, and float32 logits of the chunk's last position.
+      The new state, and the float32 logits at the chunk's last position.
     """
     T, D = tokens.shape[1], state.visual.shape[1]
     visual = jax.lax.dynamic_slice(state.visual, (row, 0), (T, D))
@@ -190,23 +193,23 @@ def prefill_chunk(
     return PrefillState(cache, state.visual), logits
 
 
-def insert(
+def insert_and_sample(
     state: DecodeState,
     slot: Int[ArrayLike, ""],
     cache: Cache,
     logits: Float[Array, "1 V"],
-    params: SamplingParams,
+    sampling_params: SamplingParams,
 ) -> tuple[DecodeState, SampledTokens]:
     """Start a sequence in a slot, and sample its first token.
 
     Args:
-      state: All slots.
+      state: The state of all slots.
       slot: Index of the slot.
-      cache: Cache of the prompt, one row.
-      logits: Logits of the prompt's last position.
-      params: Options of the sequence.
+      cache: Cache of the prompt, with a single row.
+      logits: Logits at the prompt's last position.
+      sampling_params: Sampling parameters of the sequence.
     """
-    params = jax.tree.map(lambda x: jnp.asarray(x)[None], params)
+    params = jax.tree.map(lambda x: jnp.asarray(x)[None], sampling_params)
     unseen = jnp.zeros(logits.shape, bool)
     sampled = sample_tokens(logits, params, unseen, jnp.zeros((1,), jnp.int32), "full")
     seen = unseen.at[0, sampled.tokens[0]].set(True)
@@ -225,7 +228,7 @@ def decode(
     state: DecodeState,
     active: Bool[Array, "B"],
 ) -> tuple[DecodeState, SampledTokens]:
-    """Generate one token in every slot; rows that are not active do not advance."""
+    """Generate one token in every active slot; the other slots do not advance."""
     lengths = state.cache.lengths
     logits, cache = model.decode(params, state.last_tokens, state.cache)
     cache = cache._replace(lengths=jnp.where(active, cache.lengths, lengths))
@@ -240,7 +243,7 @@ def decode(
 def init_decode_state(
     config: DecoderConfig, num_slots: int, max_length: int, dtype: DTypeLike
 ) -> DecodeState:
-    """Return empty slots for sequences of up to `max_length` positions."""
+    """Return a state with empty slots for sequences of up to `max_length` positions."""
     params = make_sampling_params(Sampling(), 0, 0)
     return DecodeState(
         kv_cache.empty_cache(config, num_slots, max_length, dtype),
@@ -254,6 +257,6 @@ def init_decode_state(
 def init_prefill_state(
     config: DecoderConfig, num_visual_tokens: int, max_length: int, dtype: DTypeLike
 ) -> PrefillState:
-    """Return room for a prompt of up to `max_length` positions and its visual tokens."""
+    """Return an empty state for a prompt of up to `max_length` positions and its visual tokens."""
     cache = kv_cache.empty_cache(config, 1, max_length, dtype)
     return PrefillState(cache, jnp.zeros((num_visual_tokens, config.width), dtype))

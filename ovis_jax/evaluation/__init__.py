@@ -1,1 +1,1 @@
-"""Accuracy: question files, exact match, published scores; models for lmms-eval, VLMEvalKit."""
+"""Evaluation: exact match on question files, published scores, and models for other harnesses."""

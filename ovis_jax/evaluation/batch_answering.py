@@ -1,8 +1,7 @@
-"""Greedy answers to dataset rows, compared with the expected answers by exact match."""
+"""Answering prompts and scoring given answers, in batches of prompts with similar lengths."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax import Array
@@ -10,53 +9,80 @@ from jax import Array
 from ovis_jax.errors import DataError, OvisError
 from ovis_jax.inference.generate import generate
 from ovis_jax.inference.sampling import Sampling
-from ovis_jax.inputs.batch import Example, Inputs, pad_batch
-from ovis_jax.inputs.conversation import Turn
+from ovis_jax.inference.score import score
+from ovis_jax.inputs.batch import Inputs, pad_batch
+from ovis_jax.inputs.candidate_answers import encode_answers
+from ovis_jax.inputs.conversation import IMAGE_PLACEHOLDER, Prompt
 from ovis_jax.inputs.dataset import DatasetRow
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.loading import LoadedOvis
 
-Item = TypeVar("Item")
+
+class EvalPrompt(NamedTuple):
+    """A prompt in an evaluation.
+
+    Attributes:
+      text: A question, or a conversation.
+      images: The prompt's images, as for `LoadedOvis.ask`.
+      name: Name of the prompt in error messages.
+    """
+
+    text: Prompt
+    images: Sequence[Any] = ()
+    name: str = ""
+
+    @property
+    def length(self) -> tuple[int, int]:
+        """A sort key for length: the number of images, then the number of characters."""
+        texts = [self.text] if isinstance(self.text, str) else [t["content"] for t in self.text]
+        return len(self.images), sum(map(len, texts))
+
+
+def harness_prompt(text: str, images: Sequence[Any] = ()) -> EvalPrompt:
+    """Return a harness's question as a prompt, without "<image>" if their number is wrong."""
+    if text.count(IMAGE_PLACEHOLDER) != len(images):
+        text = text.replace(IMAGE_PLACEHOLDER, "")
+    return EvalPrompt(text, images)
 
 
 class ScoredAnswer(NamedTuple):
-    """A model's answer to the last question of a dataset row, with the expected answer.
+    """A model's answer to the last question in a dataset row, with the expected answer.
 
     Attributes:
-      row: the dataset row.
-      expected: the expected answer.
-      text: the model's answer.
-      tokens: int32 [n], the token ids of the model's answer, including the stop id.
+      row: The dataset row.
+      expected: The expected answer.
+      text: The model's answer.
+      token_ids: Token ids of the model's answer, int32 [n], including the stop id.
     """
 
     row: DatasetRow
     expected: str
     text: str
-    tokens: np.ndarray
+    token_ids: np.ndarray
 
     @property
     def is_correct(self) -> bool:
-        """Whether both texts are equal, apart from surrounding white space."""
+        """Whether the model's text equals the expected answer, ignoring surrounding white space."""
         return self.text.strip() == self.expected.strip()
 
 
 class Accuracy(NamedTuple):
-    """Counts of correct answers and of all answers."""
+    """The number of correct answers and the number of all answers."""
 
     correct: int
     total: int
 
     @property
     def fraction(self) -> float:
-        """The share of correct answers."""
+        """The fraction of answers that are correct."""
         return self.correct / self.total
 
 
 def accuracy_by_kind(outcomes: Iterable[tuple[str, bool]]) -> dict[str, Accuracy]:
-    """Count correct answers per kind.
+    """Count the correct answers for each kind.
 
     Args:
-      outcomes: for each answer its kind and whether it is correct.
+      outcomes: The kind of each answer, and whether the answer is correct.
 
     Returns:
       The accuracy of each kind, sorted by kind.
@@ -77,129 +103,160 @@ def answer_rows(
     max_partition: int = 9,
     skipped: dict[str, str] | None = None,
 ) -> Iterator[ScoredAnswer]:
-    """Answer the last question of each row greedily, in batches of similar length.
+    """Answer the last question in each row greedily, in batches of rows with similar lengths.
 
     Args:
-      ovis: the model.
-      rows: conversations that end with the expected answer, or preference pairs.
-      batch_size: number of rows per batch; each batch shape compiles once.
-      max_new_tokens: maximum number of tokens per answer.
-      max_partition: maximum number of cells that an image is split into.
-      skipped: if given, a row that cannot be answered is left out, and its error message is
-        added here under the row's name.
+      ovis: The model.
+      rows: Conversations that end with the expected answer, or preference pairs.
+      batch_size: Number of rows per batch; each batch shape is compiled once.
+      max_new_tokens: Maximum number of tokens per answer.
+      max_partition: Maximum number of cells that an image is split into.
+      skipped: If given, rows that cannot be answered are left out, and their error messages are
+        added to this dict by row name.
 
     Yields:
-      One answer per row, shortest rows first.
+      One answer per row, starting with the shortest rows.
 
     Raises:
-      OvisError: a row does not end with an answer, an image cannot be read, or a prompt is too
-        long, and `skipped` is None; names the row.
+      OvisError: `skipped` is None, and a row does not end with an answer, an image cannot be read,
+        or a prompt is too long. The error names the row.
     """
     usable: list[DatasetRow] = []
     for row in rows:
-        with _skip_on_error(row, skipped):
+        try:
             check_has_expected_answer(row)
             usable.append(row)
-    lengths = [conversation_length(row.image_paths, row.turns) for row in usable]
-    for indices in group_by_length(lengths, batch_size):
-        batch: list[DatasetRow] = []
-        examples: list[Example] = []
-        for row in (usable[i] for i in indices):
-            with _skip_on_error(row, skipped):
-                examples.append(encode_row_prompt(ovis.processor, row, max_partition))
-                batch.append(row)
-        if not batch:
-            continue
-        texts, tokens = answer_one_batch(
-            ovis, examples, batch_size=batch_size, max_new_tokens=max_new_tokens
-        )
-        for row, text, ids in zip(batch, texts, tokens, strict=True):
-            expected = row.preference.chosen if row.preference else row.turns[-1]["content"]
-            yield ScoredAnswer(row, expected, text, ids)
+        except DataError as error:
+            if skipped is None:
+                raise
+            skipped[row.name] = str(error)
+    prompts = [
+        EvalPrompt(row.turns if row.preference else row.turns[:-1], row.image_paths, row.name)
+        for row in usable
+    ]
+    for index, text, tokens in answer_prompts(
+        ovis,
+        prompts,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        max_partition=max_partition,
+        skipped=skipped,
+    ):
+        row = usable[index]
+        expected = row.preference.chosen if row.preference else row.turns[-1]["content"]
+        yield ScoredAnswer(row, expected, text, tokens)
 
 
 def check_has_expected_answer(row: DatasetRow) -> None:
-    """Check that a row has an expected answer to its last question.
+    """Check that a row contains the expected answer to its last question.
 
     Raises:
-      DataError: the conversation does not end with an answer.
+      DataError: The conversation does not end with an answer.
     """
     if row.preference is None and row.turns[-1]["role"] != "assistant":
         raise DataError(f"{row.name}: the last turn is not from gpt, so nothing can be scored")
 
 
-@contextmanager
-def _skip_on_error(row: DatasetRow, skipped: dict[str, str] | None) -> Iterator[None]:
-    """Record an error of a row in `skipped`, or raise it if `skipped` is None."""
-    try:
-        yield
-    except OvisError as error:
-        if skipped is None:
-            raise
-        skipped[row.name] = str(error) if row.name in str(error) else f"{row.name}: {error}"
-
-
-def encode_row_prompt(processor: Processor, row: DatasetRow, max_partition: int) -> Example:
-    """Encode a row up to its last question.
-
-    Raises:
-      OvisError: an image cannot be read, or the prompt is too long; names the row.
-    """
-    prompt = row.turns if row.preference else row.turns[:-1]
-    return processor.encode(prompt, row.open_images(), max_partition=max_partition, name=row.name)
-
-
-def conversation_length(images: Sequence[object], turns: Sequence[Turn]) -> tuple[int, int]:
-    """Return a sort key for length: the number of images, then the number of characters."""
-    return len(images), sum(len(turn["content"]) for turn in turns)
-
-
-def group_by_length(lengths: Sequence[tuple[int, int]], batch_size: int) -> Iterator[list[int]]:
-    """Yield the indices of `lengths` in batches, shortest first; the last batch may be short."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for start in range(0, len(lengths), batch_size):
-        yield order[start : start + batch_size]
-
-
-def repeat_last(items: Sequence[Item], count: int) -> list[Item]:
-    """Repeat the last item until there are `count` items.
-
-    A short batch then has the shape of a full one and causes no recompilation.
-
-    Args:
-      items: at least one item and at most `count`.
-      count: the length of the result.
-    """
-    return [*items, *[items[-1]] * (count - len(items))]
-
-
-def pad_to_batch(processor: Processor, examples: Sequence[Example], batch_size: int) -> Inputs:
-    """Pad examples to a batch of `batch_size` rows, of which the last are repeated."""
-    padded = repeat_last(examples, batch_size)
-    pixels = np.concatenate([example.pixels for example in padded])
-    tokens = [example.tokens for example in padded]
-    return pad_batch(tokens, pixels, processor.config, processor.buckets)
-
-
-def answer_one_batch(
+def answer_prompts(
     ovis: LoadedOvis,
-    prompts: Sequence[Example],
+    prompts: Sequence[EvalPrompt],
     *,
     batch_size: int,
     max_new_tokens: int,
+    max_partition: int,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     key: Array | None = None,
-) -> tuple[list[str], list[np.ndarray]]:
-    """Answer at most `batch_size` encoded prompts.
+    skipped: dict[str, str] | None = None,
+) -> Iterator[tuple[int, str, np.ndarray]]:
+    """Answer prompts in batches of similar lengths; `answer_rows` documents the arguments.
 
-    Returns:
-      The texts, and the token ids of each answer, int32 [n], including the stop id.
+    Yields:
+      The index of a prompt, its answer, and the answer's token ids, int32 [n], including the stop
+      id.
+
+    Raises:
+      OvisError: `skipped` is None, and an image or text cannot be processed.
     """
-    count = len(prompts)
-    inputs = pad_to_batch(ovis.processor, prompts, batch_size)
-    out = generate(
-        ovis.model, ovis.params, inputs, key, max_new_tokens=max_new_tokens, sampling=sampling
-    )
-    tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
-    texts = ovis.processor.decode(tokens[:count])
-    return list(texts), [tokens[n, : lengths[n]] for n in range(count)]
+    batches = _batch_prompts(ovis.processor, prompts, batch_size, max_partition, skipped)
+    for indices, inputs in batches:
+        out = generate(
+            ovis.model, ovis.params, inputs, key, max_new_tokens=max_new_tokens, sampling=sampling
+        )
+        tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
+        texts = ovis.processor.decode(tokens[: len(indices)])
+        for row, (index, text) in enumerate(zip(indices, texts, strict=True)):
+            yield index, text, tokens[row, : lengths[row]]
+
+
+def score_answers(
+    ovis: LoadedOvis,
+    prompts: Sequence[EvalPrompt],
+    answers: Sequence[Sequence[str]],
+    *,
+    batch_size: int,
+    max_partition: int,
+    add_end_of_turn: bool = True,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """Compute the log-probabilities of given answers, in batches of prompts with similar lengths.
+
+    Args:
+      ovis: The model.
+      prompts: The prompts.
+      answers: The answers to each prompt, at least one per prompt.
+      batch_size: Number of prompts per batch.
+      max_partition: Maximum number of cells that an image is split into.
+      add_end_of_turn: Whether to add the end-of-turn token to each answer.
+
+    Yields:
+      The index of a prompt, and `log_probs`, `mean_log_probs` and `greedy` for its answers, as in
+      `Scores`, each with the shape [choices].
+
+    Raises:
+      OvisError: An image or text cannot be processed.
+    """
+    for indices, inputs in _batch_prompts(ovis.processor, prompts, batch_size, max_partition):
+        texts = _repeat_last([answers[i] for i in indices], batch_size)
+        encoded = encode_answers(ovis.processor, texts, add_end_of_turn=add_end_of_turn)
+        scores = score(ovis.model, ovis.params, inputs, encoded)
+        columns = map(np.asarray, (scores.log_probs, scores.mean_log_probs, scores.greedy))
+        for index, *found in zip(indices, *columns, strict=False):
+            yield index, *found
+
+
+def _batch_prompts(
+    processor: Processor,
+    prompts: Sequence[EvalPrompt],
+    batch_size: int,
+    max_partition: int,
+    skipped: dict[str, str] | None = None,
+) -> Iterator[tuple[list[int], Inputs]]:
+    """Yield batches of prompt indices and model inputs, starting with the shortest prompts.
+
+    An incomplete batch is padded to the shape of a full batch, so it causes no recompilation.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i].length)
+    for start in range(0, len(order), batch_size):
+        indices, examples = [], []
+        for index in order[start : start + batch_size]:
+            text, images, name = prompts[index]
+            try:
+                example = processor.encode(
+                    text, images, max_partition=max_partition, name=name or "the prompt"
+                )
+            except OvisError as error:
+                message = str(error) if name in str(error) else f"{name}: {error}"
+                if skipped is None:
+                    raise DataError(message) from error
+                skipped[name] = message
+                continue
+            indices.append(index)
+            examples.append(example)
+        if indices:
+            padded = _repeat_last(examples, batch_size)
+            pixels = np.concatenate([example.pixels for example in padded])
+            tokens = [example.tokens for example in padded]
+            yield indices, pad_batch(tokens, pixels, processor.config, processor.buckets)
+
+
+def _repeat_last(items: Sequence[Any], count: int) -> list[Any]:
+    return [*items, *[items[-1]] * (count - len(items))]

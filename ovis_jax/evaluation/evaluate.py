@@ -1,49 +1,32 @@
-"""Evaluating a model on questions: the result of each question, and a table of accuracies."""
+"""Evaluating a model on questions: the result for each question, and a table of accuracies."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
-import numpy as np
 from rich.table import Column, Table
 
 from ovis_jax.evaluation.batch_answering import (
     Accuracy,
+    EvalPrompt,
     answer_rows,
-    conversation_length,
-    encode_row_prompt,
-    group_by_length,
-    pad_to_batch,
-    repeat_last,
+    score_answers,
 )
 from ovis_jax.evaluation.published_prompts_and_scores import (
     OPTION_LETTERS,
     load_published_benchmarks,
 )
 from ovis_jax.evaluation.questions import EvalQuestion
-from ovis_jax.inference.score import score
-from ovis_jax.inputs.candidate_answers import encode_answers
 from ovis_jax.loading import LoadedOvis
 
 ChooseBy = Literal["letter", "log_prob"]
-"""How an option is chosen: by the generated letter, as published, or by log-probability."""
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """Settings of an evaluation; the defaults are those of the published scores."""
-
-    batch_size: int = 16
-    max_new_tokens: int = load_published_benchmarks().settings["max_new_tokens"]
-    max_partition: int = load_published_benchmarks().settings["max_partition"]
-    choose_by: ChooseBy = "letter"
+"""How an option is chosen: by the generated letter (the published way) or by log-probability."""
 
 
 class QuestionResult(TypedDict):
-    """The result of one question, as it is written to a results file.
+    """The result for one question, in the form that is written to a results file.
 
-    `answer` is the model's text, or the most probable letter; `parsed` is what is compared with
-    `expected` (see `EvalQuestion.parse_answer`).
+    `answer` is the model's text, or the most probable letter. `parsed` is the part of `answer` that
+    is compared with `expected`, as returned by `EvalQuestion.parse_answer`.
     """
 
     id: str
@@ -55,56 +38,47 @@ class QuestionResult(TypedDict):
 
 
 def evaluate_questions(
-    ovis: LoadedOvis, questions: Sequence[EvalQuestion], settings: EvalSettings
+    ovis: LoadedOvis,
+    questions: Sequence[EvalQuestion],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    max_partition: int,
+    choose_by: ChooseBy,
 ) -> Iterator[QuestionResult]:
-    """Answer questions greedily and compare each answer with the expected one.
+    """Answer questions greedily, and compare each answer with the expected answer.
+
+    Args:
+      ovis: The model.
+      questions: The questions.
+      batch_size: Number of questions per batch.
+      max_new_tokens: Maximum number of tokens per answer.
+      max_partition: Maximum number of cells that an image is split into.
+      choose_by: How an option of a multiple-choice question is chosen.
 
     Yields:
-      One result per question, grouped by length.
+      One result per question; the order of questions depends on their lengths.
 
     Raises:
-      OvisError: an image cannot be read, or a question is too long.
+      OvisError: An image cannot be read, or a question is too long.
     """
-    by_name = {question.row.name: question for question in questions}
-    by_log_prob = [
-        question
-        for question in questions
-        if question.answer_type == "multiple_choice" and settings.choose_by == "log_prob"
-    ]
-    scored_names = {question.row.name for question in by_log_prob}
-    answers = answer_rows(
-        ovis,
-        [question.row for question in questions if question.row.name not in scored_names],
-        batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-        max_partition=settings.max_partition,
-    )
-    for answer in answers:
+    sizes: dict[str, Any] = {"batch_size": batch_size, "max_partition": max_partition}
+    by_name: dict[str, EvalQuestion] = {}
+    scored: list[EvalQuestion] = []
+    for question in questions:
+        if question.answer_type == "multiple_choice" and choose_by == "log_prob":
+            scored.append(question)
+        else:
+            by_name[question.row.name] = question
+    rows = [question.row for question in by_name.values()]
+    for answer in answer_rows(ovis, rows, max_new_tokens=max_new_tokens, **sizes):
         yield _result(by_name[answer.row.name], answer.text)
-    for question, letter in most_probable_options(ovis, by_log_prob, settings):
-        yield _result(question, letter)
-
-
-def most_probable_options(
-    ovis: LoadedOvis, questions: Sequence[EvalQuestion], settings: EvalSettings
-) -> Iterator[tuple[EvalQuestion, str]]:
-    """Yield each multiple-choice question with the letter that most probably begins its answer."""
-    lengths = [
-        conversation_length(question.row.image_paths, question.prompt) for question in questions
-    ]
-    size = settings.batch_size
-    for indices in group_by_length(lengths, size):
-        batch = [questions[i] for i in indices]
-        examples = [
-            encode_row_prompt(ovis.processor, question.row, settings.max_partition)
-            for question in batch
-        ]
-        inputs = pad_to_batch(ovis.processor, examples, size)
-        letters = [list(OPTION_LETTERS[: len(question.options)]) for question in batch]
-        answers = encode_answers(ovis.processor, repeat_last(letters, size), add_end_of_turn=False)
-        log_probs = np.asarray(score(ovis.model, ovis.params, inputs, answers).log_probs)
-        for question, option_log_probs in zip(batch, log_probs, strict=False):
-            yield question, OPTION_LETTERS[int(option_log_probs.argmax())]
+    prompts = [EvalPrompt(q.prompt, q.row.image_paths, q.row.name) for q in scored]
+    letters = [list(OPTION_LETTERS[: len(question.options)]) for question in scored]
+    for index, log_probs, *_ in score_answers(
+        ovis, prompts, letters, add_end_of_turn=False, **sizes
+    ):
+        yield _result(scored[index], letters[index][int(log_probs.argmax())])
 
 
 def _result(question: EvalQuestion, text: str) -> QuestionResult:
@@ -119,7 +93,7 @@ def _result(question: EvalQuestion, text: str) -> QuestionResult:
 
 
 def accuracy_table(accuracies: Mapping[str, Accuracy]) -> Table:
-    """Return a table of the accuracy per kind and overall, with published scores where known."""
+    """Return a table of the accuracy per kind and overall, with the published scores if known."""
     published = load_published_benchmarks()
     benchmarks = {kind: published.find_benchmark(kind) for kind in accuracies}
     models = list(published.scores) if any(benchmarks.values()) else []

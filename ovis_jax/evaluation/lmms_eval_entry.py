@@ -6,8 +6,8 @@ from typing import Any
 def manifest() -> Any:
     """Return the `ModelManifest` that makes `lmms-eval --model ovis_jax` available.
 
-    lmms-eval imports the model's class only when the model is selected. The class takes text and
-    images, which lmms-eval calls a "simple" model.
+    lmms-eval imports the model's class only when the model is selected. lmms-eval calls a model
+    that takes text and images "simple".
     """
     from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 
 OPTION_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-"""The labels of multiple-choice options, in order."""
+"""The letters that label multiple-choice options, in order."""
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,12 @@ class PublishedBenchmarks:
     """The content of assets/published.toml.
 
     Attributes:
-      settings: max_new_tokens and max_partition.
-      prompts: prompt templates by purpose.
-      scores: percentages by model, then by benchmark.
-      average_scores: percentages averaged over all benchmarks, by model.
-      aliases: other names of benchmarks, in lower-case letters and digits.
-      metric_notes: how a benchmark is scored where that is not by exact match.
+      settings: The published values of max_new_tokens and max_partition.
+      prompts: Prompt templates by purpose.
+      scores: Percentages by model, then by benchmark.
+      average_scores: Percentages averaged over all benchmarks, by model.
+      aliases: Benchmark names by alias; an alias consists of lower-case letters and digits.
+      metric_notes: Scoring method of each benchmark that is not scored by exact match.
     """
 
     settings: Mapping[str, int]
@@ -32,39 +32,35 @@ class PublishedBenchmarks:
     metric_notes: Mapping[str, str]
 
     def find_benchmark(self, name: str) -> str | None:
-        """Return the benchmark with this name or alias, ignoring case and punctuation, or None."""
+        """Return the benchmark with a name or alias, ignoring case and punctuation, or None."""
         wanted = _letters_and_digits(name)
         for benchmark in next(iter(self.scores.values())):
             if wanted in (_letters_and_digits(benchmark), *self.aliases.get(benchmark, ())):
                 return benchmark
         return None
 
-    def multiple_choice_prompt(
-        self, question: str, options: Mapping[str, str], hint: str = ""
+    def format_prompt(
+        self, question: str, hint: str, options: Mapping[str, str], *, is_yes_no: bool
     ) -> str:
-        """Return the prompt for a question with options, which are given by letter."""
-        return self._prompt(question, options, hint) + self.prompts["multiple_choice"]
+        """Return the published prompt for a question.
 
-    def yes_no_prompt(self, question: str, hint: str = "") -> str:
-        """Return the prompt for a question whose answer is yes or no."""
-        return self._prompt(question, {}, hint) + self.prompts["yes_no"]
-
-    def open_prompt(self, question: str, hint: str = "") -> str:
-        """Return the prompt for any other question: the question itself."""
-        return self._prompt(question, {}, hint)
-
-    def _prompt(self, question: str, options: Mapping[str, str], hint: str) -> str:
+        Args:
+          question: The question.
+          hint: Text before the question; it may be empty.
+          options: The options of a multiple-choice question by letter; empty for other questions.
+          is_yes_no: Whether the answer is yes or no.
+        """
         if hint:
             question = self.prompts["hint"].format(hint=hint, question=question)
-        template = self.prompts["option"]
-        return question + "".join(
-            template.format(letter=letter, text=text) for letter, text in options.items()
-        )
+        for letter, text in options.items():
+            question += self.prompts["option"].format(letter=letter, text=text)
+        ending = "multiple_choice" if options else "yes_no" if is_yes_no else ""
+        return question + self.prompts.get(ending, "")
 
 
 @cache
 def load_published_benchmarks() -> PublishedBenchmarks:
-    """Read assets/published.toml."""
+    """Read the published prompts, settings and scores from assets/published.toml."""
     text = resources.files("ovis_jax").joinpath("assets/published.toml").read_text("utf-8")
     return PublishedBenchmarks(**tomllib.loads(text))
 

@@ -1,12 +1,12 @@
-"""Question files: JSON lines, or a folder of such files, with questions and expected answers.
+"""Question files with expected answers: a JSON lines file, or a folder of such files.
 
     {"image": PATHS, "question": TEXT, "answer": TEXT}
     {"image": PATHS, "question": TEXT, "choices": [TEXT, ...], "answer": LETTER, NUMBER or TEXT}
 
-PATHS is a path or a list of paths relative to the file. Optional fields: `image`, `hint` (inserted
-before the question), `kind` (accuracy is reported per kind; the default is the file's name) and
-`id`. A row of a training set (`conversations`) is a question too: the last answer is the expected
-one, and its prompt is used unchanged.
+PATHS is a path or a list of paths relative to the file. The optional fields are `image`, `hint`
+(inserted before the question), `kind` (accuracy is reported per kind; the default is the file's
+name) and `id`. A row from a training set (`conversations`) is also accepted: its last answer is the
+expected answer, and the turns before it are used as the prompt without changes.
 """
 
 import os
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ovis_jax.errors import DataError, OvisError
+from ovis_jax.errors import DataError, OvisError, count_noun
 from ovis_jax.evaluation.published_prompts_and_scores import (
     OPTION_LETTERS,
     load_published_benchmarks,
@@ -26,12 +26,12 @@ from ovis_jax.inputs.dataset import (
     DatasetRow,
     parse_image_paths,
     parse_row,
-    read_json_rows,
+    read_json_rows_or_errors,
     require_text,
 )
 
 AnswerType = Literal["text", "yes_no", "multiple_choice"]
-"""Answers are compared as exact text, as yes or no, or as the letter of an option."""
+"""How answers are compared: as exact text, as yes or no, or as the letter of an option."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ class EvalQuestion:
     """A question with its expected answer.
 
     Attributes:
-      id: the question's id, unique over all files.
-      row: the prompt, followed by the expected answer; for multiple choice the option's letter.
-      answer_type: how answers are compared.
-      options: the options of a multiple-choice question.
+      id: The question's id, unique across all files.
+      row: The prompt, followed by the expected answer. For a multiple-choice question, this answer
+        is a letter.
+      answer_type: How answers are compared.
+      options: The options of a multiple-choice question; empty for other questions.
     """
 
     id: str
@@ -52,7 +53,7 @@ class EvalQuestion:
 
     @property
     def expected(self) -> str:
-        """The expected answer."""
+        """The text of the expected answer."""
         return self.row.turns[-1]["content"]
 
     @property
@@ -61,11 +62,12 @@ class EvalQuestion:
         return list(self.row.turns[:-1])
 
     def parse_answer(self, text: str) -> str:
-        """Reduce a model's text to what is compared.
+        """Extract the part of a model's text that is compared with the expected answer.
 
-        For multiple choice this is the option's letter, or "" if the text names no option. A letter
-        counts if it is the whole text or is followed by punctuation, as in "B." or "(B) the dog".
-        The full text of an option counts too. "A dog" names no option.
+        For a multiple-choice question, the result is the option's letter, or "" if the text names
+        no option. A letter counts if it is the whole text or is followed by punctuation, as in "B."
+        or "(B) the dog". The full text of an option also counts. "A dog" names no option, because
+        the letter is not followed by punctuation.
         """
         text = text.strip()
         if self.answer_type == "yes_no":
@@ -80,7 +82,7 @@ class EvalQuestion:
         return text
 
     def is_correct(self, text: str) -> bool:
-        """Return whether a model's text is the expected answer."""
+        """Return whether `parse_answer` extracts the expected answer from a model's text."""
         expected = self.expected
         if self.answer_type != "multiple_choice":
             expected = self.parse_answer(expected)
@@ -88,14 +90,15 @@ class EvalQuestion:
 
 
 def read_questions(path: Path, *, raw_prompts: bool = False) -> list[EvalQuestion]:
-    """Read a question file, or every .jsonl file of a folder.
+    """Read a question file, or every .jsonl file in a folder.
 
     Args:
-      path: the file or folder.
-      raw_prompts: use each question as its prompt, without the published prompt templates.
+      path: The file or folder.
+      raw_prompts: Whether to use the questions as prompts without the published prompt templates.
 
     Raises:
-      DataError: there is no question, or rows are invalid; names file, row and field of the first.
+      DataError: There are no questions, or a row is invalid. The error names the file, row and
+        field of the first invalid row.
     """
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
@@ -104,7 +107,7 @@ def read_questions(path: Path, *, raw_prompts: bool = False) -> list[EvalQuestio
     errors: list[str] = []
     row_of_id: dict[str, str] = {}
     for file in files:
-        for number, value in enumerate(read_json_rows(file), 1):
+        for number, value in enumerate(read_json_rows_or_errors(file), 1):
             name = f"{file}: row {number}"
             try:
                 question = _parse_question(value, name, file, number, raw_prompts)
@@ -116,8 +119,9 @@ def read_questions(path: Path, *, raw_prompts: bool = False) -> list[EvalQuestio
             row_of_id[question.id] = name
             questions.append(question)
     if errors:
-        more = f" (and {len(errors) - 1} more invalid rows)" if len(errors) > 1 else ""
-        raise DataError(errors[0] + more)
+        more = len(errors) - 1
+        rest = f" (and {count_noun(more, 'more invalid row')})" if more else ""
+        raise DataError(errors[0] + rest)
     if not questions:
         raise DataError(f"{path}: no questions")
     return questions
@@ -129,7 +133,7 @@ def _parse_question(
     if isinstance(value, DataError):
         raise value
     if not isinstance(value, Mapping):
-        raise DataError(f"the row is a {type(value).__name__}, expected an object")
+        raise DataError(f"the row has type {type(value).__name__}, expected an object")
     question_id = str(value.get("id", f"{file.stem}-{number}"))
     kind = str(value.get("kind") or file.stem)
     if "conversations" in value:
@@ -144,15 +148,11 @@ def _parse_question(
     _check_files_exist(paths)
     options = _parse_options(value)
     expected = _parse_expected(value, options)
+    is_yes_no = not options and expected.strip().rstrip(".").casefold() in ("yes", "no")
+    answer_type = "multiple_choice" if options else "yes_no" if is_yes_no else "text"
+    by_letter = dict(zip(OPTION_LETTERS, options, strict=False))
     published = load_published_benchmarks()
-    answer_type: AnswerType = "text"
-    prompt = published.open_prompt(question, hint)
-    if options:
-        answer_type = "multiple_choice"
-        by_letter = dict(zip(OPTION_LETTERS, options, strict=False))
-        prompt = published.multiple_choice_prompt(question, by_letter, hint)
-    elif expected.strip().rstrip(".").casefold() in ("yes", "no"):
-        answer_type, prompt = "yes_no", published.yes_no_prompt(question, hint)
+    prompt = published.format_prompt(question, hint, by_letter, is_yes_no=is_yes_no)
     turns = ({"role": "user", "content": question if raw_prompts else prompt},)
     turns += ({"role": "assistant", "content": expected},)
     return EvalQuestion(
@@ -167,12 +167,13 @@ def _parse_options(row: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(options, list) or not all(isinstance(x, str) and x.strip() for x in options):
         raise DataError(f"choices is {options!r}, expected a list of non-empty strings")
     if not 2 <= len(options) <= len(OPTION_LETTERS):
-        raise DataError(f"choices has {len(options)} entries, expected 2 to {len(OPTION_LETTERS)}")
+        found = count_noun(len(options), "text")
+        raise DataError(f"choices has {found}, expected 2 to {len(OPTION_LETTERS)}")
     return tuple(options)
 
 
 def _parse_expected(row: Mapping[str, Any], options: Sequence[str]) -> str:
-    """Return the expected answer; for multiple choice, its letter."""
+    """Return the expected answer; for a multiple-choice question, the letter of the option."""
     answer = row.get("answer")
     letters = OPTION_LETTERS[: len(options)]
     if not options or (isinstance(answer, str) and len(answer) == 1 and answer in letters):

@@ -1,7 +1,7 @@
-"""Results files: JSON lines with a header, then one result per line.
+"""Results files: JSON lines files with a header line, then one result per line.
 
-An interrupted evaluation resumes from its results file. A file of another model, other questions or
-other settings is rejected.
+An interrupted evaluation resumes from its results file. A results file from a different model, or
+for different questions or settings, is rejected.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ovis_jax.errors import DataError
 from ovis_jax.evaluation.evaluate import QuestionResult
@@ -21,10 +21,10 @@ SAMPLE_BYTES = 4096
 
 
 def fingerprint_model(folders: Sequence[Path]) -> str:
-    """Hash the config files and evenly spaced samples of every weight file.
+    """Hash the config files of a model, and evenly spaced samples from every weight file.
 
-    Sampling keeps this fast for large models. A fine-tuned model gets another fingerprint unless
-    less than 1/256 of each file changed.
+    Sampling keeps this fast for large models. A fine-tuned model gets a different fingerprint,
+    unless less than 1/256 of each file has changed.
     """
     digest = hashlib.sha256()
     for folder in folders:
@@ -40,7 +40,7 @@ def fingerprint_model(folders: Sequence[Path]) -> str:
 
 
 def fingerprint_questions(questions: Sequence[EvalQuestion]) -> str:
-    """Hash the prompts, the expected answers, and the image paths relative to their file."""
+    """Hash the prompts, the expected answers, and the image paths relative to the question file."""
     digest = hashlib.sha256()
     for question in questions:
         values = asdict(question)
@@ -55,18 +55,18 @@ def fingerprint_questions(questions: Sequence[EvalQuestion]) -> str:
 
 
 class ResultsFile:
-    """A results file that is created or resumed.
+    """A results file that is created, or resumed if it exists.
 
     Args:
-      path: the file; None keeps the results in memory only.
-      header: what identifies the evaluation: strings and numbers by name.
+      path: Path of the file; None keeps the results in memory only.
+      header: Strings and numbers by name that identify the evaluation.
 
     Attributes:
-      results: all results, including those that were in the file.
+      results: All results, including those that were already in the file.
 
     Raises:
-      DataError: the file is not a results file, or belongs to another evaluation.
-      OSError: the file cannot be read or written.
+      DataError: The file is not a results file, or it belongs to a different evaluation.
+      OSError: The file cannot be read or written.
     """
 
     def __init__(self, path: Path | None, header: Mapping[str, Any]):
@@ -77,10 +77,8 @@ class ResultsFile:
         header = {"format": FORMAT, **header}
         if path.exists() and path.stat().st_size:
             text = path.read_bytes()
-            complete = text[: text.rfind(b"\n") + 1]  # drops a line that was cut short
-            lines = _parse_lines(path, complete)
-            _check_header(path, lines[0] if lines else {}, header)
-            self.results = cast(list[QuestionResult], lines[1:])
+            complete = text[: text.rfind(b"\n") + 1]  # drops an incomplete last line
+            self.results = _parse_results(path, complete, header)
             if len(complete) < len(text):
                 path.write_bytes(complete)
             self._file = path.open("a", encoding="utf-8")
@@ -106,29 +104,22 @@ class ResultsFile:
             self._file.flush()
 
 
-def _parse_lines(path: Path, text: bytes) -> list[dict[str, Any]]:
+def _parse_results(path: Path, text: bytes, header: Mapping[str, Any]) -> list[QuestionResult]:
+    """Parse the results in a file, and check that its header line equals `header`."""
     try:
         # splitlines() would also split at Unicode line separators, which JSON does not escape.
-        values = [json.loads(line) for line in text.decode("utf-8").split("\n")[:-1]]
+        found, *results = [json.loads(line) for line in text.decode("utf-8").split("\n")[:-1]]
     except ValueError:
-        raise _not_a_results_file(path) from None
-    if not all(isinstance(value, dict) for value in values):
-        raise _not_a_results_file(path)
-    return values
-
-
-def _check_header(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    if found.get("format") != FORMAT:
-        raise _not_a_results_file(path)
-    for key, value in expected.items():
+        found, results = {}, []
+    values = [found, *results]
+    if not all(isinstance(value, dict) for value in values) or found.get("format") != FORMAT:
+        raise DataError(
+            f"{path} is not a results file of format {FORMAT!r}; give --output another name"
+        )
+    for key, value in header.items():
         if found.get(key) != value:
             raise DataError(
-                f"{path} has the results of another evaluation ({key} is {found.get(key)!r} there"
-                f" and {value!r} here); give --output another name, or remove the file"
+                f"{path} has the results of a different evaluation ({key} is {found.get(key)!r}"
+                f" there and {value!r} here); give --output another name, or remove the file"
             )
-
-
-def _not_a_results_file(path: Path) -> DataError:
-    return DataError(
-        f"{path} is not a results file of format {FORMAT!r}; give --output another name"
-    )
+    return results

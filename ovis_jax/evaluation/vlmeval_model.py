@@ -1,6 +1,6 @@
-"""A model for VLMEvalKit, with the prompts of its own class for Ovis1.6-Gemma2-9B.
+"""A model for VLMEvalKit, with the same prompts as VLMEvalKit's class for Ovis1.6-Gemma2-9B.
 
-Add it to VLMEvalKit's list of models, `vlmeval.config.supported_VLM`:
+Add the model to VLMEvalKit's dict of models, `vlmeval.config.supported_VLM`:
 
     supported_VLM["ovis-jax"] = partial(
         OvisForVLMEvalKit, model_path="checkpoints/ovis1.6-gemma2-9b"
@@ -14,28 +14,27 @@ from vlmeval.dataset import DATASET_TYPE  # pyright: ignore[reportMissingImports
 from vlmeval.vlm.base import BaseModel  # pyright: ignore[reportMissingImports]
 
 from ovis_jax.errors import RequestError
-from ovis_jax.evaluation.harness import HarnessRequest, answer_requests
+from ovis_jax.evaluation.batch_answering import EvalPrompt, answer_prompts, harness_prompt
 from ovis_jax.evaluation.published_prompts_and_scores import (
     OPTION_LETTERS,
     load_published_benchmarks,
 )
 from ovis_jax.inputs.conversation import IMAGE_PLACEHOLDER
-from ovis_jax.inputs.open_image import open_image
 from ovis_jax.loading import load
 
 Message = Sequence[Mapping[str, str]]
-"""VLMEvalKit's message: `{"type": "text" | "image", "value": TEXT or PATH}` in order."""
+"""VLMEvalKit's messages: a list of `{"type": "text" | "image", "value": TEXT or PATH}`."""
 
 
 class OvisForVLMEvalKit(BaseModel):
-    """Ovis as a VLMEvalKit model, with greedy decoding.
+    """Ovis as a model for VLMEvalKit, with greedy decoding.
 
     Args:
-      model_path: checkpoint, as for `ovis_jax.load`.
-      max_new_tokens: maximum number of tokens per answer; None for the published setting.
-      max_partition: maximum number of cells that an image is split into; None for the published
+      model_path: The checkpoint, as for `ovis_jax.load`.
+      max_new_tokens: Maximum number of tokens per answer; None for the published setting.
+      max_partition: Maximum number of cells that an image is split into; None for the published
         setting.
-      dtype: dtype of the computation; None for that of the checkpoint.
+      dtype: Dtype of the computation; None for the checkpoint's dtype.
     """
 
     INSTALL_REQ = False
@@ -57,19 +56,16 @@ class OvisForVLMEvalKit(BaseModel):
         self._max_partition = max_partition or settings["max_partition"]
 
     def use_custom_prompt(self, dataset: str) -> bool:
-        """Return whether `build_prompt` builds the prompts of a dataset."""
+        """Return whether `build_prompt` builds the prompts for a dataset."""
         return DATASET_TYPE(dataset) in ("Y/N", "MCQ")
 
     def build_prompt(self, line: Any, dataset: str) -> Message:
-        """Build the published prompt of a row: its text, then its images as files."""
-        options = {x: line[x] for x in OPTION_LETTERS if x in line and _has_value(line[x])}
-        hint = line["hint"] if "hint" in line and _has_value(line["hint"]) else ""
-        if DATASET_TYPE(dataset) == "Y/N":
-            text = self._published.yes_no_prompt(line["question"])
-        elif options:
-            text = self._published.multiple_choice_prompt(line["question"], options, hint)
-        else:
-            text = self._published.open_prompt(line["question"], hint)
+        """Build the published prompt for a dataset row: the text, then the paths of the images."""
+        is_yes_no = DATASET_TYPE(dataset) == "Y/N"
+        names = () if is_yes_no else (*OPTION_LETTERS, "hint")
+        options = {name: line[name] for name in names if name in line and _has_value(line[name])}
+        hint = options.pop("hint", "")
+        text = self._published.format_prompt(line["question"], hint, options, is_yes_no=is_yes_no)
         paths = self.dump_image(line, dataset)
         message = [{"type": "text", "value": text}]
         message += [{"type": "image", "value": path} for path in paths]
@@ -80,24 +76,24 @@ class OvisForVLMEvalKit(BaseModel):
         return message
 
     def generate_inner(self, message: Message, dataset: str | None = None) -> str:
-        """Answer a message."""
-        return answer_requests(
+        """Generate the answer to a message."""
+        answers = answer_prompts(
             self._ovis,
-            [message_to_request(message)],
+            [message_to_prompt(message)],
             batch_size=1,
             max_new_tokens=self._max_new_tokens,
             max_partition=self._max_partition,
-        )[0]
+        )
+        return next(answers)[1].strip()
 
 
-def message_to_request(message: Message) -> HarnessRequest:
-    """Join a message to one text with "<image>" for each image.
+def message_to_prompt(message: Message) -> EvalPrompt:
+    """Convert a message to one text in which "<image>" marks the place of each image.
 
-    If the message is one image and one text, the image comes first.
+    If the message consists of one image and one text, the image comes first.
 
     Raises:
-      RequestError: the message has another type of content, such as a video.
-      ImageError: an image cannot be read.
+      RequestError: The message contains an unsupported type of content, such as a video.
     """
     types = [item["type"] for item in message]
     for content_type in types:
@@ -114,7 +110,7 @@ def message_to_request(message: Message) -> HarnessRequest:
     ]
     if sorted(types) == ["image", "text"]:
         parts.sort(key=lambda part: part != IMAGE_PLACEHOLDER)
-    return HarnessRequest("\n".join(parts), [open_image(path) for path in paths])
+    return harness_prompt("\n".join(parts), paths)
 
 
 def _has_value(cell: Any) -> bool:

@@ -1,1 +1,1 @@
-"""Sampling and generation."""
+"""Generation, sampling, scoring of given answers, and visual words."""

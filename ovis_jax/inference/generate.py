@@ -1,6 +1,6 @@
-"""Generation: one compiled program that reads the prompts and then generates token by token."""
+"""Generation in one compiled program: prefill, then decoding token by token."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
-from ovis_jax.api_type_checks import check_argument_types
+from ovis_jax.argument_type_checks import check_argument_types
 from ovis_jax.errors import RequestError
 from ovis_jax.inference.sampling import Sampling, derive_image_key, sample
 from ovis_jax.inputs.batch import Inputs
@@ -23,18 +23,18 @@ _copy, _all = run_with_automatic_axes(jnp.copy), run_with_automatic_axes(jnp.all
 
 
 class Generation(NamedTuple):
-    """Generated tokens of each row."""
+    """The tokens generated for each row of a batch."""
 
     tokens: Int[Array, "B n"]
-    """Token ids, including the stop id; the pad id after it."""
+    """Token ids, including the stop id; after it, the pad id."""
     lengths: Int[Array, "B"]
     """Number of tokens in each row, including the stop id."""
     log_probs: Float[Array, "B n"]
-    """Log-probability of each token under the model, before any sampling step; 0 at padding."""
+    """Log-probability of each token under the model, before sampling parameters; 0 at padding."""
 
 
 class GenerationState(NamedTuple):
-    """The state between two decode steps."""
+    """The state that is carried from one decode step to the next."""
 
     cache: Cache
     last_tokens: Int[Array, "B"]
@@ -44,7 +44,7 @@ class GenerationState(NamedTuple):
 
 
 class GenerationOptions(NamedTuple):
-    """What all steps share. `eos_ids` is an array so that other stop ids compile nothing."""
+    """Options that all steps share. Stop ids are an array, so changing them compiles nothing."""
 
     sampling: Sampling
     eos_ids: Int[Array, "stops"]
@@ -61,38 +61,33 @@ def generate(
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     eos_ids: Sequence[int] | None = None,
 ) -> Generation:
-    """Answer a batch of prompts.
+    """Generate answers to a batch of prompts.
 
-    This is one jitted program: prefill, then a loop that ends when every row has a stop id. It is
-    pure, so you may call it in your own `jax.jit`, `vmap` or mesh. It compiles once for each shape
-    of `inputs`, each `max_new_tokens` and each set of sampling steps.
+    This is one jitted program: prefill, then a loop that ends when every row has a stop id. The
+    function is pure, so it can be called inside `jax.jit` or `jax.vmap`, or under a mesh. It is
+    compiled once for each shape of `inputs`, each `max_new_tokens`, and each combination of
+    sampling parameters that are set.
 
     Args:
       model: The model; static.
-      params: The model's parameters, on any device or mesh.
+      params: Parameters of the model, on any device or mesh.
       inputs: The prompts, from `Processor`.
-      key: Random key for sampling; may be None if decoding is greedy.
-      max_new_tokens: Maximum number n of tokens per row; static.
-      sampling: Sampling options; greedy by default.
-      eos_ids: Stop ids; None for the checkpoint's own, an empty sequence for none.
+      key: Random key for sampling; it may be None if decoding is greedy.
+      max_new_tokens: Maximum number of tokens per row, n; static.
+      sampling: Sampling parameters; decoding is greedy by default.
+      eos_ids: Stop ids; None for the checkpoint's stop ids, an empty sequence for no stop ids.
 
     Returns:
-      `Generation` with tokens int32 [B, n].
+      A `Generation` with tokens int32 [B, n].
 
     Raises:
-      RequestError: `max_new_tokens` is below 1, a sampling value is out of range, or there is a
-        temperature but no key.
-      TypeError: An argument has another type.
+      RequestError: `max_new_tokens` is below 1, a sampling parameter is out of range, or a
+        temperature is given without a key.
+      TypeError: An argument has the wrong type.
     """
-    check_argument_types(
-        "generate",
-        model=(model, Ovis),
-        params=(params, Mapping),
-        inputs=(inputs, Inputs),
-        max_new_tokens=(max_new_tokens, Integral),
-        sampling=(sampling, Sampling),
+    options = make_options(
+        "generate", model, params, inputs, key, max_new_tokens, sampling, eos_ids
     )
-    options = make_options(model, inputs, key, max_new_tokens, sampling, eos_ids)
     _, out = prefill_and_decode(model, params, inputs, options, max_new_tokens, max_new_tokens)
     return replicate_if_explicit(out)
 
@@ -108,39 +103,31 @@ def stream(
     eos_ids: Sequence[int] | None = None,
     chunk_size: int = 1,
 ) -> Iterator[Generation]:
-    """Generate like `generate`, but yield the tokens in chunks.
+    """Generate answers like `generate`, but yield the tokens in chunks.
 
-    The first chunk comes as soon as the prompts are read. While the caller handles a later one, the
-    next is already being computed.
+    The first chunk is available right after prefill. While the caller processes a later chunk, the
+    next one is already being computed.
 
     Args:
-      model: As in `generate`.
-      params: As in `generate`.
-      inputs: As in `generate`.
-      key: As in `generate`.
-      max_new_tokens: As in `generate`.
-      sampling: As in `generate`.
-      eos_ids: As in `generate`.
-      chunk_size: Number of tokens per row in a chunk; static.
+      model: The model, as in `generate`.
+      params: The parameters, as in `generate`.
+      inputs: The prompts, as in `generate`.
+      key: The random key, as in `generate`.
+      max_new_tokens: The maximum number of tokens per row, as in `generate`.
+      sampling: The sampling parameters, as in `generate`.
+      eos_ids: The stop ids, as in `generate`.
+      chunk_size: Number of tokens per row in each chunk; static.
 
     Yields:
-      A `Generation` with only the new tokens, int32 [B, chunk_size].
+      A `Generation` with only the new tokens, whose shape is [B, chunk_size].
 
     Raises:
-      RequestError: `chunk_size` is below 1, or as in `generate`.
-      TypeError: As in `generate`.
+      RequestError: `chunk_size` is below 1, or `generate` would raise this error.
+      TypeError: An argument has the wrong type.
     """
-    check_argument_types(
-        "stream",
-        model=(model, Ovis),
-        params=(params, Mapping),
-        inputs=(inputs, Inputs),
-        max_new_tokens=(max_new_tokens, Integral),
-        sampling=(sampling, Sampling),
+    options = make_options(
+        "stream", model, params, inputs, key, max_new_tokens, sampling, eos_ids, chunk_size
     )
-    options = make_options(model, inputs, key, max_new_tokens, sampling, eos_ids)
-    if chunk_size < 1:
-        raise RequestError(f"stream: chunk_size is {chunk_size}, expected at least 1")
     width = min(chunk_size, max_new_tokens)
     return _stream_chunks(model, params, inputs, options, max_new_tokens, width)
 
@@ -154,7 +141,7 @@ def _stream_chunks(
     width: int,
 ) -> Iterator[Generation]:
     state, chunk = prefill_and_decode(model, params, inputs, options, max_new_tokens, width)
-    yield replicate_if_explicit(chunk)  # at once: the next program may have to be compiled
+    yield replicate_if_explicit(chunk)  # at once, because the next program may have to be compiled
     if width == max_new_tokens or all_done(state.done):
         return
     columns = min(width, max_new_tokens - width)
@@ -162,7 +149,7 @@ def _stream_chunks(
     for start in range(2 * width, max_new_tokens + width, width):
         done, next_chunk = state.done, None
         if start < max_new_tokens:
-            done = _copy(done)  # the state itself is donated
+            done = _copy(done)  # a copy, because the state is donated
             columns = min(width, max_new_tokens - start)
             state, next_chunk = decode_more(model, params, state, options, columns, width)
         yield replicate_if_explicit(chunk)
@@ -172,25 +159,51 @@ def _stream_chunks(
 
 
 def all_done(done: Bool[Array, "B"]) -> bool:
-    """Whether every row is done, whatever the sharding of the rows."""
+    """Return whether every row is done, for any sharding of the rows."""
     return bool(_all(done))
 
 
 def make_options(
+    function: str,
     model: Ovis,
+    params: Params,
     inputs: Inputs,
     key: Array | None,
     max_new_tokens: int,
     sampling: Sampling,
     eos_ids: Sequence[int] | None,
+    chunk_size: int | None = None,
 ) -> GenerationOptions:
-    """Check the arguments of `generate`, and convert them to arrays.
+    """Check the arguments of `generate`, and convert the sampling parameters to arrays.
+
+    Error messages begin with `function`, the name of the function that the user called: "generate",
+    "stream" or "warmup".
 
     Raises:
-      RequestError: As in `generate`, or the inputs are not a batch.
+      RequestError: The inputs are not a batch, or an option is invalid, as in `generate`.
+      TypeError: An argument has the wrong type, or `key` is not a single random key.
     """
-    if max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    check_argument_types(
+        function,
+        model=(model, Ovis),
+        params=(params, Mapping),
+        inputs=(inputs, Inputs),
+        max_new_tokens=(max_new_tokens, Integral),
+        sampling=(sampling, Sampling),
+        eos_ids=(eos_ids, Iterable | None),
+        chunk_size=(chunk_size, Integral | None),
+    )
+    if key is not None:
+        try:  # JAX also accepts legacy keys, which are uint32 arrays
+            jax.eval_shape(jax.random.fold_in, key, 0)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{function}: key has type {type(key).__name__} and shape {list(jnp.shape(key))},"
+                " expected one random key, such as jax.random.key(0)"
+            ) from error
+    for name, number in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
+        if number is not None and number < 1:
+            raise RequestError(f"{function}: {name} is {number}, expected at least 1")
     if inputs.tokens.ndim != 2 or inputs.tokens.shape != inputs.positions.shape:
         raise RequestError(
             f"inputs: tokens are {inputs.tokens.shape} and positions {inputs.positions.shape}, "
@@ -213,7 +226,7 @@ def prefill_and_decode(
     max_new_tokens: int,
     width: int,
 ) -> tuple[GenerationState, Generation]:
-    """Read the prompts and generate the first `width` tokens."""
+    """Prefill the prompts and generate the first `width` tokens."""
     B, T = inputs.tokens.shape
     key = None if options.key is None else derive_image_key(options.key)
     logits, cache = model.prefill(params, inputs, T + max_new_tokens, key)
@@ -221,7 +234,7 @@ def prefill_and_decode(
     state = GenerationState(
         cache=cache,
         last_tokens=jnp.full((B,), model.config.pad_id, jnp.int32),
-        done=jnp.max(jnp.asarray(inputs.positions), axis=1) < 0,  # rows that are only padding
+        done=jnp.max(jnp.asarray(inputs.positions), axis=1) < 0,  # rows that contain only padding
         seen=jnp.zeros(logits.shape, bool) if has_penalty else None,
         step=jnp.int32(0),
     )
@@ -241,7 +254,7 @@ def decode_more(
     columns: Array,
     width: int,
 ) -> tuple[GenerationState, Generation]:
-    """Generate up to `columns` more tokens per row, padded to `width` columns; donates `state`."""
+    """Generate up to `columns` more tokens per row, padded to `width`; `state` is donated."""
     out = _empty(model, state.last_tokens.shape[0], width)
     return _decode_loop(model, params, state, out, options, 0, columns)
 
@@ -255,7 +268,7 @@ def _decode_loop(
     first: int,
     end: int | Array,
 ) -> tuple[GenerationState, Generation]:
-    """Fill the columns from `first` up to `end` of `out`, or fewer if every row is done."""
+    """Fill the columns from `first` to before `end` of `out`; stop early when every row is done."""
 
     def more(carry: tuple[GenerationState, Generation, Array]) -> Array:
         state, _, column = carry
@@ -284,7 +297,7 @@ def _append_token(
     options: GenerationOptions,
     column: int | Array,
 ) -> tuple[GenerationState, Generation]:
-    """Sample one token per row into a column of `out`; rows that are done get the pad id."""
+    """Sample one token per row into a column of `out`; finished rows get the pad id."""
     key = None if options.key is None else jax.random.fold_in(options.key, state.step)
     token = sample(logits, options.sampling, state.seen, key)
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]

@@ -1,4 +1,4 @@
-"""Sampling: how the next token is chosen from logits, as pure functions."""
+"""Sampling: pure functions that choose the next token from the logits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,38 +16,41 @@ from jaxtyping import Bool, Float, Int, Key
 from ovis_jax.errors import RequestError
 
 MAX_TOP_K = 2**31 - 1
-"""The largest top_k: the largest int32."""
+"""The maximum of top_k, which is the largest int32."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling options. By default, decoding is greedy.
+    """Sampling parameters. By default, decoding is greedy.
 
-    A step whose option is None is left out of the compiled program. Numbers, and arrays with one
-    value per row, are arguments of the program, so another value compiles nothing. The order of the
-    steps is that of Hugging Face transformers: repetition penalty, temperature, top-k, top-p.
+    The compiled program omits the step for each parameter that is None. A parameter may be a number
+    or an array with one value per row. These values are arguments of the program, so changing them
+    does not cause recompilation. The steps have the same order as in Hugging Face transformers:
+    repetition penalty, temperature, top-k, top-p.
     """
 
     temperature: ArrayLike | None = None
-    """Divides the logits; None or 0 is greedy."""
+    """The logits are divided by the temperature; with None or 0, decoding is greedy."""
     top_k: ArrayLike | None = None
-    """Sample from the k most likely tokens; a whole number of at least 1."""
+    """Sample only from the k most likely tokens; k is a whole number of at least 1."""
     top_p: ArrayLike | None = None
-    """Sample from the fewest most likely tokens whose probabilities sum to p, in (0, 1]."""
+    """Sample only from the fewest most likely tokens with a total probability of at least p, in (0,
+    1]."""
     repetition_penalty: ArrayLike | None = None
-    """Divides positive logits and multiplies negative ones of tokens that were generated before;
-    above 0. The prompt does not count, as in the original, which passes prompts as embeddings."""
+    """For tokens that were generated before, positive logits are divided by the penalty and
+    negative logits are multiplied by it; it must be above 0. Prompt tokens are not penalized, as in
+    the original, which passes prompts as embeddings."""
 
     def check(self, rows: int | None = None) -> None:
-        """Check all values. Of traced values, only the shape is checked.
+        """Check all values. For traced values, only the shape is checked.
 
         Args:
-          rows: Batch size that arrays must have; None skips this check.
+          rows: Batch size that arrays must have; None for no such check.
 
         Raises:
-          RequestError: A value is out of range, an array does not have one value per row, or top-k
-            or top-p is set without a temperature.
+          RequestError: A value is out of range, an array does not have one value per row, or top_k
+            or top_p is set without a temperature.
         """
         check, whole = partial(self._check, rows), f"a whole number from 1 to {MAX_TOP_K}"
         check("temperature", lambda x: x >= 0, "at least 0")
@@ -61,7 +64,7 @@ class Sampling:
             )
 
     def as_arrays(self) -> "Sampling":
-        """Convert every number to an array, so that 1 and 1.0 use the same program."""
+        """Convert every number to an array, so that 1 and 1.0 use the same compiled program."""
         dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
         values = (self.temperature, self.top_k, self.top_p, self.repetition_penalty)
         return Sampling(
@@ -89,16 +92,16 @@ def sample(
     seen: Bool[Array, "B V"] | None = None,
     key: Key[Array, ""] | None = None,
 ) -> Int[Array, "B"]:
-    """Choose one token per row.
+    """Sample one token per row.
 
     Args:
-      logits: float32.
-      sampling: The sampling options.
-      seen: The tokens that `repetition_penalty` applies to; None without a penalty.
+      logits: Float32 logits.
+      sampling: The sampling parameters.
+      seen: Which tokens the repetition penalty applies to; None if there is no penalty.
       key: Random key; may be None if decoding is greedy.
 
     Raises:
-      RequestError: There is a temperature but no key.
+      RequestError: A temperature is given without a key.
     """
     if sampling.repetition_penalty is not None and seen is not None:
         logits = apply_repetition_penalty(logits, seen, _as_column(sampling.repetition_penalty))
@@ -117,7 +120,7 @@ def sample(
 
 
 def derive_image_key(key: Key[Array, ""]) -> Key[Array, ""]:
-    """Derive the key for sampling visual words; token n is sampled with `fold_in(key, n)`."""
+    """Derive the key for sampling visual words; text token n uses `fold_in(key, n)`."""
     return jax.random.fold_in(key, 2**32 - 1)
 
 
@@ -132,13 +135,13 @@ def apply_repetition_penalty(
 def top_k_top_p(
     logits: Float[Array, "B V"], k: ArrayLike | None = None, p: ArrayLike | None = None
 ) -> Float[Array, "B V"]:
-    """Set all logits except the largest of each row to -inf, with one sort.
+    """Keep the largest logits in each row and set all others to -inf, with a single sort.
 
     Args:
-      logits: float32.
-      k: Number of tokens to keep; tokens that tie with the k-th are kept too.
-      p: Of these, keep the fewest that reach this share of their probability (nucleus sampling,
-        Holtzman et al. 2019).
+      logits: Float32 logits.
+      k: Number of tokens to keep; ties with the k-th token are also kept.
+      p: Among the k tokens, keep the smallest set of most likely tokens that has at least the
+        fraction p of their total probability (nucleus sampling, Holtzman et al. 2019).
     """
     ordered = jnp.sort(logits, axis=-1, descending=True)
     smallest = jnp.full((logits.shape[0], 1), -jnp.inf)
@@ -156,5 +159,5 @@ def top_k_top_p(
 
 
 def _as_column(value: ArrayLike) -> Array:
-    """Convert a number or one value per row to [1, 1] or [B, 1]."""
+    """Convert a number to the shape [1, 1], or one value per row to [B, 1]."""
     return jnp.reshape(jnp.asarray(value, jnp.float32), (-1, 1))

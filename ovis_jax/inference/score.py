@@ -1,4 +1,4 @@
-"""Log-probabilities of given answers under the model, token by token."""
+"""Computing the log-probabilities of given answers under the model, token by token."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
-from ovis_jax.api_type_checks import check_argument_types
+from ovis_jax.argument_type_checks import check_argument_types
 from ovis_jax.errors import RequestError
 from ovis_jax.inputs.batch import PADDING_POSITION, Inputs
 from ovis_jax.inputs.conversation import IGNORE_INDEX
@@ -21,14 +21,14 @@ from ovis_jax.model.ovis import Ovis, Params, apply
 
 
 class Scores(NamedTuple):
-    """Log-probabilities of answers given their row's prompt, float32, in nats.
+    """Log-probabilities of answers, conditioned on the prompt of their row; float32, in nats.
 
     Attributes:
-      log_probs: log-probability of each answer, the sum over its tokens; -inf for an empty answer.
-      token_log_probs: log-probability of each token given the prompt and the tokens before it; 0 at
-        padding.
-      token_greedy: whether each token is the most likely one; False at padding.
-      lengths: number of tokens of each answer.
+      log_probs: Log-probability of each answer, summed over its tokens; -inf for an empty answer.
+      token_log_probs: Log-probability of each token, conditioned on the prompt and the answer's
+        previous tokens; 0 at padding.
+      token_greedy: Whether each token is the most likely token at its position; False at padding.
+      lengths: Number of tokens in each answer.
     """
 
     log_probs: Float[Array, "B choices"]
@@ -38,39 +38,41 @@ class Scores(NamedTuple):
 
     @property
     def greedy(self) -> Bool[Array, "B choices"]:
-        """Whether greedy `generate` would start with exactly this answer."""
+        """Whether the output of greedy `generate` would begin with exactly this answer."""
         return (self.token_greedy.sum(axis=-1) == self.lengths) & (self.lengths > 0)
 
     @property
     def mean_log_probs(self) -> Float[Array, "B choices"]:
-        """Log-probability per token, which does not favor short answers; -inf for an empty answer.
+        """Log-probability per token, which does not favor short answers. Empty answers have -inf.
 
-        exp(-mean_log_probs) is the perplexity.
+        The perplexity is exp(-mean_log_probs).
         """
         return self.log_probs / jnp.maximum(self.lengths, 1)
 
 
 def score(model: Ovis, params: Params, inputs: Inputs, answers: ArrayLike) -> Scores:
-    """Compute the log-probabilities of given answers to prompts.
+    """Compute the log-probabilities of given answers to a batch of prompts.
 
     This is one jitted program without a loop: the decoder reads each prompt together with its
-    answer. It is pure, so it can be called inside a jitted function, `jax.grad` or under a mesh.
-    Crops are encoded once, however many answers a row has; the decoder reads the prompt once per
-    answer. Each shape of `inputs` and `answers` compiles once.
+    answer. The function is pure, so it can be called inside a jitted function, inside `jax.grad`,
+    or under a mesh. If a row has several answers, its crops are encoded only once, but the decoder
+    reads the prompt once per answer. The program is compiled once for each shape of `inputs` and
+    `answers`.
 
     Args:
-      model: static.
-      params: parameters of the model, on any device or mesh.
-      inputs: the prompts, from `Processor`.
-      answers: int32 [B, choices, n] from `encode_answers`: ids, then -100 as padding. A row with
-        fewer answers than others ends with answers that are all padding.
+      model: The model; static.
+      params: Parameters of the model, on any device or mesh.
+      inputs: The prompts, from `Processor`.
+      answers: The answers as int32 [B, choices, n], from `encode_answers`: token ids, then -100 as
+        padding. If a row has fewer answers than other rows, its last answers contain only padding.
 
     Returns:
-      `Scores`. A prompt that is all padding has no answers.
+      The `Scores` of all answers. If a prompt contains only padding, its answers are treated as
+      empty.
 
     Raises:
-      RequestError: `answers` has another shape, or holds a value that is not a token id.
-      TypeError: `model`, `params` or `inputs` has another type.
+      RequestError: `answers` has the wrong shape, or contains a value that is not a token id.
+      TypeError: `model`, `params` or `inputs` has the wrong type.
     """
     check_argument_types(
         "score", model=(model, Ovis), params=(params, Mapping), inputs=(inputs, Inputs)
@@ -82,7 +84,7 @@ def score(model: Ovis, params: Params, inputs: Inputs, answers: ArrayLike) -> Sc
         )
     if np.shape(answers)[0] != inputs.tokens.shape[0]:
         raise RequestError(
-            f"answers are for {np.shape(answers)[0]} prompts, but inputs hold "
+            f"answers are for {np.shape(answers)[0]} prompts, but inputs contain "
             f"{inputs.tokens.shape[0]}; give a list of answers for each prompt"
         )
     if isinstance(answers, np.ndarray | list):
@@ -93,8 +95,8 @@ def score(model: Ovis, params: Params, inputs: Inputs, answers: ArrayLike) -> Sc
 def label_log_probs(
     logits: Float[Array, "*rows V"], labels: Int[Array, "*rows"]
 ) -> Float[Array, "*rows"]:
-    """Compute the log-probability of one label under each distribution; 0 for the label -100."""
-    # The label is selected by comparison, so that logits sharded over V are not gathered.
+    """Compute the log-probability of one label per distribution; the result is 0 for label -100."""
+    # The label is selected by comparison, so that logits that are sharded over V are not gathered.
     logits -= jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     is_label = labels[..., None] == jnp.arange(logits.shape[-1])
     log_probs = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
@@ -103,17 +105,17 @@ def label_log_probs(
 
 
 def _checked(answers: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Check answers in host memory. Those on a device are not checked."""
+    """Check answers in host memory; arrays on a device are not checked."""
     valid = ((answers >= 0) & (answers < vocab_size)) | (answers == IGNORE_INDEX)
     if answers.dtype.kind not in "iu" or not valid.all():
         found = answers[~valid][0] if answers.dtype.kind in "iu" else answers.dtype
         raise RequestError(
-            f"answers hold {found}, expected ids from 0 to {vocab_size - 1}, and {IGNORE_INDEX} as "
-            "padding"
+            f"answers contain {found}, expected ids from 0 to {vocab_size - 1}, and {IGNORE_INDEX} "
+            "as padding"
         )
     if np.any((answers[..., :-1] == IGNORE_INDEX) & (answers[..., 1:] != IGNORE_INDEX)):
         raise RequestError(
-            f"answers hold {IGNORE_INDEX} before an id, expected padding only at the end"
+            f"answers contain {IGNORE_INDEX} before an id, expected padding only at the end"
         )
     return answers
 
@@ -131,10 +133,10 @@ def _score(
 
     pixels = jnp.asarray(inputs.pixels)
     visual = model.embed_images(params, pixels) if len(pixels) else None
-    # Mapped over the choices, so that the visual slots of each choice start with the first crop.
+    # This maps over the choices, so that the visual slots of each choice start with the first crop.
     embed = jax.vmap(lambda tokens: model.embed_inputs(params, tokens, visual), 1, 1)
     x = embed(tokens).reshape(B * choices, tokens.shape[-1], -1)  # [B choices, l, D]
-    # Nothing uses the decoder's own logits at every position, so XLA does not compute them.
+    # The decoder's logits at every position are not used, so XLA does not compute them.
     decoder, positions = model.decoder(remat=model.remat), positions.reshape(B * choices, -1)
     hidden = apply(decoder, params["decoder"], x, positions).hidden_states[-1]
 
@@ -157,9 +159,9 @@ def _score(
 def _append_answers(
     inputs: Inputs, prompt_lengths: Int[Array, "B"], answers: Int[Array, "B choices n"]
 ) -> tuple[Int[Array, "B choices l"], Int[Array, "B choices l"]]:
-    """Put each answer directly after its prompt, as attention requires; returns ids and positions.
+    """Put each answer directly after its prompt, as attention requires; return ids and positions.
 
-    The last token of an answer is left out: its logits are not needed.
+    The last token of an answer is left out, because the logits at its position are not needed.
     """
     B, choices, n = answers.shape
     tokens, positions = jnp.asarray(inputs.tokens), jnp.asarray(inputs.positions)
@@ -167,7 +169,7 @@ def _append_answers(
     column = jnp.arange(length)
     first = jnp.argmax(positions >= 0, axis=1)  # prompts may be padded on either side
     prompt = jnp.take_along_axis(tokens, jnp.minimum(first[:, None] + column, T - 1), axis=1)
-    index = column - prompt_lengths[:, None]  # [B, l], of the answer's token in each column
+    index = column - prompt_lengths[:, None]  # [B, l], index of the answer token in each column
     clipped = jnp.broadcast_to(jnp.clip(index, 0, n - 1)[:, None], (B, choices, length))
     answer = jnp.take_along_axis(answers, clipped, axis=2)
     in_prompt = index[:, None] < 0

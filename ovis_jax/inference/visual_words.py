@@ -1,6 +1,7 @@
-"""Which visual words the model sees where, and how certain it is.
+"""Statistics of the visual words in an image, and of how certain the model is about them.
 
-Every visual token is a distribution over visual words, the rows of the visual embedding table.
+Every visual token is a distribution over visual words, which are the rows of the visual embedding
+table.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from ovis_jax.api_type_checks import check_argument_types
+from ovis_jax.argument_type_checks import check_argument_types
 from ovis_jax.errors import RequestError
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.mesh import allow_explicit_mesh
@@ -22,16 +23,17 @@ from ovis_jax.model.visual_tokenizer import VisualTokens, scan_visual_tokens, to
 
 
 class VisualWords(NamedTuple):
-    """Statistics of the M visual tokens of each crop, row by row on a square grid.
+    """Statistics of the M visual tokens in each crop, row by row on a square grid.
 
     Attributes:
-      words: the k most likely words of each token, most likely first, as rows of the visual
+      words: The k most likely words for each token, most likely first, as row indices in the visual
         embedding table.
-      probabilities: the probabilities of these words.
-      entropy: entropy of each token's distribution in nats, from 0 for a single word to
+      probabilities: The probabilities of these words.
+      entropy: Entropy of each token's distribution in nats. The range is from 0 (a single word) to
         log(number of words).
-      total: sum of each token's distribution: 1, up to rounding.
-      mean: mean distribution over a crop's tokens, which says how much the crop uses a word.
+      total: Sum of each token's distribution, which is 1 up to rounding.
+      mean: Mean of the distributions of a crop's tokens, which shows how much the crop uses each
+        word.
     """
 
     words: Int[Array, "I M k"]
@@ -42,7 +44,7 @@ class VisualWords(NamedTuple):
 
     @property
     def effective(self) -> Float[Array, "I M"]:
-        """The effective number of words of each token: exp(entropy), at least 1."""
+        """The effective number of words for each token: exp(entropy), which is at least 1."""
         return jnp.exp(self.entropy)
 
 
@@ -50,10 +52,11 @@ class SharedWords(NamedTuple):
     """The visual words that two images share.
 
     Attributes:
-      mass: shared probability from 0 to 1: the sum over words of the smaller mean probability.
-      words: the k words that share the most, in falling order.
-      first: their mean probability in the first image.
-      second: their mean probability in the second image.
+      mass: Shared probability, from 0 to 1: for each word, the smaller of the two images' mean
+        probabilities, summed over all words.
+      words: The k words with the most shared probability, in decreasing order.
+      first: Mean probability of these words in the first image.
+      second: Mean probability of these words in the second image.
     """
 
     mass: Float[Array, ""]
@@ -65,29 +68,31 @@ class SharedWords(NamedTuple):
 def visual_words(model: Ovis, params: Params, inputs: Inputs, *, k: int = 10) -> VisualWords:
     """Summarize the distribution of every visual token.
 
-    The function is pure, so it can be called inside a jitted function or under a mesh. It computes
-    the distributions in chunks, as `generate` does, so that memory is bounded. They are computed in
-    float32 from the logits, whatever the dtype of the model, without the noise of gumbel_argmax.
+    The function is pure, so it can be called inside a jitted function or under a mesh. The
+    distributions are computed in chunks, as in `generate`, so that memory is bounded. They are
+    computed from the logits in float32 for every model dtype, and without the noise of
+    gumbel_argmax.
 
     Args:
-      model: static.
-      params: parameters of the model, on any device or mesh; padding words are left out.
-      inputs: from `Processor`; only the pixels are used.
-      k: number of words per token in the result; static.
+      model: Static.
+      params: Parameters of the model, on any device or mesh. Padding words are left out of the
+        result.
+      inputs: Model inputs from `Processor`; only the pixels are used.
+      k: Number of most likely words per token in the result; static.
 
     Returns:
-      Float32 statistics for the crops in order of appearance.
+      The statistics of all crops in order of appearance, in float32.
 
     Raises:
-      RequestError: `k` is below 1 or above the number of words, or there is no crop.
-      TypeError: `model`, `params` or `inputs` has another type.
+      RequestError: `k` is below 1 or above the number of words, or the inputs contain no crops.
+      TypeError: `model`, `params` or `inputs` has the wrong type.
     """
     check_argument_types(
         "visual_words", model=(model, Ovis), params=(params, Mapping), inputs=(inputs, Inputs)
     )
     _check_k(k, model.config.visual_tokenizer.num_words, "visual words")
     if not len(inputs.pixels):
-        raise RequestError("visual_words: the inputs hold no image")
+        raise RequestError("visual_words: the inputs contain no image")
     return _visual_words(model, params, inputs, k)
 
 
@@ -116,13 +121,13 @@ def _visual_words(model: Ovis, params: Params, inputs: Inputs, k: int) -> Visual
 def shared_words(
     first: Float[Array, "W"], second: Float[Array, "W"], *, k: int = 10
 ) -> SharedWords:
-    """Compare how much two images use each visual word.
+    """Find the visual words that two images share, by how much each image uses them.
 
     Args:
-      first: mean distribution of the first image, such as the mean of `VisualWords.mean` over its
+      first: Mean distribution of the first image, such as the mean of `VisualWords.mean` over its
         crops.
-      second: the same for the second image.
-      k: number of words in the result; static.
+      second: The same for the second image.
+      k: Number of words in the result; static.
 
     Raises:
       RequestError: `k` is below 1 or above the number of words.
@@ -138,16 +143,16 @@ def shared_words(
 def nearest_tokens(
     params: Params, embeddings: Float[Array, "n D"], *, k: int = 5
 ) -> tuple[Int[Array, "n k"], Float[Array, "n k"]]:
-    """Find the text tokens whose embeddings have the largest cosine similarity to given ones.
+    """Find the text tokens whose embeddings have the largest cosine similarity to given embeddings.
 
     Args:
-      params: parameters of the complete model.
-      embeddings: such as rows of the visual embedding table, `params["visual_embedding"][words]`.
-        The function creates a float32 array [n, V] for them.
-      k: number of tokens per embedding; static.
+      params: Parameters of the complete model.
+      embeddings: Embeddings to compare with, such as rows of the visual embedding table,
+        `params["visual_embedding"][words]`. The function creates a float32 array [n, V].
+      k: Number of tokens per embedding; static.
 
     Returns:
-      The ids, nearest first, and their cosines in float32.
+      The token ids, nearest first, and their cosine similarities in float32.
 
     Raises:
       RequestError: `k` is below 1 or above the number of tokens.
@@ -163,7 +168,7 @@ def nearest_tokens(
 
 
 def _norms(rows: Float[Array, "n D"]) -> Float[Array, "n"]:
-    """The norm of each row, at least 1e-15, so that the cosine with a row of zeros is 0."""
+    """Return the norm of each row, at least 1e-15, so that the cosine with a row of zeros is 0."""
     return jnp.maximum(jnp.linalg.norm(rows.astype(jnp.float32), axis=-1), 1e-15)
 
 

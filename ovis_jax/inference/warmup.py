@@ -1,8 +1,7 @@
-"""Compiling ahead of time what `generate` and `stream` need for given batch shapes."""
+"""Compiling the programs of `generate` and `stream` ahead of time, for given batch shapes."""
 
 import time
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ from jax import Array
 from jax.sharding import Sharding
 from jaxtyping import Key
 
-from ovis_jax.api_type_checks import check_argument_types
+from ovis_jax.argument_type_checks import check_argument_types
 from ovis_jax.errors import RequestError
 from ovis_jax.inference.generate import (
     GenerationOptions,
@@ -29,11 +28,11 @@ from ovis_jax.model.ovis import Ovis, Params
 
 
 class CompiledBucket(NamedTuple):
-    """A bucket whose programs are compiled."""
+    """A bucket whose programs have been compiled."""
 
     bucket: Bucket
     seconds: float
-    """Time for tracing and compiling; shorter if JAX's persistent cache had the programs."""
+    """Time for tracing and compiling; shorter if the programs are in JAX's persistent cache."""
 
 
 def warmup(
@@ -48,73 +47,69 @@ def warmup(
     chunk_size: int | None = None,
     sharding: Sharding | None = None,
 ) -> list[CompiledBucket]:
-    """Compile the programs for batches of given shapes, without running the model.
+    """Compile the programs for batches with given shapes, without running the model.
 
-    Afterwards `generate` compiles nothing for inputs of these shapes, and neither does `stream` if
-    `chunk_size` was given. The other arguments must be of the same kind: the same `max_new_tokens`,
-    the same sampling steps that are None, as many stop ids, and a key or none. Their values do not
+    Afterwards, `generate` compiles nothing for inputs with these shapes. The same holds for
+    `stream` if `chunk_size` was given. The calls must have the same `max_new_tokens`, the same set
+    of sampling parameters that are None, and the same number of stop ids, and they must agree on
+    whether there is a key. The values of the sampling parameters, the stop ids and the key do not
     matter.
 
     Args:
-      model: As in `generate`.
-      params: The parameters that will be used, because their sharding is part of the program.
+      model: The model, as in `generate`.
+      params: The parameters that will be used later; their sharding is part of the program.
       buckets: The shapes, each a `Bucket` (rows, length, crops). If the processor has the same
         buckets (`Processor.buckets`), every batch has one of these shapes.
-      key: Any key if the requests will have one, else None.
-      max_new_tokens: As in `generate`.
-      sampling: As in `generate`.
-      eos_ids: As in `generate`.
-      chunk_size: As in `stream`; None if `stream` is not used.
-      sharding: Sharding of the inputs; None for numpy arrays, as the processor makes them.
+      key: Any random key if the later calls will have a key, otherwise None.
+      max_new_tokens: The maximum number of tokens per row, as in `generate`.
+      sampling: The sampling parameters, as in `generate`.
+      eos_ids: The stop ids, as in `generate`.
+      chunk_size: The chunk size, as in `stream`; None if `stream` will not be used.
+      sharding: Sharding of the inputs; None for numpy arrays, which the processor returns.
 
     Returns:
       One `CompiledBucket` per bucket, in order.
 
     Raises:
-      RequestError: There is no bucket, no batch of this model can have a bucket's shape, or
-        `generate` or `stream` would raise it. Nothing is compiled then.
-      TypeError: `model` or `params` has another type.
+      RequestError: There is no bucket, a bucket's shape is impossible for this model, or an option
+        is invalid, as in `generate` and `stream`. Nothing is compiled in these cases.
+      TypeError: `model` or `params` has the wrong type.
     """
-    check_argument_types(
-        "warmup",
-        model=(model, Ovis),
-        params=(params, Mapping),
-        max_new_tokens=(max_new_tokens, Integral),
-        sampling=(sampling, Sampling),
-    )
+    check_argument_types("warmup", model=(model, Ovis), params=(params, Mapping))
     if not buckets:
         raise RequestError("warmup: there is no bucket; pass at least one, such as (1, 512, 1)")
-    shapes = []
+    batches = []
     for n, given in enumerate(buckets):
         if not isinstance(given, tuple) or not 2 <= len(given) <= 3:
             raise RequestError(
                 f"warmup: buckets[{n}] is {given!r}, expected a Bucket (rows, length, crops)"
             )
-        shapes.append(Bucket(*given))
-        shapes[-1].check(model.config)
-    if chunk_size is not None and chunk_size < 1:
-        raise RequestError(f"warmup: chunk_size is {chunk_size}, expected at least 1")
+        bucket = Bucket(*given)
+        bucket.check(model.config)
+        inputs = _abstract_inputs(model, bucket, sharding)
+        options = make_options(
+            "warmup", model, params, inputs, key, max_new_tokens, sampling, eos_ids, chunk_size
+        )
+        batches.append((bucket, inputs, options))
     committed = sharding is not None or any(
         getattr(x, "committed", False) for x in jax.tree.leaves(params)
     )
     compiled = []
-    for shape in shapes:
+    for bucket, inputs, options in batches:
         start = time.perf_counter()
-        inputs = _abstract_inputs(model, shape, sharding)
-        options = make_options(model, inputs, key, max_new_tokens, sampling, eos_ids)
         arguments = model, params, inputs, options, max_new_tokens
         prefill_and_decode.lower(*arguments, max_new_tokens).compile()
         if chunk_size is not None:
             _compile_stream(*arguments, min(chunk_size, max_new_tokens), committed)
-        compiled.append(CompiledBucket(shape, time.perf_counter() - start))
+        compiled.append(CompiledBucket(bucket, time.perf_counter() - start))
     return compiled
 
 
-def _abstract_inputs(model: Ovis, shape: Bucket, sharding: Sharding | None) -> Any:
-    """Return the inputs of a bucket as shapes without values."""
+def _abstract_inputs(model: Ovis, bucket: Bucket, sharding: Sharding | None) -> Any:
+    """Return the inputs for a bucket as abstract arrays."""
     vision = model.config.vision
-    pixels = (shape.crops, vision.image_size, vision.image_size, vision.num_channels)
-    shapes = [((shape.rows, shape.length), np.int32)] * 2 + [(pixels, np.float32)]
+    pixels = (bucket.crops, vision.image_size, vision.image_size, vision.num_channels)
+    shapes = [((bucket.rows, bucket.length), np.int32)] * 2 + [(pixels, np.float32)]
     return Inputs(*(jax.ShapeDtypeStruct(*x, sharding=sharding) for x in shapes))  # pyright: ignore
 
 
@@ -127,7 +122,7 @@ def _compile_stream(
     width: int,
     committed: bool,
 ) -> None:
-    """Compile the first chunk, the later chunks, and the check whether all rows are done."""
+    """Compile the programs for the first chunk, for later chunks, and for `all_done`."""
     first = prefill_and_decode.lower(model, params, inputs, options, max_new_tokens, width)
     state = _abstract_state(first.out_info[0], first.compile().output_shardings[0], committed)
     _compile_all_done(state)
@@ -138,12 +133,13 @@ def _compile_stream(
         _compile_all_done(next_state)
         if next_state == state:
             return
-        # On a mesh the sharding of the state may change in the first chunks: one more program.
+        # On a mesh, the sharding of the state may change in the first chunks, which needs one more
+        # program.
         state = next_state
 
 
 def _abstract_state(state: Any, shardings: Any, committed: bool) -> Any:
-    """Return a state as shapes with the shardings that a program gives it."""
+    """Return a state as abstract arrays with the shardings that a program outputs."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s if committed else None),
         state,

@@ -1,1 +1,1 @@
-"""Host side: images and text become numpy arrays, without JAX."""
+"""Preprocessing on the host: images and text are converted to numpy arrays, without JAX."""

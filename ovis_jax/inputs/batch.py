@@ -1,4 +1,4 @@
-"""Encoded conversations of any length become one padded batch."""
+"""Padding encoded conversations of any length to one batch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,17 +12,18 @@ from ovis_jax.inputs.conversation import IGNORE_INDEX
 from ovis_jax.inputs.image_processing import IMAGE_SLOT
 
 PADDING_POSITION = -1
-"""The position of padding in a row."""
+"""The value of `Inputs.positions` at padding."""
 
 
 class Inputs(NamedTuple):
-    """A batch: rows are padded on the right, crops at the end.
+    """A batch of model inputs. Rows are padded on the right, and crops are padded at the end.
 
     Attributes:
-      tokens: int32 [B, T]: text ids, -300 for each visual token of a crop, -301 to -305 for image
-        indicators.
-      positions: int32 [B, T]: 0, 1, ... in each row, -1 at padding.
-      pixels: float32 [I, h, w, C]: the crops of all rows in order of appearance, then zeros.
+      tokens: Token ids, int32 [B, T]: text ids, -300 for each visual token of a crop, and -301 to
+        -305 for image indicators.
+      positions: Positions, int32 [B, T]: 0, 1, ... in each row; -1 at padding.
+      pixels: Crops of all rows in order of appearance, float32 [I, h, w, C], followed by zeros as
+        padding.
     """
 
     tokens: np.ndarray
@@ -34,9 +35,10 @@ class Example(NamedTuple):
     """One encoded conversation without padding.
 
     Attributes:
-      tokens: int32 [T], as in `Inputs`.
-      labels: int32 [T]: the id where the model learns it, else -100; not shifted.
-      pixels: float32 [I, h, w, C].
+      tokens: Token ids, int32 [T], as in `Inputs`.
+      labels: Labels, int32 [T], not shifted: the token id at positions that contribute to the loss,
+        -100 elsewhere.
+      pixels: Crops, float32 [I, h, w, C].
     """
 
     tokens: np.ndarray
@@ -45,10 +47,11 @@ class Example(NamedTuple):
 
 
 def truncate_left(example: Example, max_length: int, tokens_per_crop: int) -> Example:
-    """Keep the last `max_length` positions, but drop a crop completely if any of it is cut off."""
+    """Keep the last `max_length` positions; drop a crop completely if it is partly cut off."""
     tokens, labels = example.tokens[-max_length:], example.labels[-max_length:]
     num_crops, rest = divmod(np.count_nonzero(tokens == IMAGE_SLOT), tokens_per_crop)
-    # The slots left over from a cut crop come first, and so do the pixels of all dropped crops.
+    # The remaining slots of a partly cut crop come first, and so do the pixels of all dropped
+    # crops.
     return Example(tokens[rest:], labels[rest:], example.pixels[len(example.pixels) - num_crops :])
 
 
@@ -56,7 +59,7 @@ def truncate_right(example: Example, max_length: int) -> Example:
     """Keep the first `max_length` positions.
 
     Raises:
-      PromptError: The cut would go through an image, or leave nothing to learn.
+      PromptError: The cut would go through an image, or no label would remain.
     """
     tokens, labels = example.tokens[:max_length], example.labels[:max_length]
     if np.any(example.tokens[max_length:] == IMAGE_SLOT):
@@ -76,16 +79,16 @@ def pad_batch(
     config: OvisConfig,
     buckets: Sequence[Bucket] = (),
 ) -> Inputs:
-    """Pad rows and crops to their bucket.
+    """Pad rows and crops to the shape of a bucket.
 
     Args:
-      rows: The ids of each row, int [t], with one -300 per visual token.
-      pixels: float32 [I, h, w, C], the crops of all rows in order of appearance.
-      config: The model, which sets the id of padding and the maximum length.
-      buckets: The shapes to choose from; if empty, the default ladder of lengths is used.
+      rows: Token ids of each row, int [t], with one -300 per visual token.
+      pixels: Crops of all rows in order of appearance, float32 [I, h, w, C].
+      config: Config of the model, which determines the pad id and the maximum length.
+      buckets: The shapes to choose from; if empty, the default lengths are used.
 
     Raises:
-      RequestError: None of `buckets` holds the batch.
+      RequestError: The batch does not fit into any of `buckets`.
     """
     longest = max(len(row) for row in rows)
     if buckets:
@@ -101,7 +104,7 @@ def pad_batch(
 
 
 def pad_rows(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
-    """Pad rows int [t] on the right with `value`: int32 [B, length]."""
+    """Pad rows of shape [t] on the right with `value`, and return them as int32 [B, length]."""
     padded = np.full((len(rows), length), value, np.int32)
     for b, row in enumerate(rows):
         padded[b, : len(row)] = row

@@ -1,10 +1,12 @@
-"""Buckets: the few shapes that batches are padded to.
+"""Buckets: a small set of shapes that batches are padded to.
 
-Each shape compiles its own program, and padding is computed like everything else, so buckets trade
-compilations for wasted work. In the default ladder, `bucket_size`, each step is at most a quarter
-longer than the one below, so less than a fifth of a padded length is padding (below 4 units: less
-than one unit). Steps of an eighth would waste up to a ninth, but need 8 programs per octave instead
-of 4. There are 24 lengths up to 8192 positions, and the first 8 numbers of crops need no padding.
+Each shape needs its own compiled program, and the model also computes the padding. Buckets are
+therefore a trade-off between the number of compilations and wasted work. In the default sizes,
+which `bucket_size` returns, each size is at most a quarter larger than the previous one. Less than
+a fifth of a padded length is therefore padding (or less than one unit if the length is below 4
+units). Steps of one eighth would waste at most a ninth, but they would need 8 programs instead of 4
+each time the length doubles. There are 24 lengths up to 8192 positions. Up to 8 crops need no
+padding.
 """
 
 from collections.abc import Sequence
@@ -14,14 +16,16 @@ from ovis_jax.config import OvisConfig
 from ovis_jax.errors import RequestError
 
 TOKEN_BUCKET = 64
-"""Rows are padded to 64, 128, ... 512, 640, 768, 896, 1024, 1280, ... positions."""
+"""The unit for lengths: rows are padded to 64, 128, ..., 512, 640, 768, 896, 1024, 1280, ...
+positions."""
 CROP_BUCKET = 1
-"""Crops are padded to 0, 1, ... 8, 10, 12, 14, 16, 20, ... crops."""
+"""The unit for crops: their number is padded to 0, 1, ..., 8, 10, 12, 14, 16, 20, ..."""
 
 
 def bucket_size(length: int, unit: int) -> int:
-    """Return the smallest step >= `length` of a ladder: 8 steps of `unit`, then 4 per octave.
+    """Return the smallest default size that is at least `length`.
 
+    The default sizes are the first 8 multiples of `unit`, then 4 equal steps until each doubling.
     The padding is less than `unit` or less than a fifth of the result. Zero stays zero.
     """
     step = unit
@@ -34,25 +38,21 @@ class Bucket(NamedTuple):
     """The shape of a batch.
 
     Attributes:
-      rows: Number of prompts. `Processor` pads it only if it was given buckets, because a padding
-        row costs as much as any other.
-      length: Positions per row.
-      crops: Crops of all rows together.
+      rows: Number of prompts. `Processor` adds padding rows only if it has buckets, because a
+        padding row takes as much computation as any other row.
+      length: Number of positions per row.
+      crops: Total number of crops in all rows.
     """
 
     rows: int
     length: int
     crops: int = 0
 
-    def holds(self, rows: int, length: int, crops: int) -> bool:
-        """Whether a batch of this shape fits."""
-        return rows <= self.rows and length <= self.length and crops <= self.crops
-
     def check(self, config: OvisConfig) -> None:
-        """Check that a batch of this model can have this shape.
+        """Check that a batch for a model can have this shape.
 
         Raises:
-          RequestError: It cannot.
+          RequestError: No batch for this model can have this shape.
         """
         if not all(type(n) is int for n in self) or self.rows < 1 or self.length < 1:
             raise RequestError(f"{self}: expected whole numbers, rows and length at least 1")
@@ -71,12 +71,16 @@ class Bucket(NamedTuple):
 
 
 def choose_bucket(buckets: Sequence[Bucket], rows: int, length: int, crops: int) -> Bucket:
-    """Return the bucket that holds a batch with the least padding: first positions, then crops.
+    """Return the bucket with the least padding for a batch, comparing positions first, then crops.
 
     Raises:
-      RequestError: No bucket holds the batch.
+      RequestError: The batch does not fit into any bucket.
     """
-    fitting = [Bucket(*b) for b in buckets if Bucket(*b).holds(rows, length, crops)]
+    fitting = [
+        b
+        for b in (Bucket(*given) for given in buckets)
+        if rows <= b.rows and length <= b.length and crops <= b.crops
+    ]
     if not fitting:
         known = ", ".join("x".join(map(str, b)) for b in buckets)
         raise RequestError(

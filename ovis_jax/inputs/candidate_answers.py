@@ -1,10 +1,10 @@
-"""Encoding the answers that `score` rates."""
+"""Encoding candidate answers for `score`."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from ovis_jax.api_type_checks import check_argument_types
+from ovis_jax.argument_type_checks import check_argument_types
 from ovis_jax.errors import PromptError
 from ovis_jax.inputs.batch import pad_rows
 from ovis_jax.inputs.buckets import bucket_size
@@ -12,7 +12,7 @@ from ovis_jax.inputs.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, encode
 from ovis_jax.inputs.processor import Processor
 
 ANSWER_BUCKET = 8
-"""Answers are padded to 8, 16, ... 64, 80, ... tokens, unless all have a single token."""
+"""Answers are padded to 8, 16, ..., 64, 80, ... tokens, unless all answers have a single token."""
 
 
 def encode_answers(
@@ -25,24 +25,27 @@ def encode_answers(
 ) -> np.ndarray:
     """Encode the candidate answers to a batch of prompts.
 
-    Each answer is encoded by itself; with `add_end_of_turn` and `strip`, exactly as in training.
+    Each answer is encoded separately. With `add_end_of_turn` and `strip`, the encoding is exactly
+    the same as in training.
 
     Args:
-      processor: The model's processor.
-      answers: For each prompt at least one answer; prompts may have different numbers.
-      add_end_of_turn: Whether an answer ends with the end of its turn. Without it, the score of "A"
-        covers every answer that begins with "A".
+      processor: Processor of the model.
+      answers: The answers to each prompt, at least one. The number may differ between prompts.
+      add_end_of_turn: Whether to add the end-of-turn token to each answer. Without this token, the
+        score of "A" is the probability of all answers that begin with "A".
       strip: Whether to remove white space around an answer. Pass False for text that continues an
         `assistant_prefix`, such as " red" after "It is".
       parse_special_tokens: Whether special tokens such as "<eos>" in a text become their ids.
 
     Returns:
-      int32 [B, choices, n], padded on the right with -100; missing choices hold only -100. n is
-      rounded up so that answers of similar lengths share a compiled program.
+      The token ids, int32 [B, choices, n], padded on the right with -100. Missing choices contain
+      only -100. The length n is rounded up, so that answers with similar lengths share a compiled
+      program.
 
     Raises:
-      PromptError: There is no answer, or one is not a string, holds "<image>" or has no tokens.
-      TypeError: `processor` is not a `Processor`.
+      PromptError: A prompt has no answers, or an answer is not a string, contains "<image>" or has
+        no tokens.
+      TypeError: `processor` has the wrong type.
     """
     check_argument_types("encode_answers", processor=(processor, Processor))
     if isinstance(answers, str) or not len(answers):

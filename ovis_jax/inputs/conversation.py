@@ -1,4 +1,4 @@
-"""Conversations become token ids, with one IMAGE_TOKEN_ID per image, and labels.
+"""Encoding conversations as token ids, with one IMAGE_TOKEN_ID per image, and labels.
 
 Source: `GemmaConversationFormatter` in ovis/model/conversation_formatter.py of AIDC-AI/Ovis, commit
 d248e34.
@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from ovis_jax.errors import PromptError
-from ovis_jax.inputs.open_image import ImageSource
+from ovis_jax.inputs.open_image import IMAGE_TYPES, ImageSource
 from ovis_jax.inputs.tokenizer import TURN_END, TURN_START, Tokenizer
 
 IMAGE_PLACEHOLDER = "<image>"
-"""Marks the place of an image in a text."""
+"""The string that marks the place of an image in a text."""
 IMAGE_TOKEN_ID = -200
-"""The id of an image before its placeholder ids are inserted."""
+"""The id that represents an image until the image's placeholder ids replace it."""
 IGNORE_INDEX = -100
-"""The label of a position that the model does not learn."""
+"""The label of a position that does not contribute to the loss."""
 
 Turn = Mapping[str, Any]
 """`{"role": "user" | "assistant", "content": CONTENT}`; CONTENT is a string or a list of parts.
@@ -25,7 +25,7 @@ A part is `{"type": "text", "text": str}`, `{"type": "image_url", "image_url": {
 or `{"type": "image", "image": ImageSource}`.
 """
 Prompt = str | Sequence[Turn]
-"""The user's text, or a conversation whose last turn is the user's."""
+"""The user's text, or a conversation that ends with a user turn."""
 
 OPENINGS = {"user": f"{TURN_START}user\n", "assistant": f"{TURN_START}model\n"}
 CLOSING = f"{TURN_END}\n"
@@ -34,7 +34,7 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class EncodedConversation(NamedTuple):
-    """Ids and labels of a conversation, of equal length."""
+    """The token ids and the labels of a conversation, both with the same length."""
 
     ids: list[int]
     labels: list[int]
@@ -43,31 +43,32 @@ class EncodedConversation(NamedTuple):
 def parse_prompt(
     prompt: Prompt, images: Sequence[ImageSource] = (), name: str = "the prompt"
 ) -> tuple[list[Turn], list[ImageSource]]:
-    """Check a prompt and match its images with their places.
+    """Check a prompt, and match the images with their places in the text.
 
     Args:
-      prompt: A string, or turns.
-      images: The images for each "<image>" in the text. If the text has none, the images come
-        first, one per line before the first user turn. Images in content parts do not count here.
-      name: How error messages call the prompt.
+      prompt: A string, or a list of turns.
+      images: One image for each "<image>" in the text. If the text contains no "<image>", the
+        images are placed at the beginning of the first user turn, one per line. Images in content
+        parts are not included here.
+      name: Name of the prompt in error messages.
 
     Returns:
-      The turns, whose content is a string with one "<image>" per image, and all images in order of
-      appearance.
+      The turns, each with a string that contains one "<image>" per image, and all images in order
+      of appearance.
 
     Raises:
-      PromptError: The prompt is empty, a turn is malformed, or the number of "<image>" differs from
-        the number of images.
+      PromptError: The prompt is empty, a turn is malformed, or the number of "<image>" marks
+        differs from the number of images.
     """
-    if not isinstance(prompt, Sequence):
-        raise PromptError(f"{name} is a {type(prompt).__name__}, expected a string or turns")
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise _type_error(prompt, name, "a string or a list of turns")
     given: list[Turn] = (
         [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     )
     if not given:
         raise PromptError(f"{name} has no turns; pass at least one user turn")
     turns: list[Turn] = []
-    slots: list[list[ImageSource | None]] = []  # per turn; None takes the next of `images`
+    slots: list[list[ImageSource | None]] = []  # per turn; None stands for the next of `images`
     for number, turn in enumerate(given, 1):
         text, found = _read_turn(
             turn, name if isinstance(prompt, str) else f"turn {number} of {name}"
@@ -82,9 +83,9 @@ def parse_prompt(
         slots[first_user] = [*images, *slots[first_user]]
     elif num_places != len(images):
         times = "once" if num_places == 1 else f"{num_places} times"
-        come = "1 image comes" if len(images) == 1 else f"{len(images)} images come"
+        come = "1 image is" if len(images) == 1 else f"{len(images)} images are"
         raise PromptError(
-            f"{name} holds {IMAGE_PLACEHOLDER} {times}, but {come} with it; pass one image for "
+            f"{name} contains {IMAGE_PLACEHOLDER} {times}, but {come} given; pass one image for "
             f"each {IMAGE_PLACEHOLDER}, or write none to put all images first"
         )
     remaining = iter(images)
@@ -93,7 +94,7 @@ def parse_prompt(
 
 
 def add_image_placeholders(text: str, num_images: int) -> str:
-    """Put "<image>" lines before a text, unless the text places its images itself."""
+    """Put one "<image>" line per image before a text, unless the text contains "<image>"."""
     return text if IMAGE_PLACEHOLDER in text else f"{IMAGE_PLACEHOLDER}\n" * num_images + text
 
 
@@ -105,17 +106,17 @@ def encode_prompt(
     parse_special_tokens: bool = True,
     name: str = "the prompt",
 ) -> EncodedConversation:
-    """Encode turns that the model answers.
+    """Encode turns as a prompt that the model answers.
 
     Args:
       turns: The turns that `parse_prompt` returns.
       tokenizer: The model's tokenizer.
       assistant_prefix: Text that the answer begins with.
       parse_special_tokens: Whether special tokens spelled out in a text become their ids.
-      name: How error messages call the prompt.
+      name: Name of the prompt in error messages.
 
     Raises:
-      PromptError: The last turn is not the user's, or the prefix holds "<image>".
+      PromptError: The last turn is not a user turn, or the prefix contains "<image>".
     """
     if turns[-1]["role"] != "user":
         raise PromptError(
@@ -124,7 +125,7 @@ def encode_prompt(
         )
     if IMAGE_PLACEHOLDER in assistant_prefix:
         raise PromptError(
-            f"the assistant_prefix of {name} holds {IMAGE_PLACEHOLDER}; put images into turns"
+            f"the assistant_prefix of {name} contains {IMAGE_PLACEHOLDER}; put images into turns"
         )
     prompt = encode_conversation(turns, tokenizer, parse_special_tokens=parse_special_tokens)
     opening = tokenizer.encode(OPENINGS["assistant"])
@@ -137,7 +138,7 @@ def encode_prompt(
 def encode_conversation(
     turns: Sequence[Turn], tokenizer: Tokenizer, *, parse_special_tokens: bool = True
 ) -> EncodedConversation:
-    """Encode a finished conversation; the model learns the assistant's text and end of turn."""
+    """Encode a conversation for training; assistant texts and end-of-turn tokens become labels."""
     ids = [tokenizer.token_to_id("<bos>")]
     labels = [IGNORE_INDEX]
     *_, newline = tokenizer.encode(CLOSING)
@@ -149,7 +150,7 @@ def encode_conversation(
         ids += [*opening, *content, newline]
         learned = turn["role"] == "assistant"
         labels += [IGNORE_INDEX] * len(opening)
-        # An image in an answer is not learned.
+        # An image in an answer does not contribute to the loss.
         labels += [i if learned and i != IMAGE_TOKEN_ID else IGNORE_INDEX for i in content]
         labels.append(IGNORE_INDEX)
     return EncodedConversation(ids, labels)
@@ -164,7 +165,7 @@ def encode_turn_content(
 ) -> list[int]:
     """Encode the text of a turn, with IMAGE_TOKEN_ID for each "<image>".
 
-    The stretches between images are encoded separately, as in the original.
+    The texts between images are encoded separately, as in the original.
     """
     ids: list[int] = []
     for number, part in enumerate(text.split(IMAGE_PLACEHOLDER)):
@@ -177,7 +178,7 @@ def encode_turn_content(
 def insert_image_placeholders(
     encoded: EncodedConversation, placeholder_ids: Sequence[Sequence[int]]
 ) -> EncodedConversation:
-    """Replace the n-th IMAGE_TOKEN_ID with `placeholder_ids[n]`, which the model does not learn."""
+    """Replace the n-th IMAGE_TOKEN_ID with `placeholder_ids[n]`, whose labels are -100."""
     ids: list[int] = []
     labels: list[int] = []
     remaining = iter(placeholder_ids)
@@ -189,10 +190,10 @@ def insert_image_placeholders(
 
 
 def turns_from_sharegpt(conversations: Sequence[Mapping[str, str]]) -> list[Turn]:
-    """Convert turns `{"from": "human" | "gpt", "value": str}`, the format of the original's data.
+    """Convert turns from `{"from": "human" | "gpt", "value": str}`, the original's data format.
 
     Raises:
-      PromptError: A turn lacks a key, or has another role.
+      PromptError: A turn lacks a key or has an unknown role.
     """
     converted: list[Turn] = []
     for number, turn in enumerate(conversations, 1):
@@ -207,11 +208,19 @@ def turns_from_sharegpt(conversations: Sequence[Mapping[str, str]]) -> list[Turn
     return converted
 
 
+def _type_error(value: object, name: str, expected: str) -> PromptError:
+    found = f"has type {type(value).__name__}"
+    if isinstance(value, IMAGE_TYPES):
+        return PromptError(f"{name} {found}, an image type; the order is ask(prompt, images)")
+    return PromptError(f"{name} {found}, expected {expected}")
+
+
 def _read_turn(turn: Turn, name: str) -> tuple[str, list[ImageSource | None]]:
-    """Check a turn and return its text and, for each "<image>", its image or None if unknown."""
-    if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
-        found = sorted(turn) if isinstance(turn, Mapping) else type(turn).__name__
-        raise PromptError(f"{name} is {found}, expected an object with role and content")
+    """Check a turn, and return its text and its images, with None for each image still unknown."""
+    if not isinstance(turn, Mapping):
+        raise _type_error(turn, name, "a dict with role and content")
+    if not {"role", "content"} <= turn.keys():
+        raise PromptError(f"{name} has the keys {sorted(turn)}, expected role and content")
     if turn["role"] == "system":
         raise PromptError(
             f"{name} is a system turn, which Gemma2 does not have; "
@@ -229,7 +238,7 @@ def _read_turn(turn: Turn, name: str) -> tuple[str, list[ImageSource | None]]:
         images = [image for _, found in parts for image in found]
     else:
         raise PromptError(
-            f"the content of {name} is a {type(content).__name__}, "
+            f"the content of {name} has type {type(content).__name__}, "
             "expected a string or a list of parts"
         )
     if turn["role"] == "user" and not text.strip():
@@ -238,7 +247,7 @@ def _read_turn(turn: Turn, name: str) -> tuple[str, list[ImageSource | None]]:
 
 
 def _read_part(part: Any, name: str) -> tuple[str, list[ImageSource | None]]:
-    """Check a content part and return what `_read_turn` returns for a turn."""
+    """Check a content part, and return its text and its images in the same form as `_read_turn`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     match part:
         case {"type": "text", "text": str(text)}:
@@ -252,7 +261,7 @@ def _read_part(part: Any, name: str) -> tuple[str, list[ImageSource | None]]:
                 f"{name} has the URL {url[:100]!r}, expected a data: URL: images are not "
                 'downloaded here; pass a file as {"type": "image", "image": PATH}'
             )
-    found = f"has the type {kind!r}" if kind is not None else f"is a {type(part).__name__}"
+    found = f"has the type {kind!r}" if kind is not None else f"has type {type(part).__name__}"
     raise PromptError(
         f'{name} {found}, expected {{"type": "text", "text": ...}}, {{"type": "image", "image": '
         '...} or {"type": "image_url", "image_url": {"url": ...}}'

@@ -1,13 +1,13 @@
 """Dataset files in the original's format: conversations about images, and preference pairs.
 
-A file is a JSON list, or JSON lines, of
+A file is a JSON list, or a JSON lines file, of rows in one of two forms:
 
     {"image": PATHS, "conversations": [{"from": "human" | "gpt", "value": TEXT}, ...]}
     {"image": PATHS, "prompt": PROMPT, "chosen": TEXT, "rejected": TEXT}
 
 PATHS is a path or a list of paths relative to the file; `image` is optional. PROMPT is a text, or a
-list of turns as in `conversations` that ends with a human turn. Accuracy is reported per `kind`.
-Images are opened only when a row is used.
+list of turns as in `conversations` that ends with a human turn. A row may also have a `kind`, and
+accuracy is reported per kind. Images are opened only when a row is used.
 """
 
 import json
@@ -25,7 +25,7 @@ from ovis_jax.inputs.open_image import open_image
 
 
 class PreferencePair(NamedTuple):
-    """A preferred and a rejected answer to the same prompt."""
+    """The chosen and the rejected answer to a prompt."""
 
     chosen: str
     rejected: str
@@ -36,11 +36,11 @@ class DatasetRow:
     """One row of a dataset file.
 
     Attributes:
-      name: "FILE: row N", counted from 1, for messages.
-      image_paths: the images in order of appearance.
-      turns: the conversation; for a preference pair, the prompt.
-      preference: the two answers of a preference pair, else None.
-      kind: the group in which the row's answer is scored.
+      name: Name of the row in messages: "FILE: row N", counted from 1.
+      image_paths: Paths of the images in order of appearance.
+      turns: The conversation; for a preference pair, the prompt.
+      preference: The two answers of a preference pair; None for a conversation.
+      kind: The kind that the row's answer is counted under when accuracy is reported.
     """
 
     name: str
@@ -53,7 +53,7 @@ class DatasetRow:
         """Decode the images.
 
         Raises:
-          DataError: an image cannot be read.
+          DataError: An image cannot be read.
         """
         try:
             return [open_image(path) for path in self.image_paths]
@@ -61,13 +61,13 @@ class DatasetRow:
             raise DataError(f"{self.name}: {error}") from error
 
     def turns_with(self, answer: str) -> list[Turn]:
-        """Return the turns followed by an answer."""
+        """Return the row's turns, followed by an assistant turn with an answer."""
         return [*self.turns, {"role": "assistant", "content": answer}]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The valid rows of dataset files, and an error message for each invalid row."""
+    """The valid rows in dataset files, and an error message for each invalid row."""
 
     rows: tuple[DatasetRow, ...]
     errors: tuple[str, ...]
@@ -77,12 +77,12 @@ def read_dataset(paths: Sequence[Path]) -> Dataset:
     """Read dataset files without opening their images.
 
     Raises:
-      DataError: a file cannot be read, is not JSON, or has no rows.
+      DataError: A file cannot be read, is not JSON, or has no rows.
     """
     rows: list[DatasetRow] = []
     errors: list[str] = []
     for path in paths:
-        for number, value in enumerate(read_json_rows(path), 1):
+        for number, value in enumerate(read_json_rows_or_errors(path), 1):
             name = f"{path}: row {number}"
             if isinstance(value, DataError):
                 errors.append(f"{name}: {value}")
@@ -96,13 +96,13 @@ def read_dataset(paths: Sequence[Path]) -> Dataset:
     return Dataset(tuple(rows), tuple(errors))
 
 
-def read_json_rows(path: Path) -> list[Any]:
-    """Read the rows of a JSON list or a JSON lines file as JSON values.
+def read_json_rows_or_errors(path: Path) -> list[Any]:
+    """Read the rows of a JSON list or JSON lines file, without checking their fields.
 
-    A line that is not JSON is returned as a `DataError` in its place.
+    For a line that is not JSON, the result contains a `DataError` in its place.
 
     Raises:
-      DataError: the file cannot be read, or starts as a JSON list and is not valid JSON.
+      DataError: The file cannot be read, or it begins like a JSON list but is not valid JSON.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -125,18 +125,18 @@ def _parse_line(line: str) -> Any:
 
 
 def parse_row(value: Any, name: str, folder: str) -> DatasetRow:
-    """Parse one JSON value of a dataset file.
+    """Parse one JSON value from a dataset file.
 
     Args:
-      value: the JSON value.
-      name: the row's name in messages.
-      folder: the folder to which image paths are relative.
+      value: The JSON value.
+      name: Name of the row in messages.
+      folder: The folder that image paths are relative to.
 
     Raises:
-      OvisError: the value is neither a conversation nor a preference pair.
+      OvisError: The value is neither a valid conversation nor a valid preference pair.
     """
     if not isinstance(value, Mapping):
-        raise DataError(f"the row is a {type(value).__name__}, expected an object")
+        raise DataError(f"the row has type {type(value).__name__}, expected an object")
     paths = parse_image_paths(value, folder)
     kind = str(value.get("kind", ""))
     preference = None
@@ -166,7 +166,7 @@ def parse_row(value: Any, name: str, folder: str) -> DatasetRow:
 
 
 def parse_image_paths(row: Mapping[str, Any], folder: str) -> tuple[str, ...]:
-    """Return the paths in the `image` field of a row, joined to `folder`.
+    """Return the paths in a row's `image` field, joined to `folder`.
 
     Raises:
       DataError: `image` is neither a path nor a list of paths.
@@ -179,10 +179,10 @@ def parse_image_paths(row: Mapping[str, Any], folder: str) -> tuple[str, ...]:
 
 
 def require_text(row: Mapping[str, Any], field: str) -> str:
-    """Return a text field of a row.
+    """Return a required text field of a row.
 
     Raises:
-      DataError: the field is missing, empty or not a string.
+      DataError: The field is missing, empty or not a string.
     """
     if field not in row:
         raise DataError(f"{field} is missing; the row has {', '.join(sorted(row)) or 'no fields'}")

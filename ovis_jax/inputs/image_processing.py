@@ -1,4 +1,4 @@
-"""Image preprocessing, bit for bit as the original: an image becomes normalized square crops.
+"""Image preprocessing, bit-identical to the original: an image is cut into normalized square crops.
 
 An image is cut into the cells of a grid, and each cell becomes a crop. If there are several cells,
 a crop of the full image, the thumbnail, comes first.
@@ -7,10 +7,11 @@ Source: `preprocess_image` in ovis/model/visual_tokenizer/base_visual_tokenizer.
 commit d248e34, with the image processor of SigLIP in transformers 4.46.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from PIL import Image
@@ -19,7 +20,7 @@ from ovis_jax.errors import ImageError
 from ovis_jax.json_fields import JsonObject, is_int, read_json
 
 IMAGE_SLOT = -300
-"""The id at a visual token's position. A prompt first has one per crop, then one per token."""
+"""The id of an image slot: at first one slot per crop, later one slot per visual token."""
 IMAGE_START = -301
 WHOLE_IMAGE_END = -302
 NEXT_COLUMN = -303
@@ -27,12 +28,12 @@ NEXT_ROW = -304
 IMAGE_END = -305
 
 COVER_THRESHOLD = 0.9
-"""A grid is good if its crops, shrunk to the crop size, keep more than this share of the pixels."""
+"""A grid is good if its crops, after shrinking, keep more than this fraction of the pixels."""
 
 Grid = tuple[int, int]
-"""Rows and columns."""
+"""The number of rows and the number of columns."""
 Box = tuple[int, int, int, int]
-"""Left, upper, right and lower edge in pixels."""
+"""The left, upper, right and lower edges in pixels."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class ImageProcessorConfig:
 
     Attributes:
       crop_size: Height and width of a crop in pixels.
-      mean: Mean of each color channel, subtracted after rescaling.
-      std: Standard deviation of each color channel, by which the difference is divided.
-      rescale_factor: Factor from 8-bit values to the range of `mean` and `std`.
+      mean: Mean of each color channel, which is subtracted after rescaling.
+      std: Standard deviation of each color channel; the result of the subtraction is divided by it.
+      rescale_factor: Factor that scales 8-bit values to the range of `mean` and `std`.
     """
 
     crop_size: int
@@ -57,21 +58,13 @@ class ImageProcessorConfig:
 
         Args:
           folder: The checkpoint folder.
-          image_size: The image size in config.json, which the file must agree with.
+          image_size: The image size in config.json, which the size in the file must equal.
 
         Raises:
           ConfigError: The file or a field is missing, or a value is not supported.
         """
-        return cls.from_hf(read_json(folder / "preprocessor_config.json"), image_size)
-
-    @classmethod
-    def from_hf(cls, preprocessor_config: dict[str, Any], image_size: int) -> Self:
-        """Convert the parsed preprocessor_config.json.
-
-        Raises:
-          ConfigError: A field is missing, or a value is not supported.
-        """
-        fields = JsonObject(preprocessor_config, "preprocessor_config.json")
+        name = "preprocessor_config.json"
+        fields = JsonObject(read_json(folder / name), name)
         for step in ("do_resize", "do_rescale", "do_normalize"):
             fields.require_value(step, True)
         if fields.get_optional("do_center_crop", None):
@@ -90,14 +83,15 @@ class ImageProcessorConfig:
 
 
 class ImageLayout(NamedTuple):
-    """How an image is cut into crops, and what it becomes in a prompt.
+    """The crops that an image is cut into, and the ids that represent the image in a prompt.
 
     Attributes:
-      grid: Rows and columns.
-      boxes: The part of the image that each crop shows, in order; with several cells, the thumbnail
-        is first.
-      placeholder_ids: The ids of the image in a prompt, with one IMAGE_SLOT per crop.
-      num_tokens: Positions that the image takes in a prompt: visual tokens and indicators.
+      grid: Number of rows and columns.
+      boxes: The part of the image that each crop shows, in order. If there are several cells, the
+        thumbnail is first.
+      placeholder_ids: The ids that represent the image in a prompt, with one IMAGE_SLOT per crop.
+      num_tokens: Number of positions that the image takes in a prompt: visual tokens and
+        indicators.
     """
 
     grid: Grid
@@ -106,26 +100,13 @@ class ImageLayout(NamedTuple):
     num_tokens: int
 
 
-def layout_image(
-    width: int, height: int, crop_size: int, tokens_per_crop: int, max_partition: int
-) -> ImageLayout:
-    """Lay out an image of `width` x `height` pixels.
-
-    Raises:
-      ImageError: The image has no pixels, or `max_partition` is below 1.
-    """
-    grid = choose_grid(width, height, crop_size, max_partition)
-    boxes = crop_boxes_with_thumbnail(width, height, grid)
-    ids = image_placeholder_ids(grid)
-    return ImageLayout(grid, boxes, ids, len(ids) + len(boxes) * (tokens_per_crop - 1))
-
-
 @lru_cache(maxsize=4096)
 def choose_grid(width: int, height: int, crop_size: int, max_partition: int) -> Grid:
-    """Choose the rows and columns that an image of `width` x `height` pixels is cut into.
+    """Choose the grid that an image of `width` x `height` pixels is cut into.
 
-    Among the grids with at most `max_partition` cells that cover more than 0.9 of the image, this
-    is the one with the fewest cells. If there is none, it is the grid that covers most.
+    Only grids with at most `max_partition` cells are considered. Among those that cover more than
+    0.9 of the image, the grid with the fewest cells is chosen. If no grid covers that much, the
+    grid that covers the most is chosen.
 
     Raises:
       ImageError: The image has no pixels, or `max_partition` is below 1.
@@ -141,19 +122,19 @@ def choose_grid(width: int, height: int, crop_size: int, max_partition: int) -> 
     for rows in range(1, max_partition + 1):
         for columns in range(1, max_partition // rows + 1):
             covered = 0
-            # Added one by one: since Python 3.12, sum() rounds floats differently, which decides
-            # between grids that differ in the last bit.
+            # The areas are added one by one, because sum() rounds differently since Python 3.12,
+            # and the last bit can decide between two grids.
             for box in grid_boxes(width, height, (rows, columns)):
                 covered += _covered_area(box, crop_size)
             covers.append(((rows, columns), covered / (width * height)))
-    # min() takes the first of equals, as the original's stable sort does.
+    # Among equal values, min() takes the first, like the original's stable sort.
     if good := [(grid, ratio) for grid, ratio in covers if ratio > COVER_THRESHOLD]:
-        return min(good, key=lambda cover: (_num_cells(cover[0]), -cover[1]))[0]
-    return min(covers, key=lambda cover: (-cover[1], _num_cells(cover[0])))[0]
+        return min(good, key=lambda cover: (math.prod(cover[0]), -cover[1]))[0]
+    return min(covers, key=lambda cover: (-cover[1], math.prod(cover[0])))[0]
 
 
 def grid_boxes(width: int, height: int, grid: Grid) -> list[Box]:
-    """Return the cells of a grid, row by row. The last row and column take the remainder."""
+    """Return the cells of a grid, row by row. The last row and column get the remaining pixels."""
     rows, columns = grid
     cell_width, cell_height = width // columns, height // rows
     lefts = [column * cell_width for column in range(columns)]
@@ -167,7 +148,7 @@ def grid_boxes(width: int, height: int, grid: Grid) -> list[Box]:
 
 
 def crop_boxes_with_thumbnail(width: int, height: int, grid: Grid) -> list[Box]:
-    """Return the box of each crop: the cells, after the full image if there are several cells."""
+    """Return the box of each crop: the full image if there are several cells, then the cells."""
     boxes = grid_boxes(width, height, grid)
     return boxes if len(boxes) == 1 else [(0, 0, width, height), *boxes]
 
@@ -178,20 +159,20 @@ def preprocess_image(
     """Cut an image into normalized square crops.
 
     Args:
-      image: The image, in any mode that Pillow converts to RGB.
+      image: The image, in any mode that Pillow can convert to RGB.
       config: Crop size and normalization.
       max_partition: Maximum number of grid cells.
 
     Returns:
-      The crops, float32 [I, h, w, C], and the grid. The resized pixels are centered in each crop
-      and surrounded by 0.0.
+      The crops, float32 [I, h, w, C], and the grid. In each crop, the resized pixels are centered
+      and padded with 0.0.
 
     Raises:
-      ImageError: The image cannot be decoded or has no RGB form, it is so long and thin that a crop
-        would have no height or width, or `max_partition` is below 1.
+      ImageError: The image cannot be decoded or converted to RGB, it is so narrow that a crop would
+        have a width or height of 0, or `max_partition` is below 1.
     """
     try:
-        # Pillow decodes a file at first use, and each decoder raises whatever its parser raises.
+        # Pillow decodes a file at first use, and its decoders may raise any exception.
         image.load()
     except Exception as error:
         raise ImageError(f"an image of mode {image.mode} cannot be decoded: {error}") from error
@@ -217,27 +198,27 @@ def preprocess_image(
 
 
 def image_placeholder_ids(grid: Grid) -> list[int]:
-    """Return the ids of an image in a prompt: one IMAGE_SLOT per crop, between indicators."""
+    """Return the ids of an image in a prompt: one IMAGE_SLOT per crop, and image indicators."""
     rows, columns = grid
     ids = [IMAGE_START, IMAGE_SLOT, WHOLE_IMAGE_END]
-    if _num_cells(grid) > 1:
+    if math.prod(grid) > 1:
         row = [IMAGE_SLOT, *[NEXT_COLUMN, IMAGE_SLOT] * (columns - 1)]
         ids += [*row, *[NEXT_ROW, *row] * (rows - 1)]
     return [*ids, IMAGE_END]
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB. Alpha is dropped, not composited; EXIF orientation is ignored.
+    """Convert an image to RGB. The alpha channel is dropped, and the EXIF orientation is ignored.
 
     Raises:
-      ImageError: The image has no RGB form.
+      ImageError: The image cannot be converted to RGB.
     """
     if image.mode == "RGB":
         return image
     try:
         if image.mode == "P":
-            # The colors are the same, but Pillow warns if a transparent palette loses its alpha in
-            # one step.
+            # Two steps give the same colors, but Pillow warns if a transparent palette is converted
+            # to RGB in one step.
             image = image.convert("RGBA")
         return image.convert("RGB")
     except ValueError as error:
@@ -247,10 +228,10 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fitted_size(width: int, height: int, crop_size: int) -> tuple[int, int]:
-    """Return width and height of a crop after resizing its longer side to `crop_size`.
+    """Return the width and height of a crop after its longer side is resized to `crop_size`.
 
-    Computed in floats, in this order: 28 x 17 at crop size 84 gives height 50, where integers give
-    51.
+    The result is computed in floating point, in the original's order of operations. With integer
+    arithmetic, 28 x 17 at crop size 84 would have height 51 instead of 50.
     """
     if width == height:
         return crop_size, crop_size
@@ -260,7 +241,7 @@ def fitted_size(width: int, height: int, crop_size: int) -> tuple[int, int]:
 
 
 def _covered_area(box: Box, crop_size: int) -> float:
-    """Area of a cell after its longer side is shrunk (never enlarged) to `crop_size`."""
+    """Return the area of a cell after its longer side is shrunk (never enlarged) to `crop_size`."""
     left, upper, right, lower = box
     longer, shorter = max(right - left, lower - upper), min(right - left, lower - upper)
     if longer > crop_size:
@@ -271,24 +252,20 @@ def _covered_area(box: Box, crop_size: int) -> float:
 def _normalized_square(
     cell: Image.Image, size: tuple[int, int], config: ImageProcessorConfig
 ) -> np.ndarray:
-    """Resize a cell to `size`, normalize it and center it in a square: float32 [h, w, C]."""
+    """Resize a cell to `size`, normalize it, and center it in a square, float32 [h, w, C]."""
     width, height = size
-    # Two calls fix the order of the two 8-bit passes, which Pillow 13 reverses for tall images.
+    # Two calls fix the order of the horizontal and vertical passes, which Pillow 13 reverses for
+    # tall images.
     resized = cell.resize((width, cell.height), Image.Resampling.BICUBIC).resize(
         (width, height), Image.Resampling.BICUBIC
     )
-    # The same roundings as the original: (u8 - 127.5) / 127.5 differs in the last bit.
+    # Same rounding steps as in the original; (u8 - 127.5) / 127.5 would differ in the last bit.
     scaled = (np.asarray(resized, np.float64) * config.rescale_factor).astype(np.float32)
     normalized = (scaled - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
     square = np.zeros((config.crop_size, config.crop_size, 3), np.float32)
     left, upper = (config.crop_size - width) // 2, (config.crop_size - height) // 2
     square[upper : upper + height, left : left + width] = normalized
     return square
-
-
-def _num_cells(grid: Grid) -> int:
-    rows, columns = grid
-    return rows * columns
 
 
 def _three_numbers(

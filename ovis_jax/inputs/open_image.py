@@ -1,8 +1,8 @@
-"""Opening images: files, bytes, data URLs, Pillow images and numpy arrays become Pillow images.
+"""Opening images: files, bytes, data URLs and arrays are converted to Pillow images.
 
-`open_image` is for images that the caller trusts. Code that receives images from strangers calls
-`open_image_header`, `add_image_pixels` and `decode_image` in turn: only common formats are
-accepted, and the number of pixels is checked before anything is decoded.
+`open_image` is for trusted images. For untrusted images, call `open_image_header`,
+`add_image_pixels` and `decode_image` in this order: they accept only common formats, and the number
+of pixels is checked before anything is decoded.
 """
 
 import base64
@@ -10,6 +10,7 @@ import binascii
 import io
 import os
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -17,46 +18,57 @@ from PIL import Image, UnidentifiedImageError
 
 from ovis_jax.errors import ImageError
 
-ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
-"""An image as users give it; `open_image` describes each form."""
+
+@runtime_checkable
+class SupportsArray(Protocol):
+    """An array that numpy can convert, such as a JAX array. This module does not import JAX."""
+
+    def __array__(self) -> np.ndarray:
+        """Return the array in host memory."""
+        ...
+
+
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | SupportsArray
+"""The forms in which users can pass an image; `open_image` describes each form."""
+IMAGE_TYPES = os.PathLike | bytes | Image.Image | SupportsArray
+"""The types in `ImageSource`, except for str."""
 
 UNTRUSTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""The formats accepted from strangers. Pillow reads many more, some by starting other programs."""
+"""The formats accepted from untrusted sources. Pillow reads more, some with external programs."""
 
 DEFAULT_MAX_PIXELS = 100_000_000
-"""Default limit on the total number of pixels in the images of one untrusted request."""
+"""Default maximum for the total number of pixels in the images of one untrusted request."""
 
-_EXPECTED = (
-    "expected a path, the bytes of an image file, a data: URL, a PIL image or a numpy uint8 array"
-)
-_BROKEN = f"the bytes are not a whole image (supported formats: {', '.join(UNTRUSTED_FORMATS)})"
+_EXPECTED = "expected a path, the bytes of an image file, a data: URL, a PIL image or a uint8 array"
+_BROKEN = f"the bytes are not a complete image (supported formats: {', '.join(UNTRUSTED_FORMATS)})"
 
 
 class TooManyPixelsError(ImageError):
-    """An image, or a request with several images, that exceeds a pixel limit."""
+    """An image exceeds a pixel limit, alone or together with the other images of a request."""
 
 
 def open_image(source: ImageSource, name: str = "the image") -> Image.Image:
     """Open an image.
 
     Args:
-      source: One of
+      source: The image, in one of these forms:
         - a path, str or `os.PathLike`, of a file in any format that Pillow reads;
         - the bytes of such a file;
         - a `data:` URL of a PNG, JPEG, WebP, GIF or BMP file;
-        - a PIL image, which is returned as it is;
-        - a numpy uint8 array: [h, w] gray, [h, w, 3] RGB or [h, w, 4] RGBA.
-      name: How error messages call an image that is not a file.
+        - a PIL image, which is returned unchanged;
+        - a numpy or JAX uint8 array: [h, w] gray, [h, w, 3] RGB or [h, w, 4] RGBA.
+      name: Name in error messages for an image that is not a file.
 
     Raises:
-      ImageError: The file cannot be read or decoded or exceeds Pillow's pixel limit, or the source
-        is of another type, an array of another shape or dtype, or an http(s) URL.
+      ImageError: The file cannot be read or decoded, or it exceeds Pillow's pixel limit. The error
+        is also raised if the source is an http(s) URL, has an unsupported type, or is an array with
+        an unsupported shape or dtype.
     """
     match source:
         case Image.Image():
             return source
-        case np.ndarray():
-            return _from_array(source, name)
+        case SupportsArray():
+            return _from_array(np.asarray(source), name)
         case bytes():
             return _decode(source, name)
         case str() if source.startswith("data:"):
@@ -74,30 +86,32 @@ def open_image(source: ImageSource, name: str = "the image") -> Image.Image:
             except OSError as error:
                 raise ImageError(f"{source} cannot be read: {error.strerror}") from error
             return _decode(data, str(source))
-    raise ImageError(f"{name} is a {type(source).__name__}, {_EXPECTED}")
+    is_list = isinstance(source, list | tuple)
+    hint = "; lists of images belong to a list of prompts, one image list each" if is_list else ""
+    raise ImageError(f"{name} has type {type(source).__name__}, {_EXPECTED}{hint}")
 
 
 def list_images(
     images: ImageSource | Sequence[ImageSource] | None, name: str = "the prompt"
 ) -> Sequence[ImageSource]:
-    """Return the given images, one image or a sequence of images or None, as a sequence.
+    """Return images as a sequence; `images` may be one image, a sequence of images, or None.
 
     Raises:
-      ImageError: `images` is of another type.
+      ImageError: `images` has an unsupported type.
     """
     if images is None:
         return ()
-    if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray):
+    if isinstance(images, str | IMAGE_TYPES):
         return (images,)
     if not isinstance(images, Sequence):
         raise ImageError(
-            f"images of {name} is a {type(images).__name__}, {_EXPECTED}, or a list of these"
+            f"images of {name} have type {type(images).__name__}, {_EXPECTED}, or a list of these"
         )
     return images
 
 
 def decode_data_url(url: str) -> bytes:
-    """Return the bytes that a `data:` URL holds.
+    """Return the bytes that a `data:` URL contains.
 
     Raises:
       ImageError: The URL has no comma, or its base64 is invalid.
@@ -107,15 +121,15 @@ def decode_data_url(url: str) -> bytes:
         raise ImageError("a data: URL needs a comma before its data")
     try:
         if head.lower().endswith(";base64"):
-            # Unquoting millions of characters takes seconds, and base64 needs no escapes.
+            # Unquoting millions of characters takes seconds, and base64 does not need it.
             return base64.b64decode(unquote_to_bytes(body) if "%" in body else body, validate=True)
         return unquote_to_bytes(body)
     except (binascii.Error, ValueError):
-        raise ImageError("the data: URL does not hold valid base64") from None
+        raise ImageError("the data: URL does not contain valid base64") from None
 
 
 def open_image_header(data: bytes) -> Image.Image:
-    """Open an untrusted image file, reading its size but decoding nothing.
+    """Open an untrusted image file and read its size, without decoding the image.
 
     Raises:
       TooManyPixelsError: The image exceeds Pillow's pixel limit.
@@ -125,13 +139,13 @@ def open_image_header(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=UNTRUSTED_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise TooManyPixelsError("the image has far more pixels than are read") from None
-    # Each Pillow decoder raises whatever its parser raises on a damaged file.
+    # Pillow's decoders may raise any exception for a damaged file.
     except Exception:
         raise ImageError(_BROKEN) from None
 
 
 def add_image_pixels(pixels: int, image: Image.Image, max_pixels: int) -> int:
-    """Add the pixels of an image to those of the images before it.
+    """Add an image's number of pixels to that of the previous images, and check the limit.
 
     Raises:
       TooManyPixelsError: The sum exceeds `max_pixels`.
@@ -150,7 +164,7 @@ def decode_image(image: Image.Image) -> None:
     """Decode an image that `open_image_header` opened.
 
     Raises:
-      ImageError: The image is damaged.
+      ImageError: The image file is damaged.
     """
     try:
         image.load()
@@ -159,7 +173,7 @@ def decode_image(image: Image.Image) -> None:
 
 
 def _decode(data: bytes, name: str) -> Image.Image:
-    """Decode a trusted image file; error messages call it `name`."""
+    """Decode a trusted image file; `name` is its name in error messages."""
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
@@ -176,7 +190,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     shape = array.shape
     if array.dtype != np.uint8 or not (len(shape) == 2 or len(shape) == 3 and shape[2] in (3, 4)):
         raise ImageError(
-            f"{name} is a {array.dtype} array of shape {list(shape)}, "
+            f"{name} is an array of dtype {array.dtype} and shape {list(shape)}, "
             "expected uint8 [h, w], [h, w, 3] or [h, w, 4]"
         )
     if 0 in shape:

@@ -1,4 +1,4 @@
-"""Prompts and images become the model's input arrays; generated ids become text."""
+"""Converting prompts and images to the model's input arrays, and generated ids to text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,14 +27,16 @@ from ovis_jax.inputs.image_processing import (
     IMAGE_SLOT,
     ImageLayout,
     ImageProcessorConfig,
-    layout_image,
+    choose_grid,
+    crop_boxes_with_thumbnail,
+    image_placeholder_ids,
     preprocess_image,
 )
 from ovis_jax.inputs.open_image import ImageSource, list_images, open_image
-from ovis_jax.inputs.tokenizer import IncrementalDetokenizer, Tokenizer
+from ovis_jax.inputs.tokenizer import Tokenizer
 
 Images = ImageSource | Sequence[ImageSource]
-"""The images of one prompt."""
+"""The images of one prompt, or a single image."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,7 +47,7 @@ class Processor:
       config: The model's config.
       tokenizer: The model's tokenizer.
       image_config: Crop size and normalization.
-      buckets: Shapes that batches are padded to; if empty, the ladder in inputs/buckets.py.
+      buckets: Shapes that batches are padded to; if empty, the default sizes in inputs/buckets.py.
     """
 
     config: OvisConfig
@@ -58,7 +60,7 @@ class Processor:
         """Read the tokenizer and preprocessor_config.json of a checkpoint folder.
 
         Raises:
-          ConfigError: A file is missing, not supported, or does not match `config`.
+          ConfigError: A file is missing, is not supported, or does not match `config`.
         """
         if config.vision.num_channels != 3:
             raise ConfigError(
@@ -99,37 +101,42 @@ class Processor:
         truncate: bool = False,
         parse_special_tokens: bool = True,
     ) -> Inputs:
-        """Make a padded batch of prompts that the model answers.
+        """Convert prompts to a padded batch of model inputs.
 
         Args:
-          prompts: B prompts, or one. A prompt is a string or a list of turns
+          prompts: One prompt, or a list of B prompts. A prompt is a string or a list of turns
             `{"role": "user" | "assistant", "content": CONTENT}`, where CONTENT is a string or a
-            list of OpenAI content parts, which may hold images. "<image>" in a text marks the place
-            of an image; without any, the images come first.
-          images: The images of each prompt: a list of images, or one image. For one prompt, its own
-            images. `open_image` lists the forms that an image may have.
-          max_partition: Maximum number of cells that an image is cut into; one number, or one per
-            prompt.
-          assistant_prefix: Text that the answer begins with; one, or one per prompt.
-          truncate: Whether to cut a prompt that is too long. Its last positions are kept, so the
-            first images and the beginning of the text are dropped.
+            list of OpenAI content parts, which may contain images. "<image>" in a text marks the
+            place of an image; if no text contains "<image>", the images come first.
+          images: For one prompt, an image or a list of images; for B prompts, a list with one such
+            entry per prompt. `open_image` lists the forms that an image may have.
+          max_partition: Maximum number of cells that an image is cut into; one number for all
+            prompts, or one number per prompt.
+          assistant_prefix: Text that the answer begins with; one text for all prompts, or one text
+            per prompt.
+          truncate: Whether to truncate prompts that are too long. The last positions are kept, so
+            the first images and the beginning of the text are dropped.
           parse_special_tokens: Whether special tokens such as "<eos>" in a text become their ids,
-            as in the original. Pass False for text from people you do not trust.
+            as in the original. Pass False for untrusted text.
 
         Returns:
-          `Inputs` with tokens and positions int32 [B, T] and pixels float32 [I, h, w, C].
+          `Inputs` with tokens and positions as int32 [B, T] and pixels as float32 [I, h, w, C].
 
         Raises:
           PromptError: A prompt is empty or malformed, or does not match its images.
           PromptTooLongError: A prompt is too long, and `truncate` is False.
           ImageError: An image cannot be read, decoded or cut into crops.
-          RequestError: None of the processor's `buckets` holds the batch.
+          RequestError: The batch does not fit into any of the processor's `buckets`.
         """
-        one_prompt = isinstance(prompts, str) or _is_conversation(prompts)
+        if isinstance(prompts, list | tuple) and not prompts:
+            raise PromptError(f"prompts are {prompts!r}, expected at least one prompt")
+        one_prompt = (
+            isinstance(prompts, str | bytes)
+            or not isinstance(prompts, Sequence)
+            or isinstance(prompts[0], Mapping)
+        )
         if one_prompt:
             prompts, images = [cast(Prompt, prompts)], [cast(Images, images)]
-        elif not isinstance(prompts, Sequence) or not prompts:
-            raise PromptError("prompts must be one prompt or a list of at least one prompt")
         batch = len(prompts)
         if images is None:
             images = [()] * batch
@@ -169,22 +176,22 @@ class Processor:
     ) -> Example:
         """Encode one prompt without padding.
 
-        The length is checked before any image is decoded, if the images are PIL images that were
-        opened but not loaded.
+        If the images are PIL images that were opened but not yet loaded, the length is checked
+        before any image is decoded.
 
         Args:
-          prompt: As in `__call__`.
-          images: As in `__call__`, for one prompt.
-          max_partition: As in `__call__`.
-          assistant_prefix: As in `__call__`.
+          prompt: The prompt, as in `__call__`.
+          images: The images of the prompt, as in `__call__`.
+          max_partition: Maximum number of cells that an image is cut into.
+          assistant_prefix: Text that the answer begins with.
           max_length: Maximum number of positions, at most the model's own limit, which is the
             default.
-          truncate: As in `__call__`.
-          parse_special_tokens: As in `__call__`.
-          name: How error messages call the prompt.
+          truncate: Whether to truncate a prompt that is too long, as in `__call__`.
+          parse_special_tokens: Whether special tokens in a text become their ids.
+          name: Name of the prompt in error messages.
 
         Returns:
-          An `Example` with tokens int32 [T] and pixels float32 [I, h, w, C].
+          An `Example` with tokens as int32 [T] and pixels as float32 [I, h, w, C].
 
         Raises:
           PromptError: The prompt is empty or malformed, or does not match its images.
@@ -212,7 +219,7 @@ class Processor:
         truncate: bool = False,
         parse_special_tokens: bool = True,
     ) -> Example:
-        """Encode a conversation whose assistant turns the model learns.
+        """Encode a conversation for training; the assistant turns become labels.
 
         Args:
           turns: The conversation.
@@ -220,16 +227,17 @@ class Processor:
           max_partition: Maximum number of cells that an image is cut into.
           max_length: Maximum number of positions, at most the model's own limit, which is the
             default.
-          truncate: Whether to cut a conversation that is too long. Its first positions are kept, so
-            the last answers are dropped.
-          parse_special_tokens: As in `__call__`.
+          truncate: Whether to truncate a conversation that is too long. The first positions are
+            kept, so the last answers are dropped.
+          parse_special_tokens: Whether special tokens in a text become their ids.
 
         Returns:
-          An `Example` with tokens and labels int32 [T] and pixels float32 [I, h, w, C].
+          An `Example` with tokens and labels as int32 [T] and pixels as float32 [I, h, w, C].
 
         Raises:
-          PromptError: The conversation is malformed, too long, does not match its images or has no
-            assistant turn; or the cut would go through an image or leave no answer.
+          PromptError: The conversation is malformed, is too long, does not match its images, or has
+            no assistant turn. With `truncate`, it is also raised if the cut would go through an
+            image or leave no answer.
           ImageError: An image cannot be read, decoded or cut into crops.
         """
         name = "the conversation"
@@ -248,25 +256,26 @@ class Processor:
         pixel_values: ArrayLike | None = None,
         attention_mask: Sequence[ArrayLike] | np.ndarray | None = None,
     ) -> Inputs:
-        """Convert the original PyTorch model's inputs, to compare models without preprocessing.
+        """Convert inputs of the original PyTorch model, to compare models without preprocessing.
 
         Args:
-          input_ids: int [u], [B, u] or a list of rows, with one -300 per crop; padded on either
-            side.
-          pixel_values: float32 [I, C, h, w], in order of appearance; None if there are no crops.
-          attention_mask: bool, shaped like `input_ids`, False at padding. By default the pad id is
-            padding.
+          input_ids: Token ids with one -300 per crop: int [u], int [B, u] or a list of rows. The
+            padding may be on either side.
+          pixel_values: Crops in order of appearance, float32 [I, C, h, w]; None if there are no
+            crops.
+          attention_mask: Booleans in the shape of `input_ids`, False at padding. By default,
+            positions with the pad id are padding.
 
         Raises:
-          PromptError: An id is unknown, a row is empty, or the mask has another shape.
-          ImageError: The number or shape of the crops does not match the ids.
+          PromptError: An id is unknown, a row is empty, or the mask has the wrong shape.
+          ImageError: The number of crops does not match the ids, or their shape is wrong.
         """
         padded = _as_rows(input_ids)
         masks = [row != self.config.pad_id for row in padded]
         if attention_mask is not None:
             given = [mask.astype(bool) for mask in _as_rows(attention_mask)]
             if [len(mask) for mask in given] != [len(mask) for mask in masks]:
-                raise PromptError("attention_mask has another shape than input_ids")
+                raise PromptError("attention_mask and input_ids have different shapes")
             masks = given
         rows = [row[mask] for row, mask in zip(padded, masks, strict=True)]
         for number, row in enumerate(rows):
@@ -286,35 +295,31 @@ class Processor:
         """Decode generated ids up to the first stop id, skipping special tokens.
 
         Args:
-          tokens: int [n], which gives one text, or [B, n], which gives one per row.
+          tokens: Token ids: int [n] for one text, or int [B, n] for one text per row.
 
         Raises:
-          PromptError: A number before the stop id is not the id of a piece.
+          PromptError: A number before the stop id is not a token id.
         """
         if np.ndim(tokens) == 2:
-            return [self._decode_row(row.tolist()) for row in np.asarray(tokens)]
-        return self._decode_row(np.asarray(tokens).tolist())
-
-    def new_detokenizer(self) -> IncrementalDetokenizer:
-        """Create a decoder that takes generated ids one by one."""
-        return IncrementalDetokenizer(self.tokenizer)
+            return [cast(str, self.decode(row)) for row in np.asarray(tokens)]
+        ids = np.asarray(tokens).tolist()
+        stops = (n for n, i in enumerate(ids) if i in self.config.eos_ids)
+        return self.tokenizer.decode(ids[: next(stops, len(ids))])
 
     def image_layout(self, image: Image.Image, max_partition: int = 9) -> ImageLayout:
-        """Return how an image is cut into crops and how many positions it takes in a prompt.
+        """Return the crops that an image is cut into, and the number of positions that it takes.
 
         Raises:
           ImageError: The image has no pixels, or `max_partition` is below 1.
         """
-        return layout_image(
-            image.width,
-            image.height,
-            self.image_config.crop_size,
-            self.config.visual_tokenizer.tokens_per_crop,
-            max_partition,
-        )
+        size, tokens = self.image_config.crop_size, self.config.visual_tokenizer.tokens_per_crop
+        grid = choose_grid(image.width, image.height, size, max_partition)
+        boxes = crop_boxes_with_thumbnail(image.width, image.height, grid)
+        ids = image_placeholder_ids(grid)
+        return ImageLayout(grid, boxes, ids, len(ids) + len(boxes) * (tokens - 1))
 
     def count_image_tokens(self, images: Sequence[Image.Image], max_partition: int = 9) -> int:
-        """Count the positions that images take in a prompt: visual tokens and indicators."""
+        """Count the positions that images take in a prompt: visual tokens and image indicators."""
         return sum(self.image_layout(image, max_partition).num_tokens for image in images)
 
     def _build_example(
@@ -331,7 +336,7 @@ class Processor:
         layouts = [self.image_layout(image, max_partition) for image in images]
         placed = insert_image_placeholders(encoded, [x.placeholder_ids for x in layouts])
         ids, labels = np.array(placed)
-        # The original masks "<pad>" spelled out in a text: it has no position and no effect.
+        # If a text contains "<pad>", the original masks it, so it has no position and no effect.
         kept = ids != self.config.pad_id
         ids, labels = ids[kept], labels[kept]
         tokens, labels = self._expand(ids, ids), self._expand(labels, ids)
@@ -355,45 +360,36 @@ class Processor:
         return truncate_left(example, limit, self.config.visual_tokenizer.tokens_per_crop)
 
     def _expand(self, values: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Repeat the values at each IMAGE_SLOT of `ids` per visual token: [u] -> int32 [T]."""
+        """Repeat the value at each IMAGE_SLOT in `ids` once per visual token: [u] -> int32 [T]."""
         repeats = np.where(ids == IMAGE_SLOT, self.config.visual_tokenizer.tokens_per_crop, 1)
         return np.repeat(values, repeats).astype(np.int32)
 
     def _advise(self, room: int, images: Sequence[Image.Image], max_partition: int) -> str:
-        """Say how a prompt that is too long can fit, with `room` positions left for images."""
+        """Return advice on how to shorten a prompt so that images fit into `room` positions."""
         for smaller in range(max_partition - 1, 0, -1):
             if images and self.count_image_tokens(images, smaller) <= room:
                 return f"it fits with max_partition={smaller}"
         return f"shorten the text{' or pass fewer images' if images else ''}"
-
-    def _decode_row(self, ids: list[int]) -> str:
-        stops = (n for n, i in enumerate(ids) if i in self.config.eos_ids)
-        return self.tokenizer.decode(ids[: next(stops, len(ids))])
 
     def _check_ids(self, row: np.ndarray, name: str) -> None:
         vocab_size, lowest = self.config.decoder.vocab_size, IMAGE_SLOT - NUM_IMAGE_INDICATORS
         known = ((row >= 0) & (row < vocab_size)) | ((row >= lowest) & (row <= IMAGE_SLOT))
         if not known.all():
             raise PromptError(
-                f"{name} holds {row[~known][0]}, expected ids from 0 to {vocab_size - 1} "
+                f"{name} contains {row[~known][0]}, expected ids from 0 to {vocab_size - 1} "
                 f"or from {lowest} to {IMAGE_SLOT}"
             )
         if not len(row):
-            raise PromptError(f"{name} holds only padding")
-
-
-def _is_conversation(prompts: Any) -> bool:
-    """Whether a list of turns was passed, rather than a list of prompts."""
-    return isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], Mapping)
+            raise PromptError(f"{name} contains only padding")
 
 
 def _one_each(values: Any, batch: int, name: str) -> Sequence[Any]:
-    """Return one value per prompt; a single number or string counts for all of them."""
+    """Return one value per prompt; a single number or string is used for all prompts."""
     if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
         return [values] * batch
     if len(values) != batch:
         raise PromptError(
-            f"{name} has {len(values)} entries for {batch} prompts; pass one for each prompt"
+            f"{name} has length {len(values)}, expected {batch}: one entry for each prompt"
         )
     return cast(Sequence[Any], values)
 

@@ -1,10 +1,10 @@
-"""Text to token ids and back, with tokenizer.model (SentencePiece) or tokenizer.json.
+"""Converting text to token ids and back, with tokenizer.model (SentencePiece) or tokenizer.json.
 
-The original's fast tokenizer, tokenizer.json, is the reference. It first splits a text at its added
-tokens (special tokens, runs of newlines, ...), then encodes each stretch of ordinary text by byte
-pair encoding. SentencePiece encodes ordinary text in the same way, but it never recognizes special
-tokens, and it splits differently at a literal U+2581. So this module does the splitting for both,
-and the backend sees only ordinary text. Decoding needs only the vocabulary.
+The original's fast tokenizer, tokenizer.json, is the reference. It first splits a text at the added
+tokens (special tokens, runs of newlines and others), then encodes the ordinary text between them by
+byte pair encoding. SentencePiece encodes ordinary text in the same way, but it never recognizes
+special tokens, and it splits differently at a literal U+2581. Therefore, this module splits the
+text for both backends, and the backends only see ordinary text. Decoding only needs the vocabulary.
 """
 
 import re
@@ -22,10 +22,10 @@ TURN_START = "<start_of_turn>"
 TURN_END = "<end_of_turn>"
 
 SPACE = "▁"
-"""A space in a piece."""
+"""The character that stands for a space in a piece."""
 
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
-"""The pieces for single bytes, which encode characters that have no piece."""
+"""The pieces for single bytes, which encode characters that are not in the vocabulary."""
 
 DECODER = {
     "type": "Sequence",
@@ -35,17 +35,17 @@ DECODER = {
         {"type": "Fuse"},
     ],
 }
-"""The decoder that tokenizer.json must specify: the one `IncrementalDetokenizer` implements."""
+"""The decoder that `IncrementalDetokenizer` implements; tokenizer.json must specify it."""
 
 
 class Tokenizer:
     """Converts between text and ids; create it with `from_folder`.
 
     Args:
-      pieces: The text of every id.
-      added_tokens: The id of each added token, by its text. Texts are split at these first.
-      special_tokens: The added tokens that decoding skips.
-      encode_ordinary: Encodes text in which no added token occurs.
+      pieces: The piece of each token id.
+      added_tokens: The id of each added token, by text. A text is first split at these tokens.
+      special_tokens: The added tokens that decoding can skip.
+      encode_ordinary: Function that encodes text without added tokens.
     """
 
     def __init__(
@@ -61,23 +61,25 @@ class Tokenizer:
         self._added_tokens = added_tokens
         self._encode_ordinary = encode_ordinary
         self._splitter = _split_pattern(added_tokens, broken=())
-        # The turn markers count as special, even where the tokenizer does not mark them as special.
+        # The turn markers are always special tokens here, even if the tokenizer's file does not
+        # mark them as special.
         turn_markers = {TURN_START, TURN_END} & added_tokens.keys()
         self._safe_splitter = _split_pattern(added_tokens, broken={*special_tokens, *turn_markers})
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
-        """Read tokenizer.model with tokenizer_config.json, or otherwise tokenizer.json.
+        """Read tokenizer.model and tokenizer_config.json if they exist, otherwise tokenizer.json.
 
         Raises:
-          ConfigError: The folder has neither, or a file cannot be read or is not supported.
+          ConfigError: The folder has neither of these, or a file cannot be read or is not
+            supported.
         """
         if all((folder / name).exists() for name in ("tokenizer.model", "tokenizer_config.json")):
             return cls.from_sentencepiece(folder)
         if (folder / "tokenizer.json").exists():
             return cls.from_json(folder)
         raise ConfigError(
-            f"{folder} holds neither tokenizer.model with tokenizer_config.json nor "
+            f"{folder} contains neither tokenizer.model with tokenizer_config.json nor "
             "tokenizer.json; copy them from the original checkpoint"
         )
 
@@ -96,14 +98,15 @@ class Tokenizer:
         name = "tokenizer_config.json"
         listed = JsonObject(read_json(folder / name), name).get_object("added_tokens_decoder")
         pieces = processor.id_to_piece(list(range(processor.get_piece_size())))
-        # In tokenizer.json a tab is an ordinary piece, so it never joins a run of bytes.
+        # In tokenizer.json, a tab is an ordinary piece, so it is never part of a run of byte
+        # pieces.
         pieces = ["\t" if piece == "<0x09>" else piece for piece in pieces]
         entries = [(i, listed.get_object(i)) for i in listed.values]
         return cls(pieces, *_read_added_tokens(entries, pieces), processor.encode)
 
     @classmethod
     def from_json(cls, folder: Path) -> Self:
-        """Read tokenizer.json; its merges may be strings or pairs.
+        """Read tokenizer.json; the merges in it may be strings or pairs.
 
         Raises:
           ConfigError: The file cannot be read or is not supported.
@@ -131,7 +134,7 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, parse_special_tokens: bool = True) -> list[int]:
-        """Encode a text, without adding ids before or after it.
+        """Encode a text, without adding special tokens before or after it.
 
         Args:
           text: Any text that has a UTF-8 form.
@@ -139,7 +142,7 @@ class Tokenizer:
             text becomes its id, as in the original. Otherwise it is encoded as ordinary text.
 
         Raises:
-          PromptError: The text holds half of a surrogate pair.
+          PromptError: The text contains an unpaired surrogate.
         """
         try:
             text.encode()
@@ -161,13 +164,13 @@ class Tokenizer:
         """Decode ids.
 
         Raises:
-          PromptError: A number is not the id of a piece.
+          PromptError: A number is not a token id.
         """
         detokenizer = IncrementalDetokenizer(self, skip_special_tokens=skip_special_tokens)
         return "".join([*map(detokenizer.push, ids), detokenizer.finish()])
 
     def token_to_id(self, piece: str) -> int:
-        """Return the id of a piece.
+        """Return the token id of a piece.
 
         Raises:
           ConfigError: There is no such piece.
@@ -180,10 +183,10 @@ class Tokenizer:
 
 
 class IncrementalDetokenizer:
-    """Decodes ids one by one; the returned texts join to the result of `Tokenizer.decode`.
+    """Decodes ids one by one; joined together, the texts equal the result of `Tokenizer.decode`.
 
-    Bytes are held back until their run ends, so part of a character is never returned. `finish`
-    returns what is still held back at the end.
+    Byte pieces are held back until their run ends, so an incomplete character is never returned. At
+    the end, `finish` returns the text that is still held back.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
@@ -192,10 +195,10 @@ class IncrementalDetokenizer:
         self._bytes = bytearray()
 
     def push(self, token: int) -> str:
-        """Add an id and return the text that is now certain, which is often empty.
+        """Add an id, and return the text that can be output now, which is often empty.
 
         Raises:
-          PromptError: `token` is not the id of a piece.
+          PromptError: `token` is not a token id.
         """
         pieces = self._tokenizer.pieces
         if not 0 <= token < len(pieces):
@@ -211,7 +214,7 @@ class IncrementalDetokenizer:
         return self.finish() + piece.replace(SPACE, " ")
 
     def finish(self) -> str:
-        """Return the text of the held-back bytes: U+FFFD per byte if they are not UTF-8."""
+        """Return the text of the held-back bytes; invalid UTF-8 becomes one U+FFFD per byte."""
         run, self._bytes = self._bytes, bytearray()
         try:
             return run.decode()
@@ -220,10 +223,10 @@ class IncrementalDetokenizer:
 
 
 def _split_pattern(added_tokens: Collection[str], broken: Collection[str]) -> re.Pattern[str]:
-    """Compile a pattern that splits a text at added tokens: leftmost first, then longest.
+    """Compile a pattern that splits a text at added tokens, taking the leftmost, then the longest.
 
-    Only the first character of a `broken` token is split off, and the rest stays in the text.
-    Neither part is the token any more, so no backend can recognize it.
+    For a token in `broken`, only the first character is split off, and the rest stays in the text.
+    Neither part equals the token, so no backend can recognize the token.
     """
     parts = [
         f"{re.escape(token[0])}(?={re.escape(token[1:])})" if token in broken else re.escape(token)
@@ -235,7 +238,7 @@ def _split_pattern(added_tokens: Collection[str], broken: Collection[str]) -> re
 def _read_added_tokens(
     entries: Iterable[tuple[Any, JsonObject]], pieces: Sequence[str]
 ) -> tuple[dict[str, int], set[str]]:
-    """Return the id of each added token, and the special tokens."""
+    """Return a dict from the text of each added token to its id, and the set of special tokens."""
     added: dict[str, int] = {}
     special: set[str] = set()
     for key, token in entries:

@@ -1,1 +1,1 @@
-"""Device side: the model as pure functions of (params, arrays)."""
+"""The model, which runs on the device: pure functions of parameters and arrays."""

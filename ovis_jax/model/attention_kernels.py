@@ -1,8 +1,8 @@
-"""The choice of an attention kernel for each platform, and the calls that use it.
+"""Choosing the attention kernel for each platform, and calling it.
 
-Every kernel here supports soft cap and sliding window, so the choice never changes the result.
-`unsupported_reason` says what a kernel does not support. A decode step has a single query and
-always uses plain attention. The modules of the kernels, `<kernel>_attention.py`, share one
+Every kernel supports soft capping and sliding windows, so all kernels give the same result up to
+rounding. `unsupported_reason` checks the limits of a kernel. A decode step has a single query per
+row and always uses plain attention. The kernel modules, `<kernel>_attention.py`, share one
 interface: `attend_prompt` and, except for tokamax, `attend_crops`.
 """
 
@@ -18,19 +18,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ovis_jax.config import OvisConfig
-from ovis_jax.errors import RequestError
+from ovis_jax.errors import RequestError, install_command
 from ovis_jax.model.blockwise_attention import BLOCK_SIZE
 from ovis_jax.model.plain_attention import attend, visible
 
 AttentionKernel = Literal["auto", "plain", "blockwise", "splash", "tokamax"]
-"""A kernel for prompts and crops, or "auto" for the platform's best. tokamax has no kernel for
-crops, which then use plain attention."""
+"""A kernel for prompts and crops, or "auto" for the best kernel on the platform. With tokamax,
+which has no kernel for crops, crops use plain attention."""
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
 
 class KernelSetting(NamedTuple):
-    """An attention kernel, and the platform to choose it for; None for the one JAX runs on."""
+    """An attention kernel, and the platform to choose it for; None for JAX's current platform."""
 
     kernel: AttentionKernel = "auto"
     platform: Platform | None = None
@@ -42,21 +42,23 @@ PREFERRED_KERNELS: Mapping[tuple[str, AttentionCall], tuple[AttentionKernel, ...
     ("cpu", "prefill"): ("blockwise",),
     ("cpu", "vision"): ("blockwise",),
     ("gpu", "prefill"): ("tokamax", "blockwise"),
-    # Blockwise handles crops one head at a time, which only pays off with the caches of a CPU.
+    # Blockwise attention processes crops one head at a time, which is only faster with a CPU's
+    # caches.
     ("gpu", "vision"): ("plain",),
     ("tpu", "prefill"): ("splash", "blockwise"),
     ("tpu", "vision"): ("splash", "plain"),
 }
-"""Kernels by platform and call for more than `BLOCK_SIZE` queries; the first supported one runs."""
+"""Kernels for more than `BLOCK_SIZE` queries, by platform and call; the first supported one is
+used."""
 
 
 def unsupported_reason(kernel: str, platform: str, dtype: DTypeLike) -> str | None:
-    """Say why a kernel cannot run; None if it can.
+    """Return the reason why a kernel cannot run, or None if it can.
 
     Args:
-      kernel: the kernel.
-      platform: platform that the program runs on.
-      dtype: dtype of queries, keys and values.
+      kernel: The kernel.
+      platform: Platform that the program runs on; None for JAX's current platform.
+      dtype: Dtype of queries, keys and values.
     """
     if kernel not in ("splash", "tokamax"):
         return None
@@ -67,19 +69,19 @@ def unsupported_reason(kernel: str, platform: str, dtype: DTypeLike) -> str | No
         if np.dtype(dtype).itemsize != 2:
             return f"does not support {np.dtype(dtype).name}"
         if find_spec("tokamax") is None:
-            return "is not installed: pip install '.[cuda12]' or '.[cuda13]' in a clone of ovis_jax"
+            return f"is not installed: {install_command('cuda12', 'cuda13')}"
         if not _gpu_is_ampere_or_newer():
             return "needs an NVIDIA GPU of compute capability 8.0 or higher"
     return None
 
 
 def _gpu_is_ampere_or_newer() -> bool:
-    """Whether JAX runs on an NVIDIA GPU from Ampere on, or on no GPU at all."""
+    """Return whether JAX runs on an NVIDIA GPU of the Ampere generation or newer, or on no GPU."""
     if jax.default_backend() != "gpu":
-        return True  # the program is compiled for another machine
+        return True  # JAX runs on no GPU, so the program is for another machine
     try:
         return float(jax.devices()[0].compute_capability) >= 8.0
-    except (AttributeError, ValueError):  # AMD's capabilities are not numbers
+    except (AttributeError, ValueError):  # AMD GPUs have capabilities that are not numbers
         return False
 
 
@@ -93,17 +95,18 @@ def choose_kernel(
     """Choose the kernel for a call.
 
     Args:
-      kernel: an `AttentionKernel`: the kernel to force, or "auto".
-      call: what attends.
-      num_queries: queries per row: positions of a prompt, or patches of a crop.
-      dtype: dtype of queries, keys and values.
-      platform: the `Platform` that the program runs on; None for the one that JAX runs on.
+      kernel: The `AttentionKernel` to force, or "auto" to choose one.
+      call: The use of the kernel: "prefill", "vision" or "decode".
+      num_queries: Number of queries per row: positions in a prompt, or patches in a crop.
+      dtype: Dtype of queries, keys and values.
+      platform: The `Platform` that the program runs on; None for JAX's current platform.
 
     Returns:
-      The forced kernel, or the platform's preferred one; plain for at most one block of queries.
+      The forced kernel, or the preferred kernel on the platform. With "auto", plain attention is
+      used if there is at most one block of queries.
 
     Raises:
-      RequestError: the kernel or the platform is unknown, or the forced kernel cannot run there.
+      RequestError: The kernel or the platform is unknown, or the forced kernel cannot run there.
     """
     for name, value, known in (
         ("attention kernel", kernel, get_args(AttentionKernel)),
@@ -136,14 +139,14 @@ def choose_kernel(
 
 
 class KernelChoice(NamedTuple):
-    """A line of `attention_report`.
+    """One entry in the result of `attention_report`.
 
     Attributes:
-      call: what attends.
-      num_queries: queries per row.
-      num_heads: heads of the queries.
-      head_dim: width of a head.
-      kernel: the kernel that runs.
+      call: The use of the kernel: "prefill", "vision" or "decode".
+      num_queries: Number of queries per row.
+      num_heads: Number of query heads.
+      head_dim: Number of channels per head.
+      kernel: The kernel that is used.
     """
 
     call: AttentionCall
@@ -161,17 +164,17 @@ def attention_report(
     dtype: DTypeLike = "bfloat16",
     platform: str | None = None,
 ) -> list[KernelChoice]:
-    """List the kernels for crops, for prompts of a length, and for a decode step.
+    """List the kernels that are used for crops, for prompts of one length, and for decoding.
 
     Args:
-      config: the model's config.
-      prompt_length: positions of a prompt.
-      kernel: see `choose_kernel`, as for `dtype` and `platform`.
-      dtype: dtype of activations.
-      platform: platform that the program runs on.
+      config: The model's config.
+      prompt_length: Number of positions in a prompt.
+      kernel: The `AttentionKernel` to force, or "auto", as in `choose_kernel`.
+      dtype: Dtype of the activations.
+      platform: Platform that the program runs on; None for JAX's current platform.
 
     Raises:
-      RequestError: as `choose_kernel`.
+      RequestError: The kernel or the platform is unknown, or the forced kernel cannot run there.
     """
     vision, decoder = config.vision, config.decoder
     E, A, P = vision.width, vision.num_heads, vision.num_patches
@@ -196,12 +199,12 @@ def prompt_attention(
     cap: float | None,
     setting: KernelSetting,
 ) -> Float[Array, "B T N H"]:
-    """Causal attention of full prompts, by the kernel that `choose_kernel` returns.
+    """Compute causal attention for full prompts, with the kernel that `choose_kernel` returns.
 
-    See `blockwise_attention.attend_prompt` for the other arguments.
+    `blockwise_attention.attend_prompt` documents the arguments except for `setting`.
 
     Raises:
-      RequestError: as `choose_kernel`.
+      RequestError: The kernel or the platform is unknown, or the forced kernel cannot run there.
     """
     kernel = choose_kernel(setting.kernel, "prefill", q.shape[1], q.dtype, setting.platform)
     if kernel == "plain":
@@ -218,10 +221,10 @@ def crop_attention(
     scale: float,
     setting: KernelSetting,
 ) -> Float[Array, "I P A H"]:
-    """Attention of every patch to all patches of its crop, by the kernel of `choose_kernel`.
+    """Compute attention of every patch to all patches in its crop, with the chosen kernel.
 
     Raises:
-      RequestError: as `choose_kernel`.
+      RequestError: The kernel or the platform is unknown, or the forced kernel cannot run there.
     """
     kernel = choose_kernel(setting.kernel, "vision", q.shape[1], q.dtype, setting.platform)
     if kernel == "plain":
@@ -230,5 +233,5 @@ def crop_attention(
 
 
 def _kernel_module(kernel: AttentionKernel) -> Any:
-    """Import a kernel's module; Pallas and tokamax are slow to import."""
+    """Import a kernel's module when it is needed, because Pallas and tokamax are slow to import."""
     return import_module(f"ovis_jax.model.{kernel}_attention")

@@ -1,7 +1,7 @@
-"""Attention in blocks of queries, in plain JAX: no array holds a score for every query and key.
+"""Attention in blocks of queries, in plain JAX, which avoids an array of all attention scores.
 
-Each block is plain attention of a few queries, so results differ from plain attention by rounding
-at most. The gradient recomputes a block's scores instead of storing them.
+Each block is plain attention for a few queries, so the results differ from plain attention only by
+rounding. The backward pass recomputes the scores of a block instead of storing them.
 """
 
 from functools import partial
@@ -14,12 +14,14 @@ from jaxtyping import Float, Int
 from ovis_jax.model.plain_attention import attend, visible
 
 BLOCK_SIZE = 128
-"""Largest number of queries in a block. Of 32 to 512, 128 was the fastest on a CPU."""
+"""Maximum number of queries in a block. Among sizes from 32 to 512, 128 was the fastest on a
+CPU."""
 
 NUM_PARTS = 4
-"""Parts of a prompt. Each part loops over its blocks and reads only the keys that it can see.
+"""Number of parts that a prompt is split into. Each part loops over its blocks.
 
-More parts skip more of the masked scores (37 % with 4, at most 50 %) and take longer to compile.
+A part reads only the keys that are visible to it. With more parts, more of the masked scores are
+skipped (37 % with 4 parts, at most 50 %), but compilation takes longer.
 """
 
 
@@ -33,26 +35,26 @@ def attend_prompt(
     scale: float,
     cap: float | None,
 ) -> Float[Array, "B T N H"]:
-    """Causal attention of full prompts.
+    """Compute causal attention for full prompts.
 
     Args:
-      q: queries, after rotary embedding.
-      k: keys of the same columns.
-      v: values of the same columns.
-      positions: positions that rise by one from column to column of each row; -1 at padding, on
-        either side, where the result is finite and meaningless.
-      window: number of positions that a query sees, including its own; None for no limit.
-      scale: factor on the scores.
-      cap: soft cap on the scaled scores; None for no cap.
+      q: Queries, after rotary embedding.
+      k: Keys in the same columns.
+      v: Values in the same columns.
+      positions: Positions, which increase by one from column to column in each row; -1 at padding,
+        which may be on either side. At padding, the result is finite but meaningless.
+      window: Number of positions that are visible to a query, including its own; None for no limit.
+      scale: Factor by which the scores are multiplied.
+      cap: Soft cap of the scaled scores; None for no soft capping.
 
     Returns:
-      What `attend` returns for the mask of `visible`.
+      The result that `attend` returns with the mask from `visible`.
     """
     B, T, N, H = q.shape
     if T <= BLOCK_SIZE:
         return attend(q, k, v, visible(positions, positions, window), scale=scale, cap=cap)
     blocks = -(-T // BLOCK_SIZE)
-    size = 8 * -(-T // (8 * blocks))  # equal blocks, with little padding after the last one
+    size = 8 * -(-T // (8 * blocks))  # equal blocks, with little padding in the last one
     padding = blocks * size - T
     queries = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
     queries = queries.reshape(B, blocks, size, N, H).swapaxes(0, 1)
@@ -67,7 +69,8 @@ def attend_prompt(
     step = -(-blocks // NUM_PARTS)
     for first in range(0, blocks, step):
         part = slice(first, first + step)
-        # Two columns of a row are as far apart as their positions, so columns bound the window.
+        # Columns in a row differ by as much as their positions, so the window can be applied to
+        # columns.
         low = 0 if window is None else max(0, first * size - window + 1)
         seen = slice(low, min((first + step) * size, T))
         keys, values, columns = k[:, :, seen], v[:, :, seen], positions[:, seen]
@@ -86,7 +89,7 @@ def attend_crops(
     *,
     scale: float,
 ) -> Float[Array, "I P A H"]:
-    """Attention of every patch to all patches of its crop, one head of one crop at a time."""
+    """Compute attention of every patch to all patches in its crop, one crop and head at a time."""
     I, P, A, H = q.shape  # noqa: E741
     if P <= BLOCK_SIZE:
         return attend(q, k, v, None, scale=scale)

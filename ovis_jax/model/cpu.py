@@ -1,7 +1,7 @@
-"""Workarounds for XLA's CPU backend, and nothing else.
+"""Workarounds for XLA's CPU backend.
 
-Every function returns the same values as its plain form, which other platforms run. The times are
-from two cores with AVX-512 and AMX under JAX 0.10.2; only their ratios matter.
+Every function returns the same values as its simple form, which runs on other platforms. The times
+were measured on two cores with AVX-512 and AMX and JAX 0.10.2; only their ratios matter.
 """
 
 from functools import partial
@@ -18,16 +18,18 @@ from ovis_jax.model.layers import matmul_precision
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def multiply_by_weight(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
-    """The product x [..., in] times w [out, in] transposed, for programs that run on a CPU.
+    """Multiply x [..., in] by the transpose of w [out, in], in programs that run on a CPU.
 
-    XLA is slow at bfloat16 products of certain forms, which this function avoids:
+    XLA is slow at some forms of bfloat16 matrix multiplication, which this function avoids:
 
-    - A bfloat16 result takes 5 to 7 times as long as a float32 one: 58 ms against 9.5 ms for
-      [1458, 1152] by [4304, 1152]. The result is always float32 here and is cast afterwards.
-    - A single row takes 10 to 15 times as long as two: 20 ms against 1.4 ms for [1, 2304] by
-      [9216, 2304]. A single row is computed twice. (In float32 a single row is the fast case.)
-    - With two leading axes XLA transposes the weight, and a loop over tokens starts with a
-      transposed copy of all weights. The leading axes become one.
+    - A bfloat16 result takes 5 to 7 times as long as a float32 result: 58 ms compared with 9.5 ms
+      for [1458, 1152] by [4304, 1152]. The function therefore computes a float32 result and casts
+      it afterwards.
+    - A single row takes 10 to 15 times as long as two rows: 20 ms compared with 1.4 ms for [1,
+      2304] by [9216, 2304]. The function therefore computes a single row twice. (In float32, a
+      single row is fast.)
+    - With two leading axes, XLA transposes the weight, and a loop over tokens begins by copying all
+      weights in transposed form. The function therefore merges the leading axes into one.
     """
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 1 and x.dtype != jnp.float32:
@@ -44,18 +46,19 @@ def _matmul_forward(x: Array, w: Array, out_dtype: DTypeLike) -> tuple[Array, tu
 def _matmul_backward(
     out_dtype: DTypeLike, saved: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
-    """The gradients of autodiff, with products in the dtype of `x` over one axis of rows.
+    """Compute the same gradients as autodiff, but with products in the dtype of `x`.
 
-    Autodiff multiplies bfloat16 in float32, which is 4 to 7 times slower. In float32 it sums over
-    two axes, for which XLA transposes `dy` first, which is 4 times slower.
+    Autodiff multiplies bfloat16 arrays in float32, which is 4 to 7 times slower. In float32,
+    autodiff sums over two axes of rows, so XLA first transposes `dy`, which is 4 times slower. This
+    function merges the rows into one axis.
     """
     x, w = saved
     dy, x_rows = dy.astype(x.dtype), x.reshape(-1, x.shape[-1])
     if x.dtype == jnp.float32:
         dw = _float32_product("ro,ri->oi", dy.reshape(-1, dy.shape[-1]), x_rows)
     else:
-        # The reshape after the transpose keeps XLA from folding the transpose into the product,
-        # whose form would then be one that XLA has only in float32.
+        # The reshape after the transpose keeps XLA from folding the transpose into the product. XLA
+        # supports the resulting form of product only in float32.
         dy_columns = jnp.moveaxis(dy, -1, 0).reshape(w.shape[0], -1)
         dw = _float32_product("or,ri->oi", dy_columns, x_rows)
     dx = _float32_product("...o,oi->...i", dy, w)
@@ -72,10 +75,10 @@ def _float32_product(equation: str, x: Array, y: Array) -> Array:
 
 
 def lookup_rows(table: Float[Array, "V D"], tokens: Int[Array, "B"]) -> Float[Array, "B D"]:
-    """The rows `table[tokens]`, inside a loop over tokens.
+    """Return the rows `table[tokens]`; for use inside a loop over tokens.
 
-    XLA reads bfloat16 rows through float32 and widens the whole table before the loop, unless a
-    barrier makes the table look different in every step.
+    XLA converts bfloat16 rows to float32 to read them, and therefore converts the whole table
+    before the loop. A barrier that makes the table look different in every step prevents this.
     """
 
     def lookup(table: Array, tokens: Array) -> Array:
@@ -90,10 +93,10 @@ def lookup_rows(table: Float[Array, "V D"], tokens: Int[Array, "B"]) -> Float[Ar
 def write_slot(
     row: Float[Array, "K S H"], value: Float[Array, "K 1 H"], slot: Int[Array, ""]
 ) -> Float[Array, "K S H"]:
-    """Write one position into a row of a cache.
+    """Write the key or value of one position into a row of a cache.
 
-    On the CPU, XLA would update a bfloat16 row through a float32 copy of the whole row. This
-    function selects between the old and the new value instead, which takes a single pass.
+    On a CPU, XLA would convert a whole bfloat16 row to float32 to update it. This function instead
+    selects between the old and the new values, which takes a single pass over the row.
     """
 
     def update(row: Array, value: Array, slot: Array) -> Array:
@@ -108,16 +111,16 @@ def write_slot(
 
 
 def squeeze_single_row(cache: Any) -> Any:
-    """Drop the batch axis of a `Cache` of one row, for a loop over tokens to carry.
+    """Remove the batch axis of a `Cache` with one row, before a loop over tokens.
 
-    XLA drops an axis of size 1 in products. If the loop carries the axis, XLA copies the cache
-    between the two shapes, four times per step. A cache of several rows stays as it is.
+    XLA removes axes of size 1 in products. If the loop carries the axis, XLA copies the cache
+    between the two shapes four times per step. A cache with several rows is returned unchanged.
     """
     blocks = jax.tree.map(lambda x: x[0] if x.shape[0] == 1 else x, cache.blocks)
     return cache._replace(blocks=blocks)
 
 
 def unsqueeze_single_row(cache: Any) -> Any:
-    """Undo `squeeze_single_row`: [K, S, H] becomes [1, K, S, H]."""
+    """Undo `squeeze_single_row`: add the batch axis, so that [K, S, H] becomes [1, K, S, H]."""
     blocks = jax.tree.map(lambda x: x[None] if x.ndim == 3 else x, cache.blocks)
     return cache._replace(blocks=blocks)

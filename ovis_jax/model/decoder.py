@@ -1,4 +1,4 @@
-"""The Gemma2 decoder (Gemma Team 2024): input embeddings -> logits over the text vocabulary."""
+"""The Gemma2 decoder (Gemma Team 2024), from input embeddings to logits over text tokens."""
 
 import math
 from typing import NamedTuple
@@ -20,11 +20,11 @@ from ovis_jax.model.plain_attention import attend, visible
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query attention, with a sliding window in local blocks."""
+    """Grouped-query attention, with a sliding window in local (sliding-window) layers."""
 
     config: DecoderConfig
     window: int | None
-    dtype: DTypeLike
+    param_dtype: DTypeLike
     kernel_setting: KernelSetting = KernelSetting()
 
     @nn.compact
@@ -34,17 +34,22 @@ class DecoderAttention(nn.Module):
         positions: Int[Array, "B T"],
         cache: KeyValue | None,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Attend to the positions of this call and of the cache.
+        """Attend to the positions in this call and in the cache.
 
         Returns:
-          The output, and the keys and values of this call, or the cache with them written to it.
+          The output, and either the keys and values from this call or, if there is a cache, the
+          updated cache.
         """
         c = self.config
         B, T, D = x.shape
         N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
-        q = linear(x, self.param("q", init_weight, (N * H, D), self.dtype)).reshape(B, T, N, H)
-        k = linear(x, self.param("k", init_weight, (K * H, D), self.dtype)).reshape(B, T, K, H)
-        v = linear(x, self.param("v", init_weight, (K * H, D), self.dtype)).reshape(B, T, K, H)
+
+        def weight(name: str, *shape: int) -> Array | LowRank:
+            return self.param(name, init_weight, shape, self.param_dtype)
+
+        q = linear(x, weight("q", N * H, D)).reshape(B, T, N, H)
+        k = linear(x, weight("k", K * H, D)).reshape(B, T, K, H)
+        v = linear(x, weight("v", K * H, D)).reshape(B, T, K, H)
         q, k = apply_rope(q, positions, c.rope_theta), apply_rope(k, positions, c.rope_theta)
         keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
         options = {"scale": c.query_pre_attn_scalar**-0.5, "cap": c.attn_softcap}
@@ -52,7 +57,8 @@ class DecoderAttention(nn.Module):
             options |= {"window": self.window, "setting": self.kernel_setting}
             out = prompt_attention(q, keys, values, positions, **options)  # [B, T, N, H]
         elif T > 1:
-            # The cache is written afterwards, as early queries still need the ring's old slots.
+            # The cache is updated afterwards, because the first queries still need the ring
+            # buffer's old slots.
             past = kv_cache.slot_positions(positions[:, 0], cache[0].shape[2])
             mask = visible(positions, jnp.concatenate([past, positions], axis=1), self.window)
             all_keys = jnp.concatenate([cache[0], keys], axis=2)  # [B, K, S + T, H]
@@ -64,32 +70,32 @@ class DecoderAttention(nn.Module):
             key_positions = kv_cache.slot_positions(positions[:, 0] + 1, keys.shape[2])
             mask = visible(positions, key_positions, self.window)
             out = attend(q, keys, values, mask, **options)  # [B, T, N, H]
-        o = self.param("o", init_weight, (D, N * H), self.dtype)
+        o = weight("o", D, N * H)
         return linear(out.reshape(B, T, N * H), o), (keys, values)
 
 
 class GatedMLP(nn.Module):
-    """Gemma2's MLP: GELU of one projection gates another."""
+    """Gemma2's gated MLP: the GELU of one projection is multiplied by another projection."""
 
     config: DecoderConfig
-    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Transform each position."""
+        """Apply the MLP to each position."""
         D, F = self.config.width, self.config.mlp_width
-        gate = self.param("gate", init_weight, (F, D), self.dtype)
-        up = self.param("up", init_weight, (F, D), self.dtype)
-        down = self.param("down", init_weight, (D, F), self.dtype)
+        gate = self.param("gate", init_weight, (F, D), self.param_dtype)
+        up = self.param("up", init_weight, (F, D), self.param_dtype)
+        down = self.param("down", init_weight, (D, F), self.param_dtype)
         return linear(gelu(linear(x, gate)) * linear(x, up), down)
 
 
 class DecoderBlock(nn.Module):
-    """A transformer block with a norm before and after both attention and MLP."""
+    """A transformer block with norms before and after both attention and the MLP."""
 
     config: DecoderConfig
     window: int | None
-    dtype: DTypeLike
+    param_dtype: DTypeLike
     kernel_setting: KernelSetting = KernelSetting()
 
     @nn.compact
@@ -99,23 +105,23 @@ class DecoderBlock(nn.Module):
         positions: Int[Array, "B T"],
         cache: KeyValue | None,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Add attention, then the MLP, to the residual; see `DecoderAttention` for the cache."""
+        """Add attention, then the MLP, to the residual; `DecoderAttention` describes the cache."""
         c = self.config
 
         def norm(name: str, x: Array) -> Array:
-            scale = self.param(name, nn.initializers.zeros, (c.width,), self.dtype)
+            scale = self.param(name, nn.initializers.zeros, (c.width,), self.param_dtype)
             return rms_norm(x, scale, c.norm_eps)
 
-        attn = DecoderAttention(c, self.window, self.dtype, self.kernel_setting, name="attn")
+        attn = DecoderAttention(c, self.window, self.param_dtype, self.kernel_setting, name="attn")
         y, key_value = attn(norm("pre_attn_norm", x), positions, cache)
         x += norm("post_attn_norm", y)
-        y = GatedMLP(c, self.dtype, name="mlp")(norm("pre_mlp_norm", x))
+        y = GatedMLP(c, self.param_dtype, name="mlp")(norm("pre_mlp_norm", x))
         x += norm("post_mlp_norm", y)
         return x, key_value
 
 
 def scale_embeddings(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Multiply by sqrt(D), which is rounded to the dtype of `x` first, as in the original."""
+    """Multiply embeddings by sqrt(D), rounded to the dtype of `x` as in the original."""
     return x * jnp.asarray(math.sqrt(x.shape[-1]), x.dtype)
 
 
@@ -125,13 +131,13 @@ def unembed(
     norm: Float[Array, "D"],
     table: Float[Array, "V D"] | LowRank,
 ) -> Float[Array, "B T V"]:
-    """Compute float32 logits from the last block's output: final norm, product, soft cap.
+    """Compute float32 logits from the last block's output: final norm, output matrix, soft capping.
 
     Args:
-      config: epsilon of the norm, and the cap.
-      x: output of the last block.
-      norm: scale of the final norm.
-      table: output embeddings.
+      config: Config with the norm's epsilon and the soft cap.
+      x: Output of the last block.
+      norm: Scale of the final norm.
+      table: The output matrix, one row per token.
     """
     x = rms_norm(x, norm, config.norm_eps)
     return softcap(linear(x, table, out_dtype=jnp.float32), config.final_softcap)
@@ -141,9 +147,9 @@ class DecoderOutput(NamedTuple):
     """Output of `Decoder`.
 
     Attributes:
-      logits: float32; T is 1 if the caller asked for a single column.
-      key_values: per block, keys and values of the prompt, or the updated cache.
-      hidden_states: output of each block.
+      logits: Float32 logits; T is 1 if a single column was requested.
+      key_values: For each block, the keys and values of the prompt, or the updated cache.
+      hidden_states: Output of each block.
     """
 
     logits: Float[Array, "B T V"]
@@ -152,17 +158,17 @@ class DecoderOutput(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Gemma2 from input embeddings on. It computes in the dtype of its input.
+    """The Gemma2 decoder, which takes input embeddings. It computes in the dtype of its input.
 
     Attributes:
-      config: sizes and constants.
-      dtype: dtype of the parameters that `init` creates.
-      remat: whether gradients recompute each block instead of storing its activations.
-      kernel_setting: attention kernel for prompts.
+      config: Config of the decoder.
+      param_dtype: Dtype of the parameters that `init` creates.
+      remat: Whether the backward pass recomputes each block instead of storing its activations.
+      kernel_setting: Attention kernel for prompts.
     """
 
     config: DecoderConfig
-    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     remat: bool = False
     kernel_setting: KernelSetting = KernelSetting()
 
@@ -178,39 +184,42 @@ class Decoder(nn.Module):
         """Run all blocks.
 
         Args:
-          x: input embeddings, before scaling.
-          positions: positions from 0 in each row; -1 at padding. With a cache they continue each
-            row, and padding is on the right only.
-          cache: what each row has read so far; None for full prompts.
-          columns: the column of each row whose logits to compute; None for all columns.
-          max_length: number of positions of a cache to build from full prompts; None for no cache.
+          x: Input embeddings, before scaling by sqrt(D).
+          positions: Positions, from 0 in each row; -1 at padding. With a cache, they continue each
+            row, and padding must be on the right.
+          cache: KV cache of the positions read so far; None for full prompts.
+          columns: The column in each row for which logits are computed; None for all columns.
+          max_length: Number of positions in the cache that is built from full prompts; None for no
+            cache.
 
         Returns:
-          Logits [B, T, V], or [B, 1, V] with `columns`; per block, keys and values [B, K, T, H] of
-          the prompts or the cache with the new positions; the hidden states.
+          The logits, [B, T, V] or with `columns` [B, 1, V]; the keys and values [B, K, T, H] of the
+          prompts or the updated cache, for each block; and the hidden states.
         """
         c = self.config
         V, D = c.vocab_size, c.width
-        embed = self.param("embed", nn.initializers.normal(D**-0.5), (V, D), self.dtype)
+        embed = self.param("embed", nn.initializers.normal(D**-0.5), (V, D), self.param_dtype)
         x = scale_embeddings(x)
         make_block = nn.remat(DecoderBlock) if self.remat else DecoderBlock
         key_values, hidden_states = [], []
         for i in range(c.depth):
-            block = make_block(c, c.window(i), self.dtype, self.kernel_setting, name=f"block_{i}")
+            block = make_block(
+                c, c.window(i), self.param_dtype, self.kernel_setting, name=f"block_{i}"
+            )
             x, key_value = block(x, positions, None if cache is None else cache.blocks[i])
             if max_length is not None:
                 slots = kv_cache.num_slots(c, i, max_length)
                 key_value = kv_cache.cache_prompt(*key_value, positions, slots)
-                # Without the barrier, XLA on a GPU keeps every block's output and keys until the
-                # end and builds all caches in one pass.
+                # Without the barrier, XLA keeps every block's output and keys until the end on a
+                # GPU, and builds all caches in one pass.
                 x, key_value = jax.lax.optimization_barrier((x, key_value))
             key_values.append(key_value)
             hidden_states.append(x)
         if columns is not None:
             x = jnp.take_along_axis(x, columns[:, None, None], axis=1)  # [B, 1, D]
-        norm = self.param("final_norm", nn.initializers.zeros, (D,), self.dtype)
+        norm = self.param("final_norm", nn.initializers.zeros, (D,), self.param_dtype)
         table = embed
         if not c.tie_embeddings:
-            table = self.param("unembed", init_weight, (V, D), self.dtype)
+            table = self.param("unembed", init_weight, (V, D), self.param_dtype)
         logits = unembed(c, x, norm, table)
         return DecoderOutput(logits, tuple(key_values), tuple(hidden_states))

@@ -1,8 +1,8 @@
 """The KV cache: keys and values of the positions read so far.
 
-A global block caches every position, a local block only the last `sliding_window`, in a ring. Both
-follow one rule: position p is stored in slot p mod S. In a global block S is the maximum length, so
-that the ring never wraps around.
+A global block caches every position. A local (sliding-window) block caches only the last
+`sliding_window` positions, in a ring buffer. In both, position p is stored in slot p mod S. In a
+global block, S is the maximum length, so the slots are never overwritten.
 """
 
 from typing import NamedTuple
@@ -17,15 +17,15 @@ from ovis_jax.config import DecoderConfig
 from ovis_jax.model.cpu import write_slot
 
 KeyValue = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
-"""Keys and values of one block."""
+"""The keys and the values of one block."""
 
 
 class Cache(NamedTuple):
-    """The cache of all blocks.
+    """The KV cache of all blocks.
 
     Attributes:
-      blocks: keys and values of each block.
-      lengths: number of positions that each row has read.
+      blocks: Keys and values of each block.
+      lengths: Number of positions that each row has read.
     """
 
     blocks: tuple[KeyValue, ...]
@@ -33,13 +33,13 @@ class Cache(NamedTuple):
 
 
 def num_slots(config: DecoderConfig, block: int, max_length: int) -> int:
-    """S: the number of slots of a block in a cache for up to `max_length` positions."""
+    """Return S, the number of slots of a block in a cache for up to `max_length` positions."""
     window = config.window(block)
     return max_length if window is None else min(window, max_length)
 
 
 def empty_cache(config: DecoderConfig, num_rows: int, max_length: int, dtype: DTypeLike) -> Cache:
-    """A cache in which no row has read anything."""
+    """Create a cache whose rows are all empty."""
 
     def zeros(block: int) -> Array:
         slots = num_slots(config, block, max_length)
@@ -50,7 +50,7 @@ def empty_cache(config: DecoderConfig, num_rows: int, max_length: int, dtype: DT
 
 
 def slot_positions(lengths: Int[Array, "B"], num_slots: int) -> Int[Array, "B S"]:
-    """The position stored in each slot after `lengths` positions; -1 for an empty slot."""
+    """Return the position stored in each slot after `lengths` positions; -1 for an empty slot."""
     last = lengths[:, None] - 1  # [B, 1]
     positions = last - (last - jnp.arange(num_slots)) % num_slots
     return jnp.maximum(positions, -1)
@@ -65,10 +65,10 @@ def cache_prompt(
     """Build a block's cache from the keys and values of full prompts.
 
     Args:
-      k: keys of the prompts.
-      v: values of the prompts.
-      positions: positions from 0; -1 at padding, on either side.
-      num_slots: S of the block.
+      k: Keys of the prompts.
+      v: Values of the prompts.
+      positions: Positions, from 0; -1 at padding, which may be on either side.
+      num_slots: The number of slots of the block, S.
     """
     lengths = jnp.max(positions, axis=1) + 1
     first = jnp.argmax(positions >= 0, axis=1)  # the column of position 0
@@ -83,13 +83,13 @@ def append_chunk(
     v: Float[Array, "B K T H"],
     positions: Int[Array, "B T"],
 ) -> KeyValue:
-    """Write T more positions per row into a block's cache; in a ring they replace the oldest.
+    """Write T positions per row into a block's cache; in a ring buffer they replace the oldest.
 
     Args:
-      block: the cache of the block.
-      k: keys of the new positions.
-      v: values of the new positions.
-      positions: consecutive positions that continue each row; -1 at padding on the right.
+      block: The cache of the block.
+      k: Keys of the new positions.
+      v: Values of the new positions.
+      positions: Consecutive positions that continue each row; -1 at padding on the right.
     """
     slots, T = block[0].shape[2], k.shape[2]
     first = positions[:, :1]
@@ -109,11 +109,11 @@ def append_token(
     v: Float[Array, "B K 1 H"],
     positions: Int[Array, "B"],
 ) -> KeyValue:
-    """Write one more position per row into a block's cache; in a ring it replaces the oldest."""
+    """Write one position per row into a block's cache; in a ring buffer it replaces the oldest."""
     slots = positions % block[0].shape[2]
 
     def update(rows: Array, values: Array) -> Array:
-        if rows.shape[0] == 1:  # without a batch axis every backend updates in place
+        if rows.shape[0] == 1:  # without a batch axis, every backend updates in place
             return write_slot(rows[0], values[0], slots[0])[None]
         return jax.vmap(write_slot)(rows, values, slots)
 

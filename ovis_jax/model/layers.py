@@ -1,6 +1,6 @@
-"""Norms, rotary positions, soft cap and GELU.
+"""Norms, rotary position embedding, soft capping and GELU.
 
-Norm statistics, rotary angles and soft caps are float32 whatever the dtype of the activations.
+Norm statistics, rotary angles and soft capping are computed in float32 for every activation dtype.
 Each function returns the dtype of its input unless its docstring says otherwise.
 """
 
@@ -15,18 +15,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 gelu = partial(jax.nn.gelu, approximate=True)
-"""The tanh approximation, which SigLIP and Gemma2 both use."""
+"""GELU in the tanh approximation, which both SigLIP and Gemma2 use."""
 
 
 def matmul_precision(x: Array) -> jax.lax.Precision | None:
-    """Precision for products of `x`: full float32, which TPUs and GPUs otherwise round."""
+    """Return the precision for matrix products of `x`, so that float32 is not rounded."""
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def rms_norm(
     x: Float[Array, "*rows D"], scale: Float[Array, "D"], eps: float
 ) -> Float[Array, "*rows D"]:
-    """Gemma2's RMSNorm over the last axis; the factor is 1 + `scale`."""
+    """Apply Gemma2's RMSNorm to the last axis; the result is multiplied by 1 + `scale`."""
     y = x.astype(jnp.float32)
     y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
@@ -39,7 +39,7 @@ def layer_norm(
     eps: float,
     unpadded_width: int | None = None,
 ) -> Float[Array, "*rows channels"]:
-    """LayerNorm over the last axis; the statistics ignore padding from `unpadded_width` on."""
+    """Apply LayerNorm to the last axis; the statistics ignore padding after `unpadded_width`."""
     full = unpadded_width in (None, x.shape[-1])
     real = None if full else jnp.arange(x.shape[-1]) < unpadded_width
     y = x.astype(jnp.float32)
@@ -50,37 +50,37 @@ def layer_norm(
 
 
 class LayerNorm(nn.Module):
-    """`layer_norm` with its scale and bias as parameters of dtype `dtype`."""
+    """`layer_norm` as a module, whose parameters are the scale and the bias."""
 
     eps: float
-    dtype: DTypeLike
+    param_dtype: DTypeLike
     unpadded_width: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows channels"]) -> Float[Array, "*rows channels"]:
         """Normalize the last axis."""
         shape = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, shape, self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape, self.dtype)
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
         return layer_norm(x, scale, bias, self.eps, self.unpadded_width)
 
 
 def apply_rope(
     x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float
 ) -> Float[Array, "B T N H"]:
-    """Rotary position embedding (Su et al. 2021) that rotates channel h with channel h + H/2.
+    """Apply rotary position embedding (Su et al. 2021) to the channel pairs h and h + H/2.
 
     Angles are float32. Their cosines and sines are rounded to the dtype of `x`, as in the original.
 
     Args:
-      x: queries or keys.
-      positions: absolute positions from 0.
-      theta: base of the frequencies.
+      x: Queries or keys.
+      positions: Absolute positions, starting at 0.
+      theta: Base of the frequencies.
     """
     H = x.shape[-1]
     half = H // 2
-    # The power is taken in float64 on the host. A float32 power may be off by its last bit on some
-    # processors, and an angle multiplies that error by its position, which can be 8000.
+    # The powers are computed in float64 on the host. On some processors, the last bit of a float32
+    # power is wrong, and the angle multiplies this error by the position, which can be 8000.
     exponents = np.arange(0, H, 2, dtype=np.float32) / np.float32(H)
     powers = np.float64(theta) ** exponents.astype(np.float64)
     frequencies = np.float32(1) / powers.astype(np.float32)  # [H/2]
@@ -91,5 +91,5 @@ def apply_rope(
 
 
 def softcap(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
-    """Squash float32 values smoothly into (-cap, cap): cap * tanh(x / cap)."""
+    """Apply soft capping to float32 values: cap * tanh(x / cap), which is in (-cap, cap)."""
     return cap * jnp.tanh(x / cap)

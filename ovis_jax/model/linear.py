@@ -1,7 +1,8 @@
-"""Weights and the one function that multiplies by them.
+"""Weight matrices, and the function that multiplies by them.
 
-A weight is a matrix [out, in], in the checkpoint's orientation, or one of the leaf types defined
-here. `linear` handles every kind, so modules need no change for a new one.
+A weight is a matrix [out, in], in the same orientation as in the checkpoint, or one of the types
+defined here. `linear` supports all types of weights, so modules do not need to change for a new
+type.
 """
 
 from dataclasses import dataclass
@@ -19,20 +20,20 @@ from ovis_jax.model import cpu
 from ovis_jax.model.layers import matmul_precision
 
 init_weight = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
-"""Initializer of matrices [out, in]."""
+"""Initializer for matrices [out, in]."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRank:
-    """A matrix with a low-rank adapter, which together act as w + b a (Hu et al. 2021, LoRA)."""
+    """A matrix with a LoRA adapter (Hu et al. 2021), equivalent to the matrix w + b a."""
 
     w: Float[Array, "o i"]
     a: Float[Array, "R i"]
     b: Float[Array, "o R"]
 
     def merged(self) -> Float[Array, "o i"]:
-        """The single matrix w + b a, computed in float32 and rounded to the dtype of `w`."""
+        """Return the matrix w + b a, computed in float32 and rounded to the dtype of `w`."""
         product = jnp.matmul(
             self.b.astype(jnp.float32), self.a.astype(jnp.float32), precision="highest"
         )
@@ -46,13 +47,13 @@ def linear(
     *,
     out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "*rows o"]:
-    """Compute x w^T + bias. Products accumulate in float32.
+    """Compute x w^T + bias, with accumulation in float32.
 
     Args:
-      x: activations.
-      w: a weight.
-      bias: added in `out_dtype`; None for no bias.
-      out_dtype: dtype of the result; None for the dtype of `x`.
+      x: Activations.
+      w: The weight.
+      bias: The bias, which is added in `out_dtype`; None for no bias.
+      out_dtype: Dtype of the result; None for the dtype of `x`.
     """
     out_dtype = out_dtype or x.dtype
     if isinstance(w, LowRank):
@@ -62,7 +63,8 @@ def linear(
     return y if bias is None else y + bias.astype(out_dtype)
 
 
-# `jit` traces each shape once instead of once per block; `inline` keeps it out of the program.
+# `jit` traces each shape once instead of once per block; `inline` removes the call from the
+# program.
 @partial(jax.jit, static_argnums=2, inline=True)
 def _matmul(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
     def matmul(x: Array, w: Array) -> Array:

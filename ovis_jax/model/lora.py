@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) on a parameter tree: create, attach and merge them.
+"""Creating, attaching and merging low-rank adapters (LoRA, Hu et al. 2021) for the parameters.
 
-Adapters are a flat dict: for each adapted matrix `path`, `path/lora_a` [rank, in] and `path/lora_b`
-[out, rank].
+Adapters are a flat dict with two arrays for each adapted matrix `path`: `path/lora_a` [rank, in]
+and `path/lora_b` [out, rank].
 """
 
 import re
@@ -19,7 +19,7 @@ from ovis_jax.model.ovis import Params
 from ovis_jax.sharding import supports_adapter
 
 ATTENTION_MATRICES = r"decoder/.*/attn/[qkvo]"
-"""The default pattern of adapted matrices."""
+"""The default pattern for the paths of adapted matrices."""
 
 
 def init_adapters(
@@ -28,14 +28,14 @@ def init_adapters(
     """Create adapters whose product is zero: `lora_a` is random and `lora_b` is zero.
 
     Args:
-      params: parameters of the whole model.
-      key: random key for `lora_a`.
-      rank: rank of every adapter.
-      target_modules: regular expression for the paths of adapted matrices. Embedding tables are
-        looked up, not multiplied, so they are never adapted.
+      params: Parameters of the whole model.
+      key: Random key for `lora_a`.
+      rank: Rank of every adapter.
+      target_modules: Regular expression for the paths of adapted matrices. Embedding tables are
+        never adapted, because they are only used for lookups, not for multiplication.
 
     Raises:
-      RequestError: the rank is below 1, or the expression matches no matrix.
+      RequestError: The rank is below 1, or the expression matches no matrix.
     """
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     paths = [path for path in flat if re.fullmatch(target_modules, path) and supports_adapter(path)]
@@ -56,12 +56,12 @@ def init_adapters(
 def attach_adapters(
     params: Mapping[str, Any], adapters: Mapping[str, Array], scale: float
 ) -> Params:
-    """Replace every adapted matrix by a `LowRank`.
+    """Replace every adapted matrix with a `LowRank`.
 
     Args:
-      params: parameters of the whole model.
-      adapters: the adapters of some of its matrices.
-      scale: factor on the adapters' products; PEFT's lora_alpha / r.
+      params: Parameters of the whole model.
+      adapters: Adapters for some of the model's matrices.
+      scale: Factor by which the products b a are multiplied; in PEFT, this is lora_alpha / r.
     """
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     for path in adapters:
@@ -73,7 +73,7 @@ def attach_adapters(
 
 
 def merge_adapters(params: Params) -> Params:
-    """Add every attached adapter to its matrix, in float32, and keep the matrix's dtype."""
+    """Merge every attached adapter into its matrix, in float32; the matrix keeps its dtype."""
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     merged = {path: x.merged() if isinstance(x, LowRank) else x for path, x in flat.items()}
     return unflatten_dict(merged, sep="/")

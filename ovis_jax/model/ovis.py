@@ -1,4 +1,4 @@
-"""The complete model: images and token ids -> logits, with or without a KV cache."""
+"""The complete model, from images and token ids to logits, with or without a KV cache."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Key
 
-from ovis_jax.api_type_checks import check_argument_types
+from ovis_jax.argument_type_checks import check_argument_types
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import RequestError
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.image_processing import IMAGE_SLOT, IMAGE_START
 from ovis_jax.mesh import allow_explicit_mesh
-from ovis_jax.model.attention_kernels import AttentionKernel, KernelSetting, Platform
+from ovis_jax.model.attention_kernels import AttentionKernel, KernelSetting, Platform, choose_kernel
 from ovis_jax.model.cpu import lookup_rows
 from ovis_jax.model.decoder import Decoder
 from ovis_jax.model.kv_cache import Cache
@@ -32,16 +32,16 @@ from ovis_jax.model.visual_tokenizer import (
 )
 
 Params = dict[str, Any]
-"""Nested dict of arrays; `ovis_jax.sharding.PARAM_AXES` lists the paths."""
+"""The parameters as a nested dict of arrays; `ovis_jax.sharding.PARAM_AXES` lists the paths."""
 
 
 class ImageStates(NamedTuple):
-    """The stages from crops to visual embeddings.
+    """The results of each stage from crops to visual embeddings.
 
     Attributes:
-      vision: the patch embeddings, then the output of each SigLIP block.
-      tokens: the stages of the visual tokenizer.
-      embeddings: the visual embeddings.
+      vision: The patch embeddings, followed by the output of each SigLIP block.
+      tokens: The results of each stage in the visual tokenizer.
+      embeddings: The visual embeddings.
     """
 
     vision: tuple[Float[Array, "I P E"], ...]
@@ -50,12 +50,13 @@ class ImageStates(NamedTuple):
 
 
 class ForwardStates(NamedTuple):
-    """The stages of a forward pass.
+    """The results of each stage in a forward pass.
 
     Attributes:
-      images: None for inputs without crops.
-      inputs_embeds: text, indicators and visual tokens in one sequence, before scaling by sqrt(D).
-      hidden: the output of each decoder block; the last one is before the final norm.
+      images: The stages from crops to visual embeddings; None for inputs without crops.
+      inputs_embeds: Embeddings of text, image indicators and visual tokens in one sequence, before
+        scaling by sqrt(D).
+      hidden: The output of each decoder block, without the final norm.
     """
 
     images: ImageStates | None
@@ -64,23 +65,27 @@ class ForwardStates(NamedTuple):
 
 
 def apply(module: nn.Module, params: Params, *arguments: Any) -> Any:
-    """Call a linen module as a function of its parameters."""
+    """Call a Flax linen module as a function of its parameters."""
     return module.apply({"params": params}, *arguments)
 
 
 @dataclass(frozen=True)
 class Ovis:
-    """The model as pure functions of (params, arrays). It holds no arrays.
+    """The model. Its methods are pure functions of parameters and arrays; the object has no arrays.
 
-    In the methods, `params` are the parameters of the complete model, with or without the padding
-    for a mesh, and `key` is for a checkpoint whose `tokenize_function` is "gumbel_argmax".
+    In all methods, `params` are the parameters of the complete model, with or without the padding
+    for a mesh. `key` is a random key, which is only used if the config's `tokenize_function` is
+    "gumbel_argmax".
 
     Attributes:
-      config: sizes and constants.
-      remat: whether gradients recompute each block instead of storing its activations.
-      attention_kernel: kernel for prompts and crops; "auto" chooses one for the platform.
-      platform: platform that the program is compiled for; None for the one that JAX runs on.
-        `ovis_jax.model.attention_kernels.attention_report` says which kernels run there.
+      config: Config of the model.
+      remat: Whether the backward pass recomputes each block instead of storing its activations.
+      attention_kernel: Attention kernel for prompts and crops; "auto" chooses one for the platform.
+      platform: Platform that the program is compiled for; None for JAX's current platform.
+        `ovis_jax.model.attention_kernels.attention_report` lists the kernels that are used there.
+
+    Raises:
+      RequestError: The kernel or the platform is unknown.
     """
 
     config: OvisConfig
@@ -88,8 +93,12 @@ class Ovis:
     attention_kernel: AttentionKernel = "auto"
     platform: Platform | None = None
 
+    def __post_init__(self) -> None:
+        # An unknown kernel or platform raises here. A decode step supports every known one.
+        choose_kernel(self.attention_kernel, "decode", 1, platform=self.platform)
+
     def init(self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> Params:
-        """Create random parameters; `jax.eval_shape` of this gives their shapes."""
+        """Create random parameters. Under `jax.eval_shape`, this returns only their shapes."""
         c = self.config
         vision = VisionEncoder(c.vision, dtype)
         visual_tokenizer = VisualTokenizer(c.visual_tokenizer, dtype)
@@ -110,7 +119,7 @@ class Ovis:
     def encode_vision(
         self, params: Params, pixels: Float[Array, "I h w C"]
     ) -> tuple[Float[Array, "I P E"], ...]:
-        """Run the vision encoder on normalized crops; returns the states of `VisionEncoder`."""
+        """Run the vision encoder on normalized crops; return the outputs of `VisionEncoder`."""
         setting = KernelSetting(self.attention_kernel, self.platform)
         encoder = VisionEncoder(self.config.vision, remat=self.remat, kernel_setting=setting)
         return apply(encoder, params["vision"], pixels)
@@ -118,9 +127,9 @@ class Ovis:
     def embed_images(
         self, params: Params, pixels: Float[Array, "I h w C"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "I M D"]:
-        """Compute the visual embeddings of normalized crops, in chunks so that memory is bounded.
+        """Compute the visual embeddings of normalized crops, in chunks to bound the memory.
 
-        With "gumbel_argmax" each chunk draws with a key of its own.
+        With "gumbel_argmax", each chunk samples with its own key.
         """
 
         def embed(carry: None, tokens: VisualTokens) -> tuple[None, Float[Array, "I m D"]]:
@@ -133,10 +142,10 @@ class Ovis:
     def embed_images_with_states(
         self, params: Params, pixels: Float[Array, "I h w C"], key: Key[Array, ""] | None = None
     ) -> ImageStates:
-        """Compute visual embeddings and every stage before them, all crops at once.
+        """Compute visual embeddings and the results of all earlier stages, for all crops at once.
 
-        Logits and probabilities have the real words only. Removing the padding costs nothing where
-        they are not used; where they are, it gathers them from a mesh.
+        Logits and probabilities contain only real words, without padding words. If the caller uses
+        them, removing the padding gathers them from the mesh; otherwise, it costs nothing.
         """
         c = self.config.visual_tokenizer
         vision = self.encode_vision(params, pixels)
@@ -147,7 +156,7 @@ class Ovis:
         return ImageStates(vision, VisualTokens(tokens.features, *unpadded), embeddings)
 
     def decoder(self, *, remat: bool = False) -> Decoder:
-        """The decoder's module, with the model's attention kernel."""
+        """Return the decoder module, with the model's attention kernel."""
         setting = KernelSetting(self.attention_kernel, self.platform)
         return Decoder(self.config.decoder, remat=remat, kernel_setting=setting)
 
@@ -157,16 +166,16 @@ class Ovis:
         tokens: Int[Array, "B T"],
         visual: Float[Array, "I M D"] | None,
     ) -> Float[Array, "B T D"]:
-        """Embed text ids, image indicators and visual slots as one sequence.
+        """Embed text ids, image indicators and visual tokens as one sequence.
 
         Args:
-          params: see the class.
-          tokens: ids as in `Inputs`.
-          visual: embeddings for the visual slots, in order of appearance over the batch.
+          params: The parameters, as described in `Ovis`.
+          tokens: Token ids, as in `Inputs`.
+          visual: Embeddings of the visual tokens, in order of appearance in the batch.
         """
         text, table = params["decoder"]["embed"], params["visual_embedding"]
         x = text[jnp.maximum(tokens, 0)]  # [B, T, D]
-        # Ids -301 to -305 are the last five rows of the unpadded table, in that order.
+        # The ids -301 to -305 are the last five rows of the unpadded table, in this order.
         row = self.config.visual_tokenizer.num_words + (IMAGE_START - tokens)
         x = jnp.where((tokens <= IMAGE_START)[..., None], table[jnp.maximum(row, 0)], x)
         if visual is None:
@@ -179,7 +188,7 @@ class Ovis:
     def forward(
         self, params: Params, inputs: Inputs, key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "B T V"], ForwardStates]:
-        """Compute float32 logits at every position, without a cache, and the states before them."""
+        """Compute float32 logits at every position, without a cache, and the stages before them."""
         pixels = jnp.asarray(inputs.pixels)
         images = self.embed_images_with_states(params, pixels, key) if len(pixels) else None
         visual = None if images is None else images.embeddings
@@ -195,19 +204,19 @@ class Ovis:
         max_length: int,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Read full prompts into a new cache.
+        """Prefill: read full prompts into a new cache.
 
         Args:
-          params: see the class.
-          inputs: the prompts.
-          max_length: number of positions per row that the cache holds, prompt included.
-          key: see the class.
+          params: The parameters, as described in `Ovis`.
+          inputs: The prompts.
+          max_length: Number of positions per row that fit into the cache, including the prompt.
+          key: A random key, as described in `Ovis`.
 
         Returns:
-          Float32 logits of each row's last position, and the cache.
+          Float32 logits at each row's last position, and the cache.
 
         Raises:
-          RequestError: the prompts are longer than `max_length`.
+          RequestError: The prompts are longer than `max_length`.
         """
         B, T = inputs.tokens.shape
         if T > max_length:
@@ -230,18 +239,18 @@ class Ovis:
         visual: Float[Array, "I M D"] | None,
         cache: Cache,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Read the next chunk of prompts whose beginning is in the cache.
+        """Prefill the next chunk of prompts whose beginning is already in the cache.
 
         Args:
-          params: see the class.
-          tokens: ids as in `Inputs`.
-          positions: positions that continue `cache.lengths`, at least one per row; -1 at padding on
-            the right.
-          visual: embeddings for the visual slots among `tokens`, in order of appearance.
-          cache: with room for the new positions.
+          params: The parameters, as described in `Ovis`.
+          tokens: Token ids, as in `Inputs`.
+          positions: Positions that continue each row after `cache.lengths`, at least one per row;
+            -1 at padding, which must be on the right.
+          visual: Embeddings of the visual tokens in `tokens`, in order of appearance.
+          cache: The cache, which must have room for the new positions.
 
         Returns:
-          Float32 logits of each row's last position, and the new cache.
+          Float32 logits at each row's last position, and the new cache.
         """
         x = self.embed_inputs(params, tokens, visual)
         columns = jnp.argmax(positions, axis=1)
@@ -251,7 +260,7 @@ class Ovis:
     def decode(
         self, params: Params, tokens: Int[Array, "B"], cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Read one text token per row; returns float32 logits of the next one, and the cache."""
+        """Read one text token per row; return float32 logits for the next token, and the cache."""
         x = lookup_rows(params["decoder"]["embed"], tokens)[:, None]  # [B, 1, D]
         positions = cache.lengths[:, None]  # [B, 1]
         out = apply(self.decoder(), params["decoder"], x, positions, cache)
@@ -264,13 +273,13 @@ def forward(
     """Compute float32 logits at every position.
 
     Args:
-      model: static.
-      params: parameters of the model, on any device or mesh.
-      inputs: from `Processor`.
-      return_states: whether to return the intermediate states too.
+      model: The model; static.
+      params: Parameters of the model, on any device or mesh.
+      inputs: Model inputs from `Processor`.
+      return_states: Whether to also return the results of all stages.
 
     Raises:
-      TypeError: an argument has another type.
+      TypeError: An argument has the wrong type.
     """
     check_argument_types(
         "forward", model=(model, Ovis), params=(params, Mapping), inputs=(inputs, Inputs)

@@ -1,4 +1,4 @@
-"""Attention from absolute positions: the mask, the plain computation, and kernels on a mesh."""
+"""Plain attention, the mask that positions determine, and running kernels on a mesh."""
 
 from collections.abc import Callable
 
@@ -12,18 +12,19 @@ from ovis_jax.model.layers import matmul_precision, softcap
 from ovis_jax.sharding import mesh_axis
 
 MASKED_SCORE = jnp.finfo(jnp.float32).min
-"""Score of a masked key. It is finite, so that a row whose keys are all masked has no NaN."""
+"""Score of a masked key. It is finite, so a row in which all keys are masked has no NaN."""
 
 
 def visible(
     query_positions: Int[Array, "B T"], key_positions: Int[Array, "B S"], window: int | None
 ) -> Bool[Array, "B T S"]:
-    """Mask of the keys that each query sees: its own position and those before it.
+    """Return the mask of the keys that are visible to each query: its own and earlier positions.
 
     Args:
-      query_positions: absolute positions.
-      key_positions: absolute positions; -1 marks padding or an empty cache slot, never seen.
-      window: number of positions that a query sees, including its own; None for no limit.
+      query_positions: Absolute positions of the queries.
+      key_positions: Absolute positions of the keys. The position -1 marks padding or an empty cache
+        slot, which is never visible.
+      window: Number of positions that are visible to a query, including its own; None for no limit.
     """
     distance = query_positions[:, :, None] - key_positions[:, None, :]  # [B, T, S]
     seen = (distance >= 0) & (key_positions >= 0)[:, None, :]
@@ -39,23 +40,24 @@ def attend(
     scale: float,
     cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention with grouped heads: query head n reads key head n // (N / K).
+    """Compute grouped-query attention: query head n attends to key head n // (N / K).
 
-    Scores, soft cap and softmax are float32. The weights are rounded to the dtype of `q`.
+    Scores, soft capping and softmax are computed in float32. The attention weights are rounded to
+    the dtype of `q`.
 
     Args:
-      q: queries.
-      k: keys.
-      v: values.
-      mask: True where a query sees a key; None if every query sees every key.
-      scale: factor on the scores.
-      cap: soft cap on the scaled scores; None for no cap.
+      q: Queries.
+      k: Keys.
+      v: Values.
+      mask: True where a key is visible to a query; None if every key is visible to every query.
+      scale: Factor by which the scores are multiplied.
+      cap: Soft cap of the scaled scores; None for no soft capping.
     """
     B, T, N, H = q.shape
     K = k.shape[1]
-    # Heads come before positions in both products, the only order that XLA's CPU backend supports
-    # for bfloat16 operands and a float32 result. G and T form one axis Q, so that the gradients sum
-    # over one axis too and need no transposed copy of the scores.
+    # In both products, heads come before positions. XLA's CPU backend supports bfloat16 operands
+    # with a float32 result only in this order. G and T form one axis Q, so that the gradients also
+    # sum over one axis, without a transposed copy of the scores.
     grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     grouped = grouped.reshape(B, K, -1, H)  # [B, K, Q, H]
     precision = matmul_precision(q)
@@ -82,18 +84,19 @@ def run_kernel_per_device(
     v: Float[Array, "B K T H"],
     row_data: Int[Array, "B T"],
 ) -> Float[Array, "B N T H"]:
-    """Run a hand-written kernel on each device of a mesh, on the device's own rows and heads.
+    """Run an attention kernel on each device of a mesh, for the device's own rows and heads.
 
-    Compilers cannot look into such kernels, so their arguments are sharded explicitly here. The
-    mesh is the one in scope, or else that of the queries. A dimension that its mesh axis does not
-    divide is replicated.
+    The compiler cannot shard a custom kernel, so this function shards the arguments explicitly. The
+    mesh is the mesh in scope or, if there is none, the mesh of the queries. If a mesh axis does not
+    divide a dimension, the dimension is replicated.
 
     Args:
-      kernel: called with the local parts of the four arrays; returns the attention output.
-      q: queries.
-      k: keys.
-      v: values.
-      row_data: one integer per position, such as its segment.
+      kernel: Function that takes the local shards of the four arrays and returns the attention
+        output.
+      q: Queries.
+      k: Keys.
+      v: Values.
+      row_data: One integer per position, such as the segment of the position.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -1,8 +1,8 @@
-"""Splash attention for TPUs: a Pallas kernel whose scores never leave the chip.
+"""Splash attention for TPUs, a Pallas kernel that keeps the scores on the chip.
 
-The kernel is `jax.experimental.pallas.ops.tpu.splash_attention`. It supports grouped heads, skips
-blocks of masked keys, and has a gradient. On other platforms it is interpreted, which is slow and
-only meant for tests.
+The kernel is `jax.experimental.pallas.ops.tpu.splash_attention`. It supports grouped-query
+attention and gradients, and it skips blocks of masked keys. On other platforms, the kernel is
+interpreted, which is slow and only meant for tests.
 """
 
 from contextlib import nullcontext
@@ -17,10 +17,10 @@ from jaxtyping import Float, Int
 from ovis_jax.model.plain_attention import run_kernel_per_device
 
 LANES = 128
-"""Lengths and head sizes are padded to a multiple of this."""
+"""Lengths and head dimensions are padded to a multiple of this number."""
 
 KERNEL_BLOCKS = 512, 256, 128
-"""Sizes of a block of queries or keys; the first that divides the padded length is used."""
+"""Block sizes for queries and keys; the first that divides the padded length is used."""
 
 
 def attend_prompt(
@@ -33,14 +33,15 @@ def attend_prompt(
     scale: float,
     cap: float | None,
 ) -> Float[Array, "B T N H"]:
-    """Causal attention of full prompts; see `blockwise_attention.attend_prompt`.
+    """Compute causal attention for full prompts, as `blockwise_attention.attend_prompt` does.
 
-    The kernel has no scale: `q` is multiplied by it first, and rounded to its dtype.
+    The kernel has no argument for the scale, so `q` is first multiplied by the scale and rounded to
+    the dtype of `q`.
     """
     T = q.shape[1]
     size = _padded(T), _padded(T)
     mask = pallas.CausalMask(size) if window is None else pallas.LocalMask(size, (window - 1, 0), 0)
-    # Two columns of a row are as far apart as their positions. Padding is a segment of its own.
+    # Columns in a row differ by as much as their positions. Padding is a separate segment.
     return _attend(q, k, v, (positions >= 0).astype(jnp.int32), mask, scale, cap)
 
 
@@ -51,7 +52,7 @@ def attend_crops(
     *,
     scale: float,
 ) -> Float[Array, "I P A H"]:
-    """Attention of every patch to all patches of its crop."""
+    """Compute attention of every patch to all patches in its crop."""
     I, P = q.shape[:2]  # noqa: E741
     mask = pallas.FullMask((_padded(P), _padded(P)))
     return _attend(q, k, v, jnp.ones((I, P), jnp.int32), mask, scale, None)
@@ -82,7 +83,7 @@ def _attend(
     scale: float,
     cap: float | None,
 ) -> Float[Array, "B T N H"]:
-    """Pad, run the kernel on each device, and remove the padding."""
+    """Pad the arrays, run the kernel on each device, and remove the padding."""
     T, H = q.shape[1], q.shape[3]
     q = (q.astype(jnp.float32) * scale).astype(q.dtype).swapaxes(1, 2)  # [B, N, T, H]
     padding = mask.shape[0] - T
@@ -112,7 +113,7 @@ def _attend(
             default=lambda *x: run(*x, interpret=True),
         )
 
-    # Products are exact in float32, except in the gradient, which the context does not reach.
+    # Products have full float32 precision, except in the gradient, where the context has no effect.
     exact = jax.default_matmul_precision("highest") if q.dtype == jnp.float32 else nullcontext()
     with exact:
         out = run_kernel_per_device(device, q, k, v, segments)

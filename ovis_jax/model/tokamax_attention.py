@@ -1,8 +1,9 @@
-"""Flash attention of the tokamax library, for NVIDIA GPUs from Ampere on.
+"""Flash attention from the tokamax library, for NVIDIA GPUs of the Ampere generation or newer.
 
 tokamax runs a Mosaic kernel on Hopper and Blackwell, and a Triton kernel on older GPUs. Both
-support soft cap, sliding window and grouped heads, and skip blocks of masked keys. On other
-platforms tokamax runs the same call in plain JAX, which is slow and only meant for tests.
+support soft capping, sliding windows and grouped-query attention, and both skip blocks of masked
+keys. On other platforms, tokamax runs the same call in plain JAX, which is slow and only meant for
+tests.
 """
 
 import logging
@@ -21,12 +22,12 @@ from ovis_jax.model import blockwise_attention
 from ovis_jax.model.plain_attention import run_kernel_per_device
 
 IMPLEMENTATIONS = ("mosaic", "triton")
-"""tokamax's names of its kernels; the first that the device supports is used."""
+"""tokamax's names for its kernels; the first that the device supports is used."""
 
 TILE = 128
-"""Columns are padded to a multiple of this, the Mosaic kernel's number of queries per tile."""
+"""Columns are padded to a multiple of this number, the queries per tile of the Mosaic kernel."""
 
-# tokamax logs this for every block. Users can do nothing about it, and its defaults work well.
+# tokamax logs this for every block, but the defaults work well and users cannot change them.
 logging.getLogger("absl").addFilter(
     lambda record: not str(record.msg).startswith("Autotuning cache miss")
 )
@@ -42,13 +43,13 @@ def attend_prompt(
     scale: float,
     cap: float | None,
 ) -> Float[Array, "B T N H"]:
-    """Causal attention of full prompts; see `blockwise_attention.attend_prompt`.
+    """Compute causal attention for full prompts, as `blockwise_attention.attend_prompt` does.
 
-    The gradient is that of `blockwise_attention`, as some kernels of tokamax have none with a soft
-    cap.
+    The gradient is computed by `blockwise_attention`, because some tokamax kernels have no gradient
+    with soft capping.
 
     Raises:
-      ExceptionGroup: no kernel can run on the device.
+      ExceptionGroup: The device supports none of the kernels.
     """
     options = {"window": window, "scale": scale, "cap": cap}
 
@@ -71,7 +72,7 @@ def attend_prompt(
 def _attend(
     q: Array, k: Array, v: Array, positions: Array, window: int | None, scale: float, cap: Any
 ) -> Array:
-    """Pad, run the kernel on each device, and remove the padding."""
+    """Pad the arrays, run the kernel on each device, and remove the padding."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # keeps tokamax from parsing the caller's command line
     implementation = IMPLEMENTATIONS if get_default_device().platform == "gpu" else "xla"
@@ -86,13 +87,13 @@ def _attend(
             *(x.swapaxes(1, 2) for x in (q, k, v)),
             mask=real[:, None, None, :],
             is_causal=True,
-            # Two columns of a row are as far apart as their positions.
+            # Columns in a row differ by as much as their positions.
             local_window_size=None if window is None else (window - 1, 0),
             scale=scale,
             logits_soft_cap=cap,
             implementation=implementation,
         )
-        # A padded row may see no key, and a softmax over no keys is NaN.
+        # In a padded row, no key may be visible, and a softmax over no keys is NaN.
         return jnp.where(real[:, :, None, None], out, 0).swapaxes(1, 2)
 
     return run_kernel_per_device(device, q, k, v, positions)[:, :, :T].swapaxes(1, 2)

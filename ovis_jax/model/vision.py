@@ -1,7 +1,7 @@
-"""The SigLIP vision encoder (Zhai et al. 2023): pixels of a crop -> one feature vector per patch.
+"""The SigLIP vision encoder (Zhai et al. 2023), which computes a feature vector for each patch.
 
-Ovis uses the output of the last block directly. SigLIP's final LayerNorm and its pooling head are
-not used, and not built here.
+Ovis uses the output of the last block directly. SigLIP's final LayerNorm and pooling head are not
+used, so they are not implemented.
 """
 
 import flax.linen as nn
@@ -20,8 +20,8 @@ def patchify(pixels: Float[Array, "I h w C"], patch_size: int) -> Float[Array, "
     """Cut crops into patches, row by row.
 
     Args:
-      pixels: crops; pixels at the right and the bottom that do not fill a patch are dropped.
-      patch_size: side of a patch in pixels.
+      pixels: The crops. Pixels at the right and bottom edges that do not fill a patch are dropped.
+      patch_size: Height and width of a patch in pixels.
 
     Returns:
       The values of each patch, in the order (C, row, column).
@@ -34,10 +34,10 @@ def patchify(pixels: Float[Array, "I h w C"], patch_size: int) -> Float[Array, "
 
 
 class VisionAttention(nn.Module):
-    """Attention in which every patch sees every patch of its crop."""
+    """Attention in which every patch attends to all patches in its crop."""
 
     config: VisionConfig
-    dtype: DTypeLike
+    param_dtype: DTypeLike
     kernel_setting: KernelSetting = KernelSetting()
 
     @nn.compact
@@ -48,8 +48,8 @@ class VisionAttention(nn.Module):
         H = E // A
 
         def project(name: str, x: Array) -> Array:
-            w = self.param(name, init_weight, (E, E), self.dtype)
-            bias = self.param(f"{name}_bias", nn.initializers.zeros, (E,), self.dtype)
+            w = self.param(name, init_weight, (E, E), self.param_dtype)
+            bias = self.param(f"{name}_bias", nn.initializers.zeros, (E,), self.param_dtype)
             return linear(x, w, bias)
 
         q, k, v = (project(name, x).reshape(I, P, A, H) for name in "qkv")
@@ -62,17 +62,17 @@ class VisionMLP(nn.Module):
     """Two linear layers with a GELU between them."""
 
     config: VisionConfig
-    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "I P E"]) -> Float[Array, "I P E"]:
-        """Transform each patch."""
+        """Apply the MLP to each patch."""
         E, F = self.config.width, self.config.mlp_width
         zeros = nn.initializers.zeros
-        up = self.param("up", init_weight, (F, E), self.dtype)
-        up_bias = self.param("up_bias", zeros, (F,), self.dtype)
-        down = self.param("down", init_weight, (E, F), self.dtype)
-        down_bias = self.param("down_bias", zeros, (E,), self.dtype)
+        up = self.param("up", init_weight, (F, E), self.param_dtype)
+        up_bias = self.param("up_bias", zeros, (F,), self.param_dtype)
+        down = self.param("down", init_weight, (E, F), self.param_dtype)
+        down_bias = self.param("down_bias", zeros, (E,), self.param_dtype)
         return linear(gelu(linear(x, up, up_bias)), down, down_bias)
 
 
@@ -80,52 +80,52 @@ class VisionBlock(nn.Module):
     """A pre-norm transformer block."""
 
     config: VisionConfig
-    dtype: DTypeLike
+    param_dtype: DTypeLike
     kernel_setting: KernelSetting = KernelSetting()
 
     @nn.compact
     def __call__(self, x: Float[Array, "I P E"]) -> Float[Array, "I P E"]:
         """Add attention, then the MLP, to the residual."""
         c = self.config
-        attn = VisionAttention(c, self.dtype, self.kernel_setting, name="attn")
-        mlp = VisionMLP(c, self.dtype, name="mlp")
-        x += attn(LayerNorm(c.norm_eps, self.dtype, name="attn_norm")(x))
-        x += mlp(LayerNorm(c.norm_eps, self.dtype, name="mlp_norm")(x))
+        attn = VisionAttention(c, self.param_dtype, self.kernel_setting, name="attn")
+        mlp = VisionMLP(c, self.param_dtype, name="mlp")
+        x += attn(LayerNorm(c.norm_eps, self.param_dtype, name="attn_norm")(x))
+        x += mlp(LayerNorm(c.norm_eps, self.param_dtype, name="mlp_norm")(x))
         return x
 
 
 class VisionEncoder(nn.Module):
-    """SigLIP up to its last block. It computes in the dtype of its parameters.
+    """SigLIP, up to the output of its last block. It computes in the dtype of its parameters.
 
     Attributes:
-      config: sizes.
-      dtype: dtype of the parameters that `init` creates.
-      remat: whether gradients recompute each block instead of storing its activations.
-      kernel_setting: attention kernel for crops.
+      config: Config of the vision encoder.
+      param_dtype: Dtype of the parameters that `init` creates.
+      remat: Whether the backward pass recomputes each block instead of storing its activations.
+      kernel_setting: Attention kernel for crops.
     """
 
     config: VisionConfig
-    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     remat: bool = False
     kernel_setting: KernelSetting = KernelSetting()
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "I h w C"]) -> tuple[Float[Array, "I P E"], ...]:
-        """Encode normalized pixels; returns the patch embeddings, then each block's output."""
+        """Encode normalized pixels; return the patch embeddings, then the output of each block."""
         c = self.config
         E, P = c.width, c.num_patches
         shape = (E, c.num_channels, c.patch_size, c.patch_size)
         init_patch = nn.initializers.lecun_normal(in_axis=(1, 2, 3), out_axis=0)
-        patch = self.param("patch", init_patch, shape, self.dtype)
-        bias = self.param("patch_bias", nn.initializers.zeros, (E,), self.dtype)
-        position = self.param("position", nn.initializers.normal(0.02), (P, E), self.dtype)
+        patch = self.param("patch", init_patch, shape, self.param_dtype)
+        bias = self.param("patch_bias", nn.initializers.zeros, (E,), self.param_dtype)
+        position = self.param("position", nn.initializers.normal(0.02), (P, E), self.param_dtype)
 
-        # A convolution whose stride is its kernel size is a product with the patches.
+        # If its stride equals its kernel size, a convolution is a matrix product with the patches.
         patches = patchify(pixels.astype(patch.dtype), c.patch_size)  # [I, P, C p p]
         x = linear(patches, patch.reshape(E, -1), bias) + position  # [I, P, E]
         make_block = nn.remat(VisionBlock) if self.remat else VisionBlock
         states = [x]
         for i in range(c.depth):
-            block = make_block(c, self.dtype, self.kernel_setting, name=f"block_{i}")
+            block = make_block(c, self.param_dtype, self.kernel_setting, name=f"block_{i}")
             states.append(block(states[-1]))
         return tuple(states)

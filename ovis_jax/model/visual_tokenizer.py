@@ -1,11 +1,11 @@
-"""The visual tokenizer (Lu et al. 2024, Ovis): patch features -> visual embeddings.
+"""The visual tokenizer (Lu et al. 2024, Ovis), from patch features to visual embeddings.
 
 Each 2 x 2 block of patches becomes one visual token. A visual token is a distribution over visual
-words, which are rows of the visual embedding table, and its embedding is the mean of these rows
-under the distribution.
+words, which are rows of the visual embedding table. The embedding of a visual token is the mean of
+these rows, weighted by the distribution.
 
-On a mesh the head and the table end with rows of padding (see `ovis_jax.sharding.param_shapes`).
-Padding words have probability zero. The config gives the number of real words.
+On a mesh, the head and the table may end with padding rows (see `ovis_jax.sharding.param_shapes`).
+Padding words have probability zero. The number of real words is in the config.
 """
 
 from collections.abc import Callable
@@ -23,20 +23,21 @@ from ovis_jax.model.layers import LayerNorm, matmul_precision
 from ovis_jax.model.linear import init_weight, linear
 
 VISUAL_TOKENS_PER_CHUNK = 512
-"""Visual tokens whose distributions `scan_visual_tokens` holds at a time.
+"""Number of visual tokens whose distributions are in memory at a time in `scan_visual_tokens`.
 
 A float32 distribution over 65536 words takes 256 KiB, and several copies exist at once. With 512
-rows the products still outweigh the cost of reading the head and the table again for each chunk.
+tokens, the matrix products still take longer than reading the head and the table again for each
+chunk.
 """
 
 
 class VisualTokens(NamedTuple):
-    """The stages of the visual tokenizer for the M tokens of each crop.
+    """The results of each stage in the visual tokenizer, for the M tokens in each crop.
 
     Attributes:
-      features: merged patch features.
-      logits: after the head and its LayerNorm.
-      probabilities: the distributions over visual words.
+      features: The merged patch features.
+      logits: The output of the head and its LayerNorm.
+      probabilities: The distributions over visual words.
     """
 
     features: Float[Array, "I M merged"]
@@ -45,10 +46,10 @@ class VisualTokens(NamedTuple):
 
 
 def merge_patches(features: Float[Array, "I P E"], stride: int) -> Float[Array, "I M merged"]:
-    """Concatenate the features of each stride x stride block of patches.
+    """Concatenate the features in each block of stride x stride patches.
 
-    The square grid of patches is padded with zeros at the right and the bottom to a multiple of
-    `stride`. A merged vector has the order (row in block, column in block, channel).
+    At the right and bottom edges, the square grid of patches is padded with zeros to a multiple of
+    `stride`. The order within a merged vector is (row in block, column in block, channel).
     """
     I, P, E = features.shape  # noqa: E741
     side = round(P**0.5)
@@ -66,16 +67,16 @@ def tokenize(
     key: Key[Array, ""] | None = None,
     num_words: int | None = None,
 ) -> Float[Array, "I M W"]:
-    """Turn logits into distributions over visual words, as `tokenize_function` in the original.
+    """Convert logits to distributions over visual words, as the original's `tokenize_function`.
 
     Args:
-      logits: one column per word.
-      function: "softmax", which the published models use, in float32; "st_argmax", which gives the
-        most likely word all the weight; or "gumbel_argmax", which gives all the weight to a word
-        drawn from the softmax, in inference as in training. (The original's temperature `tau` does
-        not change which word is drawn.)
-      key: for "gumbel_argmax"; None for the most likely word.
-      num_words: number of real words; columns from there on are padding with probability zero.
+      logits: Logits with one column per word.
+      function: "softmax", which the published models use and which is computed in float32;
+        "st_argmax", which gives all the weight to the most likely word; or "gumbel_argmax", which
+        gives all the weight to a word sampled from the softmax, both in inference and in training.
+        (The original's temperature `tau` does not change which word is sampled.)
+      key: Random key for "gumbel_argmax"; None for the most likely word.
+      num_words: Number of real words. The columns after them are padding and get probability zero.
 
     Returns:
       The distributions, in the dtype of `logits`.
@@ -87,7 +88,8 @@ def tokenize(
     if function == "softmax":
         return jax.nn.softmax(scores, axis=-1).astype(logits.dtype)
     if function == "gumbel_argmax" and key is not None:
-        # The noise has the shape of the real words, so that padding does not change the draw.
+        # The noise has the shape of the real words, so that padding does not change the sampled
+        # word.
         noise = jax.random.gumbel(key, (*logits.shape[:-1], num_words))
         scores += jnp.pad(noise, ((0, 0), (0, 0), (0, columns - num_words)))
     return jax.nn.one_hot(jnp.argmax(scores, axis=-1), columns, dtype=logits.dtype)
@@ -96,9 +98,10 @@ def tokenize(
 def embed_words(
     probabilities: Float[Array, "I M W"], table: Float[Array, "U D"]
 ) -> Float[Array, "I M D"]:
-    """The mean row of the table under each distribution.
+    """Compute the mean of the table's rows, weighted by each distribution.
 
-    The distributions are padded to the length of the table, as slicing the table would copy it.
+    The distributions are padded to the number of rows in the table, because slicing the table would
+    copy it.
     """
     missing = table.shape[0] - probabilities.shape[-1]
     return jnp.einsum(
@@ -111,30 +114,30 @@ def embed_words(
 
 
 class VisualTokenizer(nn.Module):
-    """Head, LayerNorm over the visual words, and tokenize function.
+    """The head, the LayerNorm over the visual words, and the tokenize function.
 
-    Logits and probabilities have one column per row of the head, including padding.
+    Logits and probabilities have one column for each row of the head, including padding.
 
     Attributes:
-      config: sizes and the tokenize function.
-      dtype: dtype of the parameters that `init` creates.
+      config: Config of the visual tokenizer.
+      param_dtype: Dtype of the parameters that `init` creates.
     """
 
     config: VisualTokenizerConfig
-    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self, merged: Float[Array, "I M merged"], key: Key[Array, ""] | None = None
     ) -> VisualTokens:
-        """Tokenize merged patch features; `key` is for "gumbel_argmax"."""
+        """Tokenize merged patch features; `key` is a random key for "gumbel_argmax"."""
         c = self.config
         rows = c.num_words
         if self.has_variable("params", "head"):
-            # It may be padded, and it may be a LowRank, whose first leaf is the matrix.
+            # The head may be padded, and it may be a LowRank, whose first leaf is the matrix.
             rows = max(rows, jax.tree.leaves(self.get_variable("params", "head"))[0].shape[0])
-        head = self.param("head", init_weight, (rows, c.merged_width), self.dtype)
-        norm = LayerNorm(c.norm_eps, self.dtype, c.num_words, name="norm")
+        head = self.param("head", init_weight, (rows, c.merged_width), self.param_dtype)
+        norm = LayerNorm(c.norm_eps, self.param_dtype, c.num_words, name="norm")
         logits = norm(linear(merged, head))  # [I, M, W]
         probabilities = tokenize(logits, c.tokenize_function, key, c.num_words)
         return VisualTokens(merged, logits, probabilities)
@@ -148,22 +151,23 @@ def scan_visual_tokens(
     carry: Any,
     key: Key[Array, ""] | None = None,
 ) -> tuple[Any, Any]:
-    """Apply a function to all visual tokens in chunks, so that memory is bounded.
+    """Apply a function to all visual tokens in chunks, to bound the memory.
 
-    A chunk has m tokens of every crop, so that crops sharded over devices stay where they are. The
-    number of chunks divides M, so that no chunk is padded.
+    A chunk has m tokens from every crop, so crops that are sharded over devices do not move. The
+    number of chunks divides M, so no chunk is padded.
 
     Args:
-      config: of the visual tokenizer.
-      params: of the visual tokenizer.
-      features: output of the vision encoder.
-      function: called with the carry and a chunk's `VisualTokens`, whose logits and probabilities
-        have the padding columns of a head on a mesh; returns the new carry and arrays [I, m, ...].
-      carry: passed to the first call.
-      key: for "gumbel_argmax"; each chunk draws with a key of its own.
+      config: Config of the visual tokenizer.
+      params: Parameters of the visual tokenizer.
+      features: Output of the vision encoder.
+      function: Function that takes the carry and a chunk's `VisualTokens`, and returns the new
+        carry and arrays [I, m, ...]. On a mesh, the logits and probabilities include padding
+        columns.
+      carry: The carry for the first call.
+      key: Random key for "gumbel_argmax"; each chunk samples with its own key.
 
     Returns:
-      The last carry, and the arrays of all chunks concatenated to [I, M, ...].
+      The final carry, and the arrays from all chunks, concatenated to [I, M, ...].
     """
     merged = merge_patches(features, config.hidden_stride)
     crops, M, width = merged.shape

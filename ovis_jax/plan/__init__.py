@@ -1,1 +1,1 @@
-"""Memory and latency estimates for a model on given devices, made without those devices."""
+"""Memory and latency estimates for a model on given devices, without needing the devices."""

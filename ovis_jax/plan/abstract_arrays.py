@@ -1,4 +1,4 @@
-"""Shapes, dtypes and shardings of the arrays of a workload, without their values."""
+"""Shapes, dtypes and shardings of the arrays in a workload, without their values."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from ovis_jax.sharding import TENSOR, param_shapes, param_shardings
 def abstract_params(
     workload: Workload, mesh: Mesh | AbstractMesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Describe every parameter by its path."""
+    """Describe the array of every parameter, by path."""
     shardings = param_shardings(workload.config, mesh, TENSOR)
     shapes = param_shapes(workload.config, mesh, TENSOR)
     return {
@@ -25,7 +25,7 @@ def abstract_params(
 
 
 def abstract_cache(workload: Workload, mesh: Mesh | AbstractMesh) -> Cache:
-    """Describe the KV cache: rows sharded over "data", key/value heads over "model"."""
+    """Describe the KV cache; rows are sharded over "data" and key/value heads over "model"."""
     c = workload.config.decoder
     sharding = NamedSharding(mesh, PartitionSpec(TENSOR["B"], TENSOR["K"]))
 
@@ -45,7 +45,7 @@ def abstract_token_ids(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> Any
 
 
 def abstract_inputs(workload: Workload, mesh: Mesh | AbstractMesh) -> Inputs:
-    """Describe prompts of the maximum length and their crops."""
+    """Describe the model inputs for prompts of the maximum length and their crops."""
     tokens = abstract_token_ids(mesh, (workload.batch_size, workload.max_length))
     vision = workload.config.vision
     shape = (workload.num_crops, vision.image_size, vision.image_size, vision.num_channels)
@@ -56,13 +56,13 @@ def abstract_inputs(workload: Workload, mesh: Mesh | AbstractMesh) -> Inputs:
 
 
 def crops_per_device(workload: Workload) -> int:
-    """Count the crops on each device: all of them if mesh axis "data" does not divide them."""
+    """Count the crops on each device; all crops if mesh axis "data" does not divide them."""
     crops, data = workload.num_crops, workload.mesh_sizes.data
     return crops if crops % data else crops // data
 
 
 def decoder_matrix_shapes(workload: Workload) -> list[tuple[int, ...]]:
-    """List the full and per-device shapes of the decoder's matrices."""
+    """Return the full and the per-device shapes of the decoder's matrices."""
     found = []
     for path, x in abstract_params(workload, workload.abstract_mesh).items():
         if path.startswith("decoder/") and len(x.shape) == 2:

@@ -1,12 +1,11 @@
 """Ahead-of-time compilation of the model's programs for devices that are not attached.
 
-Compiling needs only the package that contains the compiler. Nothing is executed.
+Compilation only needs the package that contains the compiler. No program is executed.
 """
 
 import contextlib
 import os
 import time
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -16,10 +15,8 @@ from flax.traverse_util import unflatten_dict
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model.attention_kernels import Platform
-from ovis_jax.model.kv_cache import Cache
-from ovis_jax.model.ovis import Ovis, Params
+from ovis_jax.model.ovis import Ovis
 from ovis_jax.plan.abstract_arrays import (
     abstract_cache,
     abstract_inputs,
@@ -29,8 +26,8 @@ from ovis_jax.plan.abstract_arrays import (
 )
 from ovis_jax.plan.hlo_analysis import (
     bytes_per_device,
+    collective_counts_and_bytes,
     compiled_memory,
-    count_collectives,
     count_kernel_calls,
     count_weight_sized_operations,
     max_all_reduces_per_block,
@@ -41,16 +38,13 @@ from ovis_jax.plan.workload import Workload
 
 Program = Literal["decode", "prefill", "images"]
 REQUEST_PROGRAMS: tuple[Program, ...] = ("decode", "prefill")
-"""Programs that serve requests. "images" is the part of prefill that embeds crops."""
+"""The programs that serve requests. "images" is the part of prefill that embeds crops."""
 
 _COMPILER_PACKAGES = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}
-INSTALL_COMMANDS = {
-    "tpu": "pip install '.[tpu]' in a clone of ovis_jax",
-    "cuda": "pip install '.[cuda12]' or '.[cuda13]' in a clone of ovis_jax",
-}
-"""How to install the compiler of a platform."""
+COMPILER_EXTRAS = {"tpu": ("tpu",), "cuda": ("cuda12", "cuda13")}
+"""The extras that install the compiler for each platform."""
 
-# GPU properties that the compiler requires; values of OpenXLA's h100_sxm and a100_sxm_80 specs.
+# GPU properties that the compiler requires, from OpenXLA's h100_sxm and a100_sxm_80 specs.
 _GPU_PROPERTIES = {
     "h100": {
         "name": "NVIDIA H100 80GB HBM3",
@@ -84,7 +78,7 @@ _COMMON_GPU_PROPERTIES = """
 
 
 def installed_compiler(platform: str) -> str | None:
-    """Return the name and version of the installed compiler package for "tpu" or "cuda"."""
+    """Return the name and version of the installed compiler for "tpu" or "cuda", or None."""
     for package in _COMPILER_PACKAGES[platform]:
         with contextlib.suppress(PackageNotFoundError):
             return f"{package} {version(package)}"
@@ -94,10 +88,10 @@ def installed_compiler(platform: str) -> str | None:
 def compile_only_devices(topology: Topology) -> list[Any]:
     """Create devices that programs can be compiled for but not run on.
 
-    Disables the accelerators of this machine for the current process.
+    This disables this machine's accelerators for the current process.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # Nothing is executed, so another process may hold the TPU or compile at the same time.
+    # No program is executed, so other processes may use the TPU or compile at the same time.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.config.update("jax_platforms", "cpu")
     if topology.device.platform == "cuda":
@@ -109,10 +103,10 @@ def compile_only_devices(topology: Topology) -> list[Any]:
         ).devices
     options: dict[str, Any] = {}
     if set(topology.shape) == {"1", "x"}:
-        # By default, libtpu assumes a complete host.
+        # By default, libtpu assumes that the topology is a complete host.
         options["chips_per_host_bounds"] = (1, 1, 1)
     if topology.kind == "v4":
-        # One device per chip, as on real hosts; by default, libtpu creates one per core.
+        # As on real hosts, there is one device per chip; by default, libtpu creates one per core.
         options["chip_config_name"] = "megacore"
     return topologies.get_topology_desc(
         platform="tpu", topology_name=topology.name, **options
@@ -120,7 +114,7 @@ def compile_only_devices(topology: Topology) -> list[Any]:
 
 
 def gpu_target_config(topology: Topology) -> str:
-    """Format the GpuTargetConfigProto of a GPU as text."""
+    """Return the GpuTargetConfigProto for a GPU in text format."""
     gpu = dict(_GPU_PROPERTIES[topology.kind])
     name, capability = gpu.pop("name"), gpu.pop("capability")
     gpu["device_memory_size"] = topology.device.memory_bytes
@@ -137,7 +131,8 @@ def compile_program(workload: Workload, program: Program) -> Any:
     """Compile a program for the devices of a workload.
 
     Raises:
-      jax.errors.JaxRuntimeError: compilation failed, for example because memory is too small.
+      jax.errors.JaxRuntimeError: Compilation failed, for example because the device memory is too
+        small.
     """
     devices = compile_only_devices(workload.topology)
     mesh = Mesh(np.array(devices).reshape(workload.mesh_sizes), ("data", "model"))
@@ -148,7 +143,7 @@ def compile_program(workload: Workload, program: Program) -> Any:
     cache = abstract_cache(workload, mesh)
     logits = NamedSharding(mesh, PartitionSpec("data", "model"))
     out_shardings = (logits, jax.tree.map(lambda x: x.sharding, cache))
-    # Without a default device of the platform, GPU kernels are silently omitted.
+    # If the default device is not of this platform, GPU kernels are silently omitted.
     with contextlib.nullcontext() if tpu else jax.default_device(devices[0]):
         if program == "decode":
             jitted = jax.jit(model.decode, donate_argnums=2, out_shardings=out_shardings)
@@ -158,25 +153,22 @@ def compile_program(workload: Workload, program: Program) -> Any:
             pixels = abstract_inputs(workload, mesh).pixels
             lowered = jax.jit(model.embed_images).lower(params, pixels)
         else:
-            prefill = partial(_prefill, model, workload.max_length)
-            jitted = jax.jit(prefill, out_shardings=out_shardings)
-            lowered = jitted.lower(params, abstract_inputs(workload, mesh))
+            jitted = jax.jit(model.prefill, static_argnums=2, out_shardings=out_shardings)
+            inputs = abstract_inputs(workload, mesh)
+            lowered = jitted.lower(params, inputs, workload.max_length)
         return lowered.compile()
 
 
-def _prefill(model: Ovis, max_length: int, params: Params, inputs: Inputs) -> tuple[Any, Cache]:
-    return model.prefill(params, inputs, max_length)
-
-
 def analyze_program(workload: Workload, program: Program) -> dict[str, Any]:
-    """Compile a program and collect its memory and operations.
+    """Compile a program, and collect its memory use and its operations.
 
     Returns:
-      The "arguments", "output", "aliased", "temp" and "peak" bytes of the program on one device;
-      "cache", the bytes of the KV cache; "collectives" by kind; "all_reduces_per_block";
-      "weight_sized" copies, all-gathers and all-reduces; "kernels" by name; "compile_seconds".
-      If device memory is too small: only "error", the compiler's message, and "peak", the
-      requested bytes, or None if the message does not state them.
+      A dict with "arguments", "output", "aliased", "temp" and "peak", the program's bytes on one
+      device; "cache", the bytes of the KV cache; "collectives", by kind; "all_reduces_per_block";
+      "weight_sized", the number of copies, all-gathers and all-reduces with the shape of a weight;
+      "kernels", by name; and "compile_seconds". If the device memory is too small, the dict
+      contains only "error", the compiler's message, and "peak", the requested bytes (None if the
+      message does not state them).
     """
     start = time.perf_counter()
     try:
@@ -191,7 +183,7 @@ def analyze_program(workload: Workload, program: Program) -> dict[str, Any]:
     return {
         **compiled_memory(compiled),
         "cache": bytes_per_device(abstract_cache(workload, workload.abstract_mesh)),
-        "collectives": count_collectives(hlo),
+        "collectives": collective_counts_and_bytes(hlo),
         "all_reduces_per_block": max_all_reduces_per_block(hlo),
         "weight_sized": count_weight_sized_operations(hlo, decoder_matrix_shapes(workload)),
         "kernels": count_kernel_calls(hlo),

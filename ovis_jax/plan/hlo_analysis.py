@@ -1,4 +1,4 @@
-"""Facts read from a compiled program: its memory, and the operations in its HLO text."""
+"""Analysis of compiled programs: their memory, and the operations in their HLO text."""
 
 import math
 import re
@@ -16,7 +16,7 @@ _COLLECTIVE = re.compile(
     r"(?P<start>-start)?\("
 )
 _COPY = re.compile(r" = (\w+)\[([\d,]+)\]\S* (copy|transpose)\(")
-# Pallas kernels on TPU and GPU and NVIDIA's libraries, but not XLA's own annotations.
+# This matches Pallas kernels on TPU and GPU and NVIDIA's libraries, but not XLA's own annotations.
 _KERNEL = re.compile(
     r"%?(?P<name>[\w.-]+) = [^\n]*"
     r'custom_call_target="(?P<target>[^"]*(?:tpu_custom_call|mosaic|triton|cu[a-z]+\$)[^"]*)"'
@@ -24,13 +24,13 @@ _KERNEL = re.compile(
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Sum the bytes of sharded arrays or shapes on one device, without padding to memory tiles."""
+    """Sum the bytes that sharded arrays or shapes take on one device, without tile padding."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def compiled_memory(compiled: Any) -> dict[str, int]:
-    """Read the compiler's memory analysis, in bytes on one device."""
+    """Return the compiler's memory analysis, in bytes on one device."""
     memory = compiled.memory_analysis()
     return {
         "arguments": memory.argument_size_in_bytes,
@@ -41,10 +41,10 @@ def compiled_memory(compiled: Any) -> dict[str, int]:
     }
 
 
-def count_collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """Count the collectives in HLO text, and the bytes of their results, by kind.
+def collective_counts_and_bytes(hlo: str) -> dict[str, dict[str, int]]:
+    """Count the collectives in HLO text and the bytes of their results, by kind of collective.
 
-    A collective in the body of a loop counts once.
+    A collective in the body of a loop is counted once.
     """
     counts, sizes = Counter(), Counter()
     for kind, arrays in _collective_results(hlo):
@@ -58,7 +58,8 @@ def _collective_results(hlo: str) -> Iterable[tuple[str, list[tuple[str, tuple[i
     for match in _COLLECTIVE.finditer(hlo):
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", match["result"])
         if match["start"] and match["kind"] != "all-reduce":
-            # An asynchronous start lists its operands, its results and, for a permute, two flags.
+            # An asynchronous start operation lists its operands, its results and, for a permute,
+            # two flags.
             arrays = [array for array in arrays if array != ("u32", "")]
             arrays = arrays[len(arrays) // 2 :]
         yield match["kind"], [(dtype, _parse_shape(axes)) for dtype, axes in arrays]
@@ -71,15 +72,15 @@ def _parse_shape(axes: str) -> tuple[int, ...]:
 def count_weight_sized_operations(
     hlo: str, weight_shapes: Iterable[tuple[int, ...]]
 ) -> dict[str, int]:
-    """Count the operations whose result has the shape of a weight.
+    """Count the operations whose result has the shape of a weight matrix.
 
     Args:
       hlo: HLO text of a compiled program.
-      weight_shapes: full and per-device shapes of the weight matrices.
+      weight_shapes: Full and per-device shapes of the weight matrices.
 
     Returns:
-      Counts of "copies" (copies and transposes), "all-gathers" and "all-reduces" whose result has
-      the dimensions of a weight, in any order, without dimensions of size 1.
+      The numbers of "copies" (including transposes), "all-gathers" and "all-reduces" whose result
+      has the dimensions of a weight matrix in any order. Dimensions of size 1 are ignored.
     """
     known = {_dimensions(shape) for shape in weight_shapes}
     found = Counter({"copies": 0, "all-gathers": 0, "all-reduces": 0})
@@ -96,7 +97,7 @@ def _dimensions(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def max_all_reduces_per_block(hlo: str) -> int:
-    """Return the largest number of all-reduces in one decoder block, found by operation name."""
+    """Return the maximum number of all-reduces in a decoder block, according to operation names."""
     counts = Counter()
     for line in hlo.splitlines():
         if re.search(r" all-reduce(-start)?\(", line):
@@ -107,10 +108,11 @@ def max_all_reduces_per_block(hlo: str) -> int:
 
 
 def count_kernel_calls(hlo: str) -> dict[str, int]:
-    """Count the calls of custom kernels and libraries, by name.
+    """Count the calls to custom kernels and libraries, by name.
 
-    A name is the kernel's own name and the call target, such as "splash_mha_fwd tpu_custom_call".
-    XLA's own kernels carry the name of the operation that they were generated from.
+    A name consists of the kernel's name and the call target, such as "splash_mha_fwd
+    tpu_custom_call". XLA's own kernels have the name of the operation that they were generated
+    from.
     """
     found = (
         f"{re.sub(r'[.][0-9.]+$', '', match['name'])} {match['target']}"
@@ -120,10 +122,10 @@ def count_kernel_calls(hlo: str) -> dict[str, int]:
 
 
 def parse_out_of_memory_bytes(message: str) -> int | None:
-    """Parse the requested bytes from a compiler's out-of-memory message.
+    """Parse the number of requested bytes from a compiler's out-of-memory message.
 
     Returns:
-      The bytes, or None if the message gives no size or concerns memory other than HBM.
+      The number of bytes, or None if the message has no size or is about memory other than HBM.
     """
     sizes = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])\b", message)
     if "hbm" not in message.lower() or not sizes:

@@ -1,4 +1,4 @@
-"""Lower bounds of latency: bytes over bandwidth and FLOPs over peak speed."""
+"""Lower bounds on latency: bytes divided by bandwidth, and FLOPs divided by the peak rate."""
 
 import math
 from dataclasses import dataclass
@@ -11,28 +11,29 @@ from ovis_jax.sharding import axis_letter_sizes
 
 @dataclass(frozen=True)
 class LatencyBounds:
-    """Minimum seconds per program on one device, and the bytes and FLOPs they follow from."""
+    """Lower bounds on the time of each program, and the bytes and FLOPs that they follow from."""
 
     decode_bytes_read: int
-    """Bytes read per decode step: the decoder's weights and the full KV cache."""
+    """Bytes that a device reads per decode step: the decoder's weights and the full KV cache."""
     decode_seconds: float
-    """Read time of these bytes, or compute time of the matrix products if that is longer."""
+    """Time to read these bytes, or to compute the matrix products if that takes longer."""
     decode_bytes_sent: int
-    """Bytes that a device sends to others per decode step."""
+    """Bytes that a device sends to other devices per decode step."""
     decode_link_seconds: float
-    """Transfer time of these bytes, in addition to `decode_seconds`."""
+    """Time to send these bytes, in addition to `decode_seconds`."""
     prefill_flops: float
-    """FLOPs per device for prompts of the maximum length and all crops."""
+    """FLOPs per device for a batch of prompts with the maximum length and all crops."""
     prefill_seconds: float
-    """Compute time of these FLOPs."""
+    """Time to compute these FLOPs."""
 
 
 def latency_bounds(workload: Workload, memory: MemoryEstimate) -> LatencyBounds:
-    """Compute the lower bounds of a decode step and of a prefill.
+    """Compute lower bounds on the latency of a decode step and a prefill.
 
-    A decode step reads the decoder's weights and, at worst, the full KV cache. A tied embedding
-    table is read as the output matrix; lookups in a separate table are negligible. Each block sums
-    twice over "model"; with n devices, each device sends 2 (n - 1) / n of a sum.
+    A decode step reads the decoder's weights and, if all rows have the maximum length, the full KV
+    cache. A tied embedding table is read completely, because it is also the output matrix; lookups
+    in a separate table are negligible. Each block has two all-reduces over "model". With n devices,
+    each device sends 2 (n - 1) / n times the size of the result in each all-reduce.
     """
     device, n = workload.topology.device, axis_letter_sizes(workload.config, "decoder/")
     data, model = workload.mesh_sizes
@@ -56,16 +57,17 @@ def latency_bounds(workload: Workload, memory: MemoryEstimate) -> LatencyBounds:
 
 
 def all_reduces_per_decode_step(workload: Workload) -> int:
-    """Count the all-reduces: two per block and one for the embedding lookup."""
+    """Count the all-reduces in a decode step: two per block, and one for the embedding lookup."""
     return 0 if workload.mesh_sizes.model == 1 else 2 * workload.config.decoder.depth + 1
 
 
 def prefill_flops(workload: Workload) -> float:
-    """Count the FLOPs of prompts of the maximum length and all crops, over all devices.
+    """Count the FLOPs of prompts with the maximum length and all crops, on all devices together.
 
-    Includes the decoder's matrices at every position, the output matrix once per row, attention
-    over all visible positions, the vision encoder's matrices at every patch and its attention, and
-    the visual head and embedding table at every visual token. A multiply-add is two FLOPs.
+    The count includes the decoder's matrices at every position, the output matrix once per row,
+    attention over all visible positions, the vision encoder's matrices at every patch and its
+    attention, and the visual head and embedding table at every visual token. A multiply-add counts
+    as two FLOPs.
     """
     c, n = workload.config, axis_letter_sizes(workload.config, "decoder/")
     T, B = workload.max_length, workload.batch_size
@@ -81,5 +83,5 @@ def prefill_flops(workload: Workload) -> float:
 
 
 def _visible_pairs(length: int, window: int) -> int:
-    """Query-key pairs of one row under a causal mask with a sliding window."""
+    """Count the visible query-key pairs in one row, with a causal mask and a sliding window."""
     return math.comb(window + 1, 2) + (length - window) * window

@@ -1,4 +1,4 @@
-"""Memory that a workload needs on one device, computed without compiling."""
+"""Estimating the memory that a workload needs on one device, without compilation."""
 
 from dataclasses import dataclass
 
@@ -11,48 +11,49 @@ from ovis_jax.plan.workload import Workload
 from ovis_jax.sharding import axis_letter_sizes
 
 RESERVED_FRACTION = 0.05
-"""Fraction of device memory kept free for program code, fragmentation and transfer buffers."""
+"""Fraction of device memory that is reserved for program code, fragmentation and buffers."""
 
 COMPILER_RESERVED_BYTES = 64 * 2**20
-"""Memory that compilers reserve for any program; 30 to 70 MiB were observed."""
+"""Memory that compilers reserve in every program, in bytes; 30 to 70 MiB were observed."""
 
 FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device."""
+    """The memory of a workload, in bytes on one device."""
 
     weights: dict[str, int]
-    """Weights by model part; exact."""
+    """Bytes of the weights, by part of the model; exact."""
     cache: int
-    """KV cache; exact."""
+    """Bytes of the KV cache; exact."""
     decode_temp: int
-    """Temporary arrays of a decode step; estimated."""
+    """Bytes of the temporary arrays in a decode step; estimated."""
     prefill_temp: int
-    """Temporary arrays of a prefill, images included; estimated."""
+    """Bytes of the temporary arrays in a prefill, including images; estimated."""
 
     @property
     def activations(self) -> int:
-        """Temporary arrays of the larger program."""
+        """Bytes of the temporary arrays in the program that needs more of them."""
         return max(self.decode_temp, self.prefill_temp)
 
     @property
     def peak(self) -> int:
-        """Weights, cache and activations, which coexist."""
+        """Bytes of the weights, the cache and the activations together."""
         return sum(self.weights.values()) + self.cache + self.activations
 
 
 def usable_bytes(workload: Workload) -> int:
-    """Compute the memory of one device that a plan may use, in bytes."""
+    """Compute how much memory a plan may use on one device, in bytes."""
     return int(workload.topology.device.memory_bytes * (1 - RESERVED_FRACTION))
 
 
 def estimate_memory(workload: Workload) -> MemoryEstimate:
-    """Estimate the bytes on one device.
+    """Estimate the memory that a workload needs on one device.
 
-    Weights and cache are exact: they follow from the padded and sharded shapes. Temporary arrays
-    are estimates; the functions below give the formulas.
+    The sizes of the weights and the cache are exact, because they follow from the padded and
+    sharded shapes. The sizes of temporary arrays are estimates; the functions below document the
+    formulas.
     """
     mesh = workload.abstract_mesh
     weights: dict[str, int] = {}
@@ -64,10 +65,11 @@ def estimate_memory(workload: Workload) -> MemoryEstimate:
 
 
 def decode_temp_bytes(workload: Workload) -> int:
-    """Estimate the temporary arrays of one decode step, in bytes on one device.
+    """Estimate the size of the temporary arrays in a decode step, in bytes on one device.
 
-    With b = B / data rows and m = model, the float32 arrays are: logits b V/m twice, the scores and
-    weights of one block b N/m S twice, the residual b D three times, a gated MLP b F/m twice.
+    Let b = B / data be the rows per device and m = model. The float32 arrays and their numbers of
+    items are: the logits, 2 b V/m; the attention scores and weights of one block, 2 b N/m S; the
+    residual, 3 b D; and the gated MLP, 2 b F/m.
     """
     n = axis_letter_sizes(workload.config, "decoder/")
     data, model = workload.mesh_sizes
@@ -78,14 +80,15 @@ def decode_temp_bytes(workload: Workload) -> int:
 
 
 def prefill_temp_bytes(workload: Workload) -> int:
-    """Estimate the temporary arrays of a prefill at the maximum length, in bytes on one device.
+    """Estimate the size of the temporary arrays in a prefill at the maximum length.
 
-    The result is the larger of `vision_temp_bytes` and the peak of the decoder, plus the embeddings
-    of the images (s I M D), which the decoder reads. With b = B / data rows, m = model and s bytes
-    per item, the decoder's peak is s b T (3 D + 3 max(F, (N + K) H) / m) plus the attention scores
-    of one block: the residual, input and output of a half block (one D more if the output is summed
-    over devices), and either the gated MLP, or queries, keys and values with the attention output
-    and the copies that a kernel transposes.
+    The result, in bytes on one device, is the larger of `vision_temp_bytes` and the decoder's peak,
+    plus the embeddings of the images (s I M D), which the decoder reads. Let b = B / data be the
+    rows per device, m = model, and s the bytes per item. The decoder's peak is s b T (3 D + 3
+    max(F, (N + K) H) / m) plus the attention scores of one block. The term 3 D is the residual and
+    the input and output of half a block (4 D if the output is summed over devices). The other term
+    is either the gated MLP, or the queries, keys, values, attention output and transposed copies
+    for a kernel.
     """
     n = axis_letter_sizes(workload.config, "decoder/")
     data, model = workload.mesh_sizes
@@ -100,12 +103,13 @@ def prefill_temp_bytes(workload: Workload) -> int:
 
 
 def vision_temp_bytes(workload: Workload) -> int:
-    """Estimate the temporary arrays of the vision encoder and visual words, in bytes on one device.
+    """Estimate the size of the temporary arrays of the vision encoder and the visual tokenizer.
 
-    With I crops per device, m = model and s bytes per item, the result is the pixels, 4 I h w C,
-    plus the larger of two terms. A SigLIP block with its residual and attention scores takes
-    I P (3 s E + 4 E + s (4 E + 2 F) / m). The logits and probabilities of the visual words of the
-    R tokens processed together take R W/m (4 + s).
+    Let I be the crops per device, m = model, and s the bytes per item. The result, in bytes on one
+    device, is the pixels, 4 I h w C, plus the larger of two terms. The first is a SigLIP block with
+    its residual: I P (3 s E + 4 E + s (4 E + 2 F) / m), plus the attention scores. The second is
+    the logits and probabilities over visual words for R tokens, the number that is processed at a
+    time: R W/m (4 + s).
     """
     tokenizer, vision = workload.config.visual_tokenizer, workload.config.vision
     s, m, crops = workload.bytes_per_weight, workload.mesh_sizes.model, crops_per_device(workload)
@@ -121,10 +125,10 @@ def vision_temp_bytes(workload: Workload) -> int:
 def _score_bytes(
     workload: Workload, call: AttentionCall, rows: int, heads: int, length: int
 ) -> int:
-    """Bytes of the float32 attention scores in device memory, with heads sharded over "model".
+    """Return the bytes of the float32 attention scores on one device, with sharded heads.
 
-    Splash and tokamax keep the scores on the chip. Other kernels hold four such arrays at once;
-    blockwise attention holds them for two blocks of queries.
+    Splash attention and tokamax keep the scores on the chip. Other kernels need four such arrays at
+    once; blockwise attention needs them only for two blocks of queries.
     """
     platform = "tpu" if workload.topology.device.platform == "tpu" else "gpu"
     kernel = choose_kernel("auto", call, length, dtype=workload.dtype, platform=platform)

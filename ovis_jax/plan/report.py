@@ -1,149 +1,20 @@
-"""The plan of a workload as a dictionary, as tables, and as a one-line summary."""
+"""A plan as tables and as a one-line summary."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 
 from ovis_jax.console import print_table
-from ovis_jax.errors import OvisError
-from ovis_jax.plan import aot_compile
-from ovis_jax.plan.latency_bounds import all_reduces_per_decode_step, latency_bounds
-from ovis_jax.plan.memory_estimate import (
-    RESERVED_FRACTION,
-    MemoryEstimate,
-    estimate_memory,
-    usable_bytes,
-)
-from ovis_jax.plan.suggestions import smallest_fitting_change
+from ovis_jax.errors import count_noun
+from ovis_jax.plan.memory_estimate import RESERVED_FRACTION
 from ovis_jax.plan.topologies import GIB
-from ovis_jax.plan.workload import Workload
-
-Method = Literal["auto", "compiler", "arithmetic"]
-"""Where figures come from. "auto" compiles if the compiler of the platform is installed."""
-
-
-def make_plan(
-    workload: Workload,
-    method: Method = "auto",
-    notify: Callable[[str], None] = print,
-    programs: Sequence[aot_compile.Program] = aot_compile.REQUEST_PROGRAMS,
-) -> dict[str, Any]:
-    """Compute the memory on one device, whether the workload fits, and lower bounds of latency.
-
-    Args:
-      workload: the workload.
-      method: where figures come from.
-      notify: called with a message before each compilation.
-      programs: programs to compile.
-
-    Returns:
-      A JSON-serializable dictionary; sizes are bytes on one device, times are seconds.
-
-    Raises:
-      OvisError: the workload is invalid (see `Workload.validate`), or `method` is "compiler" and
-        the compiler is not installed.
-    """
-    workload.validate()
-    memory = estimate_memory(workload)
-    source, compiled = _compile(workload, memory, method, notify, programs)
-    activations, peak = memory.activations, memory.peak
-    succeeded = [program for program in compiled.values() if "error" not in program]
-    if succeeded:
-        activations = max(program["temp"] for program in succeeded)
-    if compiled:
-        peak = max(
-            _peak_with_unread_weights(workload, memory, name, program)
-            for name, program in compiled.items()
-        )
-    usable = usable_bytes(workload)
-    over_by = max(peak - usable, 0)
-    compiler_errors = [program["error"] for program in compiled.values() if "error" in program]
-    plan = {
-        "topology": workload.topology.name,
-        "devices": workload.topology.num_devices,
-        "mesh": workload.mesh_sizes._asdict(),
-        "batch": workload.batch_size,
-        "max_length": workload.max_length,
-        "crops": workload.num_crops,
-        "dtype": workload.dtype,
-        "source": source,
-        "weights": memory.weights,
-        "bytes": {
-            "weights": sum(memory.weights.values()),
-            "cache": memory.cache,
-            "activations": activations,
-            "peak": peak,
-            "usable": usable,
-            "memory": workload.topology.device.memory_bytes,
-        },
-        "arithmetic": {
-            "decode_arguments": memory.weights["decoder"] + memory.cache,
-            "decode_temp": memory.decode_temp,
-            "prefill_temp": memory.prefill_temp,
-            "peak": memory.peak,
-            "all_reduces_per_block": min(all_reduces_per_decode_step(workload), 2),
-        },
-        "programs": compiled,
-        "latency_bounds": asdict(latency_bounds(workload, memory)),
-        "fits": not over_by and not compiler_errors,
-        "over_by": over_by,
-        "compiler_errors": compiler_errors,
-        "change": None,
-    }
-    if not plan["fits"]:
-        change = smallest_fitting_change(workload, max(peak - memory.peak, 0))
-        if change is not None:
-            plan["change"] = {"options": change[0], "peak": estimate_memory(change[1]).peak}
-    return plan
-
-
-def _compile(
-    workload: Workload,
-    memory: MemoryEstimate,
-    method: Method,
-    notify: Callable[[str], None],
-    programs: Sequence[aot_compile.Program],
-) -> tuple[str, dict[str, Any]]:
-    """The source of the figures, and the analysis of each compiled program."""
-    platform = workload.topology.device.platform
-    install = aot_compile.INSTALL_COMMANDS[platform]
-    compiler = aot_compile.installed_compiler(platform)
-    if method == "compiler" and compiler is None:
-        raise OvisError(f"no compiler for {platform} is installed; install one: {install}")
-    if method == "arithmetic":
-        return "arithmetic, as requested", {}
-    if compiler is None:
-        return f"arithmetic; to use the compiler: {install}", {}
-    if method == "auto" and memory.peak - memory.activations > usable_bytes(workload):
-        return "arithmetic; weights and cache alone exceed the memory", {}
-    compiled = {}
-    for program in programs:
-        notify(
-            f"compiling {program} for {workload.topology.name} with {compiler};"
-            " this may take minutes"
-        )
-        compiled[program] = aot_compile.analyze_program(workload, program)
-    return compiler, compiled
-
-
-def _peak_with_unread_weights(
-    workload: Workload, memory: MemoryEstimate, name: str, program: dict[str, Any]
-) -> int:
-    """A program's peak plus the weights that it does not read, which stay in memory."""
-    if program["peak"] is None:
-        return memory.peak
-    read = {"decoder"}
-    if name == "prefill":
-        read = set(memory.weights) if workload.num_crops else {"decoder", "visual_embedding"}
-    unread = (size for part, size in memory.weights.items() if part not in read)
-    return program["peak"] + sum(unread)
 
 
 def plan_summary_line(plan: dict[str, Any]) -> str:
-    """Summarize a plan in one line: whether it fits, or the shortfall and the smallest change."""
-    where = f"{plan['topology']}, batch {plan['batch']}, max-length {plan['max_length']}"
+    """Return one line that says if a plan fits, or else the shortfall and the smallest change."""
+    size = f"batch-size {plan['batch']}, max-model-len {plan['max_length']}"
+    where = f"{plan['topology']}, {size}"
     if plan["fits"]:
         spare = plan["bytes"]["usable"] - plan["bytes"]["peak"]
         return f"{where}: fits, {_gib(spare)} GiB to spare per device"
@@ -163,8 +34,9 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Print a plan as tables."""
     mesh = ",".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
     console.print(
-        f"{plan['topology']} ({plan['devices']} devices), mesh {mesh}, {plan['dtype']},"
-        f" batch {plan['batch']} x {plan['max_length']} positions, {plan['crops']} crops",
+        f"{plan['topology']} ({count_noun(plan['devices'], 'device')}), mesh {mesh},"
+        f" {plan['dtype']}, batch {plan['batch']} x {count_noun(plan['max_length'], 'position')},"
+        f" {count_noun(plan['crops'], 'crop')}",
         soft_wrap=True,
     )
     console.print(f"source of figures: {plan['source']}", markup=False, soft_wrap=True)
@@ -202,13 +74,13 @@ def _program_rows(programs: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _format_collectives(found: dict[str, dict[str, int]]) -> str:
     texts = (
-        f"{one['count']} {kind}, {one['bytes'] / 2**20:.1f} MiB" for kind, one in found.items()
+        f"{kind}: {one['count']}, {one['bytes'] / 2**20:.1f} MiB" for kind, one in found.items()
     )
     return "; ".join(texts) or "none"
 
 
 def _format_counts(found: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in found.items() if count) or "none"
+    return ", ".join(f"{name}: {count}" for name, count in found.items() if count) or "none"
 
 
 def _latency_line(plan: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The smallest change that makes a workload fit, found without compiling."""
+"""Finding the smallest change that makes a workload fit, without compilation."""
 
 from bisect import bisect_right
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from ovis_jax.plan.topologies import MeshSizes
 from ovis_jax.plan.workload import Workload, default_mesh_sizes
 
 LENGTH_STEP = 128
-"""Step of the search over max-length, in positions."""
+"""Step size in the search over max-model-len, in positions."""
 
 
 def fits_in_memory(workload: Workload, bytes_above_estimate: int = 0) -> bool:
-    """Check whether a workload is valid and fits in the usable memory of a device.
+    """Return whether a workload is valid and fits in the usable memory of a device.
 
     Args:
-      workload: the workload.
-      bytes_above_estimate: bytes per device in addition to the estimate.
+      workload: The workload.
+      bytes_above_estimate: Additional bytes per device beyond the estimate.
     """
     try:
         workload.validate()
@@ -32,17 +32,17 @@ def smallest_fitting_change(
 ) -> tuple[str, Workload] | None:
     """Find a change that makes a workload fit.
 
-    Tries, in this order: a larger "model" axis, a smaller batch, a smaller max-length, a larger
-    topology of the same kind.
+    These changes are tried in order: a larger "model" axis, a smaller batch, a smaller
+    max-model-len, and a larger topology of the same kind.
 
     Args:
-      workload: a workload that does not fit.
-      bytes_above_estimate: bytes per device by which the compiler's peak exceeds the
-        estimate; assumed to be the same after the change.
+      workload: A workload that does not fit.
+      bytes_above_estimate: Bytes per device by which the compiler's peak exceeds the estimate. The
+        difference is assumed to be the same after the change.
 
     Returns:
-      The command-line options of the change, such as "--batch 4", and the changed workload. None if
-      no known topology of that kind is large enough.
+      The command-line options of the change, such as "--batch-size 4", and the changed workload.
+      None if no known topology of that kind is large enough.
     """
     num_devices = workload.topology.num_devices
     for model in range(workload.mesh_sizes.model + 1, num_devices + 1):
@@ -58,7 +58,7 @@ def smallest_fitting_change(
         0, workload.batch_size - 1, workload.mesh_sizes.data, lambda n: fits_with(batch_size=n)
     )
     if batch:
-        return f"--batch {batch}", replace(workload, batch_size=batch)
+        return f"--batch-size {batch}", replace(workload, batch_size=batch)
     length = _largest_multiple(
         max(workload.visual_tokens_per_row, 1) - 1,
         workload.max_length - 1,
@@ -66,7 +66,7 @@ def smallest_fitting_change(
         lambda n: fits_with(max_length=n),
     )
     if length:
-        return f"--max-length {length}", replace(workload, max_length=length)
+        return f"--max-model-len {length}", replace(workload, max_length=length)
     for topology in workload.topology.larger():
         mesh_sizes = default_mesh_sizes(workload.config, topology.num_devices)
         changed = replace(workload, topology=topology, mesh_sizes=mesh_sizes)
@@ -76,9 +76,9 @@ def smallest_fitting_change(
 
 
 def _largest_multiple(low: int, high: int, step: int, accepts: Callable[[int], bool]) -> int:
-    """Bisect for the largest accepted multiple of `step` in (low, high]; 0 if there is none.
+    """Return the largest accepted multiple of `step` in (low, high], by bisection; 0 if none.
 
-    If a multiple is accepted, all smaller multiples above `low` must be accepted, too.
+    If a multiple is accepted, all smaller multiples above `low` must also be accepted.
     """
     multiples = range(low // step * step + step, high + 1, step)
     count = bisect_right(multiples, False, key=lambda multiple: not accepts(multiple))

@@ -1,4 +1,4 @@
-"""Known accelerators: their memory, bandwidth and speed, and the topologies that connect them."""
+"""Known accelerators with their memory, bandwidth and speed, and their topologies."""
 
 import math
 import re
@@ -13,19 +13,19 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """Data sheet of one JAX device: a chip, or part of one if `devices_per_chip` is above 1."""
+    """Data sheet of one JAX device: a chip, or part of a chip if `devices_per_chip` is above 1."""
 
     platform: Literal["tpu", "cuda"]
     memory_bytes: int
     """Device memory available to programs, in bytes."""
     memory_bandwidth: float
-    """Bytes per second."""
+    """Bandwidth of the device memory, in bytes per second."""
     peak_flops: float
-    """Peak dense bfloat16 floating point operations per second."""
+    """Peak rate of dense bfloat16 floating point operations, per second."""
     link_bandwidth: float
-    """Bytes per second to all neighboring devices together, in one direction."""
+    """Total bandwidth to all neighboring devices, in bytes per second in one direction."""
     shapes: tuple[str, ...]
-    """Topology shapes, smallest first."""
+    """The shapes of the known topologies, smallest first."""
     devices_per_chip: int = 1
 
 
@@ -33,11 +33,12 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8")
 _CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4")
 _COUNTS = tuple(str(n) for n in range(1, 9))
 
-# TPU memory: the capacity that libtpu 0.0.42 reports when a program exceeds it. Other TPU figures:
-# docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x. Those pages list chips, and links in
-# both directions; the figures below are for one direction and one JAX device. GPU memory and
-# bandwidth: the h100_sxm and a100_sxm_80 target specs of OpenXLA. GPU FLOPS and links (NVLink, 900
-# and 600 GB/s in both directions): NVIDIA's H100 and A100 data sheets, SXM, 80 GB.
+# TPU memory is the capacity that libtpu 0.0.42 reports when a program exceeds it. All other TPU
+# figures are from docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x. Those pages list
+# figures per chip, and links in both directions; the figures below are per JAX device and for one
+# direction. GPU memory and bandwidth are from OpenXLA's target specs h100_sxm and a100_sxm_80. GPU
+# FLOPS and links (NVLink, 900 and 600 GB/s in both directions) are from NVIDIA's H100 and A100 data
+# sheets (SXM, 80 GB).
 DEVICES = {
     "v4": DeviceSpec("tpu", int(30.75 * GIB), 1.2e12, 275e12, 150e9, _CUBES),
     "v5e": DeviceSpec("tpu", int(15.75 * GIB), 0.819e12, 197e12, 200e9, _FLAT),
@@ -51,30 +52,30 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Topology:
-    """Connected devices of one kind, such as v5e:2x4."""
+    """A number of connected devices of the same kind, such as v5e:2x4."""
 
     kind: str
-    """Key of `DEVICES`."""
+    """The kind of device, which is a key of `DEVICES`."""
     shape: str
-    """Chips along each dimension, such as 2x4; for GPUs their number."""
+    """The number of chips along each dimension, such as 2x4; for GPUs, the number of GPUs."""
 
     @property
     def name(self) -> str:
-        """Kind and shape, such as v5e:2x4 or h100:8."""
+        """The kind and the shape, such as v5e:2x4 or h100:8."""
         return f"{self.kind}:{self.shape}"
 
     @property
     def device(self) -> DeviceSpec:
-        """Data sheet of each device."""
+        """The data sheet of each device."""
         return DEVICES[self.kind]
 
     @property
     def num_devices(self) -> int:
-        """Number of JAX devices."""
+        """The number of JAX devices."""
         return self.device.devices_per_chip * math.prod(map(int, self.shape.split("x")))
 
     def larger(self) -> list["Topology"]:
-        """List the topologies of the same kind with more devices, smallest first."""
+        """Return the topologies of the same kind that have more devices, smallest first."""
         shapes = self.device.shapes
         return [Topology(self.kind, shape) for shape in shapes[shapes.index(self.shape) + 1 :]]
 
@@ -83,7 +84,8 @@ def parse_topology(name: str) -> Topology:
     """Parse a topology name such as v5e:2x4 or h100:8.
 
     Raises:
-      OvisError: the name is unknown; the message suggests the closest topology and lists all.
+      OvisError: The name is unknown. The message suggests the closest topology and lists all
+        topologies.
     """
     kind, _, shape = name.strip().lower().partition(":")
     if kind not in DEVICES or shape not in DEVICES[kind].shapes:
@@ -95,12 +97,12 @@ def parse_topology(name: str) -> Topology:
 
 
 def known_topologies() -> str:
-    """List all topologies as one line, such as "v5e:1x1, 2x2, 2x4; h100:1, 2"."""
+    """Return a line that lists all topologies, such as "v5e:1x1, 2x2, 2x4; h100:1, 2"."""
     return "; ".join(f"{kind}:{', '.join(one.shapes)}" for kind, one in DEVICES.items())
 
 
 def _closest_topology(name: str) -> str:
-    """The topology with the most similar kind and the next larger number of devices."""
+    """Return the topology with the most similar kind and the next larger number of devices."""
     kind, *shape = re.split("[:-]", name.strip().lower(), maxsplit=1)
     kinds = get_close_matches(kind, DEVICES, n=1, cutoff=0.4) or list(DEVICES)
     topologies = [Topology(kind, shape) for kind in kinds for shape in DEVICES[kind].shapes]
@@ -112,7 +114,7 @@ def _closest_topology(name: str) -> str:
 
 
 class MeshSizes(NamedTuple):
-    """Sizes of the two mesh axes."""
+    """The sizes of the two mesh axes."""
 
     data: int
     model: int
@@ -122,7 +124,7 @@ def parse_mesh_sizes(text: str) -> MeshSizes:
     """Parse mesh sizes such as "data=1,model=8"; an omitted axis has size 1.
 
     Raises:
-      OvisError: an axis is unknown or repeated, or a size is not a positive integer.
+      OvisError: An axis is unknown or repeated, or a size is not a positive integer.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):

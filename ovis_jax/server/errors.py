@@ -8,14 +8,14 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 ERROR_TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
-"""OpenAI's type of an error by status; invalid_request_error for all others."""
+"""OpenAI's error type by HTTP status; all other statuses have invalid_request_error."""
 
 UNION_TAGS = {"as_text", "as_parts", "str", "list[str]"}
-"""Names in a Pydantic location that denote a member of a union, not a field."""
+"""Names in a Pydantic location that are not fields but members of a union."""
 
 
 class ErrorDetail(BaseModel):
-    """A message, OpenAI's error type, the field at fault, and a code for programs."""
+    """An error message, OpenAI's error type, the invalid field, and an error code."""
 
     message: str
     type: str
@@ -30,13 +30,13 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(HTTPException):
-    """An error response.
+    """An error that is sent to the client as a response.
 
     Args:
       status: HTTP status.
       message: The error message.
-      param: Path of the field at fault, such as messages[0].content.
-      code: Code for programs.
+      param: Path of the invalid field, such as messages[0].content.
+      code: The error code, which clients can check.
       headers: Additional HTTP headers.
     """
 
@@ -49,7 +49,7 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
-        super().__init__(status, message, {**(headers or {}), **_headers(status, code)})
+        super().__init__(status, message, headers)
         self.param, self.code = param, code
 
     def body(self) -> dict[str, Any]:
@@ -63,17 +63,17 @@ class ApiError(HTTPException):
         return {"error": error}
 
     def response(self) -> JSONResponse:
-        """Return the response to send."""
+        """Return the error as a JSON response."""
         return JSONResponse(self.body(), self.status_code, self.headers)
 
 
 def bad_request(param: str, message: str, code: str = "invalid_value") -> ApiError:
-    """Return a 400 error whose message begins with the field at fault."""
+    """Return an error with status 400 whose message begins with the invalid field."""
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
 def validation_error(errors: Sequence[Any]) -> ApiError:
-    """Convert Pydantic's errors about a body to one error that names the first field."""
+    """Convert Pydantic's errors for a body to one error that names the first invalid field."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
@@ -89,9 +89,9 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
 def field_path(location: Sequence[str | int]) -> str | None:
     """Convert a Pydantic location to a path such as messages[0].content[1].text."""
     path, after_index = "", False
-    for part in location[1:]:  # the first says that it is the body
+    for part in location[1:]:  # the first part is always "body"
         if isinstance(part, int):
-            # After the index of a content part comes the tag of its type.
+            # The index of a content part is followed by the tag of its type.
             path, after_index = f"{path}[{part}]", ".content" in path
         elif after_index:
             after_index = False
@@ -100,15 +100,6 @@ def field_path(location: Sequence[str | int]) -> str | None:
     return path[1:] or None
 
 
-def _headers(status: int, code: str | None) -> dict[str, str]:
-    """Return the headers that tell a client how to proceed."""
-    if status == 429:
-        return {"Retry-After": "1"}
-    if status == 401:
-        return {"WWW-Authenticate": "Bearer"}
-    return {"x-should-retry": "false"} if code == "deadline_exceeded" else {}
-
-
 def _printable(text: str) -> str:
-    """Replace unpaired surrogates, which JSON strings may hold and UTF-8 cannot."""
+    """Replace unpaired surrogates, which are possible in JSON strings but not in UTF-8."""
     return text.encode("utf-8", "replace").decode()

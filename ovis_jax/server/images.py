@@ -1,8 +1,8 @@
-"""Images of a request: data URLs and, if allowed, images on other servers.
+"""Images in a request: data URLs and, if allowed, images on other servers.
 
-A server that fetches URLs from its clients can be abused to reach its own network. So every address
-of a host name must be public, the connection goes to the address that was checked, and redirects
-are not followed.
+A server that fetches URLs for its clients can be abused to access its own network. Therefore, every
+address of a host name must be public, the connection is made to the address that was checked, and
+redirects are not followed.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import ipaddress
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpcore
@@ -27,25 +27,25 @@ from ovis_jax.server.errors import ApiError, bad_request
 
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-"""The prefix of all public IPv6 addresses, apart from those that embed an IPv4 address."""
+"""The prefix of all public IPv6 addresses, except for those that embed an IPv4 address."""
 
 FETCH_TIMEOUT = 10.0
-"""Maximum time to fetch one image, in seconds."""
+"""Maximum time for fetching one image, in seconds."""
 
 
 async def fetch_if_remote(
     url: str, param: str, *, allow_remote: bool, max_bytes: int
 ) -> str | bytes:
-    """Return the file that an image URL refers to: bytes, or the URL itself if it is a data URL.
+    """Fetch the image file that a URL refers to; a data URL is returned unchanged.
 
     Args:
-      url: A data URL, or an http(s) URL, which is fetched.
-      param: Path of the field that holds the URL.
+      url: A data URL or an http(s) URL.
+      param: Path of the field that contains the URL.
       allow_remote: Whether http(s) URLs are accepted.
       max_bytes: Maximum size of a fetched file.
 
     Raises:
-      ApiError: 400; the image is not accepted or cannot be fetched.
+      ApiError: The URL is not accepted, or the image cannot be fetched (status 400).
     """
     scheme = url[:8].partition(":")[0].lower()
     if scheme == "data":
@@ -62,21 +62,21 @@ async def fetch_if_remote(
         raise _invalid(param, f"the image did not arrive within {FETCH_TIMEOUT:g} s") from None
     except ImageError as error:
         raise bad_request(param, str(error), "remote_image") from None
-    # Each layer below has exceptions of its own. Their messages are not for clients: they would
+    # Each layer below has its own exceptions. Clients must not see their messages, which would
     # describe the server's network.
     except Exception:
         raise _invalid(param, "the image cannot be fetched") from None
 
 
 def open_images(files: Sequence[tuple[str | bytes, str]], max_pixels: int) -> list[Image.Image]:
-    """Open image files and check their sizes; none is decoded.
+    """Open image files and check their sizes, without decoding them.
 
     Args:
       files: Results of `fetch_if_remote`, each with the path of its field.
-      max_pixels: Maximum number of pixels of all images together.
+      max_pixels: Maximum total number of pixels in all images.
 
     Raises:
-      ApiError: 400; a file is not an image, or the images have too many pixels.
+      ApiError: A file is not an image, or the images have too many pixels (status 400).
     """
     images: list[Image.Image] = []
     num_pixels = 0
@@ -90,7 +90,7 @@ def open_images(files: Sequence[tuple[str | bytes, str]], max_pixels: int) -> li
 
 @contextmanager
 def image_errors(param: str) -> Iterator[None]:
-    """Convert an `ImageError` within the block to an `ApiError` about a field."""
+    """Convert an `ImageError` from the block to an `ApiError` that names a field."""
     try:
         yield
     except TooManyPixelsError as error:
@@ -106,17 +106,14 @@ def is_public_address(address: str) -> bool:
         # IPv6 addresses that embed an IPv4 address.
         if ip.ipv4_mapped is not None or ip in NAT64:
             return is_public_address(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-        # 6to4 and Teredo embed one too, but are obsolete.
+        # 6to4 and Teredo addresses also embed one, but they are obsolete.
         if ip not in GLOBAL_UNICAST or ip.sixtofour or ip.teredo:
             return False
     return ip.is_global and not ip.is_multicast
 
 
 class PublicAddressBackend(httpcore.AsyncNetworkBackend):
-    """Network backend that connects to public addresses only."""
-
-    def __init__(self) -> None:
-        self._inner = cast(httpcore.AsyncNetworkBackend, httpcore.AnyIOBackend())
+    """Network backend that only connects to public addresses."""
 
     async def connect_tcp(
         self,
@@ -126,13 +123,14 @@ class PublicAddressBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Resolve a host, and connect to its first address if all of them are public."""
+        """Resolve a host name, and connect to the first address if all addresses are public."""
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         addresses = [str(entry[4][0]) for entry in found]
         if not addresses or not all(map(is_public_address, addresses)):
             raise ImageError("the image's server is not on the public internet")
-        return await self._inner.connect_tcp(addresses[0], port, timeout, local_address)
+        backend: Any = httpcore.AnyIOBackend()
+        return await backend.connect_tcp(addresses[0], port, timeout, local_address)
 
 
 async def _fetch(url: str, max_bytes: int) -> bytes:

@@ -1,4 +1,4 @@
-"""A request body becomes a request to the engine: messages and images become arrays."""
+"""Converting request bodies to engine requests: messages and images become arrays."""
 
 import asyncio
 import secrets
@@ -20,11 +20,11 @@ from ovis_jax.server.images import fetch_if_remote, image_errors, open_images
 from ovis_jax.server.request_schema import ChatMessage, ChatRequest, ImagePart, ImageUrl, TextPart
 
 MAX_TOKEN_CHARACTERS = 64
-"""Maximum length of a token; a text longer than this many characters per position is rejected
+"""Maximum number of characters in a token. A text with more characters per position is rejected
 before it is tokenized."""
 
 MAX_THREADS = 2
-"""Number of requests whose images are in memory at the same time."""
+"""Maximum number of requests whose images are in memory at the same time."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ class RequestLimits:
     """Limits on each request.
 
     Attributes:
-      max_body_bytes: Maximum size of the body, and of all fetched images together.
+      max_body_bytes: Maximum size of the body in bytes, and of all fetched images together.
       max_images: Maximum number of images.
-      max_pixels: Maximum number of pixels of all images together.
+      max_pixels: Maximum total number of pixels in all images.
       max_tokens: Maximum number of tokens per answer.
-      request_timeout: Maximum time for the body to arrive, and then for the answer, in seconds.
+      request_timeout: Maximum time in seconds for the body to arrive, and separately for the
+        answer.
       max_partition: Maximum number of cells per image.
       allow_remote_images: Whether to fetch images from other servers.
     """
@@ -52,12 +53,12 @@ class RequestLimits:
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """Converts request bodies to requests to the engine.
+    """Converts request bodies to engine requests.
 
     Attributes:
       processor: Processor of the model.
       limits: Limits on each request.
-      max_model_len: Maximum number of positions of a prompt and its answer together.
+      max_model_len: Maximum total length of a prompt and its answer, in positions.
       max_choices: Maximum number of answers per request.
     """
 
@@ -70,19 +71,19 @@ class Preprocessor:
     async def preprocess(
         self, body: ChatRequest, on_event: Callable[[Delta | Failure], None]
     ) -> Request:
-        """Check a body and convert it; the slow part runs in another thread.
+        """Check and convert a request body; the slow part runs in another thread.
 
         Args:
-          body: The body.
-          on_event: See `Request`.
+          body: The request body.
+          on_event: Called with each event, as described in `Request`.
 
         Raises:
-          ApiError: 400; the request cannot be answered.
+          ApiError: The request cannot be answered (status 400).
         """
         limits, deadline = self.limits, time.monotonic() + self.limits.request_timeout
         body.check_supported(self.max_choices)
-        max_partition = self._max_partition(body)
         turns, images = convert_messages(body.messages)
+        max_partition = self._max_partition(body, {image.detail == "low" for image, _ in images})
         if len(images) > limits.max_images:
             message = f"{len(images)} images, but the maximum is {limits.max_images}"
             raise bad_request("messages", message, "too_many_images")
@@ -120,7 +121,7 @@ class Preprocessor:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of a prompt and the crops of its images.
 
-        No image is decoded before it is known that the prompt fits.
+        The prompt's length is checked before any image is decoded.
         """
         max_pixels = self.limits.max_pixels
         try:
@@ -135,22 +136,16 @@ class Preprocessor:
         except PromptTooLongError as error:
             raise self._too_long("messages", str(error)) from None
         except (PromptError, ImageError) as error:
-            # A damaged image is an error about its own field.
+            # The error for a damaged image names the image's field.
             for image, (_, param) in zip(open_images(files, max_pixels), files, strict=True):
                 with image_errors(param):
                     decode_image(image)
             raise bad_request("messages", str(error), "invalid_prompt") from None
         return example.tokens, example.pixels
 
-    def _max_partition(self, body: ChatRequest) -> int:
+    def _max_partition(self, body: ChatRequest, low: set[bool]) -> int:
         """Return the maximum number of cells per image, from `max_partition` or `detail`."""
         limit = self.limits.max_partition
-        low = {
-            part.image_url.detail == "low"
-            for message in body.messages
-            for part in ([] if isinstance(message.content, str) else message.content)
-            if isinstance(part, ImagePart)
-        }
         if len(low) == 2:
             message = "detail is low for some images only; it must be the same for all"
             raise bad_request("messages", message)
@@ -162,7 +157,7 @@ class Preprocessor:
         return body.max_partition
 
     def _max_new_tokens(self, body: ChatRequest, prompt_length: int) -> int:
-        """Return the maximum number of tokens per answer."""
+        """Return the maximum number of tokens per answer, from the request and the limits."""
         room, limit = self.max_model_len - prompt_length, self.limits.max_tokens
         param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
         wanted = body.max_completion_tokens or body.max_tokens
@@ -188,10 +183,10 @@ def convert_messages(
     System and developer messages are prepended to the next user turn.
 
     Returns:
-      The turns, with "<image>" for each image, and the images with the paths of their fields.
+      The turns, with "<image>" for each image, and the images, each with the path of its field.
 
     Raises:
-      ApiError: 400; a text contains "<image>", or the last message is not the user's.
+      ApiError: A text contains "<image>", or the last message is not a user message (status 400).
     """
     turns: list[Turn] = []
     images: list[tuple[ImageUrl, str]] = []
@@ -228,10 +223,10 @@ def convert_messages(
 
 
 def sampling_options(body: ChatRequest) -> Sampling:
-    """Return the sampling options of a body; the API's default temperature is 1."""
+    """Return the sampling parameters from a body; the API's default temperature is 1."""
     temperature = 1.0 if body.temperature is None else body.temperature
     if temperature == 0:
         return Sampling(repetition_penalty=body.repetition_penalty)
-    # 0 keeps the most likely token, like any value too small to include a second one.
+    # As with any very small value, 0 keeps only the most likely token.
     top_p = None if body.top_p in (None, 1) else max(float(body.top_p), 1e-6)
     return Sampling(temperature, body.top_k, top_p, body.repetition_penalty)

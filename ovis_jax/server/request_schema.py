@@ -12,7 +12,7 @@ Ignored = Annotated[Any, Field(description="Accepted, without effect on the answ
 
 
 def unsupported(*harmless: Any) -> Any:
-    """Declare an unsupported field: `check_supported` rejects all but null and `harmless`."""
+    """Declare an unsupported field, for which only null and the `harmless` values are accepted."""
     return Field(
         None,
         description="Not supported: only values without effect on the answer are accepted.",
@@ -56,7 +56,7 @@ Content = Annotated[
 
 
 class ChatMessage(BaseModel):
-    """One turn. System and developer messages are prepended to the next user turn."""
+    """One message. System and developer messages are prepended to the next user message."""
 
     model_config = STRICT
     role: Literal["system", "developer", "user", "assistant"]
@@ -70,7 +70,7 @@ class ChatMessage(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """Options of a streamed response."""
+    """Options for a streamed response."""
 
     model_config = STRICT
     include_usage: bool | None = None
@@ -78,7 +78,7 @@ class StreamOptions(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """The body of /v1/chat/completions."""
+    """The body of a request to /v1/chat/completions."""
 
     model_config = STRICT
     model: str
@@ -135,7 +135,7 @@ class ChatRequest(BaseModel):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings, however many there are."""
+        """The stop strings as a tuple, which may be empty."""
         stop = self.stop if self.stop is not None else []
         return (stop,) if isinstance(stop, str) else tuple(stop)
 
@@ -143,10 +143,10 @@ class ChatRequest(BaseModel):
         """Check for unsupported or contradictory fields.
 
         Args:
-          max_choices: Maximum of `n`.
+          max_choices: Maximum value of the field `n`.
 
         Raises:
-          ApiError: 400; a field is not supported or contradicts another one.
+          ApiError: A field is not supported, or it contradicts another field (status 400).
         """
 
         def check(holds: bool, param: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Responses in the format of the chat-completions API, complete or as chunks of a stream."""
+"""Responses in the format of the chat-completions API: complete responses or streamed chunks."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from ovis_jax.engine.request import Delta, Logprob, Request, TokenLogprobs
 from ovis_jax.inputs.tokenizer import BYTES, SPACE, Tokenizer
 
 MIN_LOGPROB = -9999.0
-"""OpenAI's value for log-probabilities that are too small; JSON has no infinity."""
+"""OpenAI's value for log-probabilities that are too small, because JSON has no infinity."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ResponseFormatter:
       model: Name of the model.
       request: The request.
       tokenizer: Tokenizer of the model.
-      include_usage: Whether a stream ends with the token counts.
+      include_usage: Whether a stream ends with a chunk of token counts.
     """
 
     model: str
@@ -33,29 +33,25 @@ class ResponseFormatter:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def completion(self, deltas: Sequence[Delta]) -> dict[str, Any]:
-        """Return the complete response, from the deltas of all choices."""
-        choices = []
-        for index in range(self.request.num_choices):
-            own = [delta for delta in deltas if delta.choice == index]
-            content = "".join(delta.text for delta in own)
-            logprobs = [token for delta in own for token in delta.logprobs]
-            choices.append(
-                {
-                    "index": index,
-                    "message": {"role": "assistant", "content": content, "refusal": None},
-                    "logprobs": self._logprobs(logprobs),
-                    "finish_reason": own[-1].finish_reason,
-                }
-            )
+        """Return the complete response, given one delta per choice."""
+        choices = [
+            {
+                "index": delta.choice,
+                "message": {"role": "assistant", "content": delta.text, "refusal": None},
+                "logprobs": self._logprobs(delta.logprobs),
+                "finish_reason": delta.finish_reason,
+            }
+            for delta in sorted(deltas, key=lambda delta: delta.choice)
+        ]
         return self._object("chat.completion", choices) | {"usage": self._usage()}
 
     def first_chunk(self) -> str:
-        """Return the chunk that opens each choice."""
+        """Return the first chunk of a stream, which starts every choice."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         return self._chunk([_choice(n, delta) for n in range(self.request.num_choices)])
 
     def delta_chunks(self, delta: Delta) -> list[str]:
-        """Return the chunks of a delta: its text, and its finish reason."""
+        """Return the chunks for a delta, with its text and its finish reason."""
         chunks = []
         if delta.text or delta.logprobs:
             logprobs = self._logprobs(delta.logprobs)
@@ -67,7 +63,7 @@ class ResponseFormatter:
         return chunks
 
     def last_chunks(self) -> list[str]:
-        """Return the chunks after all deltas: the token counts, if wanted, and the end mark."""
+        """Return the last chunks of a stream: the token counts if requested, and the end marker."""
         if not self.include_usage:
             return ["[DONE]"]
         usage = self._object("chat.completion.chunk", []) | {"usage": self._usage()}
@@ -82,7 +78,8 @@ class ResponseFormatter:
         }
 
     def _chunk(self, choices: list[dict[str, Any]]) -> str:
-        # A stream with token counts has them in every chunk, as null until the last.
+        # In a stream with token counts, every chunk has the field, which is null until the last
+        # chunk.
         usage = {"usage": None} if self.include_usage else {}
         return json.dumps(self._object("chat.completion.chunk", choices) | usage)
 
@@ -110,9 +107,9 @@ class ResponseFormatter:
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> tuple[str, bytes]:
-    r"""Return a token as OpenAI's API writes it, and its bytes.
+    r"""Return the text of a token in the form of OpenAI's API, and its bytes.
 
-    A token that is one byte of a longer character has no text alone: it is written as bytes:\xNN.
+    A token that is one byte of a longer character has no text, so it is written as bytes:\xNN.
     """
     piece = tokenizer.pieces[token_id]
     if piece in BYTES:

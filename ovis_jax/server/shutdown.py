@@ -12,12 +12,13 @@ from ovis_jax.engine.scheduler import Scheduler
 class DrainingServer(uvicorn.Server):
     """A server that finishes running requests before it stops listening.
 
-    Meanwhile /health and new requests receive a 503. A second Ctrl-C stops the server at once.
+    Meanwhile, /health and new requests receive a 503 response. A second Ctrl-C stops the server
+    immediately.
 
     Args:
       config: Configuration of the server.
-      scheduler: The engine of its application.
-      shutdown_timeout: Time that running requests may take, in seconds.
+      scheduler: The engine that the application uses.
+      shutdown_timeout: Maximum time for running requests to finish, in seconds.
     """
 
     def __init__(self, config: uvicorn.Config, scheduler: Scheduler, shutdown_timeout: float):
@@ -25,7 +26,7 @@ class DrainingServer(uvicorn.Server):
         self._scheduler, self._shutdown_timeout = scheduler, shutdown_timeout
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the engine, then the connections."""
+        """Close the engine, and then the connections."""
         closing = threading.Thread(
             target=self._scheduler.close, args=(self._shutdown_timeout,), daemon=True
         )

@@ -1,1 +1,1 @@
-"""Fine-tuning: run config, batches, losses, the training step, checkpoints and the trainer."""
+"""Fine-tuning: the run config, batches, losses, the training step, checkpoints and the trainer."""

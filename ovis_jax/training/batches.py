@@ -1,7 +1,8 @@
-"""Training batches of few shapes from dataset rows, in an order that can be resumed at any step.
+"""Training batches with few shapes, made from dataset rows in an order that can be resumed.
 
-grain shuffles the rows in every epoch and reads ahead in threads. Each example is put into the
-bucket of its padded shape (positions and crops); a full bucket becomes the batch of one step.
+The library grain shuffles the rows in every epoch and prefetches them in threads. Each example is
+put into the bucket with its padded shape (positions and crops). A full bucket becomes the batch of
+one step.
 """
 
 from collections.abc import Sequence
@@ -27,12 +28,12 @@ PREFETCHED_BATCHES = 2
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Encodes a dataset row to one example, or to two for a preference pair.
+    """Encodes a dataset row as one example, or as two examples for a preference pair.
 
     Attributes:
-      processor: the model's processor.
-      config: limits of an example, and what an invalid row does.
-      skipped: the error message of each skipped row, by its name.
+      processor: The model's processor.
+      config: Config with the limits of examples and the handling of invalid rows.
+      skipped: The error message of each skipped row, by row name.
     """
 
     processor: Processor
@@ -44,10 +45,10 @@ class RowEncoder:
         """Encode a row.
 
         Returns:
-          The examples, or None for an invalid row if the config skips invalid rows.
+          The examples, or None if the row is invalid and the config skips invalid rows.
 
         Raises:
-          DataError: the row is invalid, and the config treats invalid rows as errors.
+          DataError: The row is invalid, and the config treats invalid rows as errors.
         """
         try:
             images = row.open_images()
@@ -73,17 +74,18 @@ class RowEncoder:
             return None
 
 
-def iterate_batches(
+def iterate_step_batches(
     rows: Sequence[DatasetRow], encode_row: RowEncoder, seed: int
 ) -> grain.DatasetIterator:
-    """Return an endless iterator over step batches that `get_state` and `set_state` resume.
+    """Return an endless iterator over batches, which can be resumed with its state.
 
-    Batches are `TrainBatch`, or `PreferenceBatch` with reference log-probabilities of 0, and have
-    a leading axis of micro-batches.
+    Each batch is for one step and has a leading axis of micro-batches. It is a `TrainBatch`, or a
+    `PreferenceBatch` whose reference log-probabilities are 0. `get_state` and `set_state` of the
+    iterator save and restore the position in the data.
 
     Raises:
-      DataError: conversations and preference pairs are mixed. While iterating: an error of
-        `encode_row`, or no row of the dataset is valid.
+      DataError: Conversations and preference pairs are mixed. During iteration, it is also raised
+        if `encode_row` raises it, or if no row of the dataset is valid.
     """
     if len({row.preference is None for row in rows}) != 1:
         raise DataError(
@@ -99,7 +101,7 @@ def iterate_batches(
 
 
 class _BucketDataset(grain.IterDataset):
-    """Groups examples of one padded shape into step batches."""
+    """Groups examples with the same padded shape into batches for one step."""
 
     def __init__(
         self, examples: grain.MapDataset, epoch_size: int, pad_id: int, config: DataConfig
@@ -113,7 +115,7 @@ class _BucketDataset(grain.IterDataset):
 
 
 class _BucketIterator(grain.DatasetIterator):
-    """Its state is the index of the next example and the indices of the waiting examples."""
+    """Iterates over batches. The state consists of the indices of the next and waiting examples."""
 
     def __init__(self, dataset: _BucketDataset):
         super().__init__()
@@ -175,16 +177,17 @@ def collate_examples(
     """Pad examples and stack them into micro-batches.
 
     Args:
-      examples: gradient_accumulation_steps x micro_batch_size examples with at most `length`
-        positions and `crops` crops each.
-      config: sizes of the batch.
-      length: number of positions T.
-      crops: number of crops per row; a micro-batch has I = micro_batch_size x crops.
-      pad_id: token id of the padding.
+      examples: The gradient_accumulation_steps x micro_batch_size examples, each with at most
+        `length` positions and `crops` crops.
+      config: Config with the sizes of the batch.
+      length: Number of positions per row, T.
+      crops: Number of crops per row. A micro-batch has I = micro_batch_size x crops.
+      pad_id: Token id of padding.
 
     Returns:
-      tokens, positions and labels int32 [micro-batches, B, T], and pixels float32 [micro-batches,
-      I, h, w, C]: the crops of a micro-batch in order of appearance, then zeros.
+      A batch with tokens, positions and labels as int32 [micro-batches, B, T], and pixels as
+      float32 [micro-batches, I, h, w, C]. In each micro-batch, the pixels are the crops in order of
+      appearance, followed by zeros.
     """
     size, steps = config.micro_batch_size, config.gradient_accumulation_steps
     tokens = pad_rows([example.tokens for example in examples], length, pad_id)

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: parameters, optimizer state, and the position in the data."""
+"""Checkpoints of a training run: the parameters, the optimizer state and the data position."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -18,20 +18,20 @@ RUN_FILE = "run.json"
 
 
 class TrainingCheckpoints:
-    """The checkpoints in the output folder of a run; they are saved in the background.
+    """The checkpoints in a run's output folder, which are saved in the background.
 
-    Only complete checkpoints count. If saving is interrupted, the earlier checkpoints remain.
+    Incomplete checkpoints are ignored. If saving is interrupted, the earlier checkpoints remain.
 
     Args:
-      folder: output folder of the run; created if it does not exist.
-      save_total_limit: number of checkpoints to keep.
-      run_settings: settings that determine the result, as JSON. A run resumes only with the
-        settings of its checkpoints.
-      changeable: dotted names of settings that may differ when a run resumes.
+      folder: Output folder of the run, which is created if it does not exist.
+      save_total_limit: Number of checkpoints to keep.
+      run_settings: Settings that determine the result, as JSON. A run can only be resumed with the
+        same settings as in its checkpoints.
+      changeable: Dotted names of settings that may change when a run is resumed.
 
     Raises:
-      CheckpointError: the folder has checkpoints of another run.
-      OSError: the folder cannot be written.
+      CheckpointError: The folder contains checkpoints from a different run.
+      OSError: The folder cannot be written.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class TrainingCheckpoints:
         has_run = (self._folder / RUN_FILE).exists() and checkpoints.exists()
         if has_run and ocp.utils.checkpoint_steps(checkpoints):
             self._check_same_run(run_settings, changeable)
-        # Renaming keeps the file intact if the process is killed.
+        # The file is replaced by renaming, so it stays intact if the process is killed.
         partial = self._folder / f"{RUN_FILE}.new"
         write_json(partial, run_settings)
         partial.replace(self._folder / RUN_FILE)
@@ -62,19 +62,20 @@ class TrainingCheckpoints:
         changes = _differences(before, now)
         if lines := [line for name, line in sorted(changes.items()) if name not in changeable]:
             raise CheckpointError(
-                f"{self._folder} has the checkpoints of another run: {'; '.join(lines)}; restore"
-                " these settings to resume it, or choose another output_dir"
+                f"{self._folder} has the checkpoints of a different run: {'; '.join(lines)};"
+                " restore these settings to resume it, or choose another output_dir"
             )
 
     def latest_step(self) -> int | None:
-        """Return the step of the latest complete checkpoint, or None."""
+        """Return the step of the latest complete checkpoint, or None if there is none."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, data_position: Mapping[str, Any]) -> None:
-        """Start saving a checkpoint, after the previous one is complete.
+        """Start saving a checkpoint as soon as the previous checkpoint is complete.
 
         Raises:
-          OSError: the disk is full, now or while the previous checkpoint was written.
+          OSError: The checkpoint or the previous one cannot be written, for example because the
+            disk is full.
         """
         self.wait()
         check_disk_space(self._folder, sum(x.nbytes for x in jax.tree.leaves(state)))
@@ -88,20 +89,20 @@ class TrainingCheckpoints:
         """Restore the latest checkpoint.
 
         Args:
-          like: a state with the shapes, dtypes and shardings of the result.
+          like: A state with the same shapes, dtypes and shardings as the result.
 
         Returns:
-          The state and the position in the data.
+          The state, and the position in the data.
 
         Raises:
-          CheckpointError: the checkpoint cannot be read, or has other shapes.
+          CheckpointError: The checkpoint cannot be read, or its shapes differ from those of `like`.
         """
         step = self._manager.latest_step()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         arguments = ocp.args.Composite(
             state=ocp.args.StandardRestore(cast(Any, abstract)), data=ocp.args.JsonRestore()
         )
-        # orbax passes on any exception of its backends.
+        # orbax may raise any exception from its backends.
         try:
             restored = self._manager.restore(step, args=arguments)
         except Exception as error:
@@ -115,7 +116,7 @@ class TrainingCheckpoints:
         """Wait until the checkpoint that is being saved is complete.
 
         Raises:
-          OSError: it could not be written.
+          OSError: The checkpoint could not be written.
         """
         try:
             self._manager.wait_until_finished()
@@ -127,19 +128,19 @@ class TrainingCheckpoints:
             ) from error
 
     def close(self) -> None:
-        """Wait until saving is complete, and close the folder."""
+        """Wait until saving is complete, and close the checkpoint manager."""
         self.wait()
         self._manager.close()
 
 
 def _short(error: Exception) -> str:
-    """Return the start of a message: orbax appends whole parameter trees."""
+    """Return the beginning of an error message, because orbax appends whole parameter trees."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _differences(before: Any, now: Any, name: str = "") -> dict[str, str]:
-    """Describe the differences between two JSON values by dotted name."""
+    """Return descriptions of the differences between two JSON values, by dotted name."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = before.keys() | now.keys()
         pairs = [(f"{name}.{key}".strip("."), before.get(key), now.get(key)) for key in keys]

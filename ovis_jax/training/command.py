@@ -6,25 +6,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ovis_jax.errors import OvisError
+from ovis_jax.console import INTERRUPTED
+from ovis_jax.errors import require_extra
 
 
 def train_command(
     config: Annotated[
-        Path, typer.Argument(help="Training config (.toml); docs/training.md describes it.")
+        Path, typer.Argument(help="Training config (.toml); docs/training.md describes its fields.")
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Config fields to set, such as training.max_steps=100."),
+        typer.Argument(help="Config fields to override, such as training.max_steps=100."),
     ] = None,
 ) -> None:
-    """Fine-tune a model. If a run was stopped (exit code 4), the same command resumes it."""
-    try:
+    """Fine-tune a model. If a run was stopped (exit code 4), run the same command to resume it."""
+    with require_extra("train"):
         from ovis_jax.training.config import read_train_config
         from ovis_jax.training.trainer import Trainer
-    except ModuleNotFoundError as error:
-        raise OvisError(
-            f"{error}; install the training dependencies: pip install '.[train]' in a clone"
-        ) from error
     if not Trainer(read_train_config(config, overrides or ()), Console()).train():
-        raise typer.Exit(4)
+        raise typer.Exit(INTERRUPTED)

@@ -1,4 +1,4 @@
-"""The config of a training run: a TOML file, whose fields the command line can override."""
+"""The config of a training run: a TOML file whose fields can be overridden on the command line."""
 
 import json
 import tomllib
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from ovis_jax.errors import ConfigError
+from ovis_jax.errors import TrainingError
 from ovis_jax.model.lora import ATTENTION_MATRICES
 from ovis_jax.training.trainable import TrainablePart
 
@@ -28,82 +29,84 @@ Files = Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
 
 
 class ConfigTable(BaseModel):
-    """A table of the file; an unknown field is an error."""
+    """A table in the config file; an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class LoraConfig(ConfigTable):
-    """`[lora]`: train low-rank adapters instead of parts of the model."""
+    """The table `[lora]`, with which a run trains LoRA adapters instead of parts of the model."""
 
     rank: PositiveInt = Field(examples=[16])
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """The products of the adapters are multiplied by alpha / rank; default: rank."""
+    """The products of the adapters are multiplied by alpha / rank. The default is the rank."""
     target_modules: str = ATTENTION_MATRICES
-    """Regular expression for parameter paths; `ovis_jax.sharding.PARAM_AXES` lists them."""
+    """Regular expression for the paths of adapted matrices; `PARAM_AXES` in `ovis_jax.sharding`
+    lists all paths."""
 
     @property
     def scale(self) -> float:
-        """The factor on the adapters' products."""
+        """The factor by which the adapters' products are multiplied."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 class DataConfig(ConfigTable):
-    """`[data]`: dataset files, and how their rows become batches."""
+    """The table `[data]`: dataset files, and how their rows are converted to batches."""
 
     train_files: Files = Field(min_length=1, examples=[["train.jsonl"]])
     validation_files: Files = Field(default=(), examples=[["validation.jsonl"]])
     invalid_rows: Literal["error", "skip"] = "error"
-    """What an invalid row does: it ends the run, or it is skipped and reported."""
+    """Handling of invalid rows: they are an error that ends the run, or they are skipped and
+    reported."""
     max_partition: PositiveInt = 9
     """Maximum number of cells that an image is split into."""
     max_length: PositiveInt | None = Field(default=None, examples=[2048])
-    """Maximum number of positions per example; default: the model's limit."""
+    """Maximum number of positions per example. The default is the model's limit."""
     truncate: bool = False
-    """Cut longer examples at their end instead of treating them as invalid rows."""
+    """Whether to truncate longer examples at the end instead of treating them as invalid rows."""
     micro_batch_size: PositiveInt = 8
-    """Number of rows per micro-batch."""
+    """Number of rows in a micro-batch."""
     gradient_accumulation_steps: PositiveInt = 1
     """Number of micro-batches per optimizer step."""
     pad_to_multiple_of: PositiveInt = 64
-    """Lengths are padded to a multiple of this; each padded shape compiles once."""
+    """Lengths are padded to a multiple of this number; each padded shape is compiled once."""
 
 
 class StepConfig(ConfigTable):
-    """`[training]`: objective, AdamW and precision; a static argument of `train_step`."""
+    """The table `[training]`: objective, AdamW and precision; a static argument of `train_step`."""
 
     max_steps: PositiveInt = Field(examples=[1000])
     """Number of optimizer steps."""
     learning_rate: NonNegative = 1e-4
     warmup_steps: NonNegativeInt = 0
-    """Number of first steps over which the learning rate rises linearly."""
+    """Number of steps at the beginning, in which the learning rate rises linearly."""
     decay_steps: NonNegativeInt = 0
-    """Number of last steps over which the learning rate falls linearly to 0."""
+    """Number of steps at the end, in which the learning rate falls linearly to 0."""
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999
     weight_decay: NonNegative = 0.0
-    """Weight decay of matrices."""
+    """Weight decay, which is applied to matrices only."""
     max_grad_norm: NonNegative = 1.0
-    """Gradients are clipped to this global norm."""
+    """Maximum global norm to which gradients are clipped."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations and weights in a step; trainable parameters are stored in float32."""
+    """Dtype of activations and weights in a step. Trainable parameters are stored in float32."""
     objective: Literal["sft", "dpo"] = "sft"
-    """Supervised fine-tuning, or direct preference optimization."""
+    """Supervised fine-tuning (sft), or direct preference optimization (dpo)."""
     beta: NonNegative = 0.1
-    """DPO: strength of the penalty on departing from the reference model."""
+    """DPO: strength of the penalty for deviating from the reference model."""
     label_smoothing: Fraction = 0.0
-    """DPO: assumed share of pairs with swapped answers."""
+    """DPO: assumed fraction of pairs in which the answers are swapped."""
     rpo_alpha: NonNegative = 0.0
-    """DPO: weight of the chosen answer's mean cross-entropy, which keeps chosen answers probable
-    (Pang et al. 2024, "Iterative reasoning preference optimization")."""
+    """DPO: weight of an additional loss, the mean cross-entropy of the chosen answer, which keeps
+    chosen answers likely (Pang et al. 2024, "Iterative reasoning preference optimization")."""
 
 
 class RunConfig(ConfigTable):
-    """`[run]`: seed, memory, and how often the run logs, evaluates and saves."""
+    """The table `[run]`: seed, memory, and how often the run logs, evaluates and saves."""
 
     seed: int = 0
     remat: bool = False
-    """Recompute the activations of each block in the backward pass to save memory."""
+    """Whether to recompute the activations of each block in the backward pass to save memory."""
     logging_steps: PositiveInt = 10
     eval_steps: PositiveInt = 1000
     save_steps: PositiveInt = 500
@@ -114,7 +117,7 @@ class RunConfig(ConfigTable):
 
 
 class MeshConfig(ConfigTable):
-    """`[mesh]`: sizes of the mesh axes; without it the run uses one device."""
+    """The table `[mesh]`: sizes of the mesh axes. Without this table, the run uses one device."""
 
     data: PositiveInt = 1
     model: PositiveInt = 1
@@ -122,14 +125,14 @@ class MeshConfig(ConfigTable):
 
 
 class TrainConfig(ConfigTable):
-    """A training run; paths are relative to the current folder."""
+    """The config of a training run. Paths are relative to the current folder."""
 
     model: str = Field(examples=["ovis-tiny"])
-    """Converted folder, or folder or repo id in the Hub's layout."""
+    """A converted folder, or a folder or repo id in the Hub's layout."""
     output_dir: Path = Field(examples=["runs/first"])
-    """Folder for checkpoints, metrics and the result."""
+    """Output folder for checkpoints, metrics and the result."""
     trainable: Parts = Field(default=(), examples=[["llm"]])
-    """Trainable parts; give either these or `lora`."""
+    """Trainable parts of the model. Either `trainable` or `lora` must be set, but not both."""
     lora: LoraConfig | None = None
     data: DataConfig
     training: StepConfig
@@ -138,49 +141,71 @@ class TrainConfig(ConfigTable):
 
     @property
     def lora_scale(self) -> float:
-        """The factor on the adapters' products; 1 without adapters."""
+        """The factor by which the adapters' products are multiplied; 1 without adapters."""
         return 1.0 if self.lora is None else self.lora.scale
 
     @model_validator(mode="after")
     def _check_trainable(self) -> "TrainConfig":
-        if bool(self.trainable) == (self.lora is not None):
-            found = "both given" if self.trainable else "both missing"
+        if self.trainable and self.lora:
             raise ValueError(
-                f"trainable and lora are {found}, expected one of them, for example"
+                "trainable and lora are both given, expected one of them: set trainable=[] to train"
+                " adapters, or remove lora to train parts of the model"
+            )
+        if not self.trainable and not self.lora:
+            raise ValueError(
+                "trainable and lora are both missing, expected one of them, for example"
                 ' trainable=["llm"] or lora.rank=16'
             )
         return self
+
+
+def _list_fields(table: type[ConfigTable], prefix: str = "") -> dict[str, FieldInfo]:
+    """Return the fields of a table and of its nested tables, by dotted name."""
+    fields: dict[str, FieldInfo] = {}
+    for name, field in table.model_fields.items():
+        fields[prefix + name] = field
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, ConfigTable):
+                fields |= _list_fields(kind, f"{prefix}{name}.")
+    return fields
+
+
+_FIELDS = _list_fields(TrainConfig)
 
 
 def read_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a training config.
 
     Args:
-      path: TOML file.
-      overrides: "FIELD=VALUE" with a dotted field name, such as "training.max_steps=100". Values
-        are TOML; strings need no quotes.
+      path: Path of the TOML file.
+      overrides: Overrides "FIELD=VALUE" with dotted field names, such as "training.max_steps=100".
+        Values are in TOML syntax, but strings need no quotes.
 
     Raises:
-      ConfigError: the file or an override cannot be parsed, or fields are missing, unknown or
-        invalid; names every such field.
+      TrainingError: The file or an override cannot be parsed, or fields are missing, unknown or
+        invalid. The error names every such field, and the file or override that sets it.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
+        raise TrainingError(f"{path} cannot be read as TOML: {error}") from error
     for override in overrides:
         _apply_override(values, override)
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {'; '.join(map(_explain, error.errors()))}") from error
+        lines: dict[str, list[str]] = {}
+        for one in error.errors():
+            lines.setdefault(_find_source(one, path, overrides), []).append(_explain(one))
+        texts = (f"{source}: {'; '.join(found)}" for source, found in lines.items())
+        raise TrainingError("; ".join(texts)) from error
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise ConfigError(
-            f"override {override!r}: expected FIELD=VALUE, for example training.max_steps=1000"
+        raise TrainingError(
+            f"override {override}: expected FIELD=VALUE, for example training.max_steps=1000"
         )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -190,21 +215,37 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     for table in tables:
         values = values.setdefault(table, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"override {override!r}: {table} is not a table, so it has no fields")
+            raise TrainingError(f"override {override}: {table} is not a table, so it has no fields")
     values[field] = value
 
 
+def _find_source(error: ErrorDetails, path: Path, overrides: Sequence[str]) -> str:
+    """Return the override that sets an invalid field, or else the config file."""
+    names = [_field_name(error)] if error["loc"] else ["trainable", "lora"]
+    for override in reversed(overrides):
+        field = f"{override.partition('=')[0]}."
+        if any(f"{name}.".startswith(field) or field.startswith(f"{name}.") for name in names):
+            return f"override {override}"
+    return str(path)
+
+
+def _field_name(error: ErrorDetails) -> str:
+    return ".".join(str(key) for key in error["loc"] if not isinstance(key, int))
+
+
 def _explain(error: ErrorDetails) -> str:
-    """Describe a validation error in the terms of the config file."""
-    keys = [str(key) for key in error["loc"] if not isinstance(key, int)]
-    name, found, kind = ".".join(keys), json.dumps(error["input"], default=str), error["type"]
-    if kind == "value_error":  # raised above, with its own text
+    """Describe a validation error in terms of the config file."""
+    name, kind = _field_name(error), error["type"]
+    if kind == "value_error":  # raised above with a complete message
         return error["msg"].removeprefix("Value error, ")
     if kind == "missing":
-        return f"{name} is missing; add it{_example(keys)}"
+        return f"{name} is missing; add it{_example(name)}"
     if kind == "extra_forbidden":
-        fields = (".".join([*keys[:-1], field]) for field in _table(keys[:-1]).model_fields)
-        return f"{name} is not a field, expected one of {', '.join(fields)}"
+        table, _, field = name.rpartition(".")
+        known = [known for known in _FIELDS if known.rpartition(".")[2] == field]
+        known = known or [known for known in _FIELDS if known.rpartition(".")[0] == table]
+        expected = f"one of {', '.join(known)}" if len(known) > 1 else known[0]
+        return f"{name} is not a field, expected {expected}"
     expected = {
         "too_short": "at least one entry",
         "tuple_type": "a list",
@@ -213,30 +254,15 @@ def _explain(error: ErrorDetails) -> str:
     }.get(kind, error["msg"].removeprefix("Input should be ").partition(", unable")[0])
     if expected.startswith(("greater", "less")):
         expected = f"a number {expected}"
-    return f"{name} is {found}, expected {expected}{_example(keys)}"
+    found = json.dumps(error["input"], default=str)
+    return f"{name} is {found}, expected {expected}{_example(name)}"
 
 
-def _example(keys: Sequence[str]) -> str:
-    """Return ", for example FIELD=VALUE"; for a table, with its first required field."""
-    if table := _nested_table(_table(keys[:-1]), keys[-1]):
-        required = [name for name, field in table.model_fields.items() if field.is_required()]
-        return _example([*keys, required[0]]) if required else ""
-    field = _table(keys[:-1]).model_fields[keys[-1]]
+def _example(name: str) -> str:
+    """Return ", for example FIELD=VALUE"; for a table, FIELD is its first required field."""
+    if nested := [field for field in _FIELDS if field.startswith(f"{name}.")]:
+        required = (field for field in nested if _FIELDS[field].is_required())
+        return next(map(_example, required), "")
+    field = _FIELDS[name]
     value = field.examples[0] if field.examples else field.default
-    return f", for example {'.'.join(keys)}={json.dumps(value)}"
-
-
-def _table(keys: Sequence[str]) -> type[ConfigTable]:
-    """Return the class of the table with a dotted name."""
-    table: type[ConfigTable] = TrainConfig
-    for key in keys:
-        table = _nested_table(table, key) or table
-    return table
-
-
-def _nested_table(table: type[ConfigTable], field: str) -> type[ConfigTable] | None:
-    annotation = table.model_fields[field].annotation
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, ConfigTable):
-            return candidate
-    return None
+    return f", for example {name}={json.dumps(value)}"

@@ -1,4 +1,4 @@
-"""Training losses: cross-entropy on answer tokens, and DPO. Both shift labels by one position."""
+"""Training losses: cross-entropy on answer tokens, and DPO. Both shift the labels by one."""
 
 from typing import NamedTuple
 
@@ -16,8 +16,9 @@ class TrainBatch(NamedTuple):
     """Conversations with labels.
 
     Attributes:
-      inputs: model inputs, as for inference.
-      labels: int32 [B, T], the token id at each position that contributes to the loss, else -100.
+      inputs: Model inputs, in the same form as for inference.
+      labels: Labels, int32 [B, T]: the token id at positions that contribute to the loss, -100
+        elsewhere.
     """
 
     inputs: Inputs
@@ -25,13 +26,15 @@ class TrainBatch(NamedTuple):
 
 
 class PreferenceBatch(NamedTuple):
-    """Preference pairs: a chosen and a rejected answer to each prompt.
+    """Preference pairs, each with a chosen and a rejected answer to the same prompt.
 
     Attributes:
-      chosen: the prompts with the chosen answers.
-      rejected: the same prompts with the rejected answers.
-      reference_chosen: float32 [B], `answer_log_probs` of `chosen` under the reference model.
-      reference_rejected: float32 [B], the same for `rejected`.
+      chosen: The prompts with the chosen answers.
+      rejected: The same prompts with the rejected answers.
+      reference_chosen: Log-probabilities of the chosen answers under the reference model, float32
+        [B].
+      reference_rejected: Log-probabilities of the rejected answers under the reference model,
+        float32 [B].
     """
 
     chosen: TrainBatch
@@ -43,7 +46,7 @@ class PreferenceBatch(NamedTuple):
 def token_log_probs(
     logits: Float[Array, "B T V"], labels: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Return the log-probability of each position's next label, and 1 where it has one, else 0."""
+    """Return the log-probability of the next label at each position, and a mask of the labels."""
     # Shifting the labels instead of the logits avoids a copy of the logits.
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
     return label_log_probs(logits, targets), (targets != IGNORE_INDEX).astype(jnp.float32)
@@ -52,9 +55,9 @@ def token_log_probs(
 def cross_entropy_loss(
     logits: Float[Array, "B T V"], labels: Int[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Return the cross-entropy summed over answer tokens, and their number.
+    """Return the cross-entropy summed over answer tokens, and the number of these tokens.
 
-    The quotient is the loss that transformers' causal language models compute.
+    The first result divided by the second is the loss of causal language models in transformers.
     """
     log_probs, is_target = token_log_probs(logits, labels)
     return -jnp.sum(log_probs), jnp.sum(is_target)
@@ -65,7 +68,7 @@ def answer_log_probs(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -
     return jnp.sum(token_log_probs(logits, labels)[0], axis=1)
 
 
-def dpo_loss(
+def dpo_losses(
     chosen: Float[Array, "B"],
     rejected: Float[Array, "B"],
     reference_chosen: Float[Array, "B"],
@@ -74,16 +77,16 @@ def dpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> Float[Array, "B"]:
-    """Compute the loss of direct preference optimization per pair (Rafailov et al. 2023, eq. 7).
+    """Compute the DPO loss for each pair (Rafailov et al. 2023, eq. 7).
 
     Args:
-      chosen: log-probabilities of the chosen answers.
-      rejected: log-probabilities of the rejected answers.
-      reference_chosen: log-probabilities of the chosen answers under the reference model.
-      reference_rejected: the same for the rejected answers.
-      beta: strength of the penalty on departing from the reference model.
-      label_smoothing: assumed share of pairs with swapped answers (conservative DPO, Mitchell
-        2023).
+      chosen: Log-probabilities of the chosen answers.
+      rejected: Log-probabilities of the rejected answers.
+      reference_chosen: Log-probabilities of the chosen answers under the reference model.
+      reference_rejected: Log-probabilities of the rejected answers under the reference model.
+      beta: Strength of the penalty for deviating from the reference model.
+      label_smoothing: Assumed fraction of pairs in which the answers are swapped (conservative DPO,
+        Mitchell 2023).
     """
     margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
     right, swapped = jax.nn.log_sigmoid(margin), jax.nn.log_sigmoid(-margin)

@@ -1,4 +1,4 @@
-"""Progress reports of a training run: metrics files, TensorBoard, a plot and a progress bar."""
+"""Progress reports for a training run: metrics files, TensorBoard, a plot and a progress bar."""
 
 import json
 import time
@@ -22,17 +22,17 @@ from tensorboardX import SummaryWriter
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "loss.png"
 SMOOTHING = 0.05
-"""The displayed rate is an exponential average over about 1 / SMOOTHING steps."""
+"""The displayed rate is an exponential moving average over about 1 / SMOOTHING steps."""
 SECONDS_BETWEEN_LINES = 60
-"""Without a terminal, a line is printed this often instead of the bar."""
+"""If the output is not a terminal, a line is printed at this interval instead of the bar."""
 
 
 class MetricsWriter:
     """Writes the metrics of a run to its folder.
 
     Args:
-      folder: output folder of the run.
-      step: step at which the run starts or resumes; metrics of later steps are removed.
+      folder: Output folder of the run.
+      step: Step at which the run starts or resumes. Metrics from later steps are removed.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -43,7 +43,7 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write the metrics of a step: numbers, or dicts of numbers, by name."""
+        """Write the metrics of a step, which are numbers or dicts of numbers by name."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
@@ -58,14 +58,14 @@ class MetricsWriter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the metrics of a run, without a last line that was cut short."""
+    """Read the metrics of a run, without an incomplete last line."""
     path = folder / METRICS_FILE
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def plot_metrics(folder: Path) -> None:
-    """Plot the loss and the validation accuracy of a run over its steps into its folder."""
+    """Plot a run's loss and validation accuracy by step, and save the plot in its folder."""
     lines = read_metrics(folder)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -85,9 +85,9 @@ class ProgressBar:
     """Context manager that displays steps, loss, tokens per second and the remaining time.
 
     Args:
-      console: where the bar is displayed.
-      step: number of steps that are already finished.
-      max_steps: number of steps of the run.
+      console: Console on which the bar is displayed.
+      step: Number of steps that are already complete.
+      max_steps: Total number of steps in the run.
     """
 
     def __init__(self, console: Console, step: int, max_steps: int):
@@ -116,12 +116,13 @@ class ProgressBar:
         self._progress.stop()
 
     def update(self, step: int, num_tokens: int, loss: Array) -> float:
-        """Display a step that was dispatched, and return the tokens per second.
+        """Display a step that has been dispatched, and return the tokens per second.
 
-        The displayed loss is that of the previous step, so that the current one runs on.
+        The displayed loss is that of the previous step, so that this function does not wait for the
+        current step.
         """
         previous, self._loss = self._loss, loss
-        shown = float(loss if previous is None else previous)  # waits for that step
+        shown = float(loss if previous is None else previous)  # waits for the previous step
         now = time.perf_counter()
         keep = 1 - SMOOTHING
         self._tokens = keep * self._tokens + num_tokens

@@ -1,4 +1,4 @@
-"""One optimizer step in one jitted program: gradients of all micro-batches, then AdamW."""
+"""One optimizer step as one jitted program: the gradients of all micro-batches, then AdamW."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -19,18 +19,18 @@ from ovis_jax.training.losses import (
     TrainBatch,
     answer_log_probs,
     cross_entropy_loss,
-    dpo_loss,
+    dpo_losses,
 )
 from ovis_jax.training.trainable import FlatParams, join_params
 
 
 class TrainState(NamedTuple):
-    """What a step updates.
+    """The state that a training step updates.
 
     Attributes:
-      trainable: the trainable parameters, or adapters, by path; float32.
-      opt_state: the optimizer's state.
-      step: int32, the number of finished steps.
+      trainable: The trainable parameters or adapters by path, in float32.
+      opt_state: The optimizer's state.
+      step: Number of completed steps, int32.
     """
 
     trainable: FlatParams
@@ -39,13 +39,13 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Measurements of one step, float32.
+    """The metrics of one step, in float32.
 
     Attributes:
-      loss: mean over answer tokens, or over preference pairs.
-      grad_norm: global norm of the gradient before clipping.
-      learning_rate: learning rate of the step.
-      num_targets: number of answer tokens, or of preference pairs.
+      loss: Mean loss over answer tokens or preference pairs.
+      grad_norm: Global norm of the gradient before clipping.
+      learning_rate: Learning rate in the step.
+      num_targets: Number of answer tokens or preference pairs.
     """
 
     loss: Array
@@ -55,14 +55,14 @@ class StepMetrics(NamedTuple):
 
 
 def learning_rate_at(config: StepConfig, step: Any) -> Array:
-    """Return the learning rate of a step, counted from 0: linear warm-up and linear decay."""
+    """Return the learning rate, with linear warm-up and decay, for a step counted from 0."""
     rising = (step + 1) / max(config.warmup_steps, 1)
     falling = (config.max_steps - step) / max(config.decay_steps, 1)
     return config.learning_rate * jnp.clip(jnp.minimum(rising, falling), 0.0, 1.0)
 
 
 def make_optimizer(config: StepConfig) -> optax.GradientTransformation:
-    """Return AdamW after clipping by the global norm; weight decay applies to matrices only."""
+    """Return an optimizer that clips by global norm, then applies AdamW."""
     adamw = optax.adamw(
         partial(learning_rate_at, config),
         b1=config.adam_beta1,
@@ -74,7 +74,7 @@ def make_optimizer(config: StepConfig) -> optax.GradientTransformation:
 
 
 def init_train_state(config: StepConfig, trainable: FlatParams) -> TrainState:
-    """Return the state before the first step, with a float32 copy of the trainable parameters."""
+    """Return the state for the first step, with a float32 copy of the trainable parameters."""
     trainable = {path: jnp.array(x, jnp.float32) for path, x in trainable.items()}
     return TrainState(trainable, make_optimizer(config).init(trainable), jnp.int32(0))
 
@@ -82,10 +82,10 @@ def init_train_state(config: StepConfig, trainable: FlatParams) -> TrainState:
 def stack_micro_batches(
     batches: Sequence[TrainBatch | PreferenceBatch],
 ) -> TrainBatch | PreferenceBatch:
-    """Stack micro-batches of one shape along a new leading axis, as `train_step` expects them.
+    """Stack micro-batches with the same shape along a new leading axis, as `train_step` expects.
 
     Raises:
-      RequestError: there are no micro-batches, or their shapes differ.
+      RequestError: There are no micro-batches, or their shapes differ.
     """
     shapes = {tuple(jnp.shape(x) for x in jax.tree.leaves(batch)) for batch in batches}
     if len(shapes) != 1:
@@ -102,15 +102,15 @@ def train_step(
     batches: TrainBatch | PreferenceBatch,
     lora_scale: float = 1.0,
 ) -> tuple[TrainState, StepMetrics]:
-    """Update the trainable parameters as if all micro-batches were one batch.
+    """Update the trainable parameters with the gradient over all micro-batches together.
 
     Args:
-      model: static; with `remat` its blocks are recomputed in the backward pass.
-      config: static.
-      state: donated.
-      frozen: the frozen parameters by path, in any dtype.
-      batches: micro-batches, stacked by `stack_micro_batches`.
-      lora_scale: static; factor on the products of adapters.
+      model: The model; static. With `remat`, its blocks are recomputed in the backward pass.
+      config: Config of the step; static.
+      state: The current state; donated.
+      frozen: Frozen parameters by path, in any dtype.
+      batches: The micro-batches, stacked by `stack_micro_batches`.
+      lora_scale: Factor by which the adapters' products are multiplied; static.
 
     Returns:
       The next state, and the metrics over all micro-batches.
@@ -143,13 +143,13 @@ def _summed_loss(
     frozen: FlatParams,
     batch: TrainBatch | PreferenceBatch,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Return a micro-batch's loss summed over tokens or pairs, and their number."""
+    """Return a micro-batch's loss, summed over tokens or pairs, and the number of these."""
     cast_all = partial(jax.tree.map, lambda x: x.astype(config.compute_dtype))
     params = join_params(cast_all(trainable), cast_all(frozen), lora_scale)
     if isinstance(batch, TrainBatch):
         return cross_entropy_loss(model.forward(params, batch.inputs)[0], batch.labels)
     chosen = _answer_log_probs(model, params, batch.chosen)
-    losses = dpo_loss(
+    losses = dpo_losses(
         chosen,
         _answer_log_probs(model, params, batch.rejected),
         batch.reference_chosen,
@@ -166,7 +166,7 @@ def _summed_loss(
 def reference_log_probs(
     model: Ovis, params: Params, batches: TrainBatch
 ) -> Float[Array, "micro B"]:
-    """Return the log-probabilities of the answers of stacked micro-batches."""
+    """Return the log-probabilities of the answers in stacked micro-batches."""
     return jax.lax.map(partial(_answer_log_probs, model, params), batches)
 
 

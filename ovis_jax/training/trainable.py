@@ -1,8 +1,7 @@
-"""Trainable parts: splitting parameters into trainable and frozen ones, and joining them again."""
+"""Splitting the parameters into trainable and frozen parameters, and joining them again."""
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
@@ -12,49 +11,53 @@ from ovis_jax.model.lora import attach_adapters
 from ovis_jax.model.ovis import Params
 
 TrainablePart = Literal["visual_tokenizer", "visual_embedding", "llm"]
-"""The three parts of the model, by the original's names."""
+"""The name of a part of the model, as in the original."""
 
-TRAINABLE_PARTS: Mapping[TrainablePart, str] = {
-    "visual_tokenizer": r"(vision|visual_tokenizer)/.*",
-    "visual_embedding": r"visual_embedding",
-    "llm": r"decoder/.*",
+TRAINABLE_PARTS: Sequence[TrainablePart] = get_args(TrainablePart)
+
+PART_BY_PREFIX: Mapping[str, TrainablePart] = {
+    "vision": "visual_tokenizer",
+    "visual_tokenizer": "visual_tokenizer",
+    "visual_embedding": "visual_embedding",
+    "decoder": "llm",
 }
-"""Regular expressions for the parameter paths of each part."""
+"""The part that a parameter belongs to, by the first component of the parameter's path."""
 
 FlatParams = dict[str, Array]
-"""Parameters by path, such as "decoder/block_0/attn/q"."""
+"""Parameters by path; a path is, for example, "decoder/block_0/attn/q"."""
 
 
 def split_params(params: Params, parts: Sequence[str]) -> tuple[FlatParams, FlatParams]:
-    """Split parameters into the trainable ones and the frozen ones.
+    """Split parameters into trainable and frozen parameters.
 
     Args:
-      params: parameters of the whole model.
-      parts: trainable parts, some of `TRAINABLE_PARTS`.
+      params: Parameters of the whole model.
+      parts: The trainable parts, which are names in `TRAINABLE_PARTS`.
 
     Raises:
-      RequestError: `parts` is empty, or names an unknown part.
+      RequestError: `parts` is empty or contains an unknown part.
     """
     unknown = [part for part in parts if part not in TRAINABLE_PARTS]
     if unknown or not parts:
         raise RequestError(
             f"trainable parts: {unknown or 'none'}, expected some of {', '.join(TRAINABLE_PARTS)}"
         )
-    flat = cast(FlatParams, flatten_dict(params, sep="/"))
-    pattern = "|".join(TRAINABLE_PARTS[part] for part in TRAINABLE_PARTS if part in parts)
-    trainable = {path: x for path, x in flat.items() if re.fullmatch(pattern, path)}
-    return trainable, {path: x for path, x in flat.items() if path not in trainable}
+    trainable, frozen = {}, {}
+    for path, x in flatten_dict(params, sep="/").items():
+        is_trainable = PART_BY_PREFIX[path.partition("/")[0]] in parts
+        (trainable if is_trainable else frozen)[path] = x
+    return trainable, frozen
 
 
 def join_params(
     trainable: Mapping[str, Array], frozen: Mapping[str, Array], lora_scale: float = 1.0
 ) -> Params:
-    """Join trainable and frozen parameters to the parameters of the whole model.
+    """Combine trainable and frozen parameters into the parameters of the whole model.
 
     Args:
-      trainable: parameters by path, or adapters of frozen matrices.
-      frozen: the other parameters by path.
-      lora_scale: factor on the adapters' products.
+      trainable: Trainable parameters by path, or adapters for frozen matrices.
+      frozen: All other parameters by path.
+      lora_scale: Factor by which the adapters' products are multiplied.
     """
     adapters = {path: x for path, x in trainable.items() if path.rpartition("/")[0] in frozen}
     flat: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The training loop: steps, validation and checkpoints, resumable after any step."""
+"""The training loop with steps, validation and checkpoints, which can be resumed."""
 
 import math
 import os
@@ -20,7 +20,7 @@ from ovis_jax.checkpoint.params import load_params, read_config_dtype, save_para
 from ovis_jax.checkpoint.resolve import find_processor_files, resolve_checkpoint
 from ovis_jax.checkpoint.safetensors_reader import DTYPES
 from ovis_jax.config import OvisConfig
-from ovis_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
+from ovis_jax.errors import CheckpointError, DataError, TrainingError, count_noun
 from ovis_jax.evaluation.batch_answering import (
     accuracy_by_kind,
     answer_rows,
@@ -33,7 +33,7 @@ from ovis_jax.mesh import data_model_mesh
 from ovis_jax.model.lora import init_adapters
 from ovis_jax.model.ovis import Ovis
 from ovis_jax.sharding import RULES_BY_NAME, TENSOR, adapter_shapes, adapter_shardings, param_shapes
-from ovis_jax.training.batches import RowEncoder, iterate_batches
+from ovis_jax.training.batches import RowEncoder, iterate_step_batches
 from ovis_jax.training.checkpoints import TrainingCheckpoints
 from ovis_jax.training.config import MeshConfig, TrainConfig
 from ovis_jax.training.losses import PreferenceBatch, TrainBatch
@@ -49,21 +49,23 @@ from ovis_jax.training.trainable import FlatParams, join_params, split_params
 MODEL_FOLDER = "model"
 ADAPTERS_FOLDER = "adapters"
 CHANGEABLE = ("config.training.learning_rate", "config.training.max_grad_norm")
-"""Settings that may change when a run resumes, so that a run that diverged can continue."""
+"""Settings that may change when a run is resumed, so that a diverged run can continue."""
 
 
 class Trainer:
     """A training run, loaded from its config.
 
     Args:
-      config: config of the run.
-      console: where progress is printed.
+      config: Config of the run.
+      console: Console on which progress is printed.
 
     Raises:
-      ConfigError: the config contradicts the model or the devices.
-      DataError: a dataset file is invalid, or a row is and invalid rows are errors.
-      CheckpointError: the model cannot be loaded.
-      OvisError: the mesh needs more devices than there are.
+      TrainingError: The batch cannot be split over the mesh.
+      ConfigError: A config of the model is missing or not supported.
+      DataError: A dataset file is invalid, or a row is invalid and the config does not skip invalid
+        rows.
+      CheckpointError: The model cannot be loaded.
+      OvisError: The mesh needs more devices than JAX has.
     """
 
     def __init__(self, config: TrainConfig, console: Console):
@@ -95,7 +97,7 @@ class Trainer:
         self._frozen = self._cast(frozen)
         self._reference = None
         if config.training.objective == "dpo":
-            # LoRA starts at zero, so the reference model is the frozen base.
+            # LoRA starts at zero, so the reference model is the frozen base model.
             self._reference = join_params(
                 {} if config.lora else self._cast(trainable), self._frozen
             )
@@ -106,29 +108,29 @@ class Trainer:
     def train(self) -> bool:
         """Start the run, or resume it from its latest checkpoint.
 
-        Writes to the folder `output_dir`: run.json, checkpoints/, metrics.jsonl, tensorboard/, and
-        at the end loss.png and either model/, a converted folder in the dtype of the initial model,
-        or adapters/. On SIGTERM or SIGINT it finishes the current step and saves a checkpoint.
+        The run writes run.json, checkpoints/, metrics.jsonl and tensorboard/ to the folder
+        `output_dir`. At the end, it writes loss.png and either adapters/ or model/, which is a
+        converted folder in the dtype of the initial model. On SIGTERM or SIGINT, the run finishes
+        the current step and saves a checkpoint.
 
         Returns:
-          Whether the run is complete; otherwise another call resumes it.
+          True if the run is complete. If it is False, calling this again resumes the run.
 
         Raises:
-          DataError: a row is invalid and invalid rows are errors.
-          CheckpointError: the output folder belongs to another run, or has a result without the
-            checkpoint of its last step.
-          TrainingError: the loss or the gradient is not finite.
-          OSError: a file cannot be read or written, or the disk is full; the latest checkpoint
+          DataError: A row is invalid, and the config does not skip invalid rows.
+          CheckpointError: The output folder belongs to a different run, or it contains a result but
+            not the checkpoint of the last step.
+          TrainingError: The loss or the gradient norm is not finite.
+          OSError: A file cannot be read or written, or the disk is full. The latest checkpoint
             remains.
         """
         config, console = self._config, self._console
         errors = (*self._train_set.errors, *self._validation_set.errors)
         for error in errors:
             console.print(f"skipped: {error}", markup=False, soft_wrap=True)
-        num_train, num_validation = len(self._train_set.rows), len(self._validation_set.rows)
-        console.print(
-            f"{num_train:,} training rows, {num_validation:,} validation rows", highlight=False
-        )
+        num_train = count_noun(len(self._train_set.rows), "training row")
+        num_validation = count_noun(len(self._validation_set.rows), "validation row")
+        console.print(f"{num_train}, {num_validation}", highlight=False)
         checkpoints = TrainingCheckpoints(
             config.output_dir, config.run.save_total_limit, self._run_settings(), CHANGEABLE
         )
@@ -139,7 +141,7 @@ class Trainer:
                 f"{self._result_folder} exists, and the checkpoint of its last step does not; move"
                 " the folder, or choose another output_dir"
             )
-        batches = iterate_batches(self._train_set.rows, self._encode_row, config.run.seed)
+        batches = iterate_step_batches(self._train_set.rows, self._encode_row, config.run.seed)
         if latest is not None:
             self._state, position = checkpoints.restore(self._state)
             batches.set_state(position)
@@ -159,7 +161,7 @@ class Trainer:
     def _run_steps(
         self, checkpoints: TrainingCheckpoints, batches: grain.DatasetIterator, stop: "_StopSignal"
     ) -> int:
-        """Run the remaining steps, or those until a stop is requested; return the last step."""
+        """Run the remaining steps until the end or a requested stop; return the last step."""
         run, max_steps = self._config.run, self._config.training.max_steps
         step = saved_step = int(self._state.step)
         metrics = None
@@ -186,14 +188,14 @@ class Trainer:
                 )
 
         def save() -> int:
-            _finite_metrics(metrics, step)  # a diverged state must not replace a good checkpoint
+            _finite_metrics(metrics, step)  # a diverged state must not be saved
             checkpoints.save(self._state, batches.get_state())
             return step
 
-        # On an error, closing waits for a checkpoint that is being saved.
+        # After an error, closing waits until the current checkpoint is saved.
         with closing(checkpoints), ProgressBar(self._console, step, max_steps) as bar:
             if not any("accuracy" in line and line["step"] == step for line in lines):
-                validate_if_due()  # the run stopped before or during this validation
+                validate_if_due()  # the run was stopped before or during this validation
             while step < max_steps and not stop.requested:
                 batch = self._place_batch(next(batches))
                 self._state, metrics = train_step(
@@ -220,7 +222,7 @@ class Trainer:
         return step
 
     def _validation_accuracy(self, stop: "_StopSignal") -> dict[str, float]:
-        """Return the accuracy on the validation rows by kind, or {} if a stop is requested."""
+        """Return the accuracy on the validation rows by kind, or {} if a stop was requested."""
         trainable = self._cast(self._state.trainable)
         params = join_params(trainable, self._frozen, self._config.lora_scale)
         answers = answer_rows(
@@ -243,13 +245,13 @@ class Trainer:
         return {path: x.astype(dtype) for path, x in params.items()}
 
     def _place(self, arrays: Any, *axes: str | None) -> Any:
-        """Shard arrays over these mesh axes; without a mesh they are unchanged."""
+        """Shard arrays over the given mesh axes; without a mesh, return them unchanged."""
         if self._mesh is None:
             return arrays
         return jax.device_put(arrays, NamedSharding(self._mesh, PartitionSpec(*axes)))
 
     def _place_batch(self, batch: TrainBatch | PreferenceBatch) -> TrainBatch | PreferenceBatch:
-        """Shard a step's batch, and add the reference log-probabilities to preference pairs."""
+        """Shard the batch of a step, and add reference log-probabilities to preference pairs."""
         batch = self._place(batch, None, "data")
         if isinstance(batch, TrainBatch) or self._reference is None:
             return batch
@@ -259,7 +261,7 @@ class Trainer:
         )
 
     def _run_settings(self) -> dict[str, Any]:
-        """Return the settings that determine the result; the others may change on resuming."""
+        """Return the settings that determine the result; others may change in a resumed run."""
         config = self._config
         values = config.model_dump(
             mode="json",
@@ -283,7 +285,7 @@ class Trainer:
         return {
             "config": values,
             "model": self._model.config.to_hf()[0],
-            # A mesh may pad the visual vocabulary.
+            # On a mesh, the visual vocabulary may be padded.
             "padded": {k: list(x.shape) for k, x in trainable.items() if x.shape != unpadded[k]},
             "rows": len(self._train_set.rows),
         }
@@ -294,7 +296,7 @@ class Trainer:
         return self._config.output_dir / name
 
     def _write_result(self) -> None:
-        """Write the adapters, or the model with the tokenizer of the initial model."""
+        """Write the adapters, or the model with the initial model's tokenizer."""
         folder, config = self._result_folder, self._model.config
         if folder.exists():
             return
@@ -313,7 +315,7 @@ def _make_mesh(config: TrainConfig) -> Mesh:
     sizes, rows = cast(MeshConfig, config.mesh), config.data.micro_batch_size
     mesh = data_model_mesh(sizes.data, sizes.model)
     if rows % sizes.data:
-        raise ConfigError(
+        raise TrainingError(
             f"data.micro_batch_size is {rows}, expected a multiple of the size of mesh axis data,"
             f" {sizes.data}"
         )
@@ -321,7 +323,7 @@ def _make_mesh(config: TrainConfig) -> Mesh:
 
 
 def _read_rows(config: TrainConfig, paths: Sequence[Path], *, validation: bool = False) -> Dataset:
-    """Read dataset files; invalid rows are an error unless the config skips them."""
+    """Read dataset files. Invalid rows are an error unless the config skips them."""
     if not paths:
         return Dataset((), ())
     dataset = read_dataset(paths)
@@ -329,9 +331,10 @@ def _read_rows(config: TrainConfig, paths: Sequence[Path], *, validation: bool =
         dataset = _check_validation_rows(dataset)
     if dataset.errors and config.data.invalid_rows == "error":
         more = len(dataset.errors) - 1
+        rest = f" (and {count_noun(more, 'more invalid row')})" if more else ""
         raise DataError(
-            f"{dataset.errors[0]}{f' (and {more} more invalid rows)' if more else ''}; fix the row,"
-            ' or skip invalid rows with data.invalid_rows="skip"'
+            f"{dataset.errors[0]}{rest}; fix the row, or skip invalid rows with"
+            ' data.invalid_rows="skip"'
         )
     if not dataset.rows:
         raise DataError(f"{', '.join(map(str, paths))}: no valid rows; {dataset.errors[0]}")
@@ -347,7 +350,7 @@ def _read_rows(config: TrainConfig, paths: Sequence[Path], *, validation: bool =
 
 
 def _check_validation_rows(dataset: Dataset) -> Dataset:
-    """Check what can be checked before images are decoded: expected answers and image files."""
+    """Check that expected answers and image files exist, before any image is decoded."""
     rows, errors = [], list(dataset.errors)
     for row in dataset.rows:
         missing = [path for path in row.image_paths if not os.path.isfile(path)]
@@ -362,7 +365,7 @@ def _check_validation_rows(dataset: Dataset) -> Dataset:
 
 
 def _num_tokens(batch: TrainBatch | PreferenceBatch) -> int:
-    """Return the number of positions in a batch without padding."""
+    """Return the number of positions in a batch, not counting padding."""
     parts = (batch,) if isinstance(batch, TrainBatch) else (batch.chosen, batch.rejected)
     return sum(int(np.count_nonzero(np.asarray(part.inputs.positions) >= 0)) for part in parts)
 
@@ -371,7 +374,7 @@ def _finite_metrics(metrics: StepMetrics | None, step: int) -> dict[str, float]:
     """Return the metrics of a step as floats.
 
     Raises:
-      TrainingError: the loss or the gradient norm is not finite.
+      TrainingError: The loss or the gradient norm is not finite.
     """
     values = {} if metrics is None else {k: float(v) for k, v in metrics._asdict().items()}
     for name in ("loss", "grad_norm"):
@@ -384,7 +387,7 @@ def _finite_metrics(metrics: StepMetrics | None, step: int) -> dict[str, float]:
 
 
 class _StopSignal:
-    """Context where a first SIGTERM or SIGINT requests a stop, and a second ends the process."""
+    """Context manager in which the first SIGTERM or SIGINT requests a stop; a second one exits."""
 
     requested = False
 

@@ -1,1 +1,1 @@
-"""The Gradio page: chat with a model about images in the browser."""
+"""The web UI: a Gradio page for chatting with a model about images in the browser."""

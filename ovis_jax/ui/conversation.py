@@ -1,4 +1,4 @@
-"""A visitor's conversation with its images, and the images that a visitor uploads."""
+"""A visitor's conversation and its images, and opening the images that a visitor uploads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from ovis_jax.inputs import open_image
 from ovis_jax.inputs.conversation import Turn, add_image_placeholders
 
 
-@dataclass(frozen=True, eq=False)  # Gradio hashes values to see whether they were replaced
+@dataclass(frozen=True, eq=False)  # Gradio hashes values to detect changes
 class Conversation:
-    """Turns and their images.
+    """The turns of a conversation, and their images.
 
     Attributes:
-      turns: The turns, from the user's first question on.
+      turns: The turns, beginning with the user's first question.
       images: The images of all turns in order of appearance.
-      num_last_images: Number of images that belong to the last question.
+      num_last_images: Number of images in the last question.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -26,7 +26,7 @@ class Conversation:
     num_last_images: int = 0
 
     def with_question(self, text: str, images: Sequence[Image.Image]) -> "Conversation":
-        """Return the conversation with another question.
+        """Return the conversation with a new question at the end.
 
         Raises:
           PromptError: The text is empty.
@@ -37,12 +37,12 @@ class Conversation:
         return Conversation((*self.turns, turn), (*self.images, *images), len(images))
 
     def without_last_question(self) -> "Conversation":
-        """Return the conversation without its last, unanswered question and its images."""
+        """Return the conversation without its last, unanswered question, and without its images."""
         num_images = len(self.images) - self.num_last_images
         return Conversation(self.turns[:-1], self.images[:num_images])
 
     def with_answer(self, text: str) -> "Conversation":
-        """Return the conversation with an answer to the last question."""
+        """Return the conversation with an answer to the last question at the end."""
         return Conversation((*self.turns, {"role": "assistant", "content": text}), self.images)
 
 
@@ -50,13 +50,14 @@ def open_uploaded_images(paths: Sequence[str]) -> tuple[list[tuple[str, Image.Im
     """Open uploaded files as images.
 
     Returns:
-      The path and the image of each file that is one, and a message for each other file.
+      The path and the image of each file that is an image, and an error message for each other
+      file.
     """
     opened: list[tuple[str, Image.Image]] = []
     problems: list[str] = []
     num_pixels = 0
     for path in paths:
-        name = Path(path).name  # visitors do not see the server's folders
+        name = Path(path).name  # visitors must not see the server's folders
         try:
             image = open_image.open_image_header(Path(path).read_bytes())
             num_pixels = open_image.add_image_pixels(

@@ -1,28 +1,26 @@
-"""The page's events: a visitor attaches an image, asks a question, stops the answer or leaves."""
+"""The page's event handlers: attaching images, asking questions, stopping answers and leaving."""
 
 import asyncio
 import html
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 from typing import Any, Literal
 
-from ovis_jax.ui import private_dir  # noqa: F401  must come before Gradio
+from ovis_jax.ui import gradio_isolation  # noqa: F401  must come before Gradio
 
 # isort: split
 import gradio as gr
 
-from ovis_jax.engine.request import Delta, Failure, FinishReason, Request
+from ovis_jax.engine.request import EventStream, FinishReason, Request
 from ovis_jax.engine.scheduler import Scheduler
 from ovis_jax.errors import OvisError
 from ovis_jax.inference.sampling import Sampling
-from ovis_jax.inputs.processor import Processor
 from ovis_jax.ui.conversation import Conversation, open_uploaded_images
-from ovis_jax.ui.image_preview import NO_IMAGES_HTML, render_image_previews
+from ovis_jax.ui.crop_preview import NO_IMAGES_HTML, render_crop_previews
 
 UPDATE_INTERVAL = 0.05
-"""Minimum time between two updates of an answer in seconds; each sends the whole chat."""
+"""Minimum time between two updates of an answer, in seconds. Each update sends the whole chat."""
 
 EMPTY_BOX = {"text": "", "files": []}
 PENDING_ANSWER = "…"
@@ -30,46 +28,44 @@ NOT_STARTED = "The model was not asked; the message at the top says why."
 QUESTION_RESTORED = "This question is not part of the conversation. It is in the text box again."
 
 BoxContent = dict[str, Any]
-"""The content of the text box: "text", and the paths of "files"."""
+"""The content of the text box: a dict with the "text" and the paths of the "files"."""
 ChatMessages = tuple[dict[str, Any], ...]
-"""The messages that the chat shows. The server keeps them: a browser that sent them back could put
-the path of any file into them, and Gradio would serve a copy of the file."""
-AnswerEvents = asyncio.Queue[Delta | Failure | None]
-"""The events of one answer; None if the visitor stops it."""
+"""The messages that the chat shows. They are stored on the server, because a browser could insert
+the path of any file into messages that it sends back, and Gradio would serve a copy of the file."""
 
 
 class PageEvents:
     """The event handlers of the page, for all visitors.
 
-    Several visitors are answered at the same time. Handlers return new values of the page's
-    components, in the order that each docstring gives.
+    Several visitors can be answered at the same time. Each handler returns new values for
+    components of the page, in the order given in its docstring.
 
     Args:
       scheduler: The engine.
-      processor: Processor of the model.
       examples: The questions that the page offers.
     """
 
-    def __init__(self, scheduler: Scheduler, processor: Processor, examples: Sequence[BoxContent]):
-        self._scheduler, self._processor, self._examples = scheduler, processor, examples
-        self._events: dict[str, AnswerEvents] = {}  # by session
+    def __init__(self, scheduler: Scheduler, examples: Sequence[BoxContent]):
+        self._scheduler, self._examples = scheduler, examples
+        self._events: dict[str, EventStream] = {}  # of each session's last answer
 
     def preview_images(
         self, box: BoxContent, conversation: Conversation, max_partition: int, last_preview: Any
     ) -> tuple:
-        """Draw the crops of all images, and remove files that are not images from the text box.
+        """Draw the crops of all images, and remove other files from the text box.
 
         Args:
           box: The content of the text box.
           conversation: The conversation, whose images are drawn first.
           max_partition: Maximum number of cells per image.
-          last_preview: What the current preview shows; the third value of the last call.
+          last_preview: Description of the current preview, which the previous call returned as its
+            third value.
 
         Returns:
-          The text box, the preview, and what it shows.
+          The text box, the preview, and a description of the preview.
         """
         preview = tuple(box["files"]), len(conversation.images), max_partition
-        if preview == last_preview:  # only the text has changed
+        if preview == last_preview:  # the images are the same, only the text has changed
             return gr.skip(), gr.skip(), gr.skip()
         uploads, problems = open_uploaded_images(box["files"])
         new_box = gr.skip()
@@ -77,7 +73,7 @@ class PageEvents:
             new_box = box | {"files": [path for path, _ in uploads]}
             preview = tuple(new_box["files"]), *preview[1:]
         images = [*conversation.images, *(image for _, image in uploads)]
-        rendered, more = render_image_previews(self._processor, images, int(max_partition))
+        rendered, more = render_crop_previews(self._scheduler.processor, images, int(max_partition))
         for problem in [*problems, *more]:
             gr.Warning(html.escape(problem), title="Unusable picture")
         return new_box, rendered, preview
@@ -85,7 +81,7 @@ class PageEvents:
     def select_example(self, selected: gr.SelectData) -> BoxContent:
         """Return the example that was clicked, for the text box.
 
-        Only the index that the browser sends is used, never a text or a path.
+        Of the data from the browser, only the index is used, never a text or a path.
         """
         index = selected.index
         if type(index) is not int or not 0 <= index < len(self._examples):
@@ -113,7 +109,7 @@ class PageEvents:
         except OvisError as error:
             text = html.escape(str(error))
             raise gr.Error(text, title="Not sent", print_exception=False) from None
-        self._events[str(request.session_hash)] = asyncio.Queue()
+        self._events.pop(str(request.session_hash), None)  # it may have been stopped
         pictures = (
             {"role": "user", "content": {"path": path, "alt_text": "a picture"}}
             for path in box["files"]
@@ -137,23 +133,18 @@ class PageEvents:
         seed: int | None,
         request: gr.Request,
     ) -> AsyncIterator[tuple]:
-        """Answer the last question until the model or the visitor stops.
+        """Generate the answer to the last question until the model or the visitor ends it.
 
         Yields:
           The chat, its messages, the conversation, the text box, the status line and the button for
           a new chat.
         """
-        events = self._events.setdefault(str(request.session_hash), asyncio.Queue())
-        loop, start_time = asyncio.get_running_loop(), time.monotonic()
-
-        def on_event(event: Delta | Failure) -> None:
-            with suppress(RuntimeError):  # the loop is closed, so the page is too
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
+        events = self._events.setdefault(str(request.session_hash), EventStream())
+        start_time, max_model_len = time.monotonic(), self._scheduler.max_model_len
+        text, finish_reason, unchanged, update_time = "", None, gr.skip(), 0.0
         try:
-            max_model_len = self._scheduler.max_model_len
             example = await asyncio.to_thread(
-                self._processor.encode,
+                self._scheduler.processor.encode,
                 conversation.turns,
                 conversation.images,
                 max_partition=int(max_partition),
@@ -168,47 +159,39 @@ class PageEvents:
                 seed=int(seed or 0),
                 max_new_tokens=min(int(max_tokens), max_model_len - len(example.tokens)),
                 deadline=math.inf,
-                on_event=on_event,
+                on_event=events.put,
             )
             self._scheduler.submit(answer)
+            try:
+                async for delta in events.deltas(num_choices=1):
+                    text, finish_reason = text + delta.text, delta.finish_reason
+                    if time.monotonic() - update_time > UPDATE_INTERVAL:
+                        chat = [*messages, _assistant_message(text)]
+                        status = _status(answer, start_time)
+                        yield chat, unchanged, unchanged, unchanged, status, unchanged
+                        update_time = time.monotonic()
+            finally:
+                self._scheduler.abort(answer)
         except OvisError as error:
             yield restore_question(messages, conversation, question, str(error))
             return
-
-        text, finish_reason, unchanged, update_time = "", None, gr.skip(), 0.0
-        try:
-            while finish_reason is None and (event := await events.get()) is not None:
-                if isinstance(event, Failure):
-                    yield restore_question(messages, conversation, question, event.message)
-                    return
-                text, finish_reason = text + event.text, event.finish_reason
-                if time.monotonic() - update_time > UPDATE_INTERVAL:
-                    chat, status = (
-                        [*messages, _assistant_message(text)],
-                        _status(answer, start_time),
-                    )
-                    yield chat, unchanged, unchanged, unchanged, status, unchanged
-                    update_time = time.monotonic()
-        finally:
-            self._scheduler.abort(answer)
         status = _status(answer, start_time, finish_reason or "stopped")
         messages = (*messages, _assistant_message(text or PENDING_ANSWER))
         conversation = conversation.with_answer(text)
         yield list(messages), messages, conversation, _idle_box(EMPTY_BOX), status, _idle_button()
 
     async def stop_answer(self, request: gr.Request) -> None:
-        """Stop the visitor's answer: the button was pressed."""
-        if events := self._events.get(str(request.session_hash)):
-            events.put_nowait(None)
+        """Stop the visitor's answer after the stop button was pressed."""
+        self._events.setdefault(str(request.session_hash), EventStream()).put(None)
 
     async def close_session(self, request: gr.Request) -> None:
-        """Stop the visitor's answer and forget the visitor: the page was closed."""
+        """Stop the visitor's answer and delete the session's data after the page was closed."""
         if events := self._events.pop(str(request.session_hash), None):
-            events.put_nowait(None)
+            events.put(None)
 
 
 def sampling_from_controls(temperature: float, top_p: float, top_k: int) -> Sampling:
-    """Convert the values of the controls; 0 and 1 disable top-k and top-p."""
+    """Convert the values of the controls to sampling parameters; top-k 0 and top-p 1 mean off."""
     if not temperature:
         return Sampling()
     return Sampling(temperature, int(top_k) or None, top_p if top_p < 1 else None)
@@ -220,10 +203,10 @@ def restore_question(
     question: BoxContent,
     reason: str = NOT_STARTED,
 ) -> tuple:
-    """Put a question without an answer back into the text box, and the reason into the chat.
+    """Move an unanswered question back to the text box, and show the reason in the chat.
 
     Returns:
-      The components that `PageEvents.generate_answer` yields.
+      The same components that `PageEvents.generate_answer` yields.
     """
     messages = (*messages, _assistant_message(f"⚠️ {html.escape(reason, quote=False)}"))
     conversation, status = conversation.without_last_question(), _status_line(QUESTION_RESTORED)
@@ -231,11 +214,11 @@ def restore_question(
 
 
 def start_new_chat() -> tuple:
-    """Return an empty page.
+    """Reset the page to an empty conversation.
 
     Returns:
-      The chat, its messages, the conversation, the text box, the status line, the preview, and what
-      it shows.
+      The chat, its messages, the conversation, the text box, the status line, the preview, and the
+      description of the preview.
     """
     return [], (), Conversation(), EMPTY_BOX, "", NO_IMAGES_HTML, None
 
@@ -255,7 +238,7 @@ def _assistant_message(text: str) -> dict[str, str]:
 def _status(
     answer: Request, start_time: float, ending: FinishReason | Literal["stopped"] | None = None
 ) -> str:
-    """Report the tokens and times of an answer, and how it ended unless at a stop id."""
+    """Return a line with the tokens and times of an answer, and why it ended early if it did."""
     parts = [f"{len(answer.tokens):,} tokens read", f"{answer.completion_tokens:,} written"]
     if answer.first_token_time is not None:
         first, total = answer.first_token_time - start_time, time.monotonic() - start_time

@@ -1,6 +1,6 @@
-"""The layout of the page, and serving it.
+"""The layout of the page, and the server for it.
 
-The page loads no fonts, scripts or statistics from other servers.
+The page does not load fonts or scripts from other servers, and it sends no statistics.
 """
 
 import html
@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ovis_jax.ui.private_dir import SERVED_DIR  # must come before Gradio
+from ovis_jax.ui.gradio_isolation import SERVED_DIR  # must come before Gradio
 
 # isort: split
 import gradio as gr
@@ -17,16 +17,11 @@ from gradio.components import Component
 from starlette.middleware import Middleware
 
 from ovis_jax.engine.scheduler import Scheduler
-from ovis_jax.inputs.processor import Processor
 from ovis_jax.server.host_check import HostCheckMiddleware
 from ovis_jax.ui.conversation import Conversation
+from ovis_jax.ui.crop_preview import NO_IMAGES_HTML
 from ovis_jax.ui.events import EMPTY_BOX, BoxContent, PageEvents, restore_question, start_new_chat
-from ovis_jax.ui.image_preview import NO_IMAGES_HTML
-from ovis_jax.ui.security import (
-    BlockedRoutesMiddleware,
-    ContentSecurityPolicyMiddleware,
-    KnownFilesBlocks,
-)
+from ovis_jax.ui.security import KnownFilesBlocks, PageSecurityMiddleware
 
 ASSETS = Path(__file__).parents[1] / "assets" / "page"
 
@@ -36,24 +31,23 @@ EXAMPLES = {
     "digit.png": "Welche Ziffer zeigt das Bild?",
     "wide.png": "Where is the green heart?",
 }
-"""Images that are not in the training data of ovis-tiny, each with a question."""
+"""Example images, each with a question. They are not in the training data of ovis-tiny."""
 
 MAX_TOKENS_CHOICES = [64, 128, 256, 512, 1024, 2048]
-"""The limits on the length of an answer that visitors can choose from."""
+"""The maximum answer lengths that visitors can choose from, in tokens."""
 
 MAX_FILE_SIZE = "50mb"
 
 UPLOAD_LIFETIME = 24 * 3600
-"""Time after which an upload is deleted, in seconds; all are deleted when the process exits."""
+"""Time after which an upload is deleted, in seconds. All uploads are deleted on exit."""
 
 
-def create_page(scheduler: Scheduler, processor: Processor, model_name: str) -> gr.Blocks:
-    """Lay out the page for one model.
+def create_page(scheduler: Scheduler, model_name: str) -> gr.Blocks:
+    """Create the page for one model.
 
     Args:
       scheduler: The engine.
-      processor: Processor of the model.
-      model_name: Name of the model that visitors see.
+      model_name: Name of the model that is shown to visitors.
     """
     examples = _copy_examples()
     with KnownFilesBlocks(
@@ -84,11 +78,11 @@ def create_page(scheduler: Scheduler, processor: Processor, model_name: str) -> 
                 )
                 with gr.Accordion("Generation settings", open=False, elem_id="controls"):
                     controls = _generation_controls()
-        # The chat is never an input, because a browser could put any path into it.
+        # The chat is never an input, because a browser could insert any path into it.
         messages, conversation, question, last_preview = map(
             gr.State, ((), Conversation(), EMPTY_BOX, None)
         )
-        events = PageEvents(scheduler, processor, examples)
+        events = PageEvents(scheduler, examples)
         private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         unlimited: dict[str, Any] = private | {"concurrency_limit": None}
         preview_images: dict[str, Any] = unlimited | {
@@ -107,7 +101,7 @@ def create_page(scheduler: Scheduler, processor: Processor, model_name: str) -> 
             "inputs": [messages, conversation, question, max_partition, *controls],
             "outputs": [chat, messages, conversation, box, status, new_chat],
         }
-        # For errors outside of `generate_answer`, such as a control that Gradio rejects.
+        # This handles errors outside of `generate_answer`, such as a value that Gradio rejects.
         restore: dict[str, Any] = unlimited | {
             "fn": restore_question,
             "inputs": [messages, conversation, question],
@@ -126,19 +120,19 @@ def create_page(scheduler: Scheduler, processor: Processor, model_name: str) -> 
     return page
 
 
-def launch_page(page: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> str:
-    """Serve a page from another thread until it is closed.
+def launch_page_in_thread(page: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> str:
+    """Serve a page in another thread until the page is closed.
 
     Args:
       page: The page.
       host: Address to listen on.
-      port: Port to listen on; None for the first free one from 7860.
+      port: Port to listen on; None for the first free port starting at 7860.
 
     Returns:
       The page's URL.
 
     Raises:
-      OSError: The port is taken, or the host is not this machine.
+      OSError: The port is already in use, or the host is not this machine.
     """
     _, url, _ = page.launch(
         server_name=host,
@@ -147,19 +141,18 @@ def launch_page(page: gr.Blocks, host: str = "127.0.0.1", port: int | None = Non
         quiet=True,
         prevent_thread_lock=True,
         ssr_mode=False,
-        num_workers=0,  # worker processes would not have the middleware
+        num_workers=0,  # worker processes would lack the middleware
         mcp_server=False,
         run_history=False,
-        # Not empty: otherwise Gradio reads an environment variable instead.
+        # The list must not be empty, or Gradio would read an environment variable instead.
         allowed_paths=[str(SERVED_DIR / "examples")],
         max_file_size=MAX_FILE_SIZE,
         footer_links=[],
         enable_monitoring=False,
         app_kwargs={
             "middleware": [
-                Middleware(ContentSecurityPolicyMiddleware),
+                Middleware(PageSecurityMiddleware),
                 Middleware(HostCheckMiddleware, host=host),
-                Middleware(BlockedRoutesMiddleware),
             ]
         },
         theme=_theme(),
@@ -169,7 +162,7 @@ def launch_page(page: gr.Blocks, host: str = "127.0.0.1", port: int | None = Non
 
 
 def _copy_examples() -> list[BoxContent]:
-    """Copy the examples' images to the folder that Gradio may serve."""
+    """Copy the example images to the folder that Gradio may serve."""
     folder = SERVED_DIR / "examples"
     folder.mkdir(exist_ok=True)
     return [
@@ -245,7 +238,7 @@ def _theme() -> themes.Base:
         primary_hue="teal",
         neutral_hue="slate",
         radius_size="lg",
-        # Fonts of the visitor's machine, so none are downloaded.
+        # The fonts are on the visitor's machine, so none are downloaded.
         font=("system-ui", "sans-serif"),
         font_mono=("ui-monospace", "monospace"),
     )

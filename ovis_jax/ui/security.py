@@ -1,9 +1,9 @@
-"""What the page accepts from browsers: known files only, no unused routes, no foreign content."""
+"""Security of the page: only known files, no unused routes, and no content from other servers."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from ovis_jax.ui import private_dir  # noqa: F401  must come before Gradio
+from ovis_jax.ui import gradio_isolation  # noqa: F401  must come before Gradio
 
 # isort: split
 import gradio as gr
@@ -36,16 +36,16 @@ BLOCKED_ROUTES = tuple(
         "deep_link",
     )
 )
-"""Routes of Gradio that the page does not need and that fetch, write files or start programs."""
+"""Gradio routes that the page does not need and that fetch URLs, write files or run programs."""
 
 
 class KnownFilesBlocks(gr.Blocks):
-    """Gradio Blocks that accept only paths of uploaded files and of the page's own examples.
+    """Gradio Blocks that only accept the paths of uploaded files and of the page's examples.
 
-    Gradio also accepts URLs, which it downloads.
+    By default, Gradio would also accept and download URLs.
 
     Attributes:
-      example_files: Paths of the examples' images.
+      example_files: Paths of the example images.
     """
 
     example_files: frozenset[str] = frozenset()
@@ -53,13 +53,13 @@ class KnownFilesBlocks(gr.Blocks):
     async def preprocess_data(
         self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
     ) -> list[Any]:
-        """Reject the inputs of an event if they hold an unknown path; otherwise preprocess them.
+        """Preprocess the inputs of an event; reject them if they contain an unknown path.
 
         Raises:
-          gr.Error: A path is not one that this server has given to a browser.
+          gr.Error: The inputs contain a path that this server has not sent to a browser.
         """
         for path in _find_paths(inputs):
-            # Known paths were made by this server, so equal strings need no normalization.
+            # This server created all known paths, so they can be compared without normalization.
             known = isinstance(path, str) and (
                 path in self.upload_file_set or path in self.example_files
             )
@@ -72,44 +72,32 @@ class KnownFilesBlocks(gr.Blocks):
         return await super().preprocess_data(block_fn, inputs, state, explicit_call)
 
 
-class ContentSecurityPolicyMiddleware:
-    """ASGI middleware that adds a Content-Security-Policy header to every response.
+class PageSecurityMiddleware:
+    """ASGI middleware that adds a Content-Security-Policy header and blocks `BLOCKED_ROUTES`.
 
-    An answer of the model may contain anything, such as the URL of an image that counts visitors.
-    With the policy, browsers load nothing from other servers.
+    The model's answers may contain anything, such as the URL of a tracking image. With this policy,
+    browsers load nothing from other servers. A blocked route receives a 404 response.
     """
 
     def __init__(self, app: ASGIApp):
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and add the header to its response."""
+        """Pass a request to the application unless its route is blocked, and add the header."""
 
         async def send_with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
             await send(message)
 
-        await self._app(scope, receive, send_with_policy if scope["type"] == "http" else send)
-
-
-class BlockedRoutesMiddleware:
-    """ASGI middleware that answers 404 on `BLOCKED_ROUTES`."""
-
-    def __init__(self, app: ASGIApp):
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, unless its route is blocked."""
+        app = self._app
         if scope["type"] == "http" and scope["path"].lower().startswith(BLOCKED_ROUTES):
-            response = PlainTextResponse("this page does not have this route", 404)
-            await response(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
+            app = PlainTextResponse("this page does not have this route", 404)
+        await app(scope, receive, send_with_policy)
 
 
 def _find_paths(data: Any) -> Iterator[Any]:
-    """Yield every value of the key "path" in the inputs of an event."""
+    """Yield every value with the key "path" in the inputs of an event."""
     if isinstance(data, dict):
         if "path" in data:
             yield data["path"]

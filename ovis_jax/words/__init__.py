@@ -1,1 +1,1 @@
-"""The command `ovis-jax words`: an entropy heat map of an image, and its visual words."""
+"""The command `ovis-jax words`, which shows an image's entropy heat map and visual words."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from ovis_jax.console import MaxPartitionOption, ModelOption, TensorParallelOption, print_table
-from ovis_jax.errors import OvisError, RequestError
+from ovis_jax.errors import RequestError, require_extra
 from ovis_jax.inference.visual_words import nearest_tokens, shared_words, visual_words
 from ovis_jax.inputs.image_processing import choose_grid
 from ovis_jax.inputs.open_image import open_image
@@ -22,7 +22,7 @@ from ovis_jax.words.crop_regions import CropRegion, crop_regions
 
 def draw_visual_words(
     image: Annotated[
-        list[Path], typer.Option(help="Image file; repeat the option to compare two images.")
+        list[Path], typer.Option(help="Image file; give the option twice to compare two images.")
     ],
     heatmap: Annotated[
         Path, typer.Option(help="File to write the entropy heat map to, such as words.png.")
@@ -32,8 +32,9 @@ def draw_visual_words(
     max_partition: MaxPartitionOption = 9,
     tensor_parallel: TensorParallelOption = 1,
 ) -> None:
-    """Draw the entropy of an image's visual tokens, and list its most frequent visual words."""
-    entropy_heatmap = _import_entropy_heatmap()
+    """Draw an entropy heat map of an image's visual tokens, and list its most frequent words."""
+    with require_extra("train"):
+        from ovis_jax.words import entropy_heatmap
     if len(image) > 2:
         raise RequestError(f"--image is given {len(image)} times, expected once or twice")
     formats = entropy_heatmap.Figure().canvas.get_supported_filetypes()
@@ -70,20 +71,10 @@ def draw_visual_words(
     console.print(f"wrote {heatmap}", markup=False, soft_wrap=True)
 
 
-def _import_entropy_heatmap() -> Any:
-    try:
-        from ovis_jax.words import entropy_heatmap
-    except ModuleNotFoundError as error:
-        raise OvisError(
-            f"{error}; install matplotlib with: pip install '.[train]' in a clone of ovis_jax"
-        ) from error
-    return entropy_heatmap
-
-
 class _WordUsage(NamedTuple):
     regions: Sequence[CropRegion]
     entropy: np.ndarray
-    """Entropy of each visual token of each crop, float32 [I, M], in nats."""
+    """Entropy of each visual token in each crop, float32 [I, M], in nats."""
     word_probabilities: np.ndarray
     """Mean probability of each visual word, float32 [words]."""
 
@@ -93,7 +84,7 @@ def _measure_usage(ovis: LoadedOvis, image: Image.Image, max_partition: int) -> 
     grid = choose_grid(image.width, image.height, ovis.config.vision.image_size, max_partition)
     regions = crop_regions(image.width, image.height, grid, ovis.config.visual_tokenizer)
     found = visual_words(ovis.model, ovis.params, inputs, k=1)
-    # Crops after the last region are padding.
+    # The crops after the last region are padding.
     entropy, mean = (np.asarray(x)[: len(regions)] for x in (found.entropy, found.mean))
     return _WordUsage(regions, entropy, mean.mean(axis=0))
 
@@ -105,7 +96,7 @@ def _print_words(
     top: int,
     console: Console,
 ) -> None:
-    """Print an image's most frequent words, or those that two images share, with near tokens."""
+    """Print the most frequent words of one image or the shared words of two, with near tokens."""
     shared = shared_words(jnp.asarray(probabilities[0]), jnp.asarray(probabilities[-1]), k=top)
     rows = ovis.params["visual_embedding"][jnp.asarray(shared.words)]
     ids, _ = nearest_tokens(ovis.params, rows)

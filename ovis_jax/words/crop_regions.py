@@ -1,4 +1,4 @@
-"""Regions of an image that its crops and their visual tokens cover."""
+"""The regions of an image that its crops and their visual tokens cover."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from ovis_jax.inputs.image_processing import Box, Grid, crop_boxes_with_thumbnai
 
 @dataclass(frozen=True)
 class CropRegion:
-    """Region of an image that one crop covers.
+    """The region of an image that one crop covers.
 
     Attributes:
-      box: Left, upper, right and lower edge of the crop, in pixels of the image.
-      token_grid_box: The same edges of the square grid of visual tokens. The grid exceeds the box
-        where the crop is padded to a square, or the patches to whole tokens.
-      tokens_per_side: Rows, and columns, of the grid.
+      box: The left, upper, right and lower edges of the crop, in pixels of the image.
+      token_grid_box: The same edges for the square grid of visual tokens. The grid is larger than
+        `box` where the crop is padded to a square or the patches are padded to complete tokens.
+      tokens_per_side: Number of rows in the grid, which equals the number of columns.
     """
 
     box: Box
@@ -26,13 +26,13 @@ class CropRegion:
 def crop_regions(
     image_width: int, image_height: int, grid: Grid, config: VisualTokenizerConfig
 ) -> Sequence[CropRegion]:
-    """List the regions of an image's crops, in order; a full-image crop comes first.
+    """Return the region of each crop of an image, in order; a full-image crop comes first.
 
     Args:
-      image_width: Width in pixels.
-      image_height: Height in pixels.
-      grid: Rows and columns that the image is split into.
-      config: Visual tokenizer config.
+      image_width: Width of the image in pixels.
+      image_height: Height of the image in pixels.
+      grid: Numbers of rows and columns that the image is cut into.
+      config: Config of the visual tokenizer.
     """
     crop_size = config.vision.image_size
     covered = config.merged_grid_size * config.hidden_stride * config.vision.patch_size

@@ -1,6 +1,6 @@
-"""Heat map of the entropy of an image's visual tokens: where the model is unsure.
+"""A heat map of the entropy of visual tokens, which shows where in an image the model is uncertain.
 
-Imports matplotlib, which the extra `train` installs, so import this module only to draw.
+This module imports matplotlib, which the extra `train` installs, so import it only when needed.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ class ImageEntropy:
     """An image and the entropy of its visual tokens.
 
     Attributes:
-      title: Title in the figure.
+      title: Title of the image in the figure.
       image: The image.
-      regions: Regions of its I crops.
-      entropy: Entropy of the M visual tokens of each crop, float32 [I, M], in nats.
+      regions: Regions of the image's I crops.
+      entropy: Entropy of the M visual tokens in each crop, float32 [I, M], in nats.
     """
 
     title: str
@@ -36,9 +36,9 @@ class ImageEntropy:
 
 
 def plot_entropy(images: Sequence[ImageEntropy]) -> Figure:
-    """Plot one row per image: the image, the entropy of its cells, and that of the full-image crop.
+    """Plot one row per image: the image, and the entropy in its cells and in its full-image crop.
 
-    All heat maps share one scale and are drawn over grayscale images.
+    All heat maps have the same scale and are drawn over grayscale images.
     """
     columns = 3 if any(len(one.regions) > 1 for one in images) else 2
     heights = [IMAGE_WIDTH_INCHES * one.image.height / one.image.width + 0.4 for one in images]

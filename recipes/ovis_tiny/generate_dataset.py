@@ -1,7 +1,7 @@
 """Generate the data sets of ovis-tiny: `python -m recipes.ovis_tiny.generate_dataset DST`.
 
-Writes train.jsonl, validation.jsonl and test.jsonl in the dataset format of the original code, the
-pictures that they refer to, and
+The command writes train.jsonl, validation.jsonl and test.jsonl in the dataset format of the
+original code, the pictures that they refer to, and
   describe.jsonl   complete descriptions of the training pictures, for the first training stage
   pairs.jsonl      with --pairs: rows that prefer a short answer to the full sentence
 The same arguments write the same bytes. No scene occurs in two splits.
@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ovis_jax.errors import count_noun
 from recipes.ovis_tiny.dataset_rows import (
     QUESTION_WEIGHTS,
     UNCHANGED_FREQUENCIES,
@@ -171,7 +172,7 @@ def main() -> None:
         "--colour",
         choices=[HELD_OUT_COLOUR],
         default="",
-        help="colour that every other training row and all other rows ask about",
+        help="colour to ask about in every second training row and in all other rows",
     )
     parser.add_argument(
         "--frequency",
@@ -179,7 +180,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="KIND=FACTOR",
-        help="factor by which a kind of question is more frequent in training",
+        help="factors by which kinds of question are more frequent in training",
     )
     args = parser.parse_args()
     shared = {"seed": args.seed, "colour": args.colour}
@@ -192,7 +193,7 @@ def main() -> None:
     ):
         counts |= write_dataset(args.folder, make_lines, num_rows, args.workers)
     for name, count in counts.items():
-        print(f"{args.folder / name}.jsonl: {count} rows")
+        print(f"{args.folder / name}.jsonl: {count_noun(count, 'row')}")
 
 
 if __name__ == "__main__":

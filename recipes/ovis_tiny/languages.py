@@ -1,17 +1,53 @@
 """Phrasing of questions and answers in each language."""
 
 import random
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
-from recipes.ovis_tiny import english, german, small_talk_english, small_talk_german
-from recipes.ovis_tiny.phrasings import Phrasings
-from recipes.ovis_tiny.questions import Question
-from recipes.ovis_tiny.small_talk import Topic
+from recipes.ovis_tiny import english, german
+from recipes.ovis_tiny.questions import TOPICS, Question
+
+
+class Phrasings(NamedTuple):
+    """Templates of one kind of question, with `{slots}` for its facts.
+
+    Attributes:
+      seen: templates for all splits.
+      unseen: templates for the test set only; all their words occur in training.
+    """
+
+    seen: tuple[str, ...]
+    unseen: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Phrasings":
+        """Parse one template per line; those of `unseen` begin with "* "."""
+        lines = text.splitlines()
+        unseen = tuple(line.removeprefix("* ") for line in lines if line.startswith("* "))
+        return cls(tuple(line for line in lines if not line.startswith("* ")), unseen)
+
+
+class Topic(NamedTuple):
+    """Templates of small talk and the values for their slots.
+
+    Attributes:
+      phrasings: templates of the question, with {x} and {y}.
+      answer: template of the answer as a full sentence, with {x}, {y} and {z}; capitalized later.
+      short: template of the short answer.
+      entries: x, y and z of each text of `questions.TOPICS`, separated by "/".
+    """
+
+    phrasings: Phrasings
+    answer: str
+    short: str
+    entries: dict[str, str]
 
 
 class Language(NamedTuple):
-    """Phrases of one language; `english` documents the fields."""
+    """Phrases of one language; `english` and english.toml document the fields."""
 
     phrases: Mapping[str, Phrasings]
     openings: Sequence[str]
@@ -21,20 +57,33 @@ class Language(NamedTuple):
     topics: Mapping[str, Topic]
 
 
-LANGUAGES = {
-    name: Language(
-        module.PHRASES,
-        module.OPENINGS,
+def _read_language(module: ModuleType) -> Language:
+    """Combine the answers of a module with the phrasings in the TOML file of the same name."""
+    values = tomllib.loads(Path(str(module.__file__)).with_suffix(".toml").read_text("utf-8"))
+    return Language(
+        {name: Phrasings.parse(text) for name, text in values["phrases"].items()},
+        values["openings"],
         module.template_slots,
         module.full_answer,
         module.short_answer,
-        topics,
+        {name: _topic(name, topic, module.NUMBERS) for name, topic in values["topics"].items()},
     )
-    for name, module, topics in (
-        ("en", english, small_talk_english.TOPICS),
-        ("de", german, small_talk_german.TOPICS),
+
+
+def _topic(name: str, values: Mapping[str, Any], numbers: Sequence[str]) -> Topic:
+    entries = values.get("entries", "").split(", ")
+    if name == "sum":
+        pairs = [map(int, text.split()) for text in TOPICS[name]]
+        entries = [f"{numbers[a]}/{numbers[b]}/{numbers[a + b]}" for a, b in pairs]
+    return Topic(
+        Phrasings.parse(values["phrases"]),
+        values["answer"],
+        values["short"],
+        dict(zip(TOPICS[name], entries, strict=True)),
     )
-}
+
+
+LANGUAGES = {"en": _read_language(english), "de": _read_language(german)}
 
 KINDS_WITHOUT_OPENING = ("compare", "count_one", "follow_up", "text", "echo")
 """Kinds whose questions have no opening such as "Look at the picture."."""

@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from ovis_jax.evaluation.batch_answering import ScoredAnswer, accuracy_by_kind, answer_rows
-from ovis_jax.inputs.dataset import read_dataset, read_json_rows
+from ovis_jax.inputs.dataset import read_dataset, read_json_rows_or_errors
 from ovis_jax.loading import LoadedOvis, load
 
 AccuracySummary = dict[str, dict[str, float]]
@@ -39,7 +39,7 @@ def answer_test_questions(
     Raises:
       DataError: the file cannot be used.
     """
-    lines = read_json_rows(test_file)
+    lines = read_json_rows_or_errors(test_file)
     rows = read_dataset([test_file]).rows
     line_of = {row.name: line for row, line in zip(rows, lines, strict=True)}
     for answer in answer_rows(ovis, rows, batch_size=BATCH_SIZE):
@@ -89,10 +89,10 @@ def render_summary(summary: AccuracySummary) -> Table:
 def main() -> None:
     """Parse the command line, answer the questions, and print the accuracy."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", metavar="MODEL", help="checkpoint")
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or ovis-tiny")
     parser.add_argument("test", type=Path, metavar="TEST.jsonl", help="test questions")
     parser.add_argument("--adapters", type=Path, help="folder of LoRA adapters")
-    parser.add_argument("--accept-short", action="store_true", help="accept short answers, too")
+    parser.add_argument("--accept-short", action="store_true", help="also accept short answers")
     parser.add_argument("--json", type=Path, help="JSON file to write the accuracy to")
     parser.add_argument(
         "--show-wrong", type=int, default=0, help="number of wrong answers to print"
@@ -102,14 +102,14 @@ def main() -> None:
     progress = track(
         answer_test_questions(ovis, args.test),
         "answering",
-        len(read_json_rows(args.test)),
+        len(read_json_rows_or_errors(args.test)),
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
     )
     answers = list(progress)
     summary = summarize_accuracy(answers, accept_short=args.accept_short)
     Console().print(render_summary(summary))
-    print(f"{np.mean([len(answer.tokens) for answer, _ in answers]):.2f} tokens per answer")
+    print(f"{np.mean([len(answer.token_ids) for answer, _ in answers]):.2f} tokens per answer")
     wrong = [pair for pair in answers if not pair[0].is_correct]
     for answer, line in wrong[: args.show_wrong]:
         question = line["conversations"][-2]["value"].replace("\n", " ")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ovis_jax.checkpoint.params import match_checkpoint
 from ovis_jax.config import OvisConfig
-from ovis_jax.inputs.dataset import read_json_rows
+from ovis_jax.inputs.dataset import read_json_rows_or_errors
 from ovis_jax.training.config import read_train_config
 from recipes.ovis_tiny.measure_accuracy import MEAN, AccuracySummary
 from recipes.ovis_tiny.scenes import COLOURS, SHAPES, WORDS
@@ -21,38 +21,45 @@ pipeline_tag: image-text-to-text
 ---
 # ovis-tiny
 
-A small Ovis1.6-Gemma2 that correctly answers questions about drawn scenes: the default checkpoint
-of ovis_jax, in the Hub's layout, with {parameters:,} parameters. ovis_jax itself trained it from
-scratch, on a CPU.
+ovis-tiny is a small Ovis1.6-Gemma2 model that answers questions about drawn scenes. It is the
+default checkpoint of ovis_jax. It has {parameters:,} parameters and is stored in the Hub's layout.
+It was trained from scratch with ovis_jax, on a CPU.
 
-The model knows {shapes} shapes in {colours} colours with their sizes, positions and counts; digits;
-{words} words; and some small talk. It answers about square pictures, wide pictures and pairs of
-pictures, in English and German. It knows nothing else: it is meant for demonstrations and tests.
+The model knows {shapes} shapes in {colours} colours, and their sizes, positions and counts. It also
+knows the digits, {words} words, and some small talk. It answers questions about square pictures,
+wide pictures and pairs of pictures, in English and German. It knows nothing else, because it is
+meant for demonstrations and tests.
 
 ## Training
 
-`make ovis-tiny` reproduces the checkpoint with the code in `recipes/ovis_tiny/`:
+`make ovis-tiny` reproduces the checkpoint with the code in `recipes/ovis_tiny/`. All runs of
+`ovis-jax train` use AdamW and keep the weights in float32.
 
-1. `generate_dataset` draws scenes and writes questions about them. A hash of its content assigns
-   each scene to training, validation or test, so no test scene was used for training.
-   `train_tokenizer` trains a SentencePiece tokenizer with Gemma's structure on the text
-   ({vocabulary:,} pieces).
-2. `pretrain_vision` trains the visual path alone, with a linear probe on the visual embeddings that
-   is discarded afterwards.
-3. {stage1}: the model learns to describe everything in a picture.
-4. {stage2}: it learns questions of all kinds, one to four per picture.
+1. `generate_dataset` draws scenes and writes questions about them. Each scene is assigned to
+   training, validation or test by a hash of its content, so no test scene was used for training.
+   `train_tokenizer` trains a SentencePiece tokenizer on the text. The tokenizer has Gemma's
+   structure and {vocabulary:,} pieces.
+2. `pretrain_vision` trains the visual path alone, with a linear probe on the visual embeddings. The
+   probe is discarded afterwards.
+3. {stage1}
+   The model learns to describe everything in a picture.
+4. {stage2}
+   The model learns to answer questions of all kinds, with one to four questions per picture.
 5. `pretrain_vision --align-words` moves each visual embedding towards the text embeddings of the
-   words, in both languages, that name what the patches show. Only after this step does the
-   model learn to say where a thing is, and whether it exists.
-6. {stage3}: more questions of the hard kinds.
-7. `pretrain_vision --align-words` runs again, to improve answers about places. Then {stage4}.
-8. {stage5}: more questions about places.
+   English and German words that name what the patches show. Only after this step does the model
+   learn to say where an object is and whether it exists.
+6. {stage3}
+   The training data has more questions of the hard kinds.
+7. `pretrain_vision --align-words` runs again, to improve answers about places. Then
+   {stage4}
+8. {stage5}
+   The training data has more questions about places.
 
 ## Accuracy
 
-Greedy answers of `ovis_jax.generate` to {test:,} questions about test scenes. An answer is correct
-only if it equals the single expected answer exactly. "new phrasing" means that training has no
-question with the same wording.
+The table shows the accuracy of greedy answers from `ovis_jax.generate`
+to {test:,} questions about test scenes. An answer is correct only if it equals the expected answer
+exactly. The column "new phrasing" is for questions whose wording does not occur in training.
 
 {table}
 """
@@ -64,11 +71,11 @@ def describe_stage(name: str) -> str:
     data, training = config.data, config.training
     rows = data.micro_batch_size * data.gradient_accumulation_steps
     *first, last = config.trainable
-    parts = f"{', '.join(first)} and {last}" if first else last
+    parts = f"{', '.join(f'`{part}`' for part in first)} and `{last}`" if first else f"`{last}`"
     return (
-        f"`ovis-jax train` trains {parts} ({training.max_steps:,} steps of {rows} rows, AdamW with"
-        f" a learning rate of {training.learning_rate:g}, {training.compute_dtype} compute with"
-        " float32 weights)"
+        f"`ovis-jax train` trains {parts} for {training.max_steps:,} steps of {rows} rows.\n"
+        f"   The learning rate is {training.learning_rate:g}, and the computation is in"
+        f" {training.compute_dtype}."
     )
 
 
@@ -93,7 +100,7 @@ def format_model_card(model_folder: Path, accuracy_file: Path, test_file: Path) 
         words=len(WORDS),
         vocabulary=config.decoder.vocab_size,
         **{name: describe_stage(name) for name in map("stage{}".format, range(1, 6))},
-        test=len(read_json_rows(test_file)),
+        test=len(read_json_rows_or_errors(test_file)),
         table=accuracy_markdown(json.loads(accuracy_file.read_text())),
     )
 

@@ -277,13 +277,15 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=NUM_PICTURES, help="number of pictures")
     parser.add_argument("--seed", type=int, default=0, help="seed of the pictures")
     parser.add_argument(
-        "--align-words", action="store_true", help="use text embeddings of words as probe rows"
+        "--align-words",
+        action="store_true",
+        help="use text embeddings of words as rows of the probe",
     )
     parser.add_argument(
         "--anchor-weight",
         type=float,
         default=0.0,
-        help="weight of the distance to the embeddings before training",
+        help="weight of the loss term that keeps embeddings close to those of SRC",
     )
     args = parser.parse_args()
     ovis = load(args.source)

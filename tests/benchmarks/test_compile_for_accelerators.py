@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from benchmarks import compile_for_accelerators
 from benchmarks.compile_for_accelerators import (
     TARGET_WORKLOADS,
-    check_plan,
+    passed_checks,
     print_checks,
     program_table,
 )
@@ -55,7 +55,7 @@ def plan(**programs):
 
 
 def test_checks_pass():
-    passed = check_plan(plan(decode=PROGRAM, prefill=PROGRAM, images=PROGRAM))
+    passed = passed_checks(plan(decode=PROGRAM, prefill=PROGRAM, images=PROGRAM))
     assert len(passed) == 17 and all(passed.values())
     assert print_checks([plan(decode=PROGRAM)]) == 0
 
@@ -79,7 +79,7 @@ def test_checks_pass():
 )
 def test_each_check_can_fail(capsys, program, change, check):
     failing = plan(**{program: {**PROGRAM, **change}})
-    assert [name for name, passed in check_plan(failing).items() if not passed] == [check]
+    assert [name for name, passed in passed_checks(failing).items() if not passed] == [check]
     assert print_checks([failing]) == 1 and check in capsys.readouterr().out
     columns, rows = program_table([failing])
     assert len(rows) == 1 and len(rows[0]) == len(columns)

@@ -17,7 +17,7 @@ def test_cold_and_warm(small, tmp_path):
     compile_time.main(
         dtype="float32",
         bucket=["1x12x1"],
-        new_tokens=3,
+        max_new_tokens=3,
         json_path=json_path,
         plot_path=plot_path,
     )

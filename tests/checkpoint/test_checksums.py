@@ -23,7 +23,10 @@ def test_inspect_checks_a_converted_folder(tmp_path):
     record = convert_from_hf(SOURCE, tmp_path / "out")
     command = [sys.executable, "-m", "ovis_jax", "inspect", "--check", str(tmp_path / "out")]
     valid = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert valid.returncode == 0 and "3 file(s) match" in valid.stdout, valid
+    assert (
+        valid.returncode == 0
+        and "3 files checked: equal to the checksums in conversion.json" in valid.stdout
+    ), valid
     shard = min(record["sha256"])
     flip_last_bit(tmp_path / "out" / shard)
     invalid = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

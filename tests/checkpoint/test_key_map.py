@@ -77,17 +77,17 @@ def test_golden_folders_match(name):
     dtype = "F32" if name == "tiny-f32" else "BF16"
     matched = match_tensors(index, CONFIG, make_hub_key_map(CONFIG), dtype)
     assert list(matched.sources) == list(param_shapes(CONFIG))
-    assert len(matched.sources) + len(matched.unused) == len(index.tensors) == 98
-    assert not matched.absent
+    assert len(matched.sources) + len(matched.unused_found) == len(index.tensors) == 98
+    assert not matched.unused_missing
     shapes = unused_tensor_shapes(CONFIG)
-    assert all(info.shape == shapes[info.key] for info, _ in matched.unused)
+    assert all(info.shape == shapes[info.key] for info, _ in matched.unused_found)
 
 
 def test_unused_tensors_may_be_absent():
     probe = "visual_tokenizer.backbone.vision_model.head.probe"
     matched = match_tensors(make_index({probe: None}), CONFIG, make_hub_key_map(CONFIG), "F32")
-    assert matched.absent == (probe,)
-    assert len(matched.unused) == 12
+    assert matched.unused_missing == (probe,)
+    assert len(matched.unused_found) == 12
 
 
 def test_all_faults_at_once():

@@ -76,7 +76,9 @@ def test_cast_that_overflows(tmp_path):
     folder = copy_golden("tiny-f32", tmp_path / "x")
     changes = {"llm.model.norm.weight": np.full(64, 1e6, np.float32)}
     rewrite_shard(folder / "model.safetensors", changes)
-    with pytest.raises(CheckpointError, match=r"llm\.model\.norm\.weight: holds numbers too large"):
+    with pytest.raises(
+        CheckpointError, match=r"llm\.model\.norm\.weight: contains numbers too large"
+    ):
         load_params(folder, CONFIG, dtype="float16")
 
 

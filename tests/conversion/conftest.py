@@ -2,14 +2,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from golden_copies import CHECKPOINTS, GOLDEN, read_files
 from hub_server import Hub, hub_server
 
+from ovis_jax import cli
+from ovis_jax.conversion import progress
 from ovis_jax.conversion.from_hf import convert_from_hf
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +26,22 @@ def converted(tmp_path_factory) -> dict[str, Path]:
     for name in CHECKPOINTS:
         convert_from_hf(GOLDEN / name, folder / name)
     return {name: folder / name for name in CHECKPOINTS}
+
+
+@pytest.fixture
+def export(tmp_path, monkeypatch, capfd) -> Callable[..., SimpleNamespace]:
+    """Run `ovis-jax export` in this process, without its signal handler."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(progress.signal, "signal", lambda *_: None)
+
+    def export(*arguments: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["ovis-jax", "export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+        stdout, stderr = capfd.readouterr()
+        return SimpleNamespace(exit_code=exited.value.code, stdout=stdout, stderr=stderr)
+
+    return export
 
 
 @pytest.fixture(scope="session")

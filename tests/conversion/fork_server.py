@@ -7,7 +7,6 @@ id of the fork and then its exit code.
 
 import contextlib
 import errno
-import io
 import json
 import os
 import resource
@@ -21,8 +20,10 @@ import typer
 from huggingface_hub import constants
 from huggingface_hub.utils import build_hf_headers
 
+from ovis_jax.console import exit_on_error
 from ovis_jax.conversion import shard_downloads, tensor_chunks
 from ovis_jax.conversion.from_hf import convert
+from ovis_jax.errors import OvisError
 
 APP = typer.Typer(add_completion=False)
 APP.command()(convert)
@@ -71,7 +72,8 @@ def run(
         os.dup2(descriptor, stream)
     # A shell starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    APP(arguments)
+    with exit_on_error():
+        APP(arguments)
 
 
 def main() -> None:
@@ -79,7 +81,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # JAX warns about forks; nothing here computes
     # Everything that is imported or read at first use.
     build_hf_headers()
-    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.suppress(OvisError):
         APP(["nowhere", "nothing"])
     constants.DOWNLOAD_CHUNK_SIZE = 1 << 14  # so that downloads of small files can be resumed
     for line in sys.stdin:

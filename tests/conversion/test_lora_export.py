@@ -7,21 +7,19 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import typer
 from flax.traverse_util import flatten_dict
 from golden_copies import CHECKPOINTS, GOLDEN, copy_golden, read_tensors, rewrite_shard, same_bits
 from random_adapters import random_adapters
 from safetensors import safe_open
-from typer.testing import CliRunner
 
 from ovis_jax import presets
 from ovis_jax.checkpoint.adapters import save_adapters
 from ovis_jax.checkpoint.checkpoint_problems import CheckpointValidationError
 from ovis_jax.checkpoint.key_map import UNUSED_HUB_KEYS, make_hub_key_map
 from ovis_jax.checkpoint.params import load_params, save_params
-from ovis_jax.conversion import exit_codes, tensor_chunks
+from ovis_jax.conversion import tensor_chunks
 from ovis_jax.conversion.peft_export import export_peft_adapter
-from ovis_jax.conversion.to_hf import export, export_to_hf
+from ovis_jax.conversion.to_hf import export_to_hf
 from ovis_jax.errors import CheckpointError, OvisError
 from ovis_jax.loading import load
 from ovis_jax.model.lora import attach_adapters, merge_adapters
@@ -37,16 +35,6 @@ def lora(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapters") / "lora"
     save_adapters(folder, random_adapters(CONFIG), CONFIG, scale=1.5)
     return folder
-
-
-@pytest.fixture
-def invoke(tmp_path, monkeypatch):
-    """Run the command in this process, without its signal handler."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(exit_codes.signal, "signal", lambda *_: None)
-    app = typer.Typer()
-    app.command()(export)
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def merged_by_hand(checkpoint: str) -> dict[str, np.ndarray]:
@@ -131,8 +119,8 @@ def test_only_the_adapted_matrices_are_computed(converted, tmp_path, monkeypatch
     assert {key for key in used if not same_bits(before[key], after[key])} == {QUERY_KEY}
 
 
-def test_command(converted, lora, tmp_path, invoke):
-    result = invoke(converted["tiny-f32"], "peft", "--lora", lora)
+def test_command(converted, lora, tmp_path, export):
+    result = export(converted["tiny-f32"], "peft", "--adapters", lora)
     assert (result.exit_code, result.stderr) == (0, "")
     count = 6 * CONFIG.vision.depth + 29
     assert result.stdout == f"peft: PEFT adapter of rank 4 for {count} matrices of tiny-f32\n"
@@ -140,41 +128,37 @@ def test_command(converted, lora, tmp_path, invoke):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    result = invoke(GOLDEN / "tiny-f32", "merged", "--lora", lora, "--merge")
+    result = export(GOLDEN / "tiny-f32", "merged", "--adapters", lora, "--merge")
     assert (result.exit_code, result.stderr) == (0, "")
-    never_used = f"the 13 that the model never uses were copied from {GOLDEN / 'tiny-f32'}"
+    never_used = f"tensors that the model never uses: 13 copied from {GOLDEN / 'tiny-f32'}"
     summary = f"98 tensors; {never_used}; the adapters of {lora} were merged"
     assert result.stdout == f"merged: {summary}\n"
-    result = invoke(converted["tiny-f32"], "zeros", "--lora", lora, "--merge")
-    assert "never uses are zeros; the adapters of" in result.stdout
+    result = export(converted["tiny-f32"], "zeros", "--adapters", lora, "--merge")
+    assert "never uses: 13 written as zeros; the adapters of" in result.stdout
     assert_same_tensors(tmp_path / "merged", merged_by_hand("tiny-f32"))
 
 
 @pytest.mark.parametrize("kept", [12, 0])
-def test_checkpoint_without_never_used_tensors(lora, tmp_path, invoke, kept):
+def test_checkpoint_without_never_used_tensors(lora, tmp_path, export, kept):
     source = copy_golden("tiny-f32", tmp_path / "lean")
     lacking = list(UNUSED_HUB_KEYS)[kept:]
     rewrite_shard(source / "model.safetensors", dict.fromkeys(lacking))
-    result = invoke("lean", "merged", "--lora", lora, "--merge")
+    result = export("lean", "merged", "--adapters", lora, "--merge")
     assert (result.exit_code, result.stderr) == (0, "")
-    origin = {
-        12: "of the 13 that the model never uses, 12 were copied from lean and 1, which it lacks,"
-        " are",
-        0: "the 13 that the model never uses are",
-    }
-    assert result.stdout.startswith(f"merged: 98 tensors; {origin[kept]} zeros; the adapters of")
+    origin = {12: "12 copied from lean, 1 written as zeros", 0: "13 written as zeros"}
+    assert f"that the model never uses: {origin[kept]}; the adapters of" in result.stdout
     expected = merged_by_hand("tiny-f32")
     assert_same_tensors(
         tmp_path / "merged", expected | {key: np.zeros_like(expected[key]) for key in lacking}
     )
 
 
-def test_never_used_tensors_of_another_shape(lora, tmp_path, invoke):
+def test_never_used_tensors_of_another_shape(lora, tmp_path, export):
     source = copy_golden("tiny-f32", tmp_path / "odd")
     rewrite_shard(
         source / "model.safetensors", {next(iter(UNUSED_HUB_KEYS)): np.zeros(49, np.float32)}
     )
-    result = invoke("odd", "merged", "--lora", lora, "--merge")
+    result = export("odd", "merged", "--adapters", lora, "--merge")
     assert result.exit_code == 1 and "error: odd: 1 problem" in result.stderr
     assert "--source" not in result.stderr
 
@@ -182,31 +166,31 @@ def test_never_used_tensors_of_another_shape(lora, tmp_path, invoke):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--merge"], "--merge needs --lora ADAPTERS"),
-        (["--lora", "nowhere"], "adapters nowhere: it is not a folder"),
-        (["--lora", "nowhere", "--merge"], "adapters nowhere: it is not a folder"),
-        (["--lora", GOLDEN], "it has no adapters.json"),
-        (["--lora", "x", "--source", GOLDEN], "leave it out, or add --merge"),
+        (["--merge"], "--merge needs --adapters DIR"),
+        (["--adapters", "nowhere"], "adapters nowhere: it is not a folder"),
+        (["--adapters", "nowhere", "--merge"], "adapters nowhere: it is not a folder"),
+        (["--adapters", GOLDEN], "it has no adapters.json"),
+        (["--adapters", "x", "--source", GOLDEN], "leave it out, or add --merge"),
     ],
 )
-def test_usage(converted, tmp_path, invoke, arguments, message):
-    result = invoke(converted["tiny-f32"], "out", *arguments)
+def test_usage(converted, tmp_path, export, arguments, message):
+    result = export(converted["tiny-f32"], "out", *arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
-    result = invoke("missing", "out", *arguments)
+    result = export("missing", "out", *arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("merge", [[], ["--merge"]])
-def test_faults_are_reported_in_a_table(converted, tmp_path, invoke, merge):
+def test_faults_are_reported_in_a_table(converted, tmp_path, export, merge):
     save_adapters(tmp_path / "lora", random_adapters(CONFIG), CONFIG, scale=1.5)
     changes = {
         f"{QUERY}/lora_b": None,
         "decoder/block_0/mlp/up/lora_a": np.zeros((4, 65), np.float32),
     }
     rewrite_shard(tmp_path / "lora/adapters.safetensors", changes)
-    result = invoke(converted["tiny-f32"], "out", "--lora", "lora", *merge)
+    result = export(converted["tiny-f32"], "out", "--adapters", "lora", *merge)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "adapters lora: 2 problems" in result.stderr
     assert f"{QUERY}/lora_b" in result.stderr and "D = 65" in result.stderr

@@ -1,18 +1,8 @@
-"""The sizes of a runner, and the shapes of its arrays."""
+"""The shapes of a runner's arrays."""
 
 import jaxtyping
 import numpy as np
 import pytest
-
-from ovis_jax.engine.runner import ModelRunner
-from ovis_jax.errors import RequestError
-
-
-@pytest.mark.parametrize("name", ["max_num_seqs", "max_model_len", "chunk_size"])
-def test_sizes_are_checked(ovis, name):
-    sizes = {"max_num_seqs": 1, "max_model_len": 9, "chunk_size": 9} | {name: 0}
-    with pytest.raises(RequestError, match=f"{name} is 0, expected at least 1"):
-        ModelRunner(ovis.model, ovis.params, **sizes)
 
 
 def test_shapes_and_dtypes_are_checked_in_tests(runner):

@@ -10,45 +10,27 @@ from compilations import compilations
 from serving_setup import (
     CHUNK_SIZE,
     MAX_NUM_SEQS,
-    MAX_QUEUED_REQUESTS,
+    SIZES,
     is_idle,
     make_image,
-    make_runner,
     wait_until,
 )
 
 import ovis_jax
 from ovis_jax import Sampling, load
-from ovis_jax.engine.request import Delta, Failure
+from ovis_jax.engine.request import Delta, EngineError, Failure
 from ovis_jax.engine.runner import ModelRunner
 from ovis_jax.engine.scheduler import (
     DEADLINE_EXCEEDED,
     ENGINE_FAILED,
     SHUTTING_DOWN,
-    EngineClosedError,
     QueueFullError,
-    Scheduler,
+    run_engine,
 )
-from ovis_jax.errors import RequestError
 from ovis_jax.mesh import tensor_parallel_mesh
 
 ENDLESS = {"sampling": Sampling(repetition_penalty=0.01), "max_new_tokens": 200}
 """A penalty below 1 makes a model repeat itself up to the maximum length."""
-
-
-@pytest.fixture
-def make_scheduler(ovis, runner):
-    """Make schedulers that a test may close; the rest are closed after it."""
-    made = []
-
-    def make(max_queued_requests: int = 9, **options) -> Scheduler:
-        options = {"ovis": ovis, "runner": runner} | options
-        made.append(Scheduler(**options, max_queued_requests=max_queued_requests))
-        return made[-1]
-
-    yield make
-    for scheduler in made:
-        scheduler.close(30.0)
 
 
 def questions(scenes, number: int):
@@ -192,8 +174,8 @@ def test_closing_finishes_running_requests_and_rejects_new_ones(make_scheduler, 
     many = [submit(scheduler, f"Number {n}", max_new_tokens=15) for n in range(12)]
     closing = threading.Thread(target=scheduler.close, args=(60.0,))
     closing.start()
-    wait_until(lambda: scheduler.failure)
-    with pytest.raises(EngineClosedError, match="shutting down") as caught:
+    wait_until(scheduler, lambda: scheduler.failure)
+    with pytest.raises(EngineError, match="shutting down") as caught:
         submit(scheduler, "Too late?")
     assert caught.value.failure == SHUTTING_DOWN
     closing.join()
@@ -206,7 +188,7 @@ def test_requests_fail_after_the_shutdown_timeout(make_scheduler, submit, decode
     decode_gate.run(2)
     closing = threading.Thread(target=scheduler.close, args=(0.0,))
     closing.start()
-    wait_until(lambda: scheduler._abort)
+    wait_until(scheduler, lambda: scheduler._abort)
     decode_gate.open()
     assert [submitted.last_event() for submitted in many] == [SHUTTING_DOWN] * 6
     closing.join()
@@ -238,29 +220,22 @@ def test_an_engine_that_cannot_recover_closes(make_scheduler, runner, submit, mo
     monkeypatch.setattr(ModelRunner, "run_decode", fails)
     monkeypatch.setattr(runner, "init_decode_state", fails)
     assert submit(scheduler, "Hello?").last_event() == ENGINE_FAILED
-    wait_until(lambda: scheduler.failure)
-    with pytest.raises(EngineClosedError, match="the model failed"):
+    wait_until(scheduler, lambda: scheduler.failure)
+    with pytest.raises(EngineError, match="the model failed"):
         submit(scheduler, "Hello?")
     scheduler.close(30.0)
     assert scheduler.failure == ENGINE_FAILED
 
 
-def test_the_size_of_the_queue_is_checked(make_scheduler):
-    with pytest.raises(RequestError, match="max_queued_requests is 0, expected at least 1"):
-        make_scheduler(max_queued_requests=0)
-
-
 @pytest.mark.slow
-def test_a_sharded_model_gives_the_same_answers(scheduler, make_scheduler, submit, scenes):
-    sharded = load("ovis-tiny", mesh=tensor_parallel_mesh(2))
-    runner = make_runner(sharded)
-    keys, _ = runner.init_decode_state().cache.blocks[0]
-    assert keys.addressable_shards[0].data.shape[1] == keys.shape[1] / 2
-    other = make_scheduler(MAX_QUEUED_REQUESTS, ovis=sharded, runner=runner)
+def test_a_sharded_model_gives_the_same_answers(scheduler, submit, scenes):
     # Pictures that the model knows: on noise, another order of summation may tip a token.
     asked = [(list(turns), images) for turns, images, _ in scenes[:8]]
-    with compilations() as found:
-        submitted = [submit(other, *pair) for pair in asked]
-        texts = [one.text() for one in submitted]
+    with run_engine(load("ovis-tiny", mesh=tensor_parallel_mesh(2)), **SIZES) as other:
+        keys, _ = other._state.cache.blocks[0]
+        assert keys.addressable_shards[0].data.shape[1] == keys.shape[1] / 2
+        with compilations() as found:
+            submitted = [submit(other, *pair) for pair in asked]
+            texts = [one.text() for one in submitted]
     assert found == []
     assert texts == [submit(scheduler, *pair).text() for pair in asked]

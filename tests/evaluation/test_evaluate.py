@@ -7,13 +7,13 @@ their base classes.
 import json
 
 import harnesses
-import numpy as np
+import jax.numpy as jnp
 import pytest
 from typer.testing import CliRunner
 
 from ovis_jax.cli import app
 from ovis_jax.errors import RequestError
-from ovis_jax.evaluation import evaluate
+from ovis_jax.evaluation import batch_answering, evaluate
 from ovis_jax.evaluation.questions import read_questions
 from ovis_jax.inference.score import Scores
 from recipes.ovis_tiny import measure_accuracy
@@ -121,10 +121,11 @@ def test_options_by_log_probability(ovis, scene_questions, tmp_path, monkeypatch
         """Later letters are more probable; a missing third answer has log-probability -inf."""
         scored.append(ovis.processor.tokenizer.decode(answers[1, :, 0].tolist()))
         assert answers.shape == (BATCH, 3, 1) and inputs.tokens.shape[0] == BATCH
-        log_probs = np.where(answers[..., 0] >= 0, -3.0 + np.arange(3), -np.inf)
-        return Scores(log_probs, *[np.zeros(1)] * 3)
+        log_probs = jnp.where(answers[..., 0] >= 0, -3.0 + jnp.arange(3), -jnp.inf)
+        zeros = jnp.zeros(answers.shape)
+        return Scores(log_probs, zeros, zeros > 0, jnp.zeros(answers.shape[:2], jnp.int32))
 
-    monkeypatch.setattr(evaluate, "score", fake_score)
+    monkeypatch.setattr(batch_answering, "score", fake_score)
     out = tmp_path / "results.jsonl"
     assert run_eval(path, "--choose-by", "log_prob", "--output", out).exit_code == 0
     found = [json.loads(line) for line in out.read_text().splitlines()[1:]]
@@ -175,7 +176,7 @@ def test_lmms_eval(ovis, scene_questions, evaluated, monkeypatch):
     with pytest.raises(RequestError, match="num_beams is 4"):
         model.generate_until([harnesses.Instance(beams)])
     video = requests[0].args[:2] + (lambda _: ["a.mp4"],) + requests[0].args[3:]
-    with pytest.raises(RequestError, match="a task has a str as input"):
+    with pytest.raises(RequestError, match="a task has an input of type str"):
         model.generate_until([harnesses.Instance(video)])
 
 
@@ -211,7 +212,7 @@ def _check_multi_round(model, questions, texts, images, settings) -> None:
 @pytest.mark.slow
 def test_vlmevalkit(ovis, scene_questions, evaluated, monkeypatch):
     harnesses.install_vlmeval(monkeypatch)
-    from ovis_jax.evaluation.vlmeval_model import OvisForVLMEvalKit, message_to_request
+    from ovis_jax.evaluation.vlmeval_model import OvisForVLMEvalKit, message_to_prompt
 
     model = OvisForVLMEvalKit("ovis-tiny", max_new_tokens=TOKENS)
     questions = {q.row.kind: q for q in read_questions(scene_questions)}
@@ -236,7 +237,7 @@ def test_vlmevalkit(ovis, scene_questions, evaluated, monkeypatch):
     (asked, _) = model.build_prompt(line, "some_Y/N")
     assert asked["value"] == "Which?\nAnswer the question using a single word or phrase."
     image, text = {"type": "image", "value": picture}, {"type": "text", "value": "And <image>?"}
-    assert message_to_request([text, image]).text == "<image>\nAnd ?"
-    assert message_to_request([text, image, text]).text == "And ?\n<image>\nAnd ?"
+    assert message_to_prompt([text, image]).text == "<image>\nAnd ?"
+    assert message_to_prompt([text, image, text]).text == "And ?\n<image>\nAnd ?"
     with pytest.raises(RequestError, match="'video'"):
-        message_to_request([{"type": "video", "value": "a.mp4"}])
+        message_to_prompt([{"type": "video", "value": "a.mp4"}])

@@ -79,7 +79,7 @@ def test_a_folder_and_conversations(write, golden, tmp_path):
     "row, message",
     [
         ("{", "not JSON"),
-        ([1], "a list"),
+        ([1], "type list"),
         ({"answer": "A"}, "question is missing"),
         ({"question": "  ", "answer": "A"}, "question is '  '"),
         ({"question": "What?"}, "answer is missing"),
@@ -109,7 +109,7 @@ def test_nothing_to_read(write, tmp_path):
         read_questions(write(""))
     with pytest.raises(DataError, match="cannot be read"):
         read_questions(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match=r"row 1: not JSON.* \(and 1 more invalid rows\)"):
+    with pytest.raises(DataError, match=r"row 1: not JSON.* \(and 1 more invalid row\)"):
         read_questions(write("{", "{"))
 
 

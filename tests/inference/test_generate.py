@@ -248,7 +248,7 @@ def test_known_shapes_compile_nothing(ovis, golden):
 def test_decode_donates_its_cache(ovis):
     """The compiled step updates the complete cache in place."""
     inputs = text_inputs(random_ids(40), random_ids(30))
-    options = make_options(ovis.model, inputs, None, 64, Sampling(), None)
+    options = make_options("generate", ovis.model, ovis.params, inputs, None, 64, Sampling(), None)
     state, _ = jax.eval_shape(
         lambda params: prefill_and_decode(ovis.model, params, inputs, options, 64, 1), ovis.params
     )

@@ -27,7 +27,7 @@ def test_a_step_needs_little_memory(dtype, rows):
     params = jax.eval_shape(lambda key: model.init(key, jnp.dtype(dtype)), jax.random.key(0))
     ids = jnp.ones((rows, 4), jnp.int32)
     inputs = Inputs(ids, ids, jnp.zeros((0, 70, 70, 3)))
-    options = make_options(model, inputs, None, new_tokens, Sampling(), ())
+    options = make_options("generate", model, params, inputs, None, new_tokens, Sampling(), ())
     state, _ = jax.eval_shape(
         lambda params, options: prefill_and_decode(model, params, inputs, options, new_tokens, 8),
         params,

@@ -181,7 +181,7 @@ def test_bad_ids(ovis, inputs, answers):
 
     assert "[3, 24]" in refused(answers[:, 0])
     assert "[3, 2, 0]" in refused(answers[..., :0])
-    assert "for 2 prompts, but inputs hold 3" in refused(answers[:2])
-    assert "hold -300" in refused(np.where(answers == -100, -300, answers))
-    assert "hold float32" in refused(answers.astype(np.float32))
+    assert "for 2 prompts, but inputs contain 3" in refused(answers[:2])
+    assert "contain -300" in refused(np.where(answers == -100, -300, answers))
+    assert "contain float32" in refused(answers.astype(np.float32))
     assert "before an id" in refused(answers[..., ::-1])

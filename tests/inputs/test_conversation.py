@@ -167,11 +167,13 @@ def test_images_in_an_answer_are_not_learned():
         (
             [{"from": "human", "value": "a"}],
             0,
-            r"\['from', 'value'\], expected .* role and content",
+            r"has the keys \['from', 'value'\], expected role and content",
         ),
-        (["Hi"], 0, "turn 1 of prompts.2. is str"),
-        ([user(3)], 0, "content of turn 1 of prompts.2. is a int, expected a string or a list"),
-        ([user(["Hi"])], 0, "part 1 of turn 1 of prompts.2. is a str, expected"),
+        (3, 0, "prompts.2. has type int, expected a string or a list of turns"),
+        (b"Hi", 0, r"prompts.2. has type bytes, an image type; the order is ask\(prompt, images\)"),
+        (["Hi"], 0, "turn 1 of prompts.2. has type str, expected a dict with role and content"),
+        ([user(3)], 0, "content of turn 1 of prompts.2. has type int, expected a string or a list"),
+        ([user(["Hi"])], 0, "part 1 of turn 1 of prompts.2. has type str, expected"),
         ([user([text("Hi"), {"type": "video"}])], 0, "part 2 of turn 1 .* has the type 'video'"),
         ([user([{"type": "text"}])], 0, "part 1 of turn 1 of prompts.2. has the type 'text'"),
         (
@@ -179,10 +181,10 @@ def test_images_in_an_answer_are_not_learned():
             0,
             "part 1 of turn 1 .* URL 'https://example.org/a.png', expected a data: URL",
         ),
-        ("<image> <image>", 1, "prompts.2. holds <image> 2 times, but 1 image comes"),
-        ("<image>", 2, "prompts.2. holds <image> once, but 2 images come"),
-        ("<image>", 0, "holds <image> once, but 0 images come"),
-        ([assistant("a")], 1, "holds <image> 0 times, but 1 image comes"),
+        ("<image> <image>", 1, "prompts.2. contains <image> 2 times, but 1 image is given"),
+        ("<image>", 2, "prompts.2. contains <image> once, but 2 images are given"),
+        ("<image>", 0, "contains <image> once, but 0 images are given"),
+        ([assistant("a")], 1, "contains <image> 0 times, but 1 image is given"),
     ],
 )
 def test_malformed_prompts(prompt, num_images, message):
@@ -198,7 +200,7 @@ def test_an_answered_conversation_is_no_prompt():
 
 
 def test_an_image_in_the_assistant_prefix():
-    with pytest.raises(PromptError, match="assistant_prefix of the prompt holds <image>"):
+    with pytest.raises(PromptError, match="assistant_prefix of the prompt contains <image>"):
         encode_prompt(parse("Hi"), tokenizer(), "<image>")
 
 

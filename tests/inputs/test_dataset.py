@@ -56,7 +56,7 @@ def test_row_without_an_image(tmp_path):
     "row, message",
     [
         ("{", "not JSON"),
-        ([], "the row is a list, expected an object"),
+        ([], "the row has type list, expected an object"),
         ({"image": "dot.png"}, "expected conversations, or prompt, chosen and rejected"),
         (VALID | {"conversations": [QUESTION]}, "no turn from gpt has an answer"),
         (VALID | {"conversations": [QUESTION, ANSWER | {"value": " "}]}, "no turn from gpt has"),

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import io
 import json
@@ -14,10 +15,8 @@ from ovis_jax.errors import ConfigError, ImageError
 from ovis_jax.inputs.image_processing import (
     ImageProcessorConfig,
     choose_grid,
-    crop_boxes_with_thumbnail,
     grid_boxes,
     image_placeholder_ids,
-    layout_image,
     preprocess_image,
 )
 from ovis_jax.inputs.open_image import open_image
@@ -30,11 +29,6 @@ CASES = sorted(
     if path.stem not in ("batch_leftpad", "text_only")
 )
 SETTINGS = ImageProcessorConfig.from_folder(CHECKPOINT, 70)
-
-
-def preprocessor(**changes):
-    fields = json.loads((CHECKPOINT / "preprocessor_config.json").read_text())
-    return {key: value for key, value in {**fields, **changes}.items() if value != "missing"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -55,7 +49,7 @@ def test_crops_equal_the_original_bit_for_bit(case):
 
 def test_sizes_are_computed_in_floats():
     # 17 / 28 * 84 is 50.99999999999999 in floats, 51 in integers.
-    settings = ImageProcessorConfig.from_hf(preprocessor(size={"height": 84, "width": 84}), 84)
+    settings = dataclasses.replace(SETTINGS, crop_size=84)
     pixels, grid = preprocess_image(Image.new("RGB", (28, 17), "white"), settings, 1)
     assert grid == (1, 1)
     assert np.flatnonzero(pixels[0].any(axis=(1, 2))).tolist() == list(range(17, 67))
@@ -153,17 +147,6 @@ def test_one_slot_per_crop(rows, columns):
     assert image_placeholder_ids((rows, columns)).count(-300) == (1 if cells == 1 else cells + 1)
 
 
-def test_the_layout_of_an_image():
-    single = layout_image(70, 50, 70, 9, 9)
-    assert single == ((1, 1), [(0, 0, 70, 50)], [-301, -300, -302, -305], 3 + 9)
-    several = layout_image(141, 70, 70, 9, 2)
-    assert several.grid == (1, 2)
-    assert several.boxes == [(0, 0, 141, 70), (0, 0, 70, 70), (70, 0, 141, 70)]
-    assert several.boxes == crop_boxes_with_thumbnail(141, 70, (1, 2))
-    assert several.placeholder_ids == image_placeholder_ids((1, 2))
-    assert several.num_tokens == 4 + 3 * 9
-
-
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
 def test_every_mode_is_converted_to_rgb(mode):
     image = Image.new(mode, (20, 10))
@@ -233,6 +216,9 @@ def test_a_file_that_fails_at_first_use():
         ({"rescale_factor": 0}, "rescale_factor is 0"),
     ],
 )
-def test_unsupported_settings(changes, message):
+def test_unsupported_settings(tmp_path, changes, message):
+    fields = json.loads((CHECKPOINT / "preprocessor_config.json").read_text()) | changes
+    fields = {key: value for key, value in fields.items() if value != "missing"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match=f"preprocessor_config.json.*{message}"):
-        ImageProcessorConfig.from_hf(preprocessor(**changes), 70)
+        ImageProcessorConfig.from_folder(tmp_path, 70)

@@ -2,6 +2,7 @@ import base64
 import io
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -39,6 +40,7 @@ def test_arrays(shape, mode):
     image = open_image(array)
     assert image.mode == mode and image.size == (3, 2)
     np.testing.assert_array_equal(np.asarray(image), array)
+    assert open_image(jnp.asarray(array)) == image
 
 
 @pytest.mark.parametrize(
@@ -50,10 +52,20 @@ def test_arrays(shape, mode):
         ("https://example.org/a.png", "https://example.org/a.png is a URL"),
         ("data:image/png;base64", "needs a comma"),
         ("data:image/png;base64,%", "base64"),
-        ("data:,hello", "not a whole image"),
-        (3, "image 2 is a int, expected a path"),
-        (np.zeros((2, 3, 3), np.float32), r"image 2 is a float32 array of shape \[2, 3, 3\]"),
-        (np.zeros((1, 2, 3, 3), np.uint8), r"image 2 is a uint8 array of shape \[1, 2, 3, 3\]"),
+        ("data:,hello", "not a complete image"),
+        (3, "image 2 has type int, expected a path"),
+        (
+            [DATA],
+            "image 2 has type list, expected a path.*; lists of images belong to a list of pr",
+        ),
+        (
+            np.zeros((2, 3, 3), np.float32),
+            r"image 2 is an array of dtype float32 and shape \[2, 3, 3\]",
+        ),
+        (
+            np.zeros((1, 2, 3, 3), np.uint8),
+            r"an array of dtype uint8 and shape \[1, 2, 3, 3\], expect",
+        ),
         (np.zeros((0, 3, 3), np.uint8), r"shape \[0, 3, 3\], which has no pixels"),
     ],
 )
@@ -71,8 +83,12 @@ def test_files_are_named(tmp_path):
 def test_one_image_or_a_list():
     assert list_images(None) == ()
     assert list_images("a.png") == ("a.png",)
+    array = jnp.zeros((2, 3))
+    assert list_images(array) == (array,)
     assert list_images(["a.png", "b.png"]) == ["a.png", "b.png"]
-    with pytest.raises(ImageError, match="images of prompts.2. is a int, expected a path.* list"):
+    with pytest.raises(
+        ImageError, match="images of prompts.2. have type int, expected a path.* list"
+    ):
         list_images(3, "prompts[2]")  # pyright: ignore
 
 
@@ -101,7 +117,7 @@ def test_untrusted_images_are_decoded_after_the_pixel_count():
         add_image_pixels(0, image, 5)
     decode_image(image)
     damaged = open_image_header(DATA[: len(DATA) // 2])
-    with pytest.raises(ImageError, match="not a whole image"):
+    with pytest.raises(ImageError, match="not a complete image"):
         decode_image(damaged)
 
 

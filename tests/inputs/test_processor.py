@@ -14,8 +14,10 @@ from ovis_jax.config import OvisConfig
 from ovis_jax.errors import ConfigError, ImageError, PromptError, PromptTooLongError
 from ovis_jax.inputs.buckets import Bucket, bucket_size
 from ovis_jax.inputs.conversation import turns_from_sharegpt
+from ovis_jax.inputs.image_processing import crop_boxes_with_thumbnail, image_placeholder_ids
 from ovis_jax.inputs.open_image import open_image
 from ovis_jax.inputs.processor import Processor
+from ovis_jax.inputs.tokenizer import IncrementalDetokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINT = GOLDEN / "tiny-f32"
@@ -178,6 +180,17 @@ def test_encode_gives_the_batch_without_padding(case):
     assert processor().count_image_tokens(images, max_partition) == slots + indicators
 
 
+def test_the_layout_of_an_image():
+    single = processor().image_layout(Image.new("RGB", (70, 50)))
+    assert single == ((1, 1), [(0, 0, 70, 50)], [-301, -300, -302, -305], 3 + M)
+    several = processor().image_layout(Image.new("RGB", (141, 70)), 2)
+    assert several.grid == (1, 2)
+    assert several.boxes == [(0, 0, 141, 70), (0, 0, 70, 70), (70, 0, 141, 70)]
+    assert several.boxes == crop_boxes_with_thumbnail(141, 70, (1, 2))
+    assert several.placeholder_ids == image_placeholder_ids((1, 2))
+    assert several.num_tokens == 4 + 3 * M
+
+
 def test_the_length_is_checked_before_an_image_is_decoded():
     damaged = Image.open(io.BytesIO((GOLDEN / "images" / "wide.png").read_bytes()[:500]))
     with pytest.raises(PromptTooLongError, match="the chat is .* more than the 20 allowed"):
@@ -268,7 +281,7 @@ def test_generated_text_is_the_original_s(case):
     golden, *_ = read(case)
     text = str(golden["original_generate_text"])
     assert processor().decode(golden["original_generate_tokens"]) == text
-    detokenizer = processor().new_detokenizer()
+    detokenizer = IncrementalDetokenizer(processor().tokenizer)
     pieces = [detokenizer.push(int(i)) for i in golden["original_generate_tokens"]]
     assert "".join(pieces) + detokenizer.finish() == text
 
@@ -276,15 +289,16 @@ def test_generated_text_is_the_original_s(case):
 @pytest.mark.parametrize(
     "arguments, options, message",
     [
-        (([],), {}, "prompts must be one prompt or a list of at least one"),
-        ((3,), {}, "prompts must be one prompt or a list of at least one"),
-        ((["a", "b"], [[]]), {}, "images has 1 entries for 2 prompts"),
-        ((["a", "b"],), {"max_partition": [1]}, "max_partition has 1 entries"),
-        ((["a"],), {"assistant_prefix": ["", ""]}, "assistant_prefix has 2 entries"),
-        ((["a", "<image>"], [[], []]), {}, r"prompts\[1\] holds <image> once, but 0 images"),
-        ((["a", "b"], PICTURE), {}, "images has 1 entries for 2 prompts"),
-        (("<image>",), {}, "the prompt holds <image> once, but 0 images"),
-        (("Hi",), {"max_partition": [1, 2]}, "max_partition has 2 entries for 1 prompts"),
+        (([],), {}, r"prompts are \[\], expected at least one prompt"),
+        ((3,), {}, "the prompt has type int, expected a string or a list of turns"),
+        ((b"a", PICTURE), {}, r"the prompt has type bytes, .* order is ask\(prompt, images\)"),
+        ((["a", "b"], [[]]), {}, "images has length 1, expected 2: one entry for each prompt"),
+        ((["a", "b"],), {"max_partition": [1]}, "max_partition has length 1, expected 2"),
+        ((["a"],), {"assistant_prefix": ["", ""]}, "assistant_prefix has length 2, expected 1"),
+        ((["a", "<image>"], [[], []]), {}, r"prompts\[1\] contains <image> once, but 0 images"),
+        ((["a", "b"], PICTURE), {}, "images has length 1, expected 2"),
+        (("<image>",), {}, "the prompt contains <image> once, but 0 images"),
+        (("Hi",), {"max_partition": [1, 2]}, "max_partition has length 2, expected 1"),
     ],
 )
 def test_malformed_batches(arguments, options, message):
@@ -293,11 +307,16 @@ def test_malformed_batches(arguments, options, message):
 
 
 def test_invalid_images():
-    with pytest.raises(ImageError, match=r"image 2 of prompts\[1\] is a float, expected a path"):
+    with pytest.raises(
+        ImageError, match=r"image 2 of prompts\[1\] has type float, expected a path"
+    ):
         processor()(["a", "b"], cast(Any, [[], [PICTURE, 0.5]]))
-    with pytest.raises(ImageError, match=r"images of prompts\[0\] is a int, expected a path"):
+    with pytest.raises(ImageError, match=r"images of prompts\[0\] have type int, expected a path"):
         processor()(["a"], cast(Any, [3]))
-    with pytest.raises(ImageError, match="image 1 of the prompt is a list, expected a path"):
+    message = (
+        "image 1 of the prompt has type list, expected a path.*; lists of images belong to a list"
+    )
+    with pytest.raises(ImageError, match=message):
         processor()("a", cast(Any, [[PICTURE]]))
     with pytest.raises(ImageError, match="cat.png cannot be read"):
         processor()(["a"], [["cat.png"]])
@@ -309,10 +328,10 @@ def test_invalid_images():
     "input_ids, mask, message",
     [
         ([], None, "input_ids is empty"),
-        ([[5, 600]], None, "row 0 of input_ids holds 600"),
-        ([[5], [-200]], None, "row 1 of input_ids holds -200"),
-        ([[5], [0, 0]], None, "row 1 of input_ids holds only padding"),
-        ([[5, 6]], [[True]], "attention_mask has another shape"),
+        ([[5, 600]], None, "row 0 of input_ids contains 600"),
+        ([[5], [-200]], None, "row 1 of input_ids contains -200"),
+        ([[5], [0, 0]], None, "row 1 of input_ids contains only padding"),
+        ([[5, 6]], [[True]], "attention_mask and input_ids have different shapes"),
     ],
 )
 def test_malformed_hf_ids(input_ids, mask, message):

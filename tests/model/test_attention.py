@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import measured
 import numpy as np
 import pytest
@@ -319,7 +320,14 @@ def test_forcing_a_kernel_of_another_platform(platform):
         choose_kernel("splash", "prefill", 300, platform=platform)
 
 
-def test_unknown_names():
+def test_unknown_names(monkeypatch):
+    # The checks of the tests would reject the names first.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    model = Ovis(presets.tiny())
+    with pytest.raises(RequestError, match="kernel is 'flash', expected one of auto, plain, "):
+        replace(model, attention_kernel="flash")  # pyright: ignore
+    with pytest.raises(RequestError, match="platform is 'cuda', expected one of None, cpu, gpu"):
+        replace(model, platform="cuda")  # pyright: ignore
     with pytest.raises(RequestError, match="kernel is 'flash', expected one of auto, plain, "):
         choose_kernel("flash", "prefill", 300)  # pyright: ignore
     with pytest.raises(RequestError, match="platform is 'cuda', expected one of None, cpu, gpu"):

@@ -30,10 +30,10 @@ def test_answers_are_the_same(reference, draw_test):
         example = ovis.processor.encode(turns, images)
         ids = one_slot_per_crop(example.tokens)
         crops = example.pixels.transpose(0, 3, 1, 2) if len(example.pixels) else None
-        expected = reference.generate(ids, crops, len(answer.tokens))
+        expected = reference.generate(ids, crops, len(answer.token_ids))
         close = np.flatnonzero(expected.margins <= MARGIN)
-        end = close[0] if len(close) else len(answer.tokens)
-        assert answer.tokens[:end].tolist() == expected.tokens[:end].tolist(), answer
+        end = close[0] if len(close) else len(answer.token_ids)
+        assert answer.token_ids[:end].tolist() == expected.tokens[:end].tolist(), answer
         compared += end
     assert compared > 6 * len(rows)
 

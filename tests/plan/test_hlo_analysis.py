@@ -3,7 +3,7 @@
 import pytest
 
 from ovis_jax.plan.hlo_analysis import (
-    count_collectives,
+    collective_counts_and_bytes,
     count_kernel_calls,
     count_weight_sized_operations,
     max_all_reduces_per_block,
@@ -21,7 +21,7 @@ def test_collectives_by_kind():
       %d2 = (f32[2]{0}, f32[1]{0}) all-reduce-done(%s)
       %e = ((bf16[2]{0:T(8,128)}, bf16[1]{0}), (bf16[16]{0}, bf16[8]{0})) all-gather-start(%x, %y)
     """
-    assert count_collectives(hlo) == {
+    assert collective_counts_and_bytes(hlo) == {
         "all-gather": {"count": 2, "bytes": 64 + 48},
         "all-reduce": {"count": 2, "bytes": 32},
         "collective-permute": {"count": 1, "bytes": 8},

@@ -7,7 +7,7 @@ import pytest
 from recipes.ovis_tiny import german_grammar, questions
 from recipes.ovis_tiny.languages import LANGUAGES, phrase_question
 from recipes.ovis_tiny.questions import TOPICS, Question
-from recipes.ovis_tiny.scenes import Thing
+from recipes.ovis_tiny.scenes import COLOURS, Thing
 
 
 def phrasings(language):
@@ -18,6 +18,12 @@ def phrasings(language):
 
 def words(phrases):
     return set(re.findall(r"\w+", " ".join(phrases).lower()))
+
+
+SLOTS = {"shape": "colour", "count_colour": "colour", "exists": "a"} | dict.fromkeys(
+    ("colour", "where", "size"), "the"
+)
+"""The slot of each kind of question that names a thing or a colour."""
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -35,7 +41,9 @@ def test_unseen_phrasings_are_new_but_their_words_are_not(language):
             for phrase in (*entry.seen, *entry.unseen)
         ]
         # Every phrasing has the same slots, in one of their forms.
-        assert len({tuple(re.sub("_.*", "", slot) for slot in each) for each in slots}) == 1, name
+        (found,) = {tuple(re.sub("_.*", "", slot) for slot in each) for each in slots}
+        if name in questions.PICTURE_KINDS:
+            assert found == ((SLOTS[name],) if name in SLOTS else ()), name
 
 
 def test_languages_have_the_same_questions():
@@ -231,6 +239,36 @@ def test_answers(question, english, german):
     for language, expected in (("en", english), ("de", german)):
         (said,) = phrase_question(question, language, random.Random(0))
         assert (said.answer, said.short_answer) == expected
+        if question.kind == "colour":  # the question must not contain its answer
+            assert not re.search("blue|blau", said.question)
+
+
+@pytest.mark.parametrize(
+    "place, english, german",
+    [
+        ("top left", "at the top left", "oben links"),
+        ("top", "at the top", "oben"),
+        ("top right", "at the top right", "oben rechts"),
+        ("left", "on the left", "links"),
+        ("middle", "in the middle", "in der Mitte"),
+        ("right", "on the right", "rechts"),
+        ("bottom left", "at the bottom left", "unten links"),
+        ("bottom", "at the bottom", "unten"),
+        ("bottom right", "at the bottom right", "unten rechts"),
+        ("left half", "in the left half", "in der linken Hälfte"),
+        ("right half", "in the right half", "in der rechten Hälfte"),
+    ],
+)
+def test_places(place, english, german):
+    question = Question("where", shape="heart", place=place)
+    for language, answer in (("en", f"The heart is {english}."), ("de", f"Das Herz ist {german}.")):
+        assert phrase_question(question, language, random.Random(0))[0].answer == answer
+
+
+def test_german_words():
+    colours = "rot grün blau gelb lila orange schwarz rosa".split()
+    assert german_grammar.COLOUR_WORDS == dict(zip((*COLOURS, "pink"), colours, strict=True))
+    assert german_grammar.SIZE_WORDS == {"big": "groß", "small": "klein"}
 
 
 def test_a_follow_up_refers_to_the_previous_answer():

@@ -24,7 +24,7 @@ from serving_setup import (
     user_message,
 )
 
-from ovis_jax.evaluation.evaluate import EvalSettings, evaluate_questions
+from ovis_jax.evaluation.evaluate import evaluate_questions
 from ovis_jax.evaluation.questions import read_questions
 from ovis_jax.server.app import create_app
 
@@ -78,7 +78,10 @@ def test_answers_are_correct_and_equal_those_of_eval(client, ovis, scenes, scene
     assert found == []
     asked = read_questions(scene_file)
     results = {
-        x["id"]: x for x in evaluate_questions(ovis, asked, EvalSettings(13, max_new_tokens=64))
+        x["id"]: x
+        for x in evaluate_questions(
+            ovis, asked, batch_size=13, max_new_tokens=64, max_partition=9, choose_by="letter"
+        )
     }
     assert said == [results[question.id]["answer"] for question in asked]
 
@@ -255,10 +258,10 @@ def test_unsupported_and_contradictory_fields(rejected, param, options):
 @pytest.mark.parametrize(
     "image, message",
     [
-        (PICTURE, "not a whole image"),
+        (PICTURE, "not a complete image"),
         (url_of("data:image/png;base64,%%%"), "base64"),
         (url_of("data:nothing"), "comma"),
-        (url_of("data:text/plain,hello"), "not a whole image"),
+        (url_of("data:text/plain,hello"), "not a complete image"),
         (url_of("https://example.org/a.png"), "does not fetch images"),
         (url_of("file:///etc/passwd"), "data: URL"),
         (url_of(""), "data: URL"),
@@ -420,9 +423,8 @@ def test_health_and_metrics(url, complete, scheduler):
     assert found == {"status": "ok", "max_num_seqs": MAX_NUM_SEQS, "running": 0, "waiting": 0}
 
 
-def test_api_key(ovis, scheduler, monkeypatch):
-    monkeypatch.setattr(scheduler, "close", lambda timeout: None)  # other tests use it too
-    app = create_app(scheduler, ovis.processor, "ovis-tiny", limits=LIMITS, api_key="sésame")
+def test_api_key(scheduler):
+    app = create_app(scheduler, "ovis-tiny", limits=LIMITS, api_key="sésame")
     with running_server(app) as (_, url):
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic sesame"}):
             answer = httpx.get(f"{url}/v1/models", headers=headers)

@@ -17,19 +17,29 @@ CALLS = {
     "server.responses": set(),
 }
 """Which of the six files each of them imports."""
-HELPERS = [
+HELPERS = {
+    "server.host_check",
+    "server.middleware",
     "server.request_schema",
     "server.images",
     "server.errors",
-    "server.middleware",
     "server.metrics",
-]
+}
+STARTUP = {"server.command", "server.sockets", "server.shutdown"}
 
 
-@pytest.mark.parametrize("module", [*CALLS, *HELPERS])
-def test_imports_among_the_six_files(module):
-    path = ROOT / f"{module.replace('.', '/')}.py"
-    nodes = ast.walk(ast.parse(path.read_text()))
+def own_imports(module: str) -> set[str]:
+    nodes = ast.walk(ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text()))
     imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    own = {name.removeprefix("ovis_jax.") for name in imported if name}
-    assert own & CALLS.keys() == CALLS.get(module, set())
+    return {name.removeprefix("ovis_jax.") for name in imported if name}
+
+
+@pytest.mark.parametrize("module", [*CALLS, *sorted(HELPERS)])
+def test_imports_among_the_six_files(module):
+    assert own_imports(module) & CALLS.keys() == CALLS.get(module, set())
+
+
+def test_every_file_of_the_server_is_on_the_path_or_called_from_it():
+    assert HELPERS <= set().union(*map(own_imports, CALLS))
+    files = {f"server.{path.stem}" for path in (ROOT / "server").glob("[!_]*.py")}
+    assert files - CALLS.keys() == HELPERS | STARTUP

@@ -24,15 +24,14 @@ from sse_starlette.sse import AppStatus
 
 from ovis_jax.engine import scheduler as scheduler_module
 from ovis_jax.engine.runner import ModelRunner
-from ovis_jax.engine.scheduler import Scheduler
 from ovis_jax.server.app import create_app
 from ovis_jax.server.responses import ResponseFormatter
 
 
-def test_a_full_queue_and_a_shutdown(ovis, runner, decode_gate):
+def test_a_full_queue_and_a_shutdown(make_scheduler, decode_gate):
     """A full queue rejects requests, and streams end normally although the server shuts down."""
-    scheduler = Scheduler(ovis, runner, max_queued_requests=1)
-    app = create_app(scheduler, ovis.processor, "ovis-tiny", limits=LIMITS, shutdown_timeout=60.0)
+    scheduler = make_scheduler(max_queued_requests=1)
+    app = create_app(scheduler, "ovis-tiny", limits=LIMITS)
     with (
         running_server(app, scheduler, shutdown_timeout=60.0) as (server, url),
         OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
@@ -47,16 +46,16 @@ def test_a_full_queue_and_a_shutdown(ovis, runner, decode_gate):
         assert caught.value.code == "queue_full"
         assert caught.value.response.headers["retry-after"] == "1"
         server.should_exit = True
-        wait_until(lambda: scheduler.failure)
+        wait_until(scheduler, lambda: scheduler.failure)
         decode_gate.open()
         ends = [list(stream)[-1].choices[0].finish_reason for stream in streams]
         assert ends == ["length", "length"]
 
 
-def test_a_server_that_shuts_down_sends_503(ovis, runner, decode_gate, monkeypatch):
+def test_a_server_that_shuts_down_sends_503(make_scheduler, decode_gate, monkeypatch):
     """To new requests, and to those that are not complete after the shutdown timeout."""
-    scheduler = Scheduler(ovis, runner, max_queued_requests=9)
-    app = create_app(scheduler, ovis.processor, "ovis-tiny", limits=LIMITS, shutdown_timeout=0.0)
+    scheduler = make_scheduler()
+    app = create_app(scheduler, "ovis-tiny", limits=LIMITS)
     body = {"messages": user_message("Go on."), **FIELDS, "max_tokens": LIMITS.max_tokens}
     body |= ENDLESS_FIELDS["extra_body"]
     with (
@@ -68,11 +67,11 @@ def test_a_server_that_shuts_down_sends_503(ovis, runner, decode_gate, monkeypat
         complete = pool.submit(post, json=body)
         decode_gate.run(0)
         stream = pool.submit(post, json=body | {"stream": True})
-        wait_until(lambda: scheduler.num_waiting)
+        wait_until(scheduler, lambda: scheduler.num_waiting)
         decode_gate.run(4)  # both are running
         server.should_exit = True
         monkeypatch.setattr(AppStatus, "should_exit", True)  # set by a signal in a real server
-        wait_until(lambda: scheduler._abort)
+        wait_until(scheduler, lambda: scheduler._abort)
         assert client.get("/health").status_code == 503
         rejected = post(json=body)
         decode_gate.open()
@@ -84,8 +83,8 @@ def test_a_server_that_shuts_down_sends_503(ovis, runner, decode_gate, monkeypat
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
 
 
-def test_a_second_ctrl_c_stops_the_server_at_once(ovis, runner, monkeypatch):
-    scheduler = Scheduler(ovis, runner, max_queued_requests=9)
+def test_a_second_ctrl_c_stops_the_server_at_once(make_scheduler, monkeypatch):
+    scheduler = make_scheduler()
     may_close, closed, close = threading.Event(), threading.Event(), scheduler.close
 
     def blocked(timeout):
@@ -94,7 +93,7 @@ def test_a_second_ctrl_c_stops_the_server_at_once(ovis, runner, monkeypatch):
         closed.set()
 
     monkeypatch.setattr(scheduler, "close", blocked)
-    app = create_app(scheduler, ovis.processor, "ovis-tiny", limits=LIMITS)
+    app = create_app(scheduler, "ovis-tiny", limits=LIMITS)
     with running_server(app, scheduler, shutdown_timeout=60.0) as (server, _):
         server.should_exit = server.force_exit = True
     assert not may_close.is_set() and not closed.is_set()
@@ -102,9 +101,9 @@ def test_a_second_ctrl_c_stops_the_server_at_once(ovis, runner, monkeypatch):
     assert closed.wait(60)
 
 
-def test_failures_of_the_server_and_of_the_model(ovis, runner, monkeypatch):
-    scheduler = Scheduler(ovis, runner, max_queued_requests=9)
-    app = create_app(scheduler, ovis.processor, "ovis-tiny", limits=LIMITS)
+def test_failures_of_the_server_and_of_the_model(make_scheduler, runner, monkeypatch):
+    scheduler = make_scheduler()
+    app = create_app(scheduler, "ovis-tiny", limits=LIMITS)
 
     def fails(*arguments):
         raise RuntimeError("nobody expects this")
@@ -122,13 +121,13 @@ def test_failures_of_the_server_and_of_the_model(ovis, runner, monkeypatch):
             answer = httpx.post(f"{url}/v1/chat/completions", json=body)
             assert answer.status_code == 503
             assert answer.json()["error"]["code"] == "engine_failed"
-            wait_until(lambda: scheduler.failure)
+            wait_until(scheduler, lambda: scheduler.failure)
         assert httpx.get(f"{url}/health").status_code == 503
 
 
-def test_a_deadline_and_a_closed_engine_are_503(ovis, runner, monkeypatch):
-    scheduler = Scheduler(ovis, runner, max_queued_requests=9)
-    app = create_app(scheduler, ovis.processor, "ovis-tiny", limits=LIMITS)
+def test_a_deadline_and_a_closed_engine_are_503(make_scheduler, monkeypatch):
+    scheduler = make_scheduler()
+    app = create_app(scheduler, "ovis-tiny", limits=LIMITS)
     with (
         running_server(app) as (_, url),
         OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=2) as client,

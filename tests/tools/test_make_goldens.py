@@ -11,7 +11,7 @@ import pytest
 from golden_copies import GOLDEN
 from PIL import Image
 
-from ovis_jax.verify_goldens import compare_with_golden, is_bfloat16_golden
+from ovis_jax.verify_goldens import GoldenFile, compare_with_golden
 from tools import make_goldens as tool
 from tools.make_goldens import Case, GoldenError
 
@@ -155,7 +155,7 @@ def test_verify_reads_what_is_written(load_golden, tmp_path):
         assert json.loads(str(file["meta"])) == meta
         assert all(np.array_equal(file[name], array) for name, array in fields.items())
     ovis = load_golden("tiny-f32", "float32")
-    stages = compare_with_golden(ovis.processor, ovis.model, ovis.params, golden)
+    stages = compare_with_golden(ovis, GoldenFile(golden))
     assert {"token ids", "crops", "vision features", "logits"} <= {stage.name for stage in stages}
     assert all(stage.passed for stage in stages), stages
 
@@ -164,7 +164,8 @@ def test_verify_reads_the_dtype(tmp_path):
     meta, fields = stored("tiny-f32/square")
     tool.write_golden(tmp_path / "a.npz", meta, fields)
     tool.write_golden(tmp_path / "b.npz", meta | {"compute": "bf16"}, fields)
-    assert not is_bfloat16_golden(tmp_path / "a.npz") and is_bfloat16_golden(tmp_path / "b.npz")
+    dtypes = [GoldenFile(tmp_path / f"{name}.npz").dtype for name in "ab"]
+    assert dtypes == ["float32", "bfloat16"]
 
 
 @pytest.mark.parametrize("name", [*tool.TEXT_FIELDS, *tool.IMAGE_FIELDS])

@@ -9,7 +9,7 @@ import pytest
 from ovis_jax.errors import DataError
 from ovis_jax.inputs.dataset import read_dataset
 from ovis_jax.inputs.image_processing import IMAGE_SLOT
-from ovis_jax.training.batches import RowEncoder, collate_examples, iterate_batches
+from ovis_jax.training.batches import RowEncoder, collate_examples, iterate_step_batches
 from ovis_jax.training.config import DataConfig
 
 BAD = {"image": "none.png", "conversations": [{"from": "human", "value": "<image>\nWho?"}]}
@@ -34,7 +34,7 @@ def test_micro_batches_contain_the_rows(processor, write_dataset):
     encode = row_encoder(
         processor, micro_batch_size=2, gradient_accumulation_steps=3, pad_to_multiple_of=16
     )
-    data = iterate_batches(rows, encode, seed=0)
+    data = iterate_step_batches(rows, encode, seed=0)
     known = {tuple(example.tokens): example for row in rows for example in encode(row)}
     seen = set()
     for batch in itertools.islice(data, 12):
@@ -61,7 +61,7 @@ def test_micro_batches_contain_the_rows(processor, write_dataset):
 
 def test_epochs_contain_every_row_once_in_different_orders(processor, write_dataset):
     rows = read_dataset([write_dataset("a.jsonl", 19)]).rows
-    data = iterate_batches(rows, row_encoder(processor, micro_batch_size=1), seed=3)
+    data = iterate_step_batches(rows, row_encoder(processor, micro_batch_size=1), seed=3)
     order = [batch.inputs.tokens.tobytes() for batch in itertools.islice(data, 40)]
     data.close()
     assert len(set(order[:20])) == len(set(order[20:])) == 20
@@ -72,7 +72,7 @@ def test_resuming_continues_with_the_next_example(processor, write_dataset):
     rows = read_dataset([write_dataset("a.jsonl", 30)]).rows
 
     def start():
-        return iterate_batches(
+        return iterate_step_batches(
             rows, row_encoder(processor, micro_batch_size=4, pad_to_multiple_of=16), seed=1
         )
 
@@ -95,7 +95,7 @@ def test_preference_pairs_share_a_shape(processor, write_dataset, golden):
     image = str(golden / "images/square.png")
     pair = {"image": image, "prompt": "<image>\nWho?", "chosen": "I.", "rejected": "It is I. " * 9}
     rows = read_dataset([write_dataset("a.jsonl", 0, pair)]).rows[1:]
-    data = iterate_batches(
+    data = iterate_step_batches(
         rows, row_encoder(processor, micro_batch_size=2, pad_to_multiple_of=8), seed=0
     )
     pairs = next(data)
@@ -108,11 +108,11 @@ def test_preference_pairs_share_a_shape(processor, write_dataset, golden):
 
 def test_invalid_rows_raise_or_are_skipped(processor, write_dataset):
     rows = read_dataset([write_dataset("a.jsonl", 6, BAD)]).rows
-    strict = iterate_batches(rows, row_encoder(processor, micro_batch_size=1), seed=0)
+    strict = iterate_step_batches(rows, row_encoder(processor, micro_batch_size=1), seed=0)
     with pytest.raises(DataError, match=r"a\.jsonl: row 8: .*none\.png"):
         list(itertools.islice(strict, 8))
     encode = row_encoder(processor, micro_batch_size=1, invalid_rows="skip")
-    lenient = iterate_batches(rows, encode, seed=0)
+    lenient = iterate_step_batches(rows, encode, seed=0)
     order = [batch.inputs.tokens.tobytes() for batch in itertools.islice(lenient, 14)]
     lenient.close()
     assert len(set(order)) == 7
@@ -124,14 +124,14 @@ def test_no_valid_row(processor, write_dataset):
     rows = read_dataset([write_dataset("a.jsonl", 0, BAD)]).rows[1:]
     encode = row_encoder(processor, micro_batch_size=1, invalid_rows="skip")
     with pytest.raises(DataError, match="no row of the dataset is valid"):
-        next(iterate_batches(rows, encode, seed=0))
+        next(iterate_step_batches(rows, encode, seed=0))
 
 
 def test_mixed_conversations_and_pairs(processor, write_dataset):
     pair = {"prompt": "Who?", "chosen": "I.", "rejected": "You."}
     rows = read_dataset([write_dataset("a.jsonl", 1, pair)]).rows
     with pytest.raises(DataError, match="the 3 rows mix conversations and preference pairs"):
-        iterate_batches(rows, row_encoder(processor, micro_batch_size=1), seed=0)
+        iterate_step_batches(rows, row_encoder(processor, micro_batch_size=1), seed=0)
 
 
 def test_truncation(processor, write_dataset):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from ovis_jax.errors import ConfigError
+from ovis_jax.errors import TrainingError
 from ovis_jax.training.config import read_train_config
 
 TEXT = """
@@ -62,6 +62,8 @@ def test_lora_scale_is_alpha_over_rank(path):
             "training.steps is not a field, expected one of training.max_steps, training.learning",
         ),
         (["learn.parts=llm"], "learn is not a field, expected one of model, output_dir, trainable"),
+        (["max_steps=1"], "max_steps is not a field, expected training.max_steps"),
+        (["data.seed=1"], "data.seed is not a field, expected run.seed"),
         (["training.adam_beta2=1.0"], "training.adam_beta2 is 1.0, expected a number less than 1"),
         (["training.adam_beta2=x"], 'training.adam_beta2 is "x", expected a valid number, for'),
         (
@@ -76,30 +78,40 @@ def test_lora_scale_is_alpha_over_rank(path):
         ),
         (["trainable=3"], 'trainable is 3, expected a list, for example trainable=["llm"]'),
         (["trainable=[]"], "trainable and lora are both missing, expected one of them"),
-        (["lora.rank=4"], "trainable and lora are both given, expected one of them"),
+        (
+            ["lora.rank=4"],
+            "trainable and lora are both given, expected one of them: set trainable=[] to train"
+            " adapters, or remove lora",
+        ),
         (["lora=4"], "lora is 4, expected a table, for example lora.rank=16"),
         (["lora.rank=4", "lora.alpha=0"], "lora.alpha is 0, expected a number greater than 0"),
         (["lora.rank=4", "lora.alpha=inf"], "lora.alpha is Infinity, expected a finite number"),
         (["data.train_files=[]"], "data.train_files is [], expected at least one entry"),
-        (["steps"], "override 'steps': expected FIELD=VALUE, for example training.max_steps=1000"),
-        (["model.name=x"], "override 'model.name=x': model is not a table"),
+        (["steps"], "expected FIELD=VALUE, for example training.max_steps=1000"),
+        (["model.name=x"], "model is not a table"),
     ],
 )
-def test_invalid_fields(path, overrides, message):
-    with pytest.raises(ConfigError, match=re.escape(message)):
+def test_invalid_overrides(path, overrides, message):
+    """The message names the override and not the file, which is valid."""
+    with pytest.raises(TrainingError, match=re.escape(f"override {overrides[-1]}: {message}")):
         read_train_config(path, overrides)
 
 
 def test_all_invalid_fields_are_reported(path):
-    with pytest.raises(ConfigError, match=r"run\.toml: training\.max_steps is 0.*; .*beta1 is -1"):
-        read_train_config(path, ["training.max_steps=0", "training.adam_beta1=-1"])
+    path.write_text(TEXT + "adam_beta1 = -1\nadam_beta2 = 2\n")
+    with pytest.raises(TrainingError) as raised:
+        read_train_config(path, ["training.max_steps=0"])
+    in_override, in_file = str(raised.value).split(f"; {path}: ")
+    assert in_override.startswith("override training.max_steps=0: training.max_steps is 0, ")
+    assert in_file.startswith("training.adam_beta1 is -1, expected")
+    assert "; training.adam_beta2 is 2, expected" in in_file
 
 
 def test_files_that_cannot_be_read(path, tmp_path):
-    with pytest.raises(ConfigError, match=r"none\.toml cannot be read"):
+    with pytest.raises(TrainingError, match=r"none\.toml cannot be read"):
         read_train_config(tmp_path / "none.toml")
     path.write_text("model =")
-    with pytest.raises(ConfigError, match=r"run\.toml cannot be read as TOML"):
+    with pytest.raises(TrainingError, match=r"run\.toml cannot be read as TOML"):
         read_train_config(path)
     path.write_text("")
     message = (
@@ -108,5 +120,5 @@ def test_files_that_cannot_be_read(path, tmp_path):
         ' data.train_files=["train.jsonl"]; training is missing; add it, for example'
         " training.max_steps=1000"
     )
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    with pytest.raises(TrainingError, match=re.escape(message)):
         read_train_config(path)

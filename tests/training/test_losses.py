@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from ovis_jax.training.losses import answer_log_probs, cross_entropy_loss, dpo_loss
+from ovis_jax.training.losses import answer_log_probs, cross_entropy_loss, dpo_losses
 
 
 def random_logits_and_labels():
@@ -47,7 +47,7 @@ def test_dpo_loss():
     values = [jnp.array(x, jnp.float32) for x in arguments]
     for smoothing in (0.0, 0.1):
         expected = -(1 - smoothing) * right - smoothing * swapped
-        found = dpo_loss(*values, beta=0.5, label_smoothing=smoothing)
+        found = dpo_losses(*values, beta=0.5, label_smoothing=smoothing)
         np.testing.assert_allclose(found, expected, rtol=1e-6)
-    equal = dpo_loss(*values[:2], *values[:2], beta=0.5)
+    equal = dpo_losses(*values[:2], *values[:2], beta=0.5)
     np.testing.assert_allclose(equal, np.log(2.0), rtol=1e-6)

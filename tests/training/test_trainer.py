@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from golden_copies import read_tensors, same_bits
 
-from ovis_jax.errors import ConfigError, DataError, OvisError
+from ovis_jax.errors import DataError, OvisError, TrainingError
 from ovis_jax.loading import load
 from ovis_jax.model.ovis import forward
 from ovis_jax.training.checkpoints import TrainingCheckpoints
@@ -100,21 +99,34 @@ def test_stop_after_a_save_repeats_no_step(train, write_config, tmp_path, monkey
     assert len(finished) == 6
 
 
+TRAIN_AND_REPORT_SAVES = """
+from ovis_jax.cli import main
+from ovis_jax.training.checkpoints import TrainingCheckpoints
+
+save = TrainingCheckpoints.save
+
+def save_and_report(self, state, position):
+    save(self, state, position)  # which writes the files in another thread
+    print("saving", int(state.step), flush=True)
+
+TrainingCheckpoints.save = save_and_report
+main()
+"""
+
+
 @pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bits(write_config, tmp_path):
     path = write_config()
-    command = [sys.executable, "-m", "ovis_jax", "train", str(path), "run.save_steps=2"]
-    assert subprocess.run(command, check=True).returncode == 0
+    command = [sys.executable, "-c", TRAIN_AND_REPORT_SAVES, "train", str(path), "run.save_steps=2"]
+    subprocess.run(command, check=True)
     expected = final_params(tmp_path)
     shutil.rmtree(tmp_path / "run")
-    metrics = tmp_path / "run/metrics.jsonl"
-    for last in (1, 3):  # while the checkpoints of step 2 and of a later step are written
-        process = subprocess.Popen(command)
-        while process.poll() is None:
-            if metrics.exists() and metrics.read_text().count("\n") >= last:
-                process.kill()
-            time.sleep(0.01)
-        assert process.wait() == -signal.SIGKILL
+    for step in (2, 6):  # while its checkpoint is written
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            assert f"saving {step}\n" in process.stdout  # reads up to this line
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
         assert not (tmp_path / "run/model").exists()
     subprocess.run(command, check=True)
     assert_same_bits(final_params(tmp_path), expected)
@@ -162,7 +174,7 @@ def test_run_on_a_mesh_has_the_same_losses(train, write_config, tmp_path):
         (["mesh.data=16"], OvisError, "data 16 x model 1 needs 16 devices"),
         (
             ["mesh.data=4"],
-            ConfigError,
+            TrainingError,
             "data.micro_batch_size is 2, expected a multiple of the size of mesh axis data, 4",
         ),
         (
@@ -218,7 +230,7 @@ def test_failed_write_keeps_the_latest_checkpoint(train, write_config, tmp_path,
         capture_output=True,
         text=True,
     )
-    assert ended.returncode == 2
+    assert ended.returncode == 3
     message = "could not be written.*the latest complete one is of step 2"
     assert re.search(message, ended.stderr)
     assert train(path)

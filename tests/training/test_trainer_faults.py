@@ -58,7 +58,7 @@ def test_invalid_validation_rows(train, train_output, write_config, write_datase
     rows = [no_answer, gone, {"image": "broken.png", "conversations": TURNS}]
     validation = write_dataset("held.jsonl", 2, *rows, {"conversations": too_long})
     path = write_config(f'data.validation_files = ["{validation}"]')
-    message = r"row 4: the last turn is not from gpt.*and 1 more invalid rows"
+    message = r"row 4: the last turn is not from gpt.*and 1 more invalid row\)"
     with pytest.raises(DataError, match=message):
         train(path, *SHORT)
     assert not (tmp_path / "run").exists()

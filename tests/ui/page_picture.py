@@ -9,20 +9,14 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 import ovis_jax
-from ovis_jax.engine.runner import ModelRunner
-from ovis_jax.engine.scheduler import Scheduler
-from ovis_jax.ui.page import create_page, launch_page
+from ovis_jax.engine.scheduler import run_engine
+from ovis_jax.ui.page import create_page, launch_page_in_thread
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUESTIONS = ("Where is the green heart?", "What colour is the star?")
 
 
-def main(path: Path) -> None:
-    ovis = ovis_jax.load("ovis-tiny")
-    runner = ModelRunner(ovis.model, ovis.params, max_num_seqs=1, max_model_len=512, chunk_size=128)
-    scheduler = Scheduler(ovis, runner, max_queued_requests=1)
-    blocks = create_page(scheduler, ovis.processor, "ovis-tiny")
-    url = launch_page(blocks)
+def take_picture(url: str) -> Image.Image:
     expect.set_options(timeout=60_000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
@@ -40,8 +34,14 @@ def main(path: Path) -> None:
         page.wait_for_timeout(1000)  # for animations
         picture = Image.open(io.BytesIO(page.screenshot()))
         browser.close()
-    blocks.close(verbose=False)
-    scheduler.close(timeout=0)
+    return picture
+
+
+def main(path: Path) -> None:
+    with run_engine(ovis_jax.load("ovis-tiny"), max_num_seqs=1, max_model_len=512) as scheduler:
+        blocks = create_page(scheduler, "ovis-tiny")
+        picture = take_picture(launch_page_in_thread(blocks))
+        blocks.close(verbose=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     # 256 colors are enough for the page and take a third of the bytes.
     picture.convert("RGB").quantize(256).save(path, optimize=True)

@@ -7,10 +7,7 @@ import sys
 from pathlib import Path
 
 import httpx
-import jax
 import pytest
-
-from ovis_jax.ui.command import make_compilation_cache_dir_absolute
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,16 +53,3 @@ def test_sigterm_closes_the_page_and_removes_the_private_folder(tmp_path):
         finally:
             process.kill()
     assert not private.exists()
-
-
-@pytest.mark.parametrize(
-    ("folder", "expected"), [("compiled", "{cwd}/compiled"), ("/var/c", "/var/c"), ("gs://b", None)]
-)
-def test_cache_dir_does_not_depend_on_the_working_dir(folder, expected, tmp_path, monkeypatch):
-    updates = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
-    monkeypatch.setattr(jax.config, "update", lambda *update: updates.append(update))
-    make_compilation_cache_dir_absolute()
-    found = expected and [("jax_compilation_cache_dir", expected.format(cwd=tmp_path))]
-    assert updates == (found or [])

@@ -15,7 +15,7 @@ from ovis_jax.engine.runner import ModelRunner
 from ovis_jax.errors import RequestError
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.ui import events
-from ovis_jax.ui.page import create_page, launch_page
+from ovis_jax.ui.page import create_page, launch_page_in_thread
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHAPES = EXAMPLES / "shapes.png"
@@ -30,9 +30,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def url(scheduler, ovis):
-    page = create_page(scheduler, ovis.processor, "ovis-tiny")
-    yield launch_page(page)
+def url(scheduler):
+    page = create_page(scheduler, "ovis-tiny")
+    yield launch_page_in_thread(page)
     page.close(verbose=False)
     # Gradio made its own event loop the current one; the warning that it was not closed must not
     # appear in another test.
@@ -151,7 +151,7 @@ def test_visitors_are_answered_at_the_same_time(page, other_page, scheduler, dec
     for visitor in (page, other_page):
         attach(visitor, SHAPES)
         ask(visitor, "Describe the picture.")
-    wait_until(lambda: scheduler.num_running + scheduler.num_waiting == 2)
+    wait_until(scheduler, lambda: scheduler.num_running + scheduler.num_waiting == 2)
     decode_gate.run(8)
     for visitor in (page, other_page):
         expect(answers(visitor)).to_contain_text("yellow")
@@ -198,7 +198,7 @@ def test_leaving_the_page_aborts_the_request(other_page, scheduler, decode_gate,
     decode_gate.run(8)
     expect(answers(other_page)).to_contain_text("yellow circle")
     other_page.close()
-    wait_until(lambda: submitted[0].aborted)
+    wait_until(scheduler, lambda: submitted[0].aborted)
     decode_gate.open()
     assert is_idle(scheduler)
     assert submitted[0].completion_tokens == 1 + 8 + 1
@@ -216,7 +216,7 @@ def test_broken_file_gets_a_message(page, tmp_path):
 
 def test_rejected_question_returns_to_the_text_box(page):
     ask(page, "What is <image> this?")
-    expect(answers(page)).to_contain_text("holds <image> once, but 0 images come with it")
+    expect(answers(page)).to_contain_text("contains <image> once, but 0 images are given")
     expect(page.locator("#box textarea")).to_have_value("What is <image> this?")
     expect(page.locator("#note")).to_contain_text("not part of the conversation")
 

@@ -18,8 +18,8 @@ from PIL import Image
 
 from ovis_jax.errors import RequestError
 from ovis_jax.ui.events import PageEvents
-from ovis_jax.ui.page import ASSETS, EXAMPLES, create_page, launch_page
-from ovis_jax.ui.private_dir import PRIVATE_DIR, SERVED_DIR, use_empty_working_dir
+from ovis_jax.ui.gradio_isolation import PRIVATE_DIR, SERVED_DIR, use_empty_working_dir
+from ovis_jax.ui.page import ASSETS, EXAMPLES, create_page, launch_page_in_thread
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -87,13 +87,13 @@ class Visitor:
 
 
 @pytest.fixture(scope="module")
-def open_page(scheduler, ovis):
+def open_page(scheduler):
     """Serve pages until the end of the module."""
     pages = []
 
     def open_page() -> Visitor:
-        pages.append(create_page(scheduler, ovis.processor, "ovis-tiny"))
-        return Visitor(launch_page(pages[-1]))
+        pages.append(create_page(scheduler, "ovis-tiny"))
+        return Visitor(launch_page_in_thread(pages[-1]))
 
     yield open_page
     for page in pages:

@@ -1,7 +1,7 @@
-"""A private folder for Gradio's files, and an empty working folder.
+"""A private folder for Gradio's files, and an empty working folder for the process.
 
-Visitors may be strangers, so they must not be able to read files of this machine. Import this
-module before Gradio, which reads some of the environment variables when it is imported.
+Visitors are not trusted, so they must not be able to read files on this machine. Import this module
+before Gradio, because Gradio reads some of the environment variables when it is imported.
 """
 
 import atexit
@@ -13,9 +13,9 @@ from contextlib import chdir, contextmanager
 from pathlib import Path
 
 PRIVATE_DIR = Path(tempfile.mkdtemp(prefix="ovis-jax-page-")).resolve()
-"""A folder that only this user can read. It is removed when the process exits."""
+"""A folder that only this user can read; it is removed when the process exits."""
 SERVED_DIR = PRIVATE_DIR / "served"
-"""The files that Gradio may serve: uploads, and copies of the examples."""
+"""The folder with the files that Gradio may serve: uploads, and copies of the examples."""
 EMPTY_DIR = PRIVATE_DIR / "empty"
 
 for _folder in (SERVED_DIR, EMPTY_DIR):
@@ -23,18 +23,18 @@ for _folder in (SERVED_DIR, EMPTY_DIR):
 atexit.register(shutil.rmtree, PRIVATE_DIR, ignore_errors=True)
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ["GRADIO_TEMP_DIR"] = str(SERVED_DIR)  # the default is shared by all Gradio programs
+os.environ["GRADIO_TEMP_DIR"] = str(SERVED_DIR)  # all Gradio programs share the default
 os.environ["GRADIO_EXAMPLES_CACHE"] = str(SERVED_DIR / "cached")  # default: the working folder
 
 
 @contextmanager
 def use_empty_working_dir() -> Iterator[None]:
-    """Make an empty folder the working folder and the temporary folder of this process.
+    """Use an empty folder as the working folder and the temporary folder of this process.
 
     If an event handler returns the path of a file in one of these two folders, Gradio serves a copy
-    of the file. The page's handlers never return a path that a client sent. Should one do so by
-    mistake, the empty folders contain nothing to reveal. Both folders belong to the whole process,
-    so only a process that does nothing but serve the page should use this.
+    of the file. The page's handlers never return a path that a client sent. If a handler did so by
+    mistake, the empty folders would contain nothing to reveal. These settings affect the whole
+    process, so use this function only in a process that only serves the page.
     """
     previous = tempfile.tempdir
     with chdir(EMPTY_DIR):

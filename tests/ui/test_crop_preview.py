@@ -5,12 +5,12 @@ import pytest
 from PIL import Image
 
 from ovis_jax.errors import ImageError
-from ovis_jax.ui.image_preview import (
+from ovis_jax.ui.crop_preview import (
     LONGER_SIDE,
     MIN_SHORTER_SIDE,
     NO_IMAGES_HTML,
     draw_crop_grid,
-    render_image_previews,
+    render_crop_previews,
 )
 
 
@@ -19,7 +19,7 @@ from ovis_jax.ui.image_preview import (
 def test_counts_are_those_of_the_prompt(ovis, size, max_partition):
     image = Image.new("RGB", size)
     example = ovis.processor.encode("Who?", [image], max_partition=max_partition)
-    preview, problems = render_image_previews(ovis.processor, [image], max_partition)
+    preview, problems = render_crop_previews(ovis.processor, [image], max_partition)
     num_tokens, num_crops = np.count_nonzero(example.tokens <= -300), len(example.pixels)
     assert f"<b>{num_tokens:,} tokens</b> · {num_crops} crop" in preview and not problems
 
@@ -27,7 +27,7 @@ def test_counts_are_those_of_the_prompt(ovis, size, max_partition):
 def test_total_is_that_of_all_images(ovis):
     images = [Image.new("RGB", size) for size in ((84, 84), (168, 84))]
     example = ovis.processor.encode("Who?", images)
-    preview, _ = render_image_previews(ovis.processor, images, 9)
+    preview, _ = render_crop_previews(ovis.processor, images, 9)
     total = np.count_nonzero(example.tokens <= -300)
     assert f'2 pictures: <b><span id="tokens">{total:,}</span>' in preview
 
@@ -54,5 +54,5 @@ def test_unreadable_images_are_reported(ovis):
     no_rgb = Image.new("La", (9, 9))
     with pytest.raises(ImageError, match="mode La has no RGB form"):
         draw_crop_grid(no_rgb, (1, 1))
-    preview, (problem,) = render_image_previews(ovis.processor, [no_rgb], 9)
+    preview, (problem,) = render_crop_previews(ovis.processor, [no_rgb], 9)
     assert preview == NO_IMAGES_HTML and "mode La" in problem

@@ -1,4 +1,4 @@
-"""Previews of images as HTML: the crops that the model sees, and the tokens that they take."""
+"""HTML previews of images, with the crops that the model sees and the number of tokens."""
 
 import base64
 import io
@@ -11,11 +11,11 @@ from ovis_jax.inputs.image_processing import Grid, ImageLayout, convert_to_rgb, 
 from ovis_jax.inputs.processor import Processor
 
 LONGER_SIDE = 640
-"""Length of the longer side of a drawing in pixels."""
+"""Length of a drawing's longer side, in pixels."""
 MIN_SHORTER_SIDE = 40
-"""Minimum length of the shorter side of a drawing in pixels."""
+"""Minimum length of a drawing's shorter side, in pixels."""
 OUTLINE_COLOR, LINE_COLOR = "#101418", "#ffffff"
-"""A white line with a dark outline is visible on any image."""
+"""Colors of the lines. A white line with a dark outline is visible on any image."""
 
 NO_IMAGES_HTML = (
     '<p class="quiet">Attach a picture to see the crops that the model reads '
@@ -23,10 +23,10 @@ NO_IMAGES_HTML = (
 )
 
 
-def render_image_previews(
+def render_crop_previews(
     processor: Processor, images: Sequence[Image.Image], max_partition: int
 ) -> tuple[str, list[str]]:
-    """Render images with their crop boundaries and their number of tokens.
+    """Render images with their crop boundaries and numbers of tokens.
 
     Args:
       processor: Processor of the model.
@@ -34,7 +34,7 @@ def render_image_previews(
       max_partition: Maximum number of cells per image.
 
     Returns:
-      The HTML, and a message for each image that the model cannot read.
+      The HTML, and an error message for each image that the model cannot read.
     """
     figures: list[str] = []
     problems: list[str] = []
@@ -62,12 +62,12 @@ def render_image_previews(
 
 
 def draw_crop_grid(image: Image.Image, grid: Grid) -> Image.Image:
-    """Draw the boundaries of the crops on an image as the model sees it: RGB, alpha dropped.
+    """Draw the crop boundaries on an image, which is converted to RGB as for the model.
 
-    The drawing has a fixed size, so that the lines are equally thick on all images.
+    All drawings have the same size, so the lines are equally thick on all images.
 
     Raises:
-      ImageError: The image has no RGB form.
+      ImageError: The image cannot be converted to RGB.
     """
     scale = LONGER_SIDE / max(image.size)
     width, height = (max(MIN_SHORTER_SIDE, round(length * scale)) for length in image.size)

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from ovis_jax.console import (
     AdaptersOption,
     DtypeOption,
+    MaxNewTokensOption,
     MaxPartitionOption,
     ModelOption,
     TensorParallelOption,
@@ -26,10 +28,9 @@ from ovis_jax.inputs.open_image import open_image
 from ovis_jax.loading import PartialAnswer, load
 from ovis_jax.mesh import tensor_parallel_mesh
 
-MaxNewTokensOption = Annotated[int, typer.Option(help="Maximum number of tokens per answer.")]
 TemperatureOption = Annotated[
     float | None,
-    typer.Option(help="Sampling temperature; without it, decoding is greedy."),
+    typer.Option(help="Sampling temperature; by default, decoding is greedy."),
 ]
 TopPOption = Annotated[
     float | None,
@@ -40,9 +41,9 @@ TopKOption = Annotated[
 ]
 RepetitionPenaltyOption = Annotated[
     float | None,
-    typer.Option(help="Penalty on tokens that the answer already has; 1 means no penalty."),
+    typer.Option(help="Penalty for tokens that are already in the answer; 1 means no penalty."),
 ]
-SeedOption = Annotated[int, typer.Option(help="Random seed of the sampling.")]
+SeedOption = Annotated[int, typer.Option(help="Random seed for sampling.")]
 
 
 def generate_command(
@@ -50,11 +51,9 @@ def generate_command(
         str, typer.Option(help='Text of the prompt; "<image>" marks the place of an image.')
     ],
     model: ModelOption = "ovis-tiny",
-    image: Annotated[
-        list[Path] | None, typer.Option(help="Image file; may be given several times.")
-    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image file; may be repeated.")] = None,
     assistant_prefix: Annotated[
-        str, typer.Option(help="Text that the answer begins with; it is not printed.")
+        str, typer.Option(help="Text with which the answer begins; it is not printed.")
     ] = "",
     max_new_tokens: MaxNewTokensOption = 1024,
     temperature: TemperatureOption = None,
@@ -67,15 +66,14 @@ def generate_command(
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the answer as one JSON object.")
+        bool, typer.Option("--json", help="Print the answer as a JSON object.")
     ] = False,
 ) -> None:
-    """Answer one prompt about images, and print the text as it is generated."""
+    """Answer a prompt about images, and print the text while it is generated."""
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     sampling.check()
     images = [open_image(path) for path in image or []]
-    mesh = tensor_parallel_mesh(tensor_parallel)
-    ovis = load(model, dtype=dtype, adapters=adapters, mesh=mesh)
+    ovis = load(model, dtype=dtype, adapters=adapters, mesh=tensor_parallel_mesh(tensor_parallel))
     steps = ovis.stream_answer(
         prompt,
         images,
@@ -106,11 +104,17 @@ def chat_command(
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
 ) -> None:
-    """Hold a conversation with a model about images."""
+    """Chat with a model about images in the terminal."""
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     sampling.check()
-    mesh = tensor_parallel_mesh(tensor_parallel)
-    ovis = load(model, dtype=dtype, adapters=adapters, mesh=mesh)
+    ovis = load(model, dtype=dtype, adapters=adapters, mesh=tensor_parallel_mesh(tensor_parallel))
+    answer = partial(
+        ovis.stream_answer,
+        sampling=sampling,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        max_partition=max_partition,
+    )
     notes = Console(stderr=True, highlight=False)
     notes.print(
         "/image FILE adds an image to the next message, /new starts a new conversation, /exit ends"
@@ -131,22 +135,15 @@ def chat_command(
             elif line:
                 question = add_image_placeholders(line, len(attached))
                 asked = [*turns, {"role": "user", "content": question}]
-                steps = ovis.stream_answer(
-                    asked,
-                    images + attached,
-                    sampling=sampling,
-                    seed=seed,
-                    max_new_tokens=max_new_tokens,
-                    max_partition=max_partition,
-                )
-                turns = [*asked, {"role": "assistant", "content": _print_answer(steps)}]
+                text = _print_answer(answer(asked, images + attached))
+                turns = [*asked, {"role": "assistant", "content": text}]
                 images, attached = images + attached, []
         except OvisError as error:
             print_error(notes, error)
 
 
 def _print_answer(steps: Iterable[PartialAnswer]) -> str:
-    """Print an answer as it is generated, and return its text."""
+    """Print an answer while it is generated, and return its text."""
     text = ""
     for step in steps:
         print(step.delta, end="", flush=True)

@@ -1,0 +1,136 @@
+"""The plan for a workload: the memory it needs, whether it fits, and lower bounds on latency."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+from ovis_jax.errors import OvisError, install_command
+from ovis_jax.plan import aot_compile
+from ovis_jax.plan.latency_bounds import all_reduces_per_decode_step, latency_bounds
+from ovis_jax.plan.memory_estimate import (
+    MemoryEstimate,
+    estimate_memory,
+    usable_bytes,
+)
+from ovis_jax.plan.suggestions import smallest_fitting_change
+from ovis_jax.plan.workload import Workload
+
+Method = Literal["auto", "compiler", "arithmetic"]
+"""The source of the figures. "auto" uses the platform's compiler if it is installed."""
+
+
+def make_plan(
+    workload: Workload,
+    method: Method = "auto",
+    notify: Callable[[str], None] = print,
+    programs: Sequence[aot_compile.Program] = aot_compile.REQUEST_PROGRAMS,
+) -> dict[str, Any]:
+    """Compute the memory on one device, whether the workload fits, and lower bounds on latency.
+
+    Args:
+      workload: The workload.
+      method: The source of the figures.
+      notify: Called with a message before each compilation.
+      programs: Programs to compile.
+
+    Returns:
+      A JSON-serializable dictionary; sizes are bytes on one device, times are seconds.
+
+    Raises:
+      OvisError: The workload is invalid (see `Workload.validate`), or `method` is "compiler" but
+        the compiler is not installed.
+    """
+    workload.validate()
+    memory = estimate_memory(workload)
+    source, compiled = _compile(workload, memory, method, notify, programs)
+    activations, peak = memory.activations, memory.peak
+    succeeded = [program for program in compiled.values() if "error" not in program]
+    if succeeded:
+        activations = max(program["temp"] for program in succeeded)
+    if compiled:
+        peak = max(
+            _peak_with_unread_weights(workload, memory, name, program)
+            for name, program in compiled.items()
+        )
+    usable = usable_bytes(workload)
+    over_by = max(peak - usable, 0)
+    compiler_errors = [program["error"] for program in compiled.values() if "error" in program]
+    plan = {
+        "topology": workload.topology.name,
+        "devices": workload.topology.num_devices,
+        "mesh": workload.mesh_sizes._asdict(),
+        "batch": workload.batch_size,
+        "max_length": workload.max_length,
+        "crops": workload.num_crops,
+        "dtype": workload.dtype,
+        "source": source,
+        "weights": memory.weights,
+        "bytes": {
+            "weights": sum(memory.weights.values()),
+            "cache": memory.cache,
+            "activations": activations,
+            "peak": peak,
+            "usable": usable,
+            "memory": workload.topology.device.memory_bytes,
+        },
+        "arithmetic": {
+            "decode_arguments": memory.weights["decoder"] + memory.cache,
+            "decode_temp": memory.decode_temp,
+            "prefill_temp": memory.prefill_temp,
+            "peak": memory.peak,
+            "all_reduces_per_block": min(all_reduces_per_decode_step(workload), 2),
+        },
+        "programs": compiled,
+        "latency_bounds": asdict(latency_bounds(workload, memory)),
+        "fits": not over_by and not compiler_errors,
+        "over_by": over_by,
+        "compiler_errors": compiler_errors,
+        "change": None,
+    }
+    if not plan["fits"]:
+        change = smallest_fitting_change(workload, max(peak - memory.peak, 0))
+        if change is not None:
+            plan["change"] = {"options": change[0], "peak": estimate_memory(change[1]).peak}
+    return plan
+
+
+def _compile(
+    workload: Workload,
+    memory: MemoryEstimate,
+    method: Method,
+    notify: Callable[[str], None],
+    programs: Sequence[aot_compile.Program],
+) -> tuple[str, dict[str, Any]]:
+    """Return the source of the figures, and the analysis of each compiled program."""
+    platform = workload.topology.device.platform
+    install = install_command(*aot_compile.COMPILER_EXTRAS[platform])
+    compiler = aot_compile.installed_compiler(platform)
+    if method == "compiler" and compiler is None:
+        raise OvisError(f"no compiler for {platform} is installed; install one: {install}")
+    if method == "arithmetic":
+        return "arithmetic, as requested", {}
+    if compiler is None:
+        return f"arithmetic; to use the compiler: {install}", {}
+    if method == "auto" and memory.peak - memory.activations > usable_bytes(workload):
+        return "arithmetic; weights and cache alone exceed the memory", {}
+    compiled = {}
+    for program in programs:
+        notify(
+            f"compiling {program} for {workload.topology.name} with {compiler};"
+            " this may take minutes"
+        )
+        compiled[program] = aot_compile.analyze_program(workload, program)
+    return compiler, compiled
+
+
+def _peak_with_unread_weights(
+    workload: Workload, memory: MemoryEstimate, name: str, program: dict[str, Any]
+) -> int:
+    """Return a program's peak plus the weights that it does not read, which stay in memory."""
+    if program["peak"] is None:
+        return memory.peak
+    read = {"decoder"}
+    if name == "prefill":
+        read = set(memory.weights) if workload.num_crops else {"decoder", "visual_embedding"}
+    unread = (size for part, size in memory.weights.items() if part not in read)
+    return program["peak"] + sum(unread)
