@@ -1,0 +1,218 @@
+"""The accelerator check: its rehearsal, and what it does when a case or a part fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks import on_accelerator
+from benchmarks.support.accelerator.part_process import Part, run_part
+from benchmarks.support.accelerator.report import write_report
+from benchmarks.support.accelerator.results import Recorder, read_results
+from benchmarks.support.accelerator.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+HAS_TORCH = sys.version_info < (3, 12)
+
+
+@pytest.mark.slow
+def test_the_rehearsal_runs_every_part(tmp_path):
+    options = ["--rehearse", "--minutes", "600", "--out"]  # a busy machine may be slow
+    command = [sys.executable, "-m", "benchmarks.on_accelerator", *options]
+    done = subprocess.run(
+        [*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [(part["part"], part["status"]) for part in report["parts"]] == [
+        (part.name, "finished") for part in on_accelerator.PARTS
+    ]
+    omitted = {x["case"]: x["reason"] for x in report["results"] if x["status"] == "omitted"}
+    expected = {
+        f"kernel {kernel}, {dtype}": f"{kernel} cannot run on cpu: it is a kernel for {kind}s"
+        for kernel, kind in (("splash", "TPU"), ("tokamax", "GPU"))
+        for dtype in ("float32", "bfloat16")
+    }
+    if not HAS_TORCH:
+        expected["PyTorch"] = "not installed: torch, transformers"
+    assert omitted == expected
+    measured = {(x["part"], x["case"]) for x in report["results"] if x["status"] == "measured"}
+    assert measured == {
+        *((("facts", case)) for case in ("device", "copy", "matrix product, int8")),
+        *(("facts", f"matrix product, {dtype}") for dtype in ("bfloat16", "float32")),
+        *(
+            ("correctness", f"kernel {kernel}, {dtype}")
+            for kernel in ("plain", "blockwise")
+            for dtype in ("float32", "bfloat16")
+        ),
+        *(("correctness", f"demo answers, {dtype}") for dtype in ("float32", "bfloat16")),
+        ("correctness", "goldens tiny-bf16-sharded, float32"),
+        ("correctness", "goldens tiny-bf16-sharded, bfloat16"),
+        ("correctness", "goldens tiny-f32, float32"),
+        ("correctness", "engine against generate"),
+        *(("speed", case) for case in SPEED_CASES),
+        *(("torch", case) for case in TORCH_CASES if HAS_TORCH),
+        *(("profile", case) for case in ("decode", "prefill")),
+    }
+    assert all(
+        x["passed"] for x in report["results"] if x["part"] == "correctness" and "passed" in x
+    )
+    text = (tmp_path / "report.md").read_text()
+    assert all(f"| {case} |" in text for part, case in measured if part in ("speed", "correctness"))
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [
+        "log.txt",
+        "report.json",
+        "report.md",
+        "results.jsonl",
+        "roofline.png",
+        "tokens_per_second.png",
+        "trace_decode.xplane.pb",
+        "trace_prefill.xplane.pb",
+    ]
+
+
+SPEED_CASES = (
+    "random weights",
+    *(f"decode, {rows} row(s)" for rows in (1, 2)),
+    "prompt of 24 positions",
+    "vision encoder, 1 crop(s)",
+    "visual embeddings, 1 crop(s)",
+    "generate, 1 row(s)",
+    "engine, start",
+    *(f"engine, {number} request(s)" for number in (1, 4)),
+    "LoRA training step",
+)
+TORCH_CASES = (
+    "PyTorch",
+    *(f"decode, {rows} row(s), {mode}" for rows in (1, 2) for mode in ("dynamic", "eager")),
+    "vision encoder, 1 crop(s)",
+    "prompt of 24 positions, eager",
+)
+
+
+def make_part(tmp_path: Path, name: str, body: str, seconds: float = 600) -> Part:
+    """A part whose module is written into the test's folder."""
+    (tmp_path / f"{name}.py").write_text(f"def run(settings, recorder):\n    {body}\n")
+    return Part(name, name, name, seconds, (("PYTHONPATH", f"{tmp_path}:{ROOT}"),))
+
+
+def run_one(tmp_path: Path, part: Part, **options) -> dict:
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    ended = run_part(part, Settings(part.name, out, True, part.seconds), tmp_path, **options)
+    write_report(out, [ended], {part.name: part.title}, [])
+    return ended
+
+
+def test_a_part_that_raises_is_recorded_with_the_cases_before(tmp_path):
+    body = "recorder.run('first', lambda: {'x': 1}); raise ValueError('broken on purpose')"
+    ended = run_one(tmp_path, make_part(tmp_path, "facts", body))
+    assert (ended["status"], ended["exit_code"]) == ("crashed", 1)
+    (result,) = read_results(tmp_path / "out" / "results.jsonl")
+    assert (result["case"], result["status"], result["x"]) == ("first", "measured", 1)
+    assert "ValueError: broken on purpose" in (tmp_path / "out" / "log.txt").read_text()
+    assert "The part crashed (exit code 1)." in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_part_that_hangs_is_killed(tmp_path):
+    part = make_part(tmp_path, "facts", "import threading; threading.Event().wait()", seconds=0.1)
+    ended = run_one(tmp_path, part, grace_seconds=0.1)
+    assert (ended["status"], ended["exit_code"]) == ("timed out", -9)
+
+
+def test_a_failed_part_leaves_the_others_running(tmp_path, capsys):
+    parts = (
+        make_part(tmp_path, "facts", "recorder.run('device', lambda: {'platform': 'gpu'})"),
+        make_part(tmp_path, "speed", "raise SystemExit(3)"),
+        make_part(tmp_path, "profile", "recorder.omit('decode', 'no reason')"),
+    )
+    assert on_accelerator.check_accelerator(tmp_path / "out", rehearse=True, parts=parts) == 1
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [part["status"] for part in report["parts"]] == ["finished", "crashed", "finished"]
+    assert "- decode: omitted, no reason" in capsys.readouterr().out
+
+
+@pytest.fixture
+def results(tmp_path):
+    return tmp_path / "results.jsonl"
+
+
+def raise_error(error: BaseException):
+    raise error
+
+
+def test_out_of_memory_is_recorded_and_the_next_case_runs(results):
+    recorder = Recorder(results, "speed", float("inf"))
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+    assert recorder.run("large", lambda: raise_error(error)) is None
+    assert recorder.run("small", lambda: {"x": 2}) == {"x": 2}
+    large, small = read_results(results)
+    assert large["status"] == "failed"
+    assert large["reason"] == (
+        "out of memory (JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes)"
+    )
+    assert (small["status"], small["x"]) == ("measured", 2)
+
+
+def test_no_case_starts_after_the_deadline(results):
+    Recorder(results, "speed", float("-inf")).run("late", lambda: raise_error(AssertionError()))
+    (result,) = read_results(results)
+    assert (result["status"], result["reason"]) == ("omitted", "no time left")
+
+
+def test_a_case_that_needs_more_memory_than_there_is_is_omitted(results):
+    recorder = Recorder(results, "speed", float("inf"), memory_bytes=2**30)
+    recorder.run("large", lambda: raise_error(AssertionError()), needed_bytes=2**31)
+    (result,) = read_results(results)
+    assert result["reason"] == "needs 2.0 GiB of memory, the device has 1.0 GiB"
+
+
+def test_only_an_expected_missing_package_omits_a_case(results):
+    recorder = Recorder(results, "speed", float("inf"))
+    error = ModuleNotFoundError("No module named 'pydantic'", name="pydantic.types")
+    recorder.run("training", lambda: raise_error(error), requires=("pydantic",))
+    recorder.run("decode", lambda: raise_error(error))
+    training, decode = read_results(results)
+    assert training["reason"] == "the package pydantic.types is not installed"
+    assert (decode["status"], decode["reason"]) == (
+        "failed",
+        "ModuleNotFoundError: No module named 'pydantic'",
+    )
+
+
+def test_a_line_that_was_cut_off_is_not_read(results):
+    Recorder(results, "speed", float("inf")).omit("first", "no reason")
+    with results.open("a") as file:
+        file.write('{"part": "speed", "ca')
+    assert [x["case"] for x in read_results(results)] == ["first"]
+
+
+def test_without_an_accelerator_it_says_how_to_rehearse(tmp_path, capsys):
+    part = make_part(tmp_path, "facts", "recorder.run('device', lambda: {'platform': 'cpu'})")
+    assert on_accelerator.check_accelerator(tmp_path / "out", parts=(part,)) == 2
+    error = capsys.readouterr().err
+    assert "JAX runs on the CPU" in error and "--rehearse" in error
+
+
+def test_without_jax_it_says_where_to_look(tmp_path, capsys):
+    part = make_part(tmp_path, "facts", "raise RuntimeError('no device')")
+    assert on_accelerator.check_accelerator(tmp_path / "out", parts=(part,)) == 2
+    assert "JAX could not start; see log.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--minutes", "0"], "--minutes is 0.0, expected more than 0"),
+        (["--out", "."], "--out . exists and is not an empty folder"),
+    ],
+)
+def test_bad_options(arguments, problem, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["on_accelerator", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        on_accelerator.main()
+    assert problem in capsys.readouterr().err
