@@ -56,8 +56,7 @@ def install_command(*extras: str) -> str:
 
 @contextmanager
 def require_extra(extra: str) -> Iterator[None]:
-    """Wrap imports of packages that an extra installs; if one is missing, the error names the
-    extra.
+    """Wrap imports of packages that an extra installs, so that an error names the extra.
 
     Raises:
       OvisError: A package is missing.

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from ovis_jax.checkpoint.checkpoint_problems import CheckpointProblem, CheckpointValidationError
 from ovis_jax.checkpoint.file_io import write_json
-from ovis_jax.checkpoint.key_map import check_tensor
+from ovis_jax.checkpoint.key_map import find_tensor_problems
 from ovis_jax.checkpoint.output_dirs import atomic_dir, check_disk_space
 from ovis_jax.checkpoint.params import index_arrays, put_on_devices, remove_padding
 from ovis_jax.checkpoint.safetensors_reader import SafetensorsHeader, read_header
@@ -205,7 +205,7 @@ def _check_adapters(
             report(info.key, "unknown key", expected, f"{info.dtype} {list(info.shape)}")
             continue
         sizes = axis_letter_sizes(config, info.key) | {"R": rank}
-        problems += check_tensor(info, axes[info.key], sizes, "F32")
+        problems += find_tensor_problems(info, axes[info.key], sizes, "F32")
         matrix, _, factor = info.key.rpartition("/")
         other = f"{matrix}/{'lora_b' if factor == 'lora_a' else 'lora_a'}"
         if other not in known:

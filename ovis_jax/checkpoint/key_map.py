@@ -171,7 +171,7 @@ def match_tensors(
             report(file, key, "index differs", f"the index to name {file}", indexed_file)
         if path in shapes:
             axes, sizes = axes_of_param(path), axis_letter_sizes(config, path)
-            problems += check_tensor(info, axes, sizes, stored_dtype)
+            problems += find_tensor_problems(info, axes, sizes, stored_dtype)
         elif path is None and key not in key_map.unused:
             found = f"{info.dtype} {list(info.shape)}"
             report(file, key, "unknown key", "no such tensor", found)
@@ -218,7 +218,7 @@ def _check_key_map(
     return rows
 
 
-def check_tensor(
+def find_tensor_problems(
     info: TensorInfo, axes: str, sizes: Mapping[str, int], stored_dtype: str | None
 ) -> list[CheckpointProblem]:
     """Check the shape and the dtype of a tensor.

@@ -1,7 +1,8 @@
 """Converting a checkpoint from the Hub's layout: `ovis-jax convert SRC DST`.
 
-A conversion renames tensors and never reshapes them, so it can process them as a stream, without holding a whole tensor in memory. The result is written to DST.partial. If the conversion is interrupted,
-running the same command again keeps the finished shards and converts the others.
+A conversion renames tensors and never reshapes them, so it can process them as a stream, without
+holding a whole tensor in memory. The result is written to DST.partial. If the conversion is
+interrupted, running the same command again keeps the finished shards and converts the others.
 
 If SRC is a repo id, the configs and the headers of all shards are read first. The headers contain
 shapes and dtypes, which the index file lacks, so all faults are known before anything is written.

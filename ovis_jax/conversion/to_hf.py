@@ -18,7 +18,7 @@ from ovis_jax.checkpoint.checkpoint_problems import CheckpointProblem, Checkpoin
 from ovis_jax.checkpoint.conversion_record import CONVERSION_FILE, is_converted
 from ovis_jax.checkpoint.key_map import (
     UNUSED_HUB_KEYS,
-    check_tensor,
+    find_tensor_problems,
     make_hub_key_map,
     unused_tensor_shapes,
 )
@@ -234,7 +234,7 @@ def _find_unused_tensors(
     sizes = axis_letter_sizes(config, "vision/")
     for key, (axes, _) in UNUSED_HUB_KEYS.items():
         if key in found:
-            problems += check_tensor(found[key], axes, sizes, None)
+            problems += find_tensor_problems(found[key], axes, sizes, None)
         elif required_by is not None and key not in index.unusable_keys:
             expected = str(list(unused_tensor_shapes(config)[key]))
             report(index.weight_map.get(key, "-"), key, "missing key", expected, "no such tensor")

@@ -45,7 +45,7 @@ def latency_bounds(workload: Workload, memory: MemoryEstimate) -> LatencyBounds:
     flops = 2 * rows * weights / workload.bytes_per_weight
     summed = all_reduces_per_decode_step(workload) * rows * n["D"] * workload.bytes_per_weight
     bytes_sent = int(2 * (model - 1) / model * summed)
-    prefill = prefill_flops(workload) / workload.topology.num_devices
+    prefill = total_prefill_flops(workload) / workload.topology.num_devices
     return LatencyBounds(
         decode_bytes_read=bytes_read,
         decode_seconds=max(bytes_read / device.memory_bandwidth, flops / device.peak_flops),
@@ -61,7 +61,7 @@ def all_reduces_per_decode_step(workload: Workload) -> int:
     return 0 if workload.mesh_sizes.model == 1 else 2 * workload.config.decoder.depth + 1
 
 
-def prefill_flops(workload: Workload) -> float:
+def total_prefill_flops(workload: Workload) -> float:
     """Count the FLOPs of prompts with the maximum length and all crops, on all devices together.
 
     The count includes the decoder's matrices at every position, the output matrix once per row,

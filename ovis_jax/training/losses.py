@@ -52,7 +52,7 @@ def token_log_probs(
     return label_log_probs(logits, targets), (targets != IGNORE_INDEX).astype(jnp.float32)
 
 
-def cross_entropy_loss(
+def cross_entropy_sum_and_count(
     logits: Float[Array, "B T V"], labels: Int[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return the cross-entropy summed over answer tokens, and the number of these tokens.

@@ -18,7 +18,7 @@ from ovis_jax.training.losses import (
     PreferenceBatch,
     TrainBatch,
     answer_log_probs,
-    cross_entropy_loss,
+    cross_entropy_sum_and_count,
     dpo_losses,
 )
 from ovis_jax.training.trainable import FlatParams, join_params
@@ -147,7 +147,7 @@ def _summed_loss(
     cast_all = partial(jax.tree.map, lambda x: x.astype(config.compute_dtype))
     params = join_params(cast_all(trainable), cast_all(frozen), lora_scale)
     if isinstance(batch, TrainBatch):
-        return cross_entropy_loss(model.forward(params, batch.inputs)[0], batch.labels)
+        return cross_entropy_sum_and_count(model.forward(params, batch.inputs)[0], batch.labels)
     chosen = _answer_log_probs(model, params, batch.chosen)
     losses = dpo_losses(
         chosen,

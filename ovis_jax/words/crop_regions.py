@@ -13,13 +13,13 @@ class CropRegion:
 
     Attributes:
       box: The left, upper, right and lower edges of the crop, in pixels of the image.
-      token_grid_box: The same edges for the square grid of visual tokens. The grid is larger than
+      padded_box: The same edges for the square grid of visual tokens. The grid is larger than
         `box` where the crop is padded to a square or the patches are padded to complete tokens.
       tokens_per_side: Number of rows in the grid, which equals the number of columns.
     """
 
     box: Box
-    token_grid_box: tuple[float, float, float, float]
+    padded_box: tuple[float, float, float, float]
     tokens_per_side: int
 
 

@@ -73,7 +73,7 @@ def plot_entropy(images: Sequence[ImageEntropy]) -> Figure:
 def _overlay_heatmap(
     axes: Axes, region: CropRegion, entropy: np.ndarray, limits: tuple[float, float]
 ) -> None:
-    left, upper, right, lower = region.token_grid_box
+    left, upper, right, lower = region.padded_box
     heatmap = axes.imshow(
         entropy.reshape(region.tokens_per_side, region.tokens_per_side),
         extent=(left, right, lower, upper),

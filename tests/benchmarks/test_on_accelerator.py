@@ -11,7 +11,7 @@ import pytest
 from benchmarks import on_accelerator
 from benchmarks.support.accelerator.part_process import Part, run_part
 from benchmarks.support.accelerator.report import write_report
-from benchmarks.support.accelerator.results import Recorder, read_results
+from benchmarks.support.accelerator.results import CaseRunner, read_results
 from benchmarks.support.accelerator.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ TORCH_CASES = (
 
 def make_part(tmp_path: Path, name: str, body: str, seconds: float = 600) -> Part:
     """A part whose module is written into the test's folder."""
-    (tmp_path / f"{name}.py").write_text(f"def run(settings, recorder):\n    {body}\n")
+    (tmp_path / f"{name}.py").write_text(f"def run(settings, cases):\n    {body}\n")
     return Part(name, name, name, seconds, (("PYTHONPATH", f"{tmp_path}:{ROOT}"),))
 
 
@@ -109,7 +109,7 @@ def run_one(tmp_path: Path, part: Part, **options) -> dict:
 
 
 def test_a_part_that_raises_is_recorded_with_the_cases_before(tmp_path):
-    body = "recorder.run('first', lambda: {'x': 1}); raise ValueError('broken on purpose')"
+    body = "cases.run('first', lambda: {'x': 1}); raise ValueError('broken on purpose')"
     ended = run_one(tmp_path, make_part(tmp_path, "facts", body))
     assert (ended["status"], ended["exit_code"]) == ("crashed", 1)
     (result,) = read_results(tmp_path / "out" / "results.jsonl")
@@ -126,9 +126,9 @@ def test_a_part_that_hangs_is_killed(tmp_path):
 
 def test_a_failed_part_leaves_the_others_running(tmp_path, capsys):
     parts = (
-        make_part(tmp_path, "facts", "recorder.run('device', lambda: {'platform': 'gpu'})"),
+        make_part(tmp_path, "facts", "cases.run('device', lambda: {'platform': 'gpu'})"),
         make_part(tmp_path, "speed", "raise SystemExit(3)"),
-        make_part(tmp_path, "profile", "recorder.omit('decode', 'no reason')"),
+        make_part(tmp_path, "profile", "cases.omit('decode', 'no reason')"),
     )
     assert on_accelerator.check_accelerator(tmp_path / "out", rehearse=True, parts=parts) == 1
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -146,10 +146,10 @@ def raise_error(error: BaseException):
 
 
 def test_out_of_memory_is_recorded_and_the_next_case_runs(results):
-    recorder = Recorder(results, "speed", float("inf"))
+    cases = CaseRunner(results, "speed", float("inf"))
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
-    assert recorder.run("large", lambda: raise_error(error)) is None
-    assert recorder.run("small", lambda: {"x": 2}) == {"x": 2}
+    assert cases.run("large", lambda: raise_error(error)) is None
+    assert cases.run("small", lambda: {"x": 2}) == {"x": 2}
     large, small = read_results(results)
     assert large["status"] == "failed"
     assert large["reason"] == (
@@ -159,23 +159,23 @@ def test_out_of_memory_is_recorded_and_the_next_case_runs(results):
 
 
 def test_no_case_starts_after_the_deadline(results):
-    Recorder(results, "speed", float("-inf")).run("late", lambda: raise_error(AssertionError()))
+    CaseRunner(results, "speed", float("-inf")).run("late", lambda: raise_error(AssertionError()))
     (result,) = read_results(results)
     assert (result["status"], result["reason"]) == ("omitted", "no time left")
 
 
 def test_a_case_that_needs_more_memory_than_there_is_is_omitted(results):
-    recorder = Recorder(results, "speed", float("inf"), memory_bytes=2**30)
-    recorder.run("large", lambda: raise_error(AssertionError()), needed_bytes=2**31)
+    cases = CaseRunner(results, "speed", float("inf"), memory_bytes=2**30)
+    cases.run("large", lambda: raise_error(AssertionError()), needed_bytes=2**31)
     (result,) = read_results(results)
     assert result["reason"] == "needs 2.0 GiB of memory, the device has 1.0 GiB"
 
 
 def test_only_an_expected_missing_package_omits_a_case(results):
-    recorder = Recorder(results, "speed", float("inf"))
+    cases = CaseRunner(results, "speed", float("inf"))
     error = ModuleNotFoundError("No module named 'pydantic'", name="pydantic.types")
-    recorder.run("training", lambda: raise_error(error), requires=("pydantic",))
-    recorder.run("decode", lambda: raise_error(error))
+    cases.run("training", lambda: raise_error(error), requires=("pydantic",))
+    cases.run("decode", lambda: raise_error(error))
     training, decode = read_results(results)
     assert training["reason"] == "the package pydantic.types is not installed"
     assert (decode["status"], decode["reason"]) == (
@@ -185,14 +185,14 @@ def test_only_an_expected_missing_package_omits_a_case(results):
 
 
 def test_a_line_that_was_cut_off_is_not_read(results):
-    Recorder(results, "speed", float("inf")).omit("first", "no reason")
+    CaseRunner(results, "speed", float("inf")).omit("first", "no reason")
     with results.open("a") as file:
         file.write('{"part": "speed", "ca')
     assert [x["case"] for x in read_results(results)] == ["first"]
 
 
 def test_without_an_accelerator_it_says_how_to_rehearse(tmp_path, capsys):
-    part = make_part(tmp_path, "facts", "recorder.run('device', lambda: {'platform': 'cpu'})")
+    part = make_part(tmp_path, "facts", "cases.run('device', lambda: {'platform': 'cpu'})")
     assert on_accelerator.check_accelerator(tmp_path / "out", parts=(part,)) == 2
     error = capsys.readouterr().err
     assert "JAX runs on the CPU" in error and "--rehearse" in error

@@ -12,7 +12,7 @@ from ovis_jax.cli import app
 from ovis_jax.errors import OvisError
 from ovis_jax.plan import aot_compile
 from ovis_jax.plan.command import load_config, make_workload
-from ovis_jax.plan.latency_bounds import latency_bounds, prefill_flops
+from ovis_jax.plan.latency_bounds import latency_bounds, total_prefill_flops
 from ovis_jax.plan.make_plan import make_plan
 from ovis_jax.plan.memory_estimate import estimate_memory, usable_bytes, vision_temp_bytes
 from ovis_jax.plan.report import plan_summary_line
@@ -83,8 +83,8 @@ def test_latency_bounds():
     assert latency_bounds(single, estimate_memory(single)).decode_bytes_sent == 0
     # Two FLOPs per weight of a block and position, plus attention. Images add to that.
     blocks = 42 * (2 * 24 * 256 * 3584 + 3 * 14336 * 3584)
-    assert 1 < prefill_flops(single) / (2 * 8192 * blocks) < 1.2
-    assert prefill_flops(replace(single, images_per_row=1)) > prefill_flops(single)
+    assert 1 < total_prefill_flops(single) / (2 * 8192 * blocks) < 1.2
+    assert total_prefill_flops(replace(single, images_per_row=1)) > total_prefill_flops(single)
 
 
 def test_a_large_batch_is_compute_bound():

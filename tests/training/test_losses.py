@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from ovis_jax.training.losses import answer_log_probs, cross_entropy_loss, dpo_losses
+from ovis_jax.training.losses import answer_log_probs, cross_entropy_sum_and_count, dpo_losses
 
 
 def random_logits_and_labels():
@@ -27,7 +27,7 @@ def expected_log_probs(logits, labels):
 def test_cross_entropy_loss():
     logits, labels = random_logits_and_labels()
     expected = expected_log_probs(logits, labels)
-    total, count = cross_entropy_loss(jnp.array(logits), jnp.array(labels))
+    total, count = cross_entropy_sum_and_count(jnp.array(logits), jnp.array(labels))
     assert count == len(expected) == 3
     np.testing.assert_allclose(total, -sum(x for _, x in expected), rtol=1e-6)
 

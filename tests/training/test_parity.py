@@ -11,7 +11,7 @@ from ovis_jax import presets
 from ovis_jax.checkpoint.key_map import make_hub_key_map
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model.ovis import Ovis
-from ovis_jax.training.losses import cross_entropy_loss
+from ovis_jax.training.losses import cross_entropy_sum_and_count
 
 pytestmark = [pytest.mark.torch, pytest.mark.optimized]
 
@@ -39,7 +39,7 @@ def test_gradients(remat):
 
     def loss(params):
         logits, _ = model.forward(params, Inputs(tokens, positions, pixels))
-        total, count = cross_entropy_loss(logits, jax.numpy.asarray(labels))
+        total, count = cross_entropy_sum_and_count(logits, jax.numpy.asarray(labels))
         return total / count
 
     value, tree = jax.jit(jax.value_and_grad(loss))(params)

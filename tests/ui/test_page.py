@@ -209,7 +209,7 @@ def test_broken_file_gets_a_message(page, tmp_path):
     broken.write_bytes(SHAPES.read_bytes()[:200])
     page.set_input_files("#box input[type=file]", [broken, SHAPES])
     toast = page.locator(".toast-body")
-    expect(toast).to_contain_text("broken.png cannot be shown: the bytes are not a whole")
+    expect(toast).to_contain_text("broken.png cannot be shown: the bytes are not a complete")
     assert "Traceback" not in page.content() and str(tmp_path) not in toast.inner_text()
     expect(page.locator("#pictures figure")).to_have_count(1)  # the other file is kept
 

@@ -23,12 +23,12 @@ def test_the_tokens_of_a_square_image_cover_it():
     """5 patches make 3 blocks of 2, so the last block exceeds the image by 14 of 84 pixels."""
     (region,) = crop_regions(140, 140, (1, 1), TINY)
     assert region.box == (0, 0, 140, 140) and region.tokens_per_side == 3
-    assert region.token_grid_box == (0, 0, 168, 168)
+    assert region.padded_box == (0, 0, 168, 168)
 
 
 def test_a_wide_crop_is_centered_in_its_square():
     (region,) = crop_regions(140, 70, (1, 1), TINY)
-    left, upper, right, lower = region.token_grid_box
+    left, upper, right, lower = region.padded_box
     assert (left, right) == (0, 168)
     # The square covers 140 x 140 pixels, with 35 pixels of padding above the image.
     assert upper == pytest.approx(-35, abs=2) and lower == pytest.approx(133, abs=2)
@@ -38,8 +38,8 @@ def test_cells_follow_the_full_image():
     full, *cells = crop_regions(200, 100, (1, 2), TINY)
     assert full.box == (0, 0, 200, 100)
     assert [cell.box for cell in cells] == [(0, 0, 100, 100), (100, 0, 200, 100)]
-    assert [cell.token_grid_box[:2] for cell in cells] == [(0, 0), (100, 0)]
-    widths = [cell.token_grid_box[2] - cell.token_grid_box[0] for cell in cells]
+    assert [cell.padded_box[:2] for cell in cells] == [(0, 0), (100, 0)]
+    widths = [cell.padded_box[2] - cell.padded_box[0] for cell in cells]
     assert widths == pytest.approx([120, 120])
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from benchmarks.support.accelerator.random_model import param_bytes_per_device
-from benchmarks.support.accelerator.results import Recorder
+from benchmarks.support.accelerator.results import CaseRunner
 from benchmarks.support.accelerator.settings import Settings
 from benchmarks.support.accelerator.speed import PreparedStage, SpeedMeasurements
 from benchmarks.support.timing import Timings, time_in_turns
@@ -93,21 +93,21 @@ def start_torch(config: OvisConfig) -> Iterator[TorchWorker]:
             process.communicate()
 
 
-def run(settings: Settings, recorder: Recorder) -> None:
+def run(settings: Settings, cases: CaseRunner) -> None:
     """Run the part."""
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
-        recorder.omit("PyTorch", f"not installed: {', '.join(missing)}")
+        cases.omit("PyTorch", f"not installed: {', '.join(missing)}")
         return
     if jax.default_backend() == "tpu":
-        recorder.omit("PyTorch", "it does not run on TPUs")
+        cases.omit("PyTorch", "it does not run on TPUs")
         return
     with start_torch(settings.sizes.config) as worker:
-        recorder.run("PyTorch", lambda: {"torch": worker.version})
-        compare_stages(settings, recorder, worker)
+        cases.run("PyTorch", lambda: {"torch": worker.version})
+        compare_stages(settings, cases, worker)
 
 
-def compare_stages(settings: Settings, recorder: Recorder, worker: TorchWorker) -> None:
+def compare_stages(settings: Settings, cases: CaseRunner, worker: TorchWorker) -> None:
     """Compare the stages: first PyTorch's plain variants, then those that compile."""
     sizes, speed = settings.sizes, SpeedMeasurements(settings)
     needed = 2 * param_bytes_per_device(sizes.config)
@@ -123,7 +123,7 @@ def compare_stages(settings: Settings, recorder: Recorder, worker: TorchWorker) 
         return speed.prepare_vision(size, through_embeddings=False)
 
     def add(case: str, stage: str, size: int, **command: Any) -> None:
-        recorder.run(
+        cases.run(
             case,
             lambda: compare(worker, speed, ours(stage, size), {"stage": stage, **command}),
             needed,

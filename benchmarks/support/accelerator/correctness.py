@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from benchmarks.support.accelerator.results import Recorder
+from benchmarks.support.accelerator.results import CaseRunner
 from benchmarks.support.accelerator.settings import Settings
 from ovis_jax import generate, load, presets
 from ovis_jax.engine.request import Delta, Failure, Request
@@ -48,27 +48,27 @@ DEMO_QUESTIONS = {
 """The questions of `make demo`, and the answers that ovis-tiny gives on a CPU."""
 
 
-def run(settings: Settings, recorder: Recorder) -> None:
+def run(settings: Settings, cases: CaseRunner) -> None:
     """Run the part."""
     for kernel in cast(tuple[AttentionKernel, ...], get_args(AttentionKernel)[1:]):
         for dtype in KERNEL_TOLERANCES:
             reason = unsupported_reason(kernel, jax.default_backend(), dtype)
             case = f"kernel {kernel}, {dtype}"
             if reason is not None:
-                recorder.omit(case, f"{kernel} {reason}")
+                cases.omit(case, f"{kernel} {reason}")
                 continue
-            recorder.run(
+            cases.run(
                 case, lambda kernel=kernel, dtype=dtype: compare_kernel(settings, kernel, dtype)
             )
     names = list(DEMO_QUESTIONS)[: 1 if settings.rehearse else None]
     for dtype in ("float32", "bfloat16"):
-        recorder.run(f"demo answers, {dtype}", partial(ask_demo_questions, dtype, names))
+        cases.run(f"demo answers, {dtype}", partial(ask_demo_questions, dtype, names))
     for folder, files in golden_files(settings.rehearse):
-        recorder.run(
+        cases.run(
             f"goldens {folder.name}, {files[0].dtype}",
             lambda folder=folder, files=files: compare_with_goldens(folder, files),
         )
-    recorder.run("engine against generate", partial(compare_engine, names))
+    cases.run("engine against generate", partial(compare_engine, names))
 
 
 def compare_kernel(settings: Settings, kernel: AttentionKernel, dtype: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.support.accelerator.results import Recorder
+from benchmarks.support.accelerator.results import CaseRunner
 from benchmarks.support.accelerator.settings import Settings
 from benchmarks.support.machine_peaks import (
     copy_bandwidth,
@@ -19,20 +19,20 @@ from benchmarks.support.timing import time_in_turns
 OPTIONAL_PACKAGES = ("tokamax", "torch", "transformers", "pydantic", "matplotlib", "typer")
 
 
-def run(settings: Settings, recorder: Recorder) -> None:
+def run(settings: Settings, cases: CaseRunner) -> None:
     """Run the part."""
     sizes = settings.sizes
-    recorder.run("device", lambda: describe_device(settings))
-    recorder.run("copy", lambda: {"copy_bytes_per_second": copy_bandwidth(sizes.copy_bytes)})
+    cases.run("device", lambda: describe_device(settings))
+    cases.run("copy", lambda: {"copy_bytes_per_second": copy_bandwidth(sizes.copy_bytes)})
     for dtype in (jnp.bfloat16, jnp.float32):
         name = jnp.dtype(dtype).name
-        recorder.run(
+        cases.run(
             f"matrix product, {name}",
             lambda dtype=dtype, name=name: {
                 f"flops_{name}": matmul_flop_rate(dtype, sizes.product_sizes)
             },
         )
-    recorder.run("matrix product, int8", lambda: {"ops_int8": int8_rate(sizes.product_sizes)})
+    cases.run("matrix product, int8", lambda: {"ops_int8": int8_rate(sizes.product_sizes)})
 
 
 def describe_device(settings: Settings) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.accelerator.results import Recorder, read_results
+from benchmarks.support.accelerator.results import CaseRunner, read_results
 from benchmarks.support.accelerator.settings import Settings
 
 ROOT = Path(__file__).parents[3]
@@ -29,7 +29,7 @@ class Part:
     Attributes:
       name: Name of the part.
       title: Heading of the part in the report.
-      module: Module whose function `run(settings, recorder)` runs the part.
+      module: Module whose function `run(settings, cases)` runs the part.
       seconds: Time limit.
       environment: Environment variables of its process.
     """
@@ -99,13 +99,13 @@ def main(module: str, settings_path: str) -> None:
     """Run a part; this is what its process calls."""
     start = time.monotonic()
     settings = Settings.read(Path(settings_path))
-    recorder = Recorder(
+    cases = CaseRunner(
         settings.out / "results.jsonl",
         settings.part,
         start + settings.seconds,
         settings.facts.get("memory_bytes"),
     )
-    import_module(module).run(settings, recorder)
+    import_module(module).run(settings, cases)
 
 
 def facts_of(out: Path) -> dict[str, Any]:

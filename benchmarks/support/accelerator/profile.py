@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from benchmarks.support.accelerator.random_model import param_bytes_per_device
-from benchmarks.support.accelerator.results import Recorder
+from benchmarks.support.accelerator.results import CaseRunner
 from benchmarks.support.accelerator.settings import Settings
 from benchmarks.support.accelerator.speed import PreparedStage, SpeedMeasurements
 
@@ -18,7 +18,7 @@ MAX_TRACE_BYTES = 16 * 10**6
 NUM_KERNELS = 10
 
 
-def run(settings: Settings, recorder: Recorder) -> None:
+def run(settings: Settings, cases: CaseRunner) -> None:
     """Run the part."""
     speed, sizes = SpeedMeasurements(settings), settings.sizes
     weights = param_bytes_per_device(sizes.config)
@@ -28,7 +28,7 @@ def run(settings: Settings, recorder: Recorder) -> None:
     }
     for name, prepare in stages.items():
         path = settings.out / f"trace_{name}.xplane.pb"
-        recorder.run(name, lambda prepare=prepare, path=path: profile(prepare(), path), weights)
+        cases.run(name, lambda prepare=prepare, path=path: profile(prepare(), path), weights)
 
 
 def profile(stage: PreparedStage, path: Path) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def kernel_seconds(trace: Path) -> Counter[str]:
             if device and (line.name.startswith("Stream") or line.name == "XLA Ops"):
                 events = list(line.events)
             elif not device and "XLA" in line.name:
-                events = [event for event in line.events if is_xla_operation(event)]
+                events = [event for event in line.events if is_xla_operation_on_cpu(event)]
             else:
                 continue
             for event in events:
@@ -83,6 +83,6 @@ def kernel_seconds(trace: Path) -> Counter[str]:
     return seconds
 
 
-def is_xla_operation(event: Any) -> bool:
+def is_xla_operation_on_cpu(event: Any) -> bool:
     """Whether an event of a CPU thread is an operation of a compiled program."""
     return any(name == "hlo_op" for name, _ in event.stats)

@@ -35,20 +35,20 @@ class RandomModel:
     mesh: Mesh | None
 
 
-def num_devices_used(config: OvisConfig) -> int:
+def max_shardable_devices(config: OvisConfig) -> int:
     """Return the number of devices that the model is sharded over: the largest that it allows."""
     return default_mesh_sizes(config, jax.device_count()).model
 
 
 def param_bytes_per_device(config: OvisConfig) -> int:
     """Sum the bytes of the bfloat16 weights on each device."""
-    return 2 * sum(map(math.prod, param_shapes(config).values())) // num_devices_used(config)
+    return 2 * sum(map(math.prod, param_shapes(config).values())) // max_shardable_devices(config)
 
 
 def make_random_model(config: OvisConfig) -> RandomModel:
     """Make random weights of a config on the devices, one array at a time."""
     config = replace(config, eos_ids=())
-    mesh = tensor_parallel_mesh(num_devices_used(config))
+    mesh = tensor_parallel_mesh(max_shardable_devices(config))
     shapes = param_shapes(config, mesh)
     shardings = param_shardings(config, mesh) if mesh else dict.fromkeys(shapes)
 

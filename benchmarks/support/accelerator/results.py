@@ -12,7 +12,7 @@ Status = Literal["measured", "failed", "omitted"]
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
 
 
-class Recorder:
+class CaseRunner:
     """Runs the cases of a part and appends the result of each to a file of JSON lines.
 
     A case that fails is recorded, and the next one runs.
@@ -88,7 +88,7 @@ class Recorder:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Read the results that recorders have written, without a line that was cut off."""
+    """Read the results that case runners have written, without a line that was cut off."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]

@@ -21,11 +21,11 @@ from flax.traverse_util import flatten_dict
 from benchmarks.support.accelerator.correctness import submit_and_wait
 from benchmarks.support.accelerator.random_model import (
     RandomModel,
-    num_devices_used,
+    max_shardable_devices,
     param_bytes_per_device,
     random_model,
 )
-from benchmarks.support.accelerator.results import Recorder
+from benchmarks.support.accelerator.results import CaseRunner
 from benchmarks.support.accelerator.settings import Settings
 from benchmarks.support.random_inputs import random_inputs, tree_bytes
 from benchmarks.support.roofline import (
@@ -52,32 +52,32 @@ from ovis_jax.plan.workload import Workload
 ITEM_BYTES = 2  # bfloat16
 
 
-def run(settings: Settings, recorder: Recorder) -> None:
+def run(settings: Settings, cases: CaseRunner) -> None:
     """Run the part."""
     sizes = settings.sizes
     speed = SpeedMeasurements(settings)
     weights = param_bytes_per_device(sizes.config)
 
     def decode(rows: int) -> None:
-        recorder.run(
+        cases.run(
             f"decode, {rows} row(s)",
             lambda: speed.time_stage(speed.prepare_decode(rows)),
             weights + speed.cache_bytes(rows, sizes.decode_length),
         )
 
     def prefill(length: int) -> None:
-        recorder.run(
+        cases.run(
             f"prompt of {length} positions",
             lambda: speed.time_stage(speed.prepare_prefill(length)),
             weights + speed.estimate(1, length).prefill_temp,
         )
 
-    recorder.run("random weights", speed.measure_weights, weights)
+    cases.run("random weights", speed.measure_weights, weights)
     decode(sizes.decode_rows[0])
     prefill(sizes.prompt_lengths[0])
     for crops in sizes.num_crops:
         for name, through_embeddings in (("vision encoder", False), ("visual embeddings", True)):
-            recorder.run(
+            cases.run(
                 f"{name}, {crops} crop(s)",
                 lambda crops=crops, through_embeddings=through_embeddings: speed.time_stage(
                     speed.prepare_vision(crops, through_embeddings=through_embeddings)
@@ -89,7 +89,7 @@ def run(settings: Settings, recorder: Recorder) -> None:
     for rows in sizes.decode_rows[1:]:
         decode(rows)
     rows = sizes.decode_rows[0]
-    recorder.run(f"generate, {rows} row(s)", partial(speed.measure_generate, rows), weights)
+    cases.run(f"generate, {rows} row(s)", partial(speed.measure_generate, rows), weights)
     slots = max(sizes.concurrent_requests)
     needed = weights + speed.cache_bytes(slots, sizes.max_model_len)
     with ExitStack() as stack:
@@ -100,12 +100,12 @@ def run(settings: Settings, recorder: Recorder) -> None:
             scheduler.append(started)
             return {"slots": slots, "compile_seconds": compile_seconds}
 
-        recorder.run("engine, start", start_engine, needed)
+        cases.run("engine, start", start_engine, needed)
         for number in sizes.concurrent_requests if scheduler else ():
-            recorder.run(
+            cases.run(
                 f"engine, {number} request(s)", partial(speed.measure_engine, scheduler[0], number)
             )
-    recorder.run("LoRA training step", speed.measure_training, 2 * weights, ("pydantic",))
+    cases.run("LoRA training step", speed.measure_training, 2 * weights, ("pydantic",))
 
 
 @dataclass(frozen=True)
@@ -160,18 +160,18 @@ class SpeedMeasurements:
         cache = jax.eval_shape(
             lambda: empty_cache(self.config.decoder, rows, length, jnp.bfloat16).blocks
         )
-        return tree_bytes(cache) // num_devices_used(self.config)
+        return tree_bytes(cache) // max_shardable_devices(self.config)
 
     def estimate(self, rows: int, length: int) -> MemoryEstimate:
         """Return the memory that `ovis-jax plan` estimates for these devices."""
-        devices = num_devices_used(self.config)
+        devices = max_shardable_devices(self.config)
         topology = cast(Any, LocalTopology(devices, self.facts))
         workload = Workload(self.config, topology, MeshSizes(1, devices), rows, length)
         return estimate_memory(workload)
 
     def limits(self, cost: StageCost, seconds: float) -> dict[str, Any]:
         """Return the shares of the measured bandwidth and FLOP rate that a time reaches."""
-        devices = num_devices_used(self.config)
+        devices = max_shardable_devices(self.config)
         bandwidth = self.facts["copy_bytes_per_second"] * devices
         flop_rate = self.facts["flops_bfloat16"] * devices
         return {
