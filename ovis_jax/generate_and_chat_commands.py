@@ -34,7 +34,7 @@ TemperatureOption = Annotated[
 ]
 TopPOption = Annotated[
     float | None,
-    typer.Option(help="Sample only from the most likely tokens with this total probability."),
+    typer.Option(help="Top-p sampling: keep the likeliest tokens up to this total probability."),
 ]
 TopKOption = Annotated[
     int | None, typer.Option(help="Sample only from this many of the most likely tokens.")

@@ -113,8 +113,9 @@ def write_slot(
 def squeeze_single_row(cache: Any) -> Any:
     """Remove the batch axis of a `Cache` with one row, before a loop over tokens.
 
-    XLA removes axes of size 1 in products. If the loop carries the axis, XLA copies the cache
-    between the two shapes four times per step. A cache with several rows is returned unchanged.
+    XLA drops axes of size 1 in matrix products. If the loop carries the batch axis, XLA copies the
+    cache four times per step, between the shapes with and without that axis. A cache with several
+    rows is returned unchanged.
     """
     blocks = jax.tree.map(lambda x: x[0] if x.shape[0] == 1 else x, cache.blocks)
     return cache._replace(blocks=blocks)

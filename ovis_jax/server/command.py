@@ -76,8 +76,7 @@ def serve(
         float,
         typer.Option(
             min=0,
-            help="Maximum time, in seconds, that requests in progress have to finish after a stop"
-            " signal.",
+            help="Maximum time, in seconds, for open requests to finish after a stop signal.",
         ),
     ] = 30.0,
     allow_remote_images: Annotated[

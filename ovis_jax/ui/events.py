@@ -185,7 +185,7 @@ class PageEvents:
         self._events.setdefault(str(request.session_hash), EventStream()).put(None)
 
     async def close_session(self, request: gr.Request) -> None:
-        """Stop the visitor's answer and delete the session's data after the page was closed."""
+        """Stop the visitor's answer and delete the session's data when the page is closed."""
         if events := self._events.pop(str(request.session_hash), None):
             events.put(None)
 

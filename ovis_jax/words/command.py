@@ -96,7 +96,7 @@ def _print_words(
     top: int,
     console: Console,
 ) -> None:
-    """Print the most frequent words of one image or the shared words of two, with near tokens."""
+    """Print the most frequent visual words of an image, or those that two images share."""
     shared = shared_words(jnp.asarray(probabilities[0]), jnp.asarray(probabilities[-1]), k=top)
     rows = ovis.params["visual_embedding"][jnp.asarray(shared.words)]
     ids, _ = nearest_tokens(ovis.params, rows)
