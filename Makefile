@@ -4,6 +4,7 @@
 VENV ?= .venv
 VENV_NEWEST ?= .venv-newest
 VENV_TPU ?= .venv-tpu
+VENV_ACCELERATOR ?= .venv-accelerator
 BIN := $(VENV)/bin
 
 # $(call python,CANDIDATES,MINOR): the first candidate that runs and is at least Python 3.MINOR.
@@ -103,10 +104,11 @@ checkpoints/converted-9b: | checkpoints/random-9b
 bench-serving: $(VENV)/test
 	$(BIN)/python -m benchmarks.server_throughput --requests 1000
 
-# Tests and measures ovis_jax on the accelerator of this machine. `make accelerator OPTIONS=--rehearse`
-# runs small sizes on a CPU.
-accelerator: $(VENV)/test
-	$(BIN)/python -m benchmarks.on_accelerator $(OPTIONS)
+# Tests and measures ovis_jax on the accelerator of this machine, in an environment of its own.
+# ACCELERATOR=cuda12 or tpu selects another plugin.
+ACCELERATOR ?= cuda13
+accelerator: $(VENV_ACCELERATOR)/$(ACCELERATOR)
+	$(VENV_ACCELERATOR)/bin/python -m benchmarks.on_accelerator
 
 # Builds the pages of docs/ into site/.
 docs: $(VENV)/docs
@@ -169,7 +171,7 @@ short: $(VENV)/train
 	done
 
 clean:
-	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_TPU) checkpoints
+	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_TPU) $(VENV_ACCELERATOR) checkpoints
 
 # Stamp files: environments with a set of extras, reinstalled when pyproject.toml changes.
 $(VENV)/bin/python:
@@ -199,6 +201,11 @@ $(VENV)/dev: $(VENV)/bin/python pyproject.toml
 $(VENV_TPU)/tpu: pyproject.toml
 	test -x $(VENV_TPU)/bin/python || $(PYTHON) -m venv $(VENV_TPU)
 	$(VENV_TPU)/bin/python -m pip install --quiet --editable '.[tpu]' pytest beartype hypothesis
+	@touch $@
+
+$(VENV_ACCELERATOR)/$(ACCELERATOR): pyproject.toml
+	test -x $(VENV_ACCELERATOR)/bin/python || $(PYTHON) -m venv $(VENV_ACCELERATOR)
+	$(VENV_ACCELERATOR)/bin/python -m pip install --quiet --editable '.[$(ACCELERATOR),train]'
 	@touch $@
 
 $(VENV_NEWEST)/test: pyproject.toml

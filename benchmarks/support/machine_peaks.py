@@ -15,6 +15,9 @@ from jax.typing import DTypeLike
 
 from benchmarks.support.timing import time_in_turns
 
+_CALLS_PER_TIMING = 8
+"""Calls that are dispatched before the timer stops, so that the dispatch of one does not count."""
+
 
 def restrict_to_cores(num_cores: int | None = None) -> int:
     """Restrict this process to its last `num_cores` cores; None keeps all. Return their number.
@@ -41,19 +44,29 @@ def copy_bandwidth(num_bytes: int = 2**28, repeats: int = 5) -> float:
     """
     x = jnp.zeros(num_bytes // 4, jnp.float32)
     plus_one = jax.jit(lambda x: x + 1)
-    calls: dict[str, Callable[[], Any]] = {"jax": lambda: plus_one(x)}
+
+    def copy_repeatedly() -> Any:
+        y = x
+        for _ in range(_CALLS_PER_TIMING):
+            y = plus_one(y)
+        return y
+
+    calls: dict[str, Callable[[], Any]] = {"jax": copy_repeatedly}
     if jax.default_backend() == "cpu":
         # The C library's copy bypasses the caches, which can be faster on one core.
         source, target = np.zeros(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
-        calls["memcpy"] = lambda: np.copyto(target, source)
+        calls["memcpy"] = lambda: [np.copyto(target, source) for _ in range(_CALLS_PER_TIMING)]
     timings = time_in_turns(calls, repeats)
-    return 2 * num_bytes / min(min(t.seconds) for t in timings.values())
+    seconds = min(min(t.seconds) for t in timings.values()) / _CALLS_PER_TIMING
+    return 2 * num_bytes / seconds
 
 
 def matmul_flop_rate(
     dtype: DTypeLike, sizes: Sequence[int] | None = None, repeats: int = 3
 ) -> float:
-    """Measure the FLOPs per second of the fastest square matrix product with a float32 result.
+    """Measure the FLOPs per second of the fastest square matrix product.
+
+    The result has dtype float32, or int32 for integers.
 
     Args:
       dtype: dtype of the factors.
@@ -62,19 +75,33 @@ def matmul_flop_rate(
     """
     if sizes is None:
         sizes = (1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192)
-    product = jax.jit(lambda x: jnp.einsum("ri,oi->ro", x, x, preferred_element_type=jnp.float32))
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    out_dtype = jnp.int32 if integer else jnp.float32
+
+    @jax.jit
+    def product(x: jax.Array) -> jax.Array:
+        # Float32 is multiplied exactly, as in the model.
+        options = {"precision": "highest", "preferred_element_type": out_dtype}
+        return jnp.einsum("ri,oi->ro", x, x, **options)
+
     best = 0.0
     for size in sizes:
-        x = jax.random.normal(jax.random.key(0), (size, size), dtype)
-        timings = time_in_turns({"jax": lambda x=x: product(x)}, repeats)["jax"]
-        best = max(best, 2 * size**3 / min(timings.seconds))
+        key, shape = jax.random.key(0), (size, size)
+        x = (
+            jax.random.randint(key, shape, -127, 127, dtype)
+            if integer
+            else jax.random.normal(key, shape, dtype)
+        )
+        calls = {"jax": lambda x=x: [product(x) for _ in range(_CALLS_PER_TIMING)]}
+        seconds = min(time_in_turns(calls, repeats)["jax"].seconds) / _CALLS_PER_TIMING
+        best = max(best, 2 * size**3 / seconds)
     return best
 
 
 def describe_machine(**extra: Any) -> dict[str, Any]:
     """Describe the device, the cores, the package versions and the date, plus extra fields."""
     affinity = getattr(os, "sched_getaffinity", None)
-    packages = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    packages = {(d.metadata["Name"] or "").lower(): d.version for d in metadata.distributions()}
     names = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "libtpu")
     return {
         "platform": jax.default_backend(),

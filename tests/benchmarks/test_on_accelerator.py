@@ -3,19 +3,21 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
 import pytest
 
 from benchmarks import on_accelerator
+from benchmarks.support.accelerator import correctness
 from benchmarks.support.accelerator.part_process import Part, run_part
 from benchmarks.support.accelerator.report import write_report
 from benchmarks.support.accelerator.results import CaseRunner, read_results
 from benchmarks.support.accelerator.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-HAS_TORCH = sys.version_info < (3, 12)
+HAS_TORCH = find_spec("torch") is not None and find_spec("transformers") is not None
 
 
 @pytest.mark.slow
@@ -40,28 +42,16 @@ def test_the_rehearsal_runs_every_part(tmp_path):
         expected["PyTorch"] = "not installed: torch, transformers"
     assert omitted == expected
     measured = {(x["part"], x["case"]) for x in report["results"] if x["status"] == "measured"}
-    assert measured == {
-        *((("facts", case)) for case in ("device", "copy", "matrix product, int8")),
-        *(("facts", f"matrix product, {dtype}") for dtype in ("bfloat16", "float32")),
-        *(
-            ("correctness", f"kernel {kernel}, {dtype}")
-            for kernel in ("plain", "blockwise")
-            for dtype in ("float32", "bfloat16")
-        ),
-        *(("correctness", f"demo answers, {dtype}") for dtype in ("float32", "bfloat16")),
-        ("correctness", "goldens tiny-bf16-sharded, float32"),
-        ("correctness", "goldens tiny-bf16-sharded, bfloat16"),
-        ("correctness", "goldens tiny-f32, float32"),
-        ("correctness", "engine against generate"),
-        *(("speed", case) for case in SPEED_CASES),
-        *(("torch", case) for case in TORCH_CASES if HAS_TORCH),
-        *(("profile", case) for case in ("decode", "prefill")),
-    }
-    assert all(
-        x["passed"] for x in report["results"] if x["part"] == "correctness" and "passed" in x
-    )
+    cases = CASES if HAS_TORCH else {name: CASES[name] for name in CASES if name != "torch"}
+    assert measured == {(part, case) for part, names in cases.items() for case in names}
+    compared = [x for x in report["results"] if x["part"] == "correctness" and "passed" in x]
+    assert len(compared) == len(CASES["correctness"]) and all(x["passed"] for x in compared)
     text = (tmp_path / "report.md").read_text()
-    assert all(f"| {case} |" in text for part, case in measured if part in ("speed", "correctness"))
+    assert all(
+        f"| {case} |" in text
+        for part, case in measured
+        if part in ("speed", "engine", "correctness")
+    )
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == [
         "log.txt",
@@ -75,23 +65,45 @@ def test_the_rehearsal_runs_every_part(tmp_path):
     ]
 
 
-SPEED_CASES = (
-    "random weights",
-    *(f"decode, {rows} row(s)" for rows in (1, 2)),
-    "prompt of 24 positions",
-    "vision encoder, 1 crop(s)",
-    "visual embeddings, 1 crop(s)",
-    "generate, 1 row(s)",
-    "engine, start",
-    *(f"engine, {number} request(s)" for number in (1, 4)),
-    "LoRA training step",
-)
-TORCH_CASES = (
-    "PyTorch",
-    *(f"decode, {rows} row(s), {mode}" for rows in (1, 2) for mode in ("dynamic", "eager")),
-    "vision encoder, 1 crop(s)",
-    "prompt of 24 positions, eager",
-)
+CASES = {
+    "facts": {
+        "platform",
+        "machine",
+        "copy",
+        *(f"matrix product, {dtype}" for dtype in ("bfloat16", "int8", "float32")),
+    },
+    "correctness": {
+        "demo answers, float32",
+        "demo answers, bfloat16",
+        "engine against generate",
+        "kernel plain, bfloat16",
+        "kernel blockwise, bfloat16",
+        "kernel blockwise, float32",
+        "golden tiny-bf16-sharded multi_turn.bf16, bfloat16",
+        "golden tiny-bf16-sharded multi_turn.f32, float32",
+        "golden tiny-f32 batch_leftpad, float32",
+    },
+    "speed": {
+        "random weights",
+        *(f"decode, {rows} row(s)" for rows in (1, 2)),
+        "prompt of 24 positions",
+        "vision encoder, 1 crop(s)",
+        "visual embeddings, 1 crop(s)",
+        "generate, 1 row(s)",
+    },
+    "torch": {
+        "PyTorch",
+        *(f"decode, {rows} row(s), {mode}" for rows in (1, 2) for mode in ("dynamic", "eager")),
+        "vision encoder, 1 crop(s)",
+        "prompt of 24 positions, eager",
+    },
+    "engine": {
+        "engine, start",
+        *(f"engine, {number} request(s)" for number in (1, 4)),
+        "LoRA training step",
+    },
+    "profile": {"decode", "prefill"},
+}
 
 
 def make_part(tmp_path: Path, name: str, body: str, seconds: float = 600) -> Part:
@@ -188,7 +200,25 @@ def test_a_line_that_was_cut_off_is_not_read(results):
     CaseRunner(results, "speed", float("inf")).omit("first", "no reason")
     with results.open("a") as file:
         file.write('{"part": "speed", "ca')
-    assert [x["case"] for x in read_results(results)] == ["first"]
+    CaseRunner(results, "profile", float("inf")).omit("second", "no reason")
+    assert [x["case"] for x in read_results(results)] == ["first", "second"]
+
+
+def test_a_case_whose_process_ended_counts_as_failed(results):
+    with pytest.raises(KeyboardInterrupt):
+        CaseRunner(results, "speed", float("inf")).run(
+            "first", lambda: raise_error(KeyboardInterrupt())
+        )
+    (result,) = read_results(results)
+    assert (result["status"], result["reason"]) == ("failed", "the process ended during this case")
+
+
+def test_nan_from_a_kernel_fails(monkeypatch):
+    differences = iter([0.0, float("nan"), 0.0])
+    monkeypatch.setattr(correctness, "_kernel_difference", lambda *_: next(differences))
+    settings = Settings("correctness", Path(), True, 1.0)
+    result = correctness.compare_kernel(settings, "blockwise", "float32")
+    assert not result["passed"] and result["difference"] != result["difference"]
 
 
 def test_without_an_accelerator_it_says_how_to_rehearse(tmp_path, capsys):
@@ -196,6 +226,20 @@ def test_without_an_accelerator_it_says_how_to_rehearse(tmp_path, capsys):
     assert on_accelerator.check_accelerator(tmp_path / "out", parts=(part,)) == 2
     error = capsys.readouterr().err
     assert "JAX runs on the CPU" in error and "--rehearse" in error
+
+
+def test_only_the_chosen_parts_run_after_the_facts(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        on_accelerator,
+        "check_accelerator",
+        lambda out, **options: seen.extend(part.name for part in options["parts"]),
+    )
+    arguments = ["--out", str(tmp_path), "--parts", "profile", "torch"]
+    monkeypatch.setattr(sys, "argv", ["on_accelerator", *arguments])
+    with pytest.raises(SystemExit):
+        on_accelerator.main()
+    assert seen == ["facts", "torch", "profile"]
 
 
 def test_without_jax_it_says_where_to_look(tmp_path, capsys):

@@ -40,7 +40,10 @@ class TorchWorker:
 
     def __init__(self, process: subprocess.Popen[str]):
         self._process = process
-        self.version = self._read()["version"]
+
+    def wait_until_ready(self) -> str:
+        """Wait until the models are on the device; return PyTorch's version."""
+        return self._read()["version"]
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -102,22 +105,28 @@ def run(settings: Settings, cases: CaseRunner) -> None:
     if jax.default_backend() == "tpu":
         cases.omit("PyTorch", "it does not run on TPUs")
         return
+    speed = SpeedMeasurements(settings)
     with start_torch(settings.sizes.config) as worker:
-        cases.run("PyTorch", lambda: {"torch": worker.version})
-        compare_stages(settings, cases, worker)
+
+        def start() -> dict[str, Any]:
+            _ = speed.random  # made while PyTorch starts
+            return {"torch": worker.wait_until_ready()}
+
+        if cases.run("PyTorch", start, 2 * param_bytes_per_device(settings.sizes.config)):
+            compare_stages(settings, cases, worker, speed)
 
 
-def compare_stages(settings: Settings, cases: CaseRunner, worker: TorchWorker) -> None:
+def compare_stages(
+    settings: Settings, cases: CaseRunner, worker: TorchWorker, speed: SpeedMeasurements
+) -> None:
     """Compare the stages: first PyTorch's plain variants, then those that compile."""
-    sizes, speed = settings.sizes, SpeedMeasurements(settings)
+    sizes = settings.sizes
     needed = 2 * param_bytes_per_device(sizes.config)
-    # Each variant has a warm-up round; one more call prepares PyTorch's side.
-    calls = 2 * (sizes.repeats + 2)
 
     @cache
     def ours(stage: str, size: int) -> PreparedStage:
         if stage == "decode":
-            return speed.prepare_decode(size, calls)
+            return speed.prepare_decode(size)
         if stage == "prefill":
             return speed.prepare_prefill(size)
         return speed.prepare_vision(size, through_embeddings=False)
@@ -137,7 +146,7 @@ def compare_stages(settings: Settings, cases: CaseRunner, worker: TorchWorker) -
             rows=rows,
             positions=sizes.decode_length,
             steps=sizes.timed_steps,
-            calls=calls,
+            calls=sizes.decode_calls,
             mode=mode,
         )
 
@@ -145,19 +154,22 @@ def compare_stages(settings: Settings, cases: CaseRunner, worker: TorchWorker) -
         case = f"prompt of {length} positions, {attention}"
         add(case, "prefill", length, positions=length, attention=attention)
 
-    rows, lengths = sizes.decode_rows[:2], sizes.prompt_lengths[:2]
+    rows, lengths = sizes.decode_rows, sizes.prompt_lengths
     decode(rows[0], "dynamic")
     prefill(lengths[0], "eager")
     for crops in sizes.num_crops:
         add(f"vision encoder, {crops} crop(s)", "vision", crops, crops=crops)
     for length in lengths[1:]:
         prefill(length, "eager")
-    decode(rows[1], "dynamic")
+    for number in rows[1:]:
+        decode(number, "dynamic")
     compiler = "eager" if settings.rehearse else "inductor"  # inductor takes a minute
+    if not settings.rehearse:
+        prefill(lengths[0], "flex_attention")
     decode(rows[0], compiler)
-    for attention in () if settings.rehearse else ("flash_attention_2", "flex_attention"):
-        prefill(lengths[0], attention)
     decode(rows[1], compiler)
+    if find_spec("flash_attn") is not None:
+        prefill(lengths[0], "flash_attention_2")
 
 
 def compare(
@@ -178,8 +190,11 @@ def compare(
       TorchError: PyTorch raised an error.
     """
     worker.call(**command)  # includes compilation
-    times = time_in_turns({"ours": stage.call, "torch": worker.call}, speed.sizes.repeats)
-    ours, theirs = times["ours"], times["torch"]
+    # PyTorch's own clock does not count the way to its process.
+    torch_seconds: list[float] = []
+    calls = {"ours": stage.call, "torch": lambda: torch_seconds.append(worker.call())}
+    ours = time_in_turns(calls, speed.sizes.repeats)["ours"]
+    theirs = Timings(tuple(torch_seconds[1:]))
     ratios = [t / o for t, o in zip(theirs.seconds, ours.seconds, strict=True)]
     return {
         **speed.stage_fields(stage, ours),

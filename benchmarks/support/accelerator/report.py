@@ -15,7 +15,7 @@ def write_report(
     titles: Mapping[str, str],
     results: Sequence[Result],
 ) -> None:
-    """Write report.md and report.json, and the plots if matplotlib is installed.
+    """Write report.md and report.json.
 
     Args:
       out: Folder to write to.
@@ -30,6 +30,7 @@ def write_report(
         "facts": facts_table,
         "correctness": correctness_table,
         "speed": speed_tables,
+        "engine": speed_tables,
         "torch": torch_table,
         "profile": profile_table,
     }
@@ -42,7 +43,6 @@ def write_report(
         lines += tables[name]([x for x in chosen if x["status"] == "measured"])
         lines += ["", *not_measured(chosen)]
     (out / "report.md").write_text("\n".join(lines).rstrip() + "\n")
-    plot(out, results)
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
@@ -93,7 +93,7 @@ def facts_table(results: Sequence[Result]) -> list[str]:
             ["processor", f"{facts['processor']}, {facts['cores']} cores"],
             ["versions", f"Python {facts['python']}, {versions}"],
             ["not installed", ", ".join(facts["missing_packages"]) or "nothing"],
-            ["device memory", "unknown" if memory is None else f"{memory / GIB:.1f} GiB"],
+            ["memory that JAX may use", "unknown" if memory is None else f"{memory / GIB:.1f} GiB"],
             ["free disk", f"{facts['free_disk_bytes'] / GIB:.0f} GiB"],
             ["date", facts["date"]],
         ]
@@ -101,7 +101,7 @@ def facts_table(results: Sequence[Result]) -> list[str]:
         "copy_bytes_per_second": ("copy, read and written", "GB/s"),
         "flops_bfloat16": ("bfloat16 matrix product", "GFLOP/s"),
         "flops_float32": ("float32 matrix product", "GFLOP/s"),
-        "ops_int8": ("int8 matrix product", "Gop/s"),
+        "flops_int8": ("int8 matrix product", "Gop/s"),
     }
     for name, (label, unit) in rates.items():
         if name in facts:
@@ -118,9 +118,7 @@ def correctness_table(results: Sequence[Result]) -> list[str]:
             detail = f"largest difference {x['difference']:.1e}, allowed {x['tolerance']:.0e}"
         elif "stages" in x:
             share = x["largest_part_of_tolerance"]
-            detail = (
-                f"{x['stages']} stages in {x['files']} files, at most {share:.0%} of a tolerance"
-            )
+            detail = f"{x['stages']} stages, at most {share:.0%} of the tolerance"
             detail = "; ".join([detail, *x["failed_stages"]])
         elif "questions" in x:
             detail = f"{x['questions']} questions" + "".join(
@@ -139,15 +137,15 @@ def speed_tables(results: Sequence[Result]) -> list[str]:
             x["case"],
             f"{x['step']['median'] * 1e3:.3g}",
             rate(x),
-            f"{x['bandwidth_share']:.0%}",
-            f"{x['flop_share']:.0%}",
+            percent(x, "bandwidth_share"),
+            percent(x, "flop_share"),
             gib(x, "temp_bytes"),
             gib(x, "plan_temp_bytes"),
             gib(x, "peak_bytes"),
             seconds(x, "compile_seconds"),
         ]
         for x in results
-        if "bandwidth_share" in x
+        if "step" in x
     ]
     columns = ["stage", "ms per step", "rate", "of bandwidth", "of FLOP rate", "temporary GiB"]
     columns += ["plan's estimate GiB", "peak GiB", "compile s"]
@@ -160,7 +158,7 @@ def speed_tables(results: Sequence[Result]) -> list[str]:
             seconds(x, "compile_seconds"),
         ]
         for x in results
-        if "bandwidth_share" not in x
+        if "step" not in x
     ]
     lines = markdown_table(columns, stages)
     return [
@@ -188,7 +186,7 @@ def torch_table(results: Sequence[Result]) -> list[str]:
 def profile_table(results: Sequence[Result]) -> list[str]:
     """Return the largest kernels of each profile."""
     rows = [
-        [x["case"], f"`{kernel['kernel'][:80]}`", f"{kernel['seconds_per_step'] * 1e3:.3g}"]
+        [x["case"], f"`{kernel['kernel'][:80]}`", f"{kernel['seconds'] * 1e3:.3g}"]
         + [f"{kernel['share']:.1%}"]
         for x in results
         for kernel in x["largest"]
@@ -204,6 +202,11 @@ def rate(result: Result) -> str:
     return ""
 
 
+def percent(result: Result, name: str) -> str:
+    """Return a field in percent; empty if the result lacks it."""
+    return f"{result[name]:.0%}" if name in result else ""
+
+
 def gib(result: Result, name: str) -> str:
     """Return a field in GiB; empty if the result lacks it."""
     return f"{result[name] / GIB:.2f}" if name in result else ""
@@ -214,14 +217,14 @@ def seconds(result: Result, name: str) -> str:
     return f"{result[name]:.1f}" if name in result else ""
 
 
-def plot(out: Path, results: Sequence[Result]) -> None:
+def write_plots(out: Path, results: Sequence[Result]) -> None:
     """Plot the roofline and the tokens per second by rows; nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure  # matplotlib is optional
     except ModuleNotFoundError:
         return
     facts = {k: v for x in results if x["part"] == "facts" for k, v in x.items()}
-    stages = [x for x in results if "bandwidth_share" in x and x["part"] == "speed"]
+    stages = [x for x in results if "step" in x and x["part"] == "speed"]
     if stages and {"copy_bytes_per_second", "flops_bfloat16"} <= facts.keys():
         figure = Figure(figsize=(8, 5))
         axes = figure.subplots()
@@ -242,7 +245,7 @@ def plot(out: Path, results: Sequence[Result]) -> None:
         figure.tight_layout()
         figure.savefig(out / "roofline.png", dpi=120)
     decode = [x for x in stages if x["case"].startswith("decode")]
-    engine = [x for x in results if x["part"] == "speed" and "requests" in x]
+    engine = [x for x in results if x["part"] == "engine" and "requests" in x]
     if decode or engine:
         figure = Figure(figsize=(6, 4.5))
         axes = figure.subplots()

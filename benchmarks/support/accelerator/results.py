@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-Status = Literal["measured", "failed", "omitted"]
+Status = Literal["started", "measured", "failed", "omitted"]
 
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
 
@@ -55,9 +55,11 @@ class CaseRunner:
                 f"needs {needed_bytes / gib:.1f} GiB of memory, the device has "
                 f"{self.memory_bytes / gib:.1f} GiB",
             )
+        self._write(case, "started")
         start = time.monotonic()
         try:
             fields = measure()
+            self._write(case, "measured", case_seconds=round(time.monotonic() - start, 1), **fields)
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] not in requires:
                 return self._fail(case, error)
@@ -65,7 +67,6 @@ class CaseRunner:
         # One failure must not hide the results of other cases.
         except Exception as error:
             return self._fail(case, error)
-        self._write(case, "measured", case_seconds=round(time.monotonic() - start, 1), **fields)
         return fields
 
     def omit(self, case: str, reason: str) -> None:
@@ -83,12 +84,23 @@ class CaseRunner:
     def _write(self, case: str, status: Status, **fields: Any) -> None:
         line = json.dumps({"part": self.part, "case": case, "status": status, **fields})
         with self.path.open("a") as file:
-            file.write(line + "\n")
+            # The line before may have been cut off.
+            file.write(f"\n{line}\n" if file.tell() else f"{line}\n")
         print(line, flush=True)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Read the results that case runners have written, without a line that was cut off."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    """Read the last result of each case, in the order in which the cases started.
+
+    A line that was cut off is skipped. A case that started and has no result counts as failed.
+    """
+    results: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            result = json.loads(line)
+        except ValueError:  # its process was killed while it wrote
+            continue
+        if result["status"] == "started":
+            result |= {"status": "failed", "reason": "the process ended during this case"}
+        results[result["part"], result["case"]] = result
+    return list(results.values())

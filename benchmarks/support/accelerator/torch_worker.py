@@ -5,8 +5,10 @@ two sides can take turns. It builds `SiglipVisionModel` and `Gemma2ForCausalLM` 
 it does not import JAX. Gemma2 runs with attention that keeps the soft cap, which sdpa does not.
 """
 
+import copy
 import inspect
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -37,8 +39,8 @@ class TorchModels:
         vision_config._attn_implementation = "sdpa"
         torch.set_default_dtype(self.dtype)
         with torch.device(device):
-            self.decoder = transformers.Gemma2ForCausalLM(decoder_config).eval()
             self.vision = transformers.SiglipVisionModel(vision_config).eval()
+            self.decoder = transformers.Gemma2ForCausalLM(decoder_config).eval()
         torch.set_default_dtype(torch.float32)
         parameters = inspect.signature(self.decoder.forward).parameters
         # transformers renamed this argument.
@@ -94,9 +96,17 @@ class TorchModels:
         if mode == "dynamic":
             cache = transformers.DynamicCache(config=config)
         else:
+            config = copy.deepcopy(config)
+            if positions + steps * calls <= config.sliding_window:
+                # The window does not matter, and a sliding cache counts positions in a Python
+                # integer, for whose every value torch.compile would compile again.
+                config.layer_types = ["full_attention"] * config.num_hidden_layers
             cache = transformers.StaticCache(config=config, max_cache_len=positions + steps * calls)
         tokens = self.forward(self._random_ids(rows, positions), cache).argmax(-1)
         forward = self.forward
+        if mode != "dynamic":
+            dynamo: Any = import_module("torch._dynamo")
+            dynamo.config.fail_on_recompile_limit_hit = True  # instead of running uncompiled
         if mode == "inductor":
             forward = self.torch.compile(self.forward, mode="reduce-overhead", dynamic=False)
         elif mode != "dynamic":
@@ -118,14 +128,16 @@ class TorchModels:
 def main(settings_path: str) -> None:
     """Answer commands until the end of the input."""
     settings = json.loads(Path(settings_path).read_text())
-    replies, sys.stdout = sys.stdout, sys.stderr  # libraries may print
+    # Libraries and compilers may print, so they get stderr as their standard output.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     models = TorchModels(settings["configs"], settings["device"], settings["dtype"])
     call: Callable[[], None] | None = None
     print(json.dumps({"version": models.torch.__version__}), file=replies, flush=True)
     for line in sys.stdin:
         command = json.loads(line)
         try:
-            with models.torch.inference_mode():
+            with models.torch.no_grad():
                 if "stage" in command:
                     call = None  # frees the cache of the previous stage
                     prepare = getattr(models, f"prepare_{command.pop('stage')}")
