@@ -120,6 +120,7 @@ def run_one(tmp_path: Path, part: Part, **options) -> dict:
     return ended
 
 
+@pytest.mark.slow
 def test_a_part_that_raises_is_recorded_with_the_cases_before(tmp_path):
     body = "cases.run('first', lambda: {'x': 1}); raise ValueError('broken on purpose')"
     ended = run_one(tmp_path, make_part(tmp_path, "facts", body))
@@ -130,12 +131,14 @@ def test_a_part_that_raises_is_recorded_with_the_cases_before(tmp_path):
     assert "The part crashed (exit code 1)." in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_killed(tmp_path):
     part = make_part(tmp_path, "facts", "import threading; threading.Event().wait()", seconds=0.1)
     ended = run_one(tmp_path, part, grace_seconds=0.1)
     assert (ended["status"], ended["exit_code"]) == ("timed out", -9)
 
 
+@pytest.mark.slow
 def test_a_failed_part_leaves_the_others_running(tmp_path, capsys):
     parts = (
         make_part(tmp_path, "facts", "cases.run('device', lambda: {'platform': 'gpu'})"),
@@ -221,6 +224,7 @@ def test_nan_from_a_kernel_fails(monkeypatch):
     assert not result["passed"] and result["difference"] != result["difference"]
 
 
+@pytest.mark.slow
 def test_without_an_accelerator_it_says_how_to_rehearse(tmp_path, capsys):
     part = make_part(tmp_path, "facts", "cases.run('device', lambda: {'platform': 'cpu'})")
     assert on_accelerator.check_accelerator(tmp_path / "out", parts=(part,)) == 2
@@ -242,6 +246,7 @@ def test_only_the_chosen_parts_run_after_the_facts(tmp_path, monkeypatch):
     assert seen == ["facts", "torch", "profile"]
 
 
+@pytest.mark.slow
 def test_without_jax_it_says_where_to_look(tmp_path, capsys):
     part = make_part(tmp_path, "facts", "raise RuntimeError('no device')")
     assert on_accelerator.check_accelerator(tmp_path / "out", parts=(part,)) == 2
