@@ -17,9 +17,9 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.support.accelerator.part_process import Part, facts_of, run_part
+from benchmarks.support.accelerator.part_process import Part, run_part
 from benchmarks.support.accelerator.report import write_plots, write_report
-from benchmarks.support.accelerator.results import read_results
+from benchmarks.support.accelerator.results import collect_facts, read_results
 from benchmarks.support.accelerator.settings import Settings
 
 _MODULES = "benchmarks.support.accelerator"
@@ -63,10 +63,10 @@ def check_accelerator(
     out.mkdir(parents=True, exist_ok=True)
     share = minutes * 60 / sum(part.seconds for part in PARTS)
     ended = []
+    facts = {}
     with tempfile.TemporaryDirectory() as temporary:
         for part in parts:
             part = replace(part, seconds=part.seconds * share)
-            facts = facts_of(out)
             print(f"{part.title}: up to {part.seconds:.0f} s", flush=True)
             settings = Settings(part.name, out, rehearse, part.seconds, facts)
             ended.append(run_part(part, settings, Path(temporary)))
@@ -75,7 +75,7 @@ def check_accelerator(
                 write_report(out, ended, {part.name: part.title for part in PARTS}, results)
             except Exception:  # the results are in results.jsonl; the other parts must still run
                 traceback.print_exc()
-            facts = facts_of(out)
+            facts = collect_facts(results)
             if part.name == "facts" and not rehearse and facts.get("platform") in (None, "cpu"):
                 problem = (
                     "JAX could not start; see log.txt in the results"

@@ -238,7 +238,7 @@ def submit_and_wait(
                 Sampling(),
                 seed=0,
                 max_new_tokens=new_tokens,
-                deadline=time.monotonic() + 600,
+                deadline=time.monotonic() + MAX_WAIT,
                 on_event=lambda event, index=index: on_event(index, event),
                 stream=False,
             )

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.accelerator.results import CaseRunner, read_results
+from benchmarks.support.accelerator.results import CaseRunner
 from benchmarks.support.accelerator.settings import Settings
 
 ROOT = Path(__file__).parents[3]
@@ -106,15 +106,6 @@ def main(module: str, settings_path: str) -> None:
         settings.facts.get("memory_bytes"),
     )
     import_module(module).run(settings, cases)
-
-
-def facts_of(out: Path) -> dict[str, Any]:
-    """Return the fields of all measured cases of the part "facts"."""
-    facts: dict[str, Any] = {}
-    for result in read_results(out / "results.jsonl"):
-        if result["part"] == "facts" and result["status"] == "measured":
-            facts |= {k: v for k, v in result.items() if k not in ("part", "case", "status")}
-    return facts
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-GIB = 2**30
+from benchmarks.support.accelerator.results import collect_facts
+from ovis_jax.plan.topologies import GIB
+
 Result = Mapping[str, Any]
 
 
@@ -83,7 +85,7 @@ def not_measured(results: Sequence[Result]) -> list[str]:
 
 def facts_table(results: Sequence[Result]) -> list[str]:
     """Return the facts of the device."""
-    facts = {k: v for x in results for k, v in x.items()}
+    facts = collect_facts(results)
     rows = []
     if "device" in facts:
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
@@ -223,7 +225,7 @@ def write_plots(out: Path, results: Sequence[Result]) -> None:
         from matplotlib.figure import Figure  # matplotlib is optional
     except ModuleNotFoundError:
         return
-    facts = {k: v for x in results if x["part"] == "facts" for k, v in x.items()}
+    facts = collect_facts(results)
     stages = [x for x in results if "step" in x and x["part"] == "speed"]
     if stages and {"copy_bytes_per_second", "flops_bfloat16"} <= facts.keys():
         figure = Figure(figsize=(8, 5))

@@ -3,7 +3,7 @@
 import json
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,3 +104,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
             result |= {"status": "failed", "reason": "the process ended during this case"}
         results[result["part"], result["case"]] = result
     return list(results.values())
+
+
+def collect_facts(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the fields of all measured cases of the part "facts"."""
+    measured = (x for x in results if x["part"] == "facts" and x["status"] == "measured")
+    return {k: v for x in measured for k, v in x.items() if k not in ("part", "case", "status")}
