@@ -5,6 +5,7 @@ VENV ?= .venv
 VENV_NEWEST ?= .venv-newest
 VENV_TPU ?= .venv-tpu
 VENV_ACCELERATOR ?= .venv-accelerator
+VENV_CLIENTS ?= .venv-clients
 BIN := $(VENV)/bin
 
 # $(call python,CANDIDATES,MINOR): the first candidate that runs and is at least Python 3.MINOR.
@@ -13,7 +14,7 @@ PYENV_PYTHONS := $(sort $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.*/
 PYTHON ?= $(call python,python3 python3.11 python3.12 python3.13 python3.14 $(PYENV_PYTHONS),11)
 PYTHON_NEWEST ?= $(call python,python3.14 python3.13 python3 $(PYENV_PYTHONS),13)
 
-.PHONY: demo test test-fast test-newest test-tpu lint format dist bench bench-parts bench-train \
+.PHONY: demo test test-fast test-newest test-tpu test-clients lint format dist bench bench-parts bench-train \
 	bench-train-memory bench-accelerators accelerator bench-conversion bench-full-size bench-serving docs \
 	page-picture ovis-tiny pink short clean
 
@@ -47,6 +48,11 @@ test-newest: $(VENV_NEWEST)/test
 # wherever libtpu is installed. Seven minutes.
 test-tpu: $(VENV_TPU)/tpu
 	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m pytest tests/plan/test_compile_tpu.py
+
+# The server with the clients of OpenAI, LangChain and LiteLLM. They have their own environment, because
+# they require other versions of shared packages than the tests.
+test-clients: $(VENV_CLIENTS)/clients
+	$(VENV_CLIENTS)/bin/python -m pytest tests/clients
 
 lint: $(VENV)/test $(VENV)/dev
 	$(BIN)/ruff check .
@@ -171,7 +177,7 @@ short: $(VENV)/train
 	done
 
 clean:
-	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_TPU) $(VENV_ACCELERATOR) checkpoints
+	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_TPU) $(VENV_ACCELERATOR) $(VENV_CLIENTS) checkpoints
 
 # Stamp files: environments with a set of extras, reinstalled when pyproject.toml changes.
 $(VENV)/bin/python:
@@ -206,6 +212,11 @@ $(VENV_TPU)/tpu: pyproject.toml
 $(VENV_ACCELERATOR)/$(ACCELERATOR): pyproject.toml
 	test -x $(VENV_ACCELERATOR)/bin/python || $(PYTHON) -m venv $(VENV_ACCELERATOR)
 	$(VENV_ACCELERATOR)/bin/python -m pip install --quiet --editable '.[$(ACCELERATOR),train]'
+	@touch $@
+
+$(VENV_CLIENTS)/clients: pyproject.toml
+	test -x $(VENV_CLIENTS)/bin/python || $(PYTHON) -m venv $(VENV_CLIENTS)
+	$(VENV_CLIENTS)/bin/python -m pip install --quiet --editable '.[serve,clients]'
 	@touch $@
 
 $(VENV_NEWEST)/test: pyproject.toml

@@ -94,6 +94,7 @@ class VisualTokenizerConfig:
         indicators.
       hidden_stride: Side length, in patches, of the square block that becomes one visual token.
       tokenize_function: The function that turns logits into a distribution over visual words.
+      tau: Temperature in the gradient of the function "gumbel_argmax".
       norm_eps: Epsilon of the head's LayerNorm. Config files do not state it, so it is the default
         of torch.nn.LayerNorm.
     """
@@ -102,6 +103,7 @@ class VisualTokenizerConfig:
     vocab_size: int
     hidden_stride: int
     tokenize_function: TokenizeFunction
+    tau: float = 1.0
     norm_eps: float = 1e-5
 
     @property
@@ -146,6 +148,7 @@ class VisualTokenizerConfig:
             vocab_size=vocab_size,
             hidden_stride=config.get_positive_int("hidden_stride"),
             tokenize_function=function,
+            tau=config.get_positive_number("tau") if "tau" in config.values else 1.0,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -155,7 +158,7 @@ class VisualTokenizerConfig:
             "vocab_size": self.vocab_size,
             "hidden_stride": self.hidden_stride,
             "tokenize_function": self.tokenize_function,
-            "tau": 1.0,
+            "tau": self.tau,
             "depths": None,
             "drop_cls_token": False,
             "backbone_kwargs": {},
@@ -188,15 +191,18 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(cls, config: JsonObject, *, disable_tie_weight: bool) -> Self:
-        """Create the config from `llm_config`; `disable_tie_weight` is a top-level field."""
+        """Create the config from `llm_config`; `disable_tie_weight` is a top-level field.
+
+        Either `disable_tie_weight` or `tie_word_embeddings` in `llm_config` unties the embeddings.
+        """
         config.require_value("model_type", "gemma2")
         config.require_value("hidden_activation", "gelu_pytorch_tanh")
         config.require_value("attention_bias", False)
-        if config.get_optional("rope_scaling", None):
-            expected = "null: Gemma2 does not scale rotary angles"
-            raise config.error("rope_scaling", config.get("rope_scaling"), expected)
+        config.require_absent("use_bidirectional_attention", "false: attention is causal")
+        config = JsonObject({**config.values, "rope_theta": _read_rope_theta(config)}, config.name)
         numbers = read_positive_number_fields(cls, config, _DECODER_NAMES)
-        decoder = cls(**numbers, tie_embeddings=not disable_tie_weight)
+        untied = disable_tie_weight or not config.get_optional("tie_word_embeddings", True)
+        decoder = cls(**numbers, tie_embeddings=not untied)
         config.require_divisor(
             "num_key_value_heads", decoder.num_kv_heads, "num_attention_heads", decoder.num_heads
         )
@@ -223,6 +229,34 @@ class DecoderConfig:
             "max_position_embeddings": 8192,
             **write_positive_number_fields(self, _DECODER_NAMES),
         }
+
+
+def _read_rope_theta(config: JsonObject) -> float:
+    """Read the base of the rotary angles from `llm_config`.
+
+    transformers 4 writes `rope_theta`, and `rope_scaling` if the angles are scaled. transformers 5
+    writes all of it under `rope_parameters`.
+    """
+    config.require_absent("partial_rotary_factor", "1.0: all channels are rotated", besides=(1,))
+    stated = [config] if "rope_theta" in config.values else []
+    for key in ("rope_scaling", "rope_parameters"):
+        if not config.get_optional(key, None):
+            continue
+        rope = config.get_object(key)
+        for name, value in rope.values.items():
+            if name in ("rope_type", "type"):
+                rope.require_value(name, "default")
+            elif name == "partial_rotary_factor":
+                rope.require_absent(name, "1.0: all channels are rotated", besides=(1,))
+            elif name == "rope_theta":
+                stated.append(rope)
+            elif value is not None:
+                raise rope.error(name, value, "no such field: Gemma2 does not scale rotary angles")
+    for other in stated[1:]:
+        found, expected = other.get("rope_theta"), stated[0].get("rope_theta")
+        if found != expected:
+            raise other.error("rope_theta", found, f"{expected}, as in {stated[0].name}")
+    return (stated or [config])[0].get_positive_number("rope_theta")
 
 
 @dataclass(frozen=True)
@@ -261,13 +295,15 @@ class OvisConfig:
         top.require_value("model_type", "ovis")
         top.require_value("conversation_formatter_class", "GemmaConversationFormatter")
         llm = top.get_object("llm_config")
+        vision = top.get_object("visual_tokenizer_config")
+        for part in (top, llm, vision, vision.get_object("backbone_config")):
+            for key in ("quantization_config", "compression_config"):
+                part.require_absent(key, "none: give a checkpoint whose weights are not quantized")
         stops = JsonObject(generation, "generation_config.json")
         eos = stops.get("eos_token_id")
         eos_ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
         ovis = cls(
-            visual_tokenizer=VisualTokenizerConfig.from_hf(
-                top.get_object("visual_tokenizer_config")
-            ),
+            visual_tokenizer=VisualTokenizerConfig.from_hf(vision),
             decoder=DecoderConfig.from_hf(
                 llm, disable_tie_weight=bool(top.get_optional("disable_tie_weight", False))
             ),

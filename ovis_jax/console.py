@@ -1,5 +1,7 @@
 """Options and output functions that the commands share."""
 
+import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +32,9 @@ ModelOption = Annotated[
 DtypeOption = Annotated[
     Dtype | None, typer.Option(help="Dtype of the computation; by default, the checkpoint's dtype.")
 ]
-AdaptersOption = Annotated[Path | None, typer.Option(help="Folder of LoRA adapters to attach.")]
+AdaptersOption = Annotated[
+    Path | None, typer.Option(help="Folder of LoRA adapters to attach, from ovis-jax or PEFT.")
+]
 TensorParallelOption = Annotated[
     int, typer.Option(min=1, help="Number of devices to shard the model over.")
 ]
@@ -41,6 +45,26 @@ MaxNewTokensOption = Annotated[
     int, typer.Option(min=1, help="Maximum number of tokens per answer.")
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Number of rows per batch.")]
+
+
+def parse_image_path(text: str) -> str:
+    """Return the path of an image that a user typed, pasted or dropped on the terminal.
+
+    A leading "~" becomes the home folder. Unless a file has this very name, quotes and backslashes
+    are removed as by a shell, so spaces may be quoted or not.
+    """
+    path = os.path.expanduser(text)
+    return path if os.path.exists(path) else os.path.expanduser(_without_quotes(text))
+
+
+def _without_quotes(text: str) -> str:
+    lexer = shlex.shlex(text, posix=True)
+    lexer.whitespace = lexer.commenters = ""
+    lexer.whitespace_split = True
+    try:
+        return "".join(lexer)
+    except ValueError:  # a single quote, which belongs to the name
+        return text
 
 
 def model_display_name(model: str) -> str:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,11 +18,12 @@ from ovis_jax.console import (
     MaxPartitionOption,
     ModelOption,
     TensorParallelOption,
+    parse_image_path,
     print_error,
 )
 from ovis_jax.errors import OvisError
 from ovis_jax.inference.sampling import Sampling
-from ovis_jax.inputs.conversation import Turn, add_image_placeholders
+from ovis_jax.inputs.conversation import Turn
 from ovis_jax.inputs.open_image import open_image
 from ovis_jax.loading import PartialAnswer, load
 from ovis_jax.mesh import tensor_parallel_mesh
@@ -51,7 +51,10 @@ def generate_command(
         str, typer.Option(help='Text of the prompt; "<image>" marks the place of an image.')
     ],
     model: ModelOption = "ovis-tiny",
-    image: Annotated[list[Path] | None, typer.Option(help="Image file; may be repeated.")] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(parser=parse_image_path, metavar="PATH", help="Image file; may be repeated."),
+    ] = None,
     assistant_prefix: Annotated[
         str, typer.Option(help="Text with which the answer begins; it is not printed.")
     ] = "",
@@ -114,6 +117,7 @@ def chat_command(
         seed=seed,
         max_new_tokens=max_new_tokens,
         max_partition=max_partition,
+        parse_image_placeholders=False,  # neither a question nor an answer can place an image
     )
     notes = Console(stderr=True, highlight=False)
     notes.print(
@@ -127,14 +131,14 @@ def chat_command(
             if line == "/new":
                 turns, images, attached = [], [], []
             elif line.startswith("/image "):
-                attached.append(open_image(line.removeprefix("/image ").strip()))
+                attached.append(open_image(parse_image_path(line.removeprefix("/image ").strip())))
             elif line.startswith("/"):
                 raise OvisError(
                     f"{line.split()[0]} is not a command; use /image FILE, /new or /exit"
                 )
             elif line:
-                question = add_image_placeholders(line, len(attached))
-                asked = [*turns, {"role": "user", "content": question}]
+                parts = [*[{"type": "image"}] * len(attached), {"type": "text", "text": line}]
+                asked = [*turns, {"role": "user", "content": parts}]
                 text = _print_answer(answer(asked, images + attached))
                 turns = [*asked, {"role": "assistant", "content": text}]
                 images, attached = images + attached, []

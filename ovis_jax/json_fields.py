@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from ovis_jax.errors import ConfigError
+from ovis_jax.user_files import (
+    GIT_LFS_POINTER,
+    describe_missing_file,
+    is_git_lfs_pointer,
+    read_text,
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,17 @@ class JsonObject:
         """Check that a field has its only supported value."""
         if (found := self.get(key)) != supported:
             raise self.error(key, found, f"{supported!r}, the only supported value")
+
+    def require_absent(self, key: str, expected: str, *, besides: tuple[Any, ...] = ()) -> None:
+        """Check that a field is missing, null, false or empty, or has one of some other values.
+
+        Args:
+          key: The field.
+          expected: What is supported instead, for the error message.
+          besides: Values that the field may have, too.
+        """
+        if (found := self.values.get(key)) and found not in besides:
+            raise self.error(key, found, expected)
 
     def get_object(self, key: str) -> "JsonObject":
         """Return a field that is a nested object."""
@@ -74,13 +91,16 @@ def read_json(path: Path) -> dict[str, Any]:
       ConfigError: The file is missing or does not contain a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except FileNotFoundError:
+        found = f"is {describe_missing_file(path)}" if path.is_symlink() else "does not exist"
         raise ConfigError(
-            f"{path} does not exist; a checkpoint folder in the Hub's layout needs {path.name}"
+            f"{path} {found}; a checkpoint folder in the Hub's layout needs {path.name}"
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+        is_pointer = isinstance(error, json.JSONDecodeError) and is_git_lfs_pointer(path)
+        reason = f"it is {GIT_LFS_POINTER}" if is_pointer else error
+        raise ConfigError(f"{path} cannot be read as JSON: {reason}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path} contains a JSON {type(value).__name__}, expected an object")
     return value

@@ -41,6 +41,7 @@ class AskOptions(TypedDict, total=False):
     max_partition: int
     assistant_prefix: str
     parse_special_tokens: bool
+    parse_image_placeholders: bool
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ class LoadedOvis:
             Default 9. assistant_prefix: Text that the answer begins with. Default "".
             parse_special_tokens: Whether special tokens spelled out in the prompt become their ids.
             Default True; pass False for text from people you do not trust.
+            parse_image_placeholders: Whether "<image>" in a text marks the place of an image.
+            Default True. If False, "<image>" is ordinary text, and content parts place the images.
 
         Returns:
           The text of the answer, without `assistant_prefix`.
@@ -153,6 +156,7 @@ class LoadedOvis:
         max_partition: int = 9,
         assistant_prefix: str = "",
         parse_special_tokens: bool = True,
+        parse_image_placeholders: bool = True,
     ) -> Generator[PartialAnswer]:
         """Answer one prompt token by token, with ids and times; the arguments are those of `ask`.
 
@@ -172,6 +176,7 @@ class LoadedOvis:
             max_partition=max_partition,
             assistant_prefix=assistant_prefix,
             parse_special_tokens=parse_special_tokens,
+            parse_image_placeholders=parse_image_placeholders,
         )
         buckets = self.processor.buckets
         inputs = pad_batch([example.tokens], example.pixels, self.config, buckets)
@@ -226,8 +231,8 @@ def load(
         its own slices, and every process reads only the slices for its devices.
       rules: Sharding rules, which map axis letters to mesh axes: `TENSOR`, `FSDP`, `TENSOR_FSDP`,
         one of the names "tensor", "fsdp" and "tensor_fsdp", or your own dict.
-      adapters: Folder of LoRA adapters that `save_adapters` wrote. Each adapted matrix becomes a
-        `LowRank` in the parameters.
+      adapters: Folder of LoRA adapters that `ovis-jax train`, `save_adapters` or PEFT wrote. Each
+        adapted matrix becomes a `LowRank` in the parameters.
       on_read: Called with the key and the size in bytes of each slice that this process reads.
 
     Raises:

@@ -274,7 +274,8 @@ def _compare_stages(ovis: LoadedOvis, inputs: Inputs, golden: GoldenFile) -> Ite
 def _process(processor: Processor, golden: GoldenFile) -> Inputs:
     """Process the text and the image files that are named in a golden file."""
     meta = golden.meta
-    images = [open_image(_find_image(name, golden.path)) for name in meta["images"]]
+    paths = [_find_image(name, golden.path) for name in meta["images"]]
+    images = [open_image(path, exact=True) for path in paths]
     text = meta["text"] if isinstance(meta["text"], str) else turns_from_sharegpt(meta["text"])
     return processor([text], [images], max_partition=meta["max_partition"])
 

@@ -34,7 +34,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 MISSING_FOR_BROWSER = browsers.missing()
-MISSING = {"torch": not HAS_TORCH, "browser": bool(MISSING_FOR_BROWSER)}
+HAS_CLIENTS = all(importlib.util.find_spec(name) for name in ("langchain_openai", "litellm"))
+MISSING = {"torch": not HAS_TORCH, "browser": bool(MISSING_FOR_BROWSER), "clients": not HAS_CLIENTS}
 """Marker -> whether what its tests need is missing here."""
 
 

@@ -34,6 +34,17 @@ def test_sizes_that_follow():
     assert presets.tiny().visual_tokenizer.tokens_per_crop == 9
 
 
+@pytest.mark.parametrize("fields, expected", [({"tau": 0.5}, 0.5), ({}, 1.0)])
+def test_tau_is_read_and_written(fields, expected):
+    config, generation = copy.deepcopy(presets.tiny().to_hf())
+    tokenizer = config["visual_tokenizer_config"]
+    del tokenizer["tau"]
+    tokenizer.update(fields)
+    read = OvisConfig.from_hf(config, generation)
+    assert read.visual_tokenizer.tau == expected
+    assert read.to_hf()[0]["visual_tokenizer_config"]["tau"] == expected
+
+
 NEEDED = {
     "": ["model_type", "conversation_formatter_class", "multimodal_max_length", "llm_config"],
     "llm_config": [
@@ -115,6 +126,7 @@ def test_a_missing_field_is_named(section, key):
         ("llm_config", "num_hidden_layers", True, "num_hidden_layers is True"),
         ("llm_config", "vocab_size", 600.0, "vocab_size is 600.0"),
         ("visual_tokenizer_config", "tokenize_function", "sparsemax", "one of softmax"),
+        ("visual_tokenizer_config", "tau", 0, "tau is 0, expected a number above 0"),
         ("visual_tokenizer_config", "model_type", "clip_visual_tokenizer", "model_type"),
         ("visual_tokenizer_config", "drop_cls_token", True, "drop_cls_token is True"),
         ("visual_tokenizer_config", "depths", [3], "depths is"),
@@ -132,8 +144,24 @@ def test_an_unsupported_value_is_named(section, key, value, message):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("rope_scaling", {"type": "linear"}, "rope_scaling"),
+        ("rope_scaling", {"type": "linear"}, "rope_scaling: type is 'linear', expected 'default'"),
         ("layer_types", ["full_attention"] * 4, "layer_types is .*, sliding first"),
+        (
+            "rope_parameters",
+            {"rope_theta": 1e4, "rope_type": "linear", "factor": 8.0},
+            "llm_config: rope_parameters: rope_type is 'linear', expected 'default'",
+        ),
+        ("rope_parameters", {"rope_theta": 1e4, "factor": 8.0}, "rope_parameters: factor is 8.0"),
+        (
+            "rope_parameters",
+            {"rope_theta": 1e6, "rope_type": "default"},
+            "rope_parameters: rope_theta is 1000000.0, expected 10000.0, as in config.json: llm_c",
+        ),
+        ("rope_parameters", {"full_attention": {"rope_theta": 1e4}}, "full_attention is {"),
+        ("rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("partial_rotary_factor", 0.5, "llm_config: partial_rotary_factor is 0.5"),
+        ("use_bidirectional_attention", True, "use_bidirectional_attention is True"),
+        ("quantization_config", {"quant_method": "awq"}, "llm_config: quantization_config is {'q"),
     ],
 )
 def test_an_unsupported_addition_is_named(key, value, message):
@@ -141,6 +169,50 @@ def test_an_unsupported_addition_is_named(key, value, message):
     config["llm_config"][key] = value
     with pytest.raises(ConfigError, match=message):
         OvisConfig.from_hf(config, generation)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 1.0, "factor": None}},
+        {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 5e5, "rope_scaling": None},
+        {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"type": "default"}},
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5},
+    ],
+)
+def test_both_spellings_of_the_rotary_angles(changes):
+    config, generation = copy.deepcopy(presets.tiny().to_hf())
+    del config["llm_config"]["rope_theta"]
+    config["llm_config"] |= changes
+    assert OvisConfig.from_hf(config, generation).decoder.rope_theta == 5e5
+
+
+@pytest.mark.parametrize("section", [None, "visual_tokenizer_config", "backbone_config"])
+def test_quantized_checkpoints_are_rejected(section):
+    config, generation = copy.deepcopy(presets.tiny().to_hf())
+    parts = {
+        None: config,
+        "visual_tokenizer_config": config["visual_tokenizer_config"],
+        "backbone_config": config["visual_tokenizer_config"]["backbone_config"],
+    }
+    parts[section]["quantization_config"] = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ConfigError, match=f"{section or 'config.json'}: quantization_config is"):
+        OvisConfig.from_hf(config, generation)
+    parts[section]["quantization_config"] = None
+    assert OvisConfig.from_hf(config, generation) == presets.tiny()
+
+
+@pytest.mark.parametrize(
+    "disable_tie_weight, tie_word_embeddings, tied",
+    [(False, None, True), (False, True, True), (False, False, False), (True, True, False)],
+)
+def test_either_field_unties(disable_tie_weight, tie_word_embeddings, tied):
+    config, generation = copy.deepcopy(presets.tiny().to_hf())
+    config["disable_tie_weight"] = disable_tie_weight
+    if tie_word_embeddings is not None:
+        config["llm_config"]["tie_word_embeddings"] = tie_word_embeddings
+    assert OvisConfig.from_hf(config, generation).decoder.tie_embeddings == tied
 
 
 def test_stop_ids():
@@ -157,6 +229,10 @@ def test_files_that_are_not_json_objects(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(ConfigError, match="config.json does not exist"):
         read_json(path)
+    path.symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="symbolic link to .*/gone, which does not exist"):
+        read_json(path)
+    path.unlink()
     path.write_text("{")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         read_json(path)

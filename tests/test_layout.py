@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("ovis_jax/**/*.py"), *ROOT.glob("convert/**/*.py")])
 
 LEVELS = [
-    {"errors", "argument_type_checks"},
+    {"errors", "argument_type_checks", "user_files"},
     {"json_fields", "distributed"},
     {"config"},
     {"presets", "sharding", "mesh", "inputs"},
@@ -24,7 +24,7 @@ LEVELS = [
 ]
 """Folders and files of `ovis_jax`, and `convert`, from the lowest level to the highest."""
 
-HOST_ONLY = {"inputs", "config", "json_fields", "errors", "argument_type_checks"}
+HOST_ONLY = {"inputs", "config", "json_fields", "user_files", "errors", "argument_type_checks"}
 """Parts that run on the host and must not import JAX."""
 
 

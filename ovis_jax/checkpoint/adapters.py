@@ -1,7 +1,10 @@
-"""Saving and loading LoRA adapters in a separate folder, with the config of their base model."""
+"""Saving LoRA adapters in a separate folder with their base model's config, and loading them.
+
+Adapters of PEFT can be loaded too. PEFT allows other ranks and scales for some of the matrices.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +13,25 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
-from safetensors.numpy import load_file
 
 from ovis_jax.checkpoint.checkpoint_problems import CheckpointProblem, CheckpointValidationError
 from ovis_jax.checkpoint.file_io import write_json
 from ovis_jax.checkpoint.key_map import find_tensor_problems
 from ovis_jax.checkpoint.output_dirs import atomic_dir, check_disk_space
 from ovis_jax.checkpoint.params import index_arrays, put_on_devices, remove_padding
-from ovis_jax.checkpoint.safetensors_reader import SafetensorsHeader, read_header
+from ovis_jax.checkpoint.peft_adapters import (
+    PEFT_WEIGHTS_FILE,
+    PeftConfig,
+    find_peft_modules,
+    peft_keys,
+)
+from ovis_jax.checkpoint.resolve import ADAPTER_CONFIG_FILE, PEFT_CONFIG_FILE
+from ovis_jax.checkpoint.safetensors_reader import (
+    SafetensorsHeader,
+    map_file,
+    read_header,
+    view_tensor,
+)
 from ovis_jax.checkpoint.safetensors_writer import save_arrays
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import CheckpointError, OvisError
@@ -31,9 +45,9 @@ from ovis_jax.sharding import (
     axis_letter_sizes,
     shape_from_axes,
 )
+from ovis_jax.user_files import describe_missing_file
 
 ADAPTER_WEIGHTS_FILE = "adapters.safetensors"
-ADAPTER_CONFIG_FILE = "adapters.json"
 ADAPTER_FORMAT_VERSION = 2
 
 
@@ -56,6 +70,27 @@ class LoraAdapters:
     def matrix_paths(self) -> list[str]:
         """The paths of the matrices that have an adapter."""
         return [path.removesuffix("/lora_a") for path in self.weights if path.endswith("/lora_a")]
+
+
+@dataclass(frozen=True)
+class _StoredAdapters:
+    """How a folder stores adapters.
+
+    Attributes:
+      file: Name of the file with the weights.
+      keys: Key in the file of every adapter that the config allows, by the adapter's path.
+      dtype: Dtype of the weights in the file; None for any of those that parameters can have.
+      rank: Rank of the adapter of a matrix, by the matrix's path.
+      scale: Scale of the adapter of a matrix, by the matrix's path.
+      targets: Whether the adapter of a matrix is used, by the matrix's path.
+    """
+
+    file: str
+    keys: Mapping[str, str]
+    dtype: str | None
+    rank: Callable[[str], int]
+    scale: Callable[[str], float]
+    targets: Callable[[str], bool] = lambda _: True
 
 
 def save_adapters(
@@ -84,7 +119,8 @@ def save_adapters(
     ranks = [x.shape[0] for x in index.tensors if x.key.endswith("/lora_a") and x.shape]
     rank = max(ranks, key=ranks.count, default=0)  # the most frequent; all others are faults
     header = SafetensorsHeader(index.tensors, index.unusable_keys, index.problems)
-    _check_adapters("adapters", "adapters", header, config, rank)
+    stored = _own_format("adapters", config, rank, scale)
+    _check_adapters("adapters", stored, header, config)
     config_json, _ = config.to_hf()
     record = {
         "format": ADAPTER_FORMAT_VERSION,
@@ -106,7 +142,10 @@ def load_adapters(
     mesh: Mesh | None = None,
     rules: Rules = TENSOR,
 ) -> LoraAdapters:
-    """Load the adapters from a folder that `save_adapters` wrote.
+    """Load adapters from a folder that `save_adapters` or PEFT wrote.
+
+    PEFT's adapters may have several ranks and scales. They are padded with zeros to the largest
+    rank, and their scales are multiplied into `lora_a`; the products stay the same.
 
     Args:
       folder: Folder of adapters.
@@ -118,30 +157,97 @@ def load_adapters(
     Raises:
       CheckpointError: The adapters belong to a model with a different config, or the tensors are
         not complete adapters with the recorded rank. The error lists all faults.
-      ConfigError: The file adapters.json cannot be read or lacks a field.
+      ConfigError: The file adapters.json or adapter_config.json cannot be read, lacks a field, or
+        asks for more than LoRA on matrices.
       OvisError: `folder` contains no adapters, or the rules cannot shard them over the mesh.
       OSError: A file cannot be read.
     """
     folder = Path(folder)
-    if not (folder / ADAPTER_CONFIG_FILE).is_file():
-        found = f"it has no {ADAPTER_CONFIG_FILE}" if folder.is_dir() else "it is not a folder"
-        raise OvisError(f"adapters {folder}: {found}; give a folder that save_adapters wrote")
-    rank, scale = _read_adapter_config(folder, config)
-    path = folder / ADAPTER_WEIGHTS_FILE
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
+        rank, scale = _read_adapter_config(folder, config)
+        stored = _own_format(ADAPTER_WEIGHTS_FILE, config, rank, scale)
+    elif (folder / PEFT_CONFIG_FILE).is_file():
+        stored = _peft_format(PeftConfig.from_folder(folder), config)
+    else:
+        found = f"it has no {ADAPTER_CONFIG_FILE} and no {PEFT_CONFIG_FILE}"
+        found = found if folder.is_dir() else "it is not a folder"
+        raise OvisError(
+            f"adapters {folder}: {found}; give a folder that ovis-jax train, save_adapters or PEFT"
+            " wrote"
+        )
+    path = folder / stored.file
     if path.is_file():
         header = read_header(path)
     else:
-        fault = "missing file", "a file", "no file of that name"
-        row = CheckpointProblem(ADAPTER_WEIGHTS_FILE, "", *fault)
+        row = CheckpointProblem(stored.file, "", "missing file", "a file", _explain_missing(path))
         header = SafetensorsHeader(problems=(row,), readable=False)
-    _check_adapters(f"adapters {folder}", ADAPTER_WEIGHTS_FILE, header, config, rank)
+    _check_adapters(f"adapters {folder}", stored, header, config)
+    arrays, rank, scale = _read_arrays(path, header, stored)
     shardings = {} if mesh is None else adapter_shardings(config, mesh, rules)
     shapes = adapter_shapes(config, rank, mesh, rules)
     weights = {
         key: put_on_devices(key, array, "F32", shardings.get(key), shapes[key])
-        for key, array in sorted(load_file(path).items())
+        for key, array in arrays.items()
     }
     return LoraAdapters(weights, rank, scale)
+
+
+def _own_format(file: str, config: OvisConfig, rank: int, scale: float) -> _StoredAdapters:
+    """Return the format of `save_adapters`, whose keys are the paths."""
+    keys = {path: path for path in adapter_axes(config)}
+    return _StoredAdapters(file, keys, "F32", lambda _: rank, lambda _: scale)
+
+
+def _peft_format(peft: PeftConfig, config: OvisConfig) -> _StoredAdapters:
+    modules = find_peft_modules(config)
+    keys = {
+        factor: key
+        for path, module in modules.items()
+        for factor, key in peft_keys(path, module).items()
+    }
+    return _StoredAdapters(
+        PEFT_WEIGHTS_FILE,
+        keys,
+        None,
+        lambda path: peft.rank(modules[path]),
+        lambda path: peft.scale(modules[path]),
+        lambda path: peft.targets(modules[path]),
+    )
+
+
+def _explain_missing(path: Path) -> str:
+    if (pickle := path.with_suffix(".bin")).is_file():
+        return (
+            f"{pickle.name}, a pickle file of PyTorch; load the adapters with PEFT and save them"
+            " with save_pretrained, which writes safetensors"
+        )
+    return describe_missing_file(path)
+
+
+def _read_arrays(
+    file: Path, header: SafetensorsHeader, stored: _StoredAdapters
+) -> tuple[dict[str, np.ndarray], int, float]:
+    """Read valid adapters as float32, and give all of them one rank and one scale.
+
+    Returns:
+      The arrays by path in sorted order, their rank and their scale.
+    """
+    mapped, infos = map_file(file), {info.key: info for info in header.tensors}
+    found = sorted(path for path, key in stored.keys.items() if key in infos)
+    matrices = {path: path.rpartition("/")[0] for path in found}
+    rank = max(map(stored.rank, matrices.values()))
+    scales = {matrix: stored.scale(matrix) for matrix in matrices.values()}
+    scale = scales[matrices[found[0]]] if len({*scales.values()}) == 1 else 1.0
+    arrays = {}
+    for path, matrix in matrices.items():
+        array = view_tensor(mapped, infos[stored.keys[path]]).astype(np.float32)
+        axis = 0 if path.endswith("/lora_a") else 1
+        if axis == 0 and scales[matrix] != scale:
+            array *= np.float32(scales[matrix])
+        pads = [(0, 0), (0, 0)]
+        pads[axis] = 0, rank - array.shape[axis]
+        arrays[path] = np.pad(array, pads)
+    return arrays, rank, scale
 
 
 def _read_adapter_config(folder: Path, config: OvisConfig) -> tuple[int, float]:
@@ -185,7 +291,7 @@ def _architecture_fields(config_json: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_adapters(
-    subject: str, file: str, header: SafetensorsHeader, config: OvisConfig, rank: int
+    subject: str, stored: _StoredAdapters, header: SafetensorsHeader, config: OvisConfig
 ) -> None:
     """Check that the tensors are complete adapters for matrices of a config.
 
@@ -194,24 +300,31 @@ def _check_adapters(
     """
     problems = list(header.problems)
     axes = adapter_axes(config)
+    paths = {key: path for path, key in stored.keys.items()}
     known = {info.key for info in header.tensors} | header.unusable_keys
 
     def report(key: str, problem: str, expected: str, found: str) -> None:
-        problems.append(CheckpointProblem(file, key, problem, expected, found))
+        problems.append(CheckpointProblem(stored.file, key, problem, expected, found))
 
     for info in header.tensors:
-        if info.key not in axes:
-            expected = "path/lora_a or path/lora_b of a matrix that can have an adapter"
+        if info.key not in paths:
+            example = next(iter(paths))
+            expected = f"a matrix that can have an adapter, with a key such as {example}"
             report(info.key, "unknown key", expected, f"{info.dtype} {list(info.shape)}")
             continue
-        sizes = axis_letter_sizes(config, info.key) | {"R": rank}
-        problems += find_tensor_problems(info, axes[info.key], sizes, "F32")
-        matrix, _, factor = info.key.rpartition("/")
+        path = paths[info.key]
+        matrix, _, factor = path.rpartition("/")
+        if not stored.targets(matrix):
+            expected = "a module that target_modules and the fields next to it select"
+            report(info.key, "not a target module", expected, "another module")
+            continue
+        sizes = axis_letter_sizes(config, path) | {"R": stored.rank(matrix)}
+        problems += find_tensor_problems(info, axes[path], sizes, stored.dtype)
         other = f"{matrix}/{'lora_b' if factor == 'lora_a' else 'lora_a'}"
-        if other not in known:
+        if stored.keys[other] not in known:
             shape = list(shape_from_axes(axes[other], sizes))
             expected = f"{shape} {axes[other]!r}, as for {info.key}"
-            report(other, "missing key", expected, "no such tensor")
+            report(stored.keys[other], "missing key", expected, "no such tensor")
     if not known and not problems:
         report("", "no adapters", "two tensors for each matrix", "none")
     if problems:

@@ -14,6 +14,9 @@ from ovis_jax.json_fields import read_json
 CONVERSION_FILE = "conversion.json"
 FORMAT_VERSION = 1
 
+DTYPE_FIELDS = ("torch_dtype", "dtype")
+"""Names of the dtype in config.json: of transformers 4, and of transformers 5."""
+
 
 def is_converted(folder: Path) -> bool:
     """Return whether this library wrote a folder, so that its tensors are named by parameter path.
@@ -63,13 +66,18 @@ def get_library_versions() -> dict[str, str]:
 def set_config_dtype(config_json: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Return a parsed config.json with a new dtype, both at the top level and for the decoder.
 
+    The field is called `torch_dtype` in transformers 4 and `dtype` in transformers 5.
+
     Args:
       config_json: The parsed config.json.
       dtype: "F32", "F16" or "BF16".
     """
-    torch_dtype = {"torch_dtype": DTYPES[dtype].name}
-    llm_config = {**config_json["llm_config"], **torch_dtype}
-    return {**config_json, **torch_dtype, "llm_config": llm_config}
+
+    def with_dtype(fields: Mapping[str, Any]) -> dict[str, Any]:
+        names = [name for name in DTYPE_FIELDS if name in fields] or DTYPE_FIELDS[:1]
+        return {**fields, **dict.fromkeys(names, DTYPES[dtype].name)}
+
+    return {**with_dtype(config_json), "llm_config": with_dtype(config_json["llm_config"])}
 
 
 def _get_version(package: str) -> str:

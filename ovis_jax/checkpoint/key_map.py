@@ -62,6 +62,9 @@ HUB_KEYS: Mapping[str, str] = {
 }
 """Patterns of parameter paths, by pattern of keys on the Hub."""
 
+OUTPUT_KEY, EMBEDDING_KEY = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
+
+_TIED_REASON = f"the decoder's embeddings are tied, so this is a copy of {EMBEDDING_KEY}"
 _NORM_REASON = "the features are the output of the last block, before this norm"
 _HEAD_REASON = "the pooling head is not part of Ovis: every patch's features are used"
 
@@ -105,11 +108,15 @@ class MatchedTensors:
         `param_shapes`.
       unused_found: Tensors in the files that the model never uses, each with the reason.
       unused_missing: Keys of never-used tensors that are not in the files.
+      tied_output: The output matrix in the files although the embeddings are tied, and the
+        embedding that it must equal, as `check_tied_output` does; None if there is none. It is
+        also in `unused_found`.
     """
 
     sources: Mapping[str, TensorInfo]
     unused_found: tuple[tuple[TensorInfo, str], ...]
     unused_missing: tuple[str, ...]
+    tied_output: tuple[TensorInfo, TensorInfo] | None = None
 
 
 def make_hub_key_map(config: OvisConfig) -> KeyMap:
@@ -120,7 +127,7 @@ def make_hub_key_map(config: OvisConfig) -> KeyMap:
         for block in range(depth) if "*" in key else [0]:
             parameters[key.replace("*", str(block))] = path.replace("*", str(block))
     if config.decoder.tie_embeddings:
-        del parameters["llm.lm_head.weight"]
+        del parameters[OUTPUT_KEY]
     return KeyMap(parameters, {key: reason for key, (_, reason) in UNUSED_HUB_KEYS.items()})
 
 
@@ -158,6 +165,7 @@ def match_tensors(
     def report(file: str, key: str, problem: str, expected: str, found: str) -> None:
         problems.append(CheckpointProblem(file, key, problem, expected, found))
 
+    tied = EMBEDDING_KEY in key_map.parameters and OUTPUT_KEY not in key_map.parameters
     by_key: defaultdict[str, list[TensorInfo]] = defaultdict(list)
     for info in index.tensors:
         by_key[info.key].append(info)
@@ -172,6 +180,9 @@ def match_tensors(
         if path in shapes:
             axes, sizes = axes_of_param(path), axis_letter_sizes(config, path)
             problems += find_tensor_problems(info, axes, sizes, stored_dtype)
+        elif key == OUTPUT_KEY and tied:
+            axes, sizes = axes_of_param(HUB_KEYS[key]), axis_letter_sizes(config, HUB_KEYS[key])
+            problems += find_tensor_problems(info, axes, sizes, None)
         elif path is None and key not in key_map.unused:
             found = f"{info.dtype} {list(info.shape)}"
             report(file, key, "unknown key", "no such tensor", found)
@@ -188,11 +199,13 @@ def match_tensors(
         advice = DOWNLOAD_ADVICE + (", or give the dtype to cast to" if castable else "")
         raise CheckpointValidationError(str(index.folder), problems, advice)
     keys = {path: key for key, path in key_map.parameters.items()}
-    unused = key_map.unused.items()
+    unused = {**key_map.unused, **({OUTPUT_KEY: _TIED_REASON} if tied else {})}.items()
+    has_copy = tied and OUTPUT_KEY in by_key
     return MatchedTensors(
         sources={path: by_key[keys[path]][0] for path in shapes},
         unused_found=tuple((by_key[key][0], reason) for key, reason in unused if key in by_key),
         unused_missing=tuple(key for key in key_map.unused if key not in by_key),
+        tied_output=(by_key[OUTPUT_KEY][0], by_key[EMBEDDING_KEY][0]) if has_copy else None,
     )
 
 

@@ -12,9 +12,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from ovis_jax.argument_type_checks import check_argument_types
-from ovis_jax.checkpoint.checkpoint_problems import CheckpointProblem
+from ovis_jax.checkpoint.checkpoint_problems import CheckpointProblem, CheckpointValidationError
 from ovis_jax.checkpoint.conversion_record import (
     CONVERSION_FILE,
+    DTYPE_FIELDS,
     is_converted,
     make_conversion_record,
     set_config_dtype,
@@ -55,6 +56,8 @@ from ovis_jax.sharding import (
     unpadded_rows,
 )
 
+_ROWS_PER_COMPARISON = 4096
+
 OnRead = Callable[[str, int], None]
 """Called for each slice of a tensor that this process reads, with the key and the slice's size."""
 
@@ -79,13 +82,40 @@ def match_checkpoint(
 
     Raises:
       ConfigError: `dtype` is None, and config.json does not state a supported dtype.
-      CheckpointError: The folder does not contain exactly the parameters of `config`.
+      CheckpointError: The folder does not contain exactly the parameters of `config`, or it has an
+        output matrix that differs from the embedding with which config.json ties it.
     """
     stored = None if dtype is not None else read_config_dtype(folder)
     make_key_map = make_converted_key_map if is_converted(folder) else make_hub_key_map
     index = read_tensor_index(folder, read_header)
     matched = match_tensors(index, config, make_key_map(config), stored)
+    if matched.tied_output and all(info.path.is_file() for info in matched.tied_output):
+        check_tied_output(*matched.tied_output)
     return matched, stored or safetensors_dtype(dtype)
+
+
+def check_tied_output(output: TensorInfo, embedding: TensorInfo) -> None:
+    """Check that an output matrix equals the embedding with which config.json ties it.
+
+    Raises:
+      CheckpointValidationError: A row differs.
+      CheckpointError: A file has become shorter since its header was read.
+      OSError: A file cannot be read.
+    """
+    rows = [view_tensor(map_file(info.path), info) for info in (output, embedding)]
+    for start in range(0, len(rows[0]), _ROWS_PER_COMPARISON):
+        block = slice(start, start + _ROWS_PER_COMPARISON)
+        differs = np.any(rows[0][block] != rows[1][block], axis=1)
+        if differs.any():
+            row = CheckpointProblem(
+                output.path.name,
+                output.key,
+                "differs from the tied embedding",
+                f"a copy of {embedding.key}, because config.json ties the two",
+                f"other numbers in row {start + int(differs.argmax())}",
+            )
+            advice = "set disable_tie_weight to true in config.json, or remove the tensor"
+            raise CheckpointValidationError(str(output.path.parent), [row], advice)
 
 
 def read_config_dtype(folder: Path) -> str:
@@ -95,15 +125,16 @@ def read_config_dtype(folder: Path) -> str:
       ConfigError: The file config.json does not state a supported dtype.
     """
     path = folder / "config.json"
-    name = read_json(path).get("torch_dtype")
-    if not isinstance(name, str):
-        raise ConfigError(
-            f"{path}: torch_dtype is {name!r}, expected a dtype; give the dtype to cast to"
-        )
+    config = read_json(path)
+    stated = {key: config[key] for key in DTYPE_FIELDS if config.get(key) is not None}
+    (field, name), *others = (stated or dict.fromkeys(DTYPE_FIELDS[:1])).items()
+    if not isinstance(name, str) or any(other != name for _, other in others):
+        found = " and ".join(f"{key} is {value!r}" for key, value in [(field, name), *others])
+        raise ConfigError(f"{path}: {found}, expected a dtype; give the dtype to cast to")
     try:
         return safetensors_dtype(name)
     except OvisError as error:
-        raise ConfigError(f"{path}: torch_dtype: {error}") from error
+        raise ConfigError(f"{path}: {field}: {error}") from error
 
 
 def safetensors_dtype(dtype: DTypeLike | None) -> str:

@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovis_jax.checkpoint.tensor_index import INDEX_FILE, SINGLE_FILE, path_inside_folder
+from ovis_jax.checkpoint.tensor_index import INDEX_FILE, SINGLE_FILE
 from ovis_jax.errors import ConfigError, OvisError
+from ovis_jax.json_fields import read_json
 
 CONFIG_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = (
@@ -14,6 +15,8 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
+ADAPTER_CONFIG_FILE = "adapters.json"
+PEFT_CONFIG_FILE = "adapter_config.json"
 
 BUNDLED = {"ovis-tiny": Path(__file__).parents[1] / "assets" / "ovis-tiny"}
 """Folders of the checkpoints in this package, by name; all are in the Hub's layout."""
@@ -66,6 +69,7 @@ def resolve_checkpoint(
                 f"{name} is a folder here, without config.json, which hides the bundled checkpoint"
                 f" {name}; run the command from another folder, or give the path of a checkpoint"
             )
+        _reject_adapters(folder, name, model_files=(SINGLE_FILE, INDEX_FILE))
         found = ResolvedCheckpoint(folder, folder.resolve().name, None, name)
         kind = "a folder"
     elif folder.exists():
@@ -106,19 +110,38 @@ def _download_checkpoint(
     # Imported here because it is slow to import and most checkpoints are folders.
     from ovis_jax.checkpoint.hub import download_files
 
-    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, INDEX_FILE]
+    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, INDEX_FILE, PEFT_CONFIG_FILE]
     if weights:
         patterns += [SINGLE_FILE, "model-*.safetensors"]
     folder = download_files(repo_id, revision, patterns)
+    _reject_adapters(folder, repo_id, model_files=("config.json",))
     return ResolvedCheckpoint(folder, repo_id, folder.name, repo_id)
+
+
+def _reject_adapters(folder: Path, label: str, model_files: tuple[str, ...]) -> None:
+    """Reject a folder of adapters, which has none of the files of a model.
+
+    Raises:
+      OvisError: `folder` contains adapters and no model.
+      ConfigError: The config of the adapters cannot be read.
+    """
+    if any((folder / name).exists() for name in model_files):
+        return
+    for name, kind in ((ADAPTER_CONFIG_FILE, "LoRA"), (PEFT_CONFIG_FILE, "PEFT")):
+        if (folder / name).exists():
+            base = read_json(folder / name).get("base_model_name_or_path")
+            raise OvisError(
+                f"{label} contains {kind} adapters ({name}) and no model; give the model that they"
+                f" were trained with{f' ({base})' if base else ''}, and the folder of the adapters"
+                " as --adapters or load(..., adapters=FOLDER)"
+            )
 
 
 def find_processor_files(folder: Path) -> dict[str, Path]:
     """Return the paths of a folder's image processor and tokenizer files, by file name.
 
     Raises:
-      ConfigError: A required file is missing, or a file is a symbolic link to a target outside the
-        folder.
+      ConfigError: A required file is missing.
     """
     names = ["preprocessor_config.json", *TOKENIZER_FILES]
     found = {name: folder / name for name in names if (folder / name).is_file()}
@@ -131,7 +154,4 @@ def find_processor_files(folder: Path) -> dict[str, Path]:
             f"{folder}: neither tokenizer.model with tokenizer_config.json nor tokenizer.json"
             f" exists; {advice}"
         )
-    for name in found:
-        if path_inside_folder(folder, name) is None:
-            raise ConfigError(f"{folder}: {name} is a link that leads out of the folder; {advice}")
     return found

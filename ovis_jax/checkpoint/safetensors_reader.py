@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from ovis_jax.checkpoint.checkpoint_problems import CheckpointProblem, escape_unprintable
 from ovis_jax.checkpoint.file_io import add_file_name_to_os_errors
 from ovis_jax.errors import CheckpointError
+from ovis_jax.user_files import GIT_LFS_POINTER, GIT_LFS_START
 
 DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -115,6 +116,9 @@ def parse_header(path: Path, file: BinaryIO) -> SafetensorsHeader:
     file.seek(0)
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
+    if (prefix + file.read(len(GIT_LFS_START) - 8)) == GIT_LFS_START:
+        return unreadable("Git LFS pointer", "the weights", GIT_LFS_POINTER)
+    file.seek(8)
     if len(prefix) < 8:
         return unreadable("truncated file", "at least 8 bytes", f"{size} bytes")
     if length > _MAX_HEADER_BYTES:

@@ -8,6 +8,7 @@ from ovis_jax.checkpoint.checkpoint_problems import CheckpointProblem, Checkpoin
 from ovis_jax.checkpoint.safetensors_reader import SafetensorsHeader, TensorInfo, read_header
 from ovis_jax.errors import CheckpointError, ConfigError
 from ovis_jax.json_fields import read_json
+from ovis_jax.user_files import describe_missing_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -77,14 +78,14 @@ def read_tensor_index(
     for name in names:
         path = path_inside_folder(folder, name)
         if path is None:
-            report(name, "rejected file", "a file inside the folder", "a path that leaves it")
+            report(name, "rejected file", "a file inside the folder", "a name that leaves it")
         elif (header := read_header(path)) is None:
             if not weight_map:
                 raise CheckpointError(
-                    f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} exists; give a folder with"
-                    " weights"
+                    f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} exists;"
+                    f" {_explain_missing_weights(folder)}"
                 )
-            report(name, "missing file", "a file", "no file of that name")
+            report(name, "missing file", "a file", describe_missing_file(path))
         else:
             tensors += header.tensors
             problems += header.problems
@@ -98,24 +99,27 @@ def read_tensor_index(
 
 
 def path_inside_folder(folder: Path, name: str) -> Path | None:
-    """Join a folder and a file name, or return None if the name or a link leads out of the folder.
+    """Join a folder and a file name from a file in it; None if the name leads out of the folder.
 
-    Links within the Hub's cache are allowed: the files of a commit are links to the repository's
-    `blobs`, which may in turn be links to the `blobs` that all repositories share.
+    Symbolic links in the folder are followed, wherever they lead: the owner of the folder made
+    them, as huggingface_hub does in its cache.
     """
-    root = folder.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        repo = root.parent.parent
-        allowed += [repo / "blobs", repo.parent / "blobs"]
-    try:
-        # A name such as "../here/x" must not leave the folder and come back.
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            return None
-        target = (root / name).resolve()
-    except (ValueError, OSError):
-        return None
-    return folder / name if any(target.is_relative_to(parent) for parent in allowed) else None
+    # A name such as "../here/x" must not leave the folder and come back.
+    outside = Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name
+    return None if outside else folder / name
+
+
+def _explain_missing_weights(folder: Path) -> str:
+    """Return what a folder without an index contains instead, and what to do."""
+    if shards := sorted(path.name for path in folder.glob("*.safetensors")):
+        return f"it contains {shards[0]}; copy {INDEX_FILE}, which names the shards"
+    for pattern in ("pytorch_model*.bin", "model*.bin", "consolidated*.pth"):
+        for path in sorted(folder.glob(pattern)):
+            return (
+                f"{path.name} is a pickle file of PyTorch, which is not read; load the model in"
+                " PyTorch and save it with save_pretrained, which writes safetensors"
+            )
+    return "give a folder with weights"
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:

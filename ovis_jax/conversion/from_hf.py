@@ -29,14 +29,14 @@ from ovis_jax.checkpoint.conversion_record import (
 from ovis_jax.checkpoint.file_io import write_json
 from ovis_jax.checkpoint.key_map import MatchedTensors
 from ovis_jax.checkpoint.output_dirs import check_disk_space, require_empty, resumable_dir
-from ovis_jax.checkpoint.params import match_checkpoint
+from ovis_jax.checkpoint.params import check_tied_output, match_checkpoint
 from ovis_jax.checkpoint.resolve import (
     BUNDLED,
     ResolvedCheckpoint,
     find_processor_files,
     resolve_checkpoint,
 )
-from ovis_jax.checkpoint.safetensors_reader import SafetensorsHeader
+from ovis_jax.checkpoint.safetensors_reader import SafetensorsHeader, TensorInfo
 from ovis_jax.checkpoint.safetensors_writer import (
     MAX_SHARD_BYTES,
     TensorSpecs,
@@ -188,6 +188,8 @@ def convert_from_hf(
         )
     plan = plan_conversion(src, revision=revision, dtype=dtype)
     checkpoint, sources = plan.checkpoint, plan.matched.sources
+    if plan.matched.tied_output and checkpoint.revision is not None:
+        _download_and_check_tied_output(checkpoint, *plan.matched.tied_output)
     published = get_published_sha256(checkpoint) if verify else None
     if published is not None and checkpoint.revision is None:
         verify_sha256(checkpoint.folder, published)
@@ -234,6 +236,22 @@ def convert_from_hf(
     return record
 
 
+def _download_and_check_tied_output(
+    checkpoint: ResolvedCheckpoint, output: TensorInfo, embedding: TensorInfo
+) -> None:
+    """Check the output matrix of a repo id, whose shards `match_checkpoint` has not seen.
+
+    Raises:
+      CheckpointError, OvisError, OSError: As in `check_tied_output` and `download_file`.
+    """
+    from ovis_jax.checkpoint.hub import download_file
+
+    for info in (output, embedding):
+        name = info.path.relative_to(checkpoint.folder).as_posix()
+        download_file(checkpoint.name, str(checkpoint.revision), name)
+    check_tied_output(output, embedding)
+
+
 def _is_local(src: str | Path) -> bool:
     """Return whether the source is local, so that nothing is downloaded."""
     return Path(src).exists() or str(src) in BUNDLED
@@ -261,7 +279,7 @@ def _provide_shards(
 
     needed = list(dict.fromkeys(plan.source_files[path] for path in unfinished))
     if delete_used:
-        for path in set(plan.source_files.values()) - {*needed}:
+        for path in plan.headers.keys() - {*needed}:
             delete_from_cache(path)
     result_bytes, cache = total_bytes(unfinished), plan.checkpoint.folder
     check_download_space(dst, result_bytes, cache, needed, plan.headers, delete_used=delete_used)

@@ -8,18 +8,17 @@ import numpy as np
 from ovis_jax.checkpoint.adapters import load_adapters
 from ovis_jax.checkpoint.conversion_record import CONVERSION_FILE, is_converted
 from ovis_jax.checkpoint.file_io import write_json
-from ovis_jax.checkpoint.key_map import make_hub_key_map
 from ovis_jax.checkpoint.output_dirs import atomic_dir, require_empty
 from ovis_jax.checkpoint.params import safetensors_dtype
-from ovis_jax.checkpoint.resolve import ResolvedCheckpoint, find_folder_or_bundled_checkpoint
+from ovis_jax.checkpoint.peft_adapters import PEFT_WEIGHTS_FILE, find_peft_modules, peft_keys
+from ovis_jax.checkpoint.resolve import (
+    PEFT_CONFIG_FILE,
+    ResolvedCheckpoint,
+    find_folder_or_bundled_checkpoint,
+)
 from ovis_jax.checkpoint.safetensors_writer import cast_array, save_arrays
 from ovis_jax.config import OvisConfig
 from ovis_jax.json_fields import read_json
-
-PEFT_CONFIG_FILE = "adapter_config.json"
-PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
-
-_PEFT_NAMES = {"lora_a": "lora_A", "lora_b": "lora_B"}
 
 
 def export_peft_adapter(
@@ -49,15 +48,13 @@ def export_peft_adapter(
     base = find_folder_or_bundled_checkpoint(src, "give the base model of the adapters")
     config = OvisConfig.from_folder(base.folder)
     loaded = load_adapters(adapters, config)
-    keys = {path: key for key, path in make_hub_key_map(config).parameters.items()}
-    modules = {path: keys[path].removesuffix(".weight") for path in loaded.matrix_paths}
+    names = find_peft_modules(config)
+    modules = {path: names[path] for path in loaded.matrix_paths}
     target = safetensors_dtype(dtype)
     arrays = {
-        f"base_model.model.{module}.{name}.weight": cast_array(
-            path, np.asarray(loaded.weights[f"{path}/{factor}"]), target
-        )
-        for path, module in modules.items()
-        for factor, name in _PEFT_NAMES.items()
+        key: cast_array(path, np.asarray(loaded.weights[path]), target)
+        for matrix, module in modules.items()
+        for path, key in peft_keys(matrix, module).items()
     }
     adapter_config = {
         "peft_type": "LORA",

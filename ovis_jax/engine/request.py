@@ -15,6 +15,11 @@ from ovis_jax.inputs.tokenizer import IncrementalDetokenizer, Tokenizer
 
 FinishReason = Literal["stop", "length"]
 
+MAX_LOGIT_BIAS = 1024
+"""Maximum number of token ids in a request's `logit_bias`."""
+MAX_STOP_TOKEN_IDS = 64
+"""Maximum number of a request's `stop_token_ids`."""
+
 
 class Logprob(NamedTuple):
     """A token id and its log-probability."""
@@ -101,6 +106,10 @@ class Request:
       on_event: Called in the engine's thread with each `Delta`, or with a single `Failure`.
       num_choices: Number of answers to generate.
       stop: Stop strings. An answer ends before the first of them.
+      stop_token_ids: Ids that end an answer, in addition to the model's own stop ids.
+      ignore_eos: Whether the model's own stop ids do not end an answer.
+      min_tokens: Number of tokens before which neither a stop id nor a stop string ends an answer.
+      logit_bias: Token ids and the numbers that are added to their logits.
       top_logprobs: Number of most likely tokens to report at each position; None for no
         log-probabilities at all.
       stream: Whether to send a `Delta` for each new piece of text; otherwise, one per choice.
@@ -119,6 +128,10 @@ class Request:
     on_event: Callable[[Delta | Failure], None]
     num_choices: int = 1
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int | None = None
     stream: bool = True
     aborted: bool = False
@@ -128,6 +141,10 @@ class Request:
 
     def __post_init__(self) -> None:
         self.num_unfinished = self.num_choices
+
+    def stop_ids(self, eos_ids: Iterable[int]) -> tuple[int, ...]:
+        """Return the ids that end an answer, given the model's own stop ids."""
+        return (*self.stop_token_ids, *(() if self.ignore_eos else eos_ids))
 
 
 class StopStringFilter:
@@ -170,12 +187,12 @@ class Sequence:
       request: The request.
       choice: The index of the choice, starting at 0.
       tokenizer: Tokenizer of the model.
-      eos_ids: Ids that end a sequence.
+      eos_ids: The model's own stop ids.
     """
 
     def __init__(self, request: Request, choice: int, tokenizer: Tokenizer, eos_ids: Iterable[int]):
         self.request, self.choice = request, choice
-        self._eos_ids = frozenset(eos_ids)
+        self._stop_ids = frozenset(request.stop_ids(eos_ids))
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._stop_filter = StopStringFilter(request.stop)
         self._num_tokens = 0
@@ -192,7 +209,7 @@ class Sequence:
         request = self.request
         self._num_tokens += 1
         request.completion_tokens += 1
-        ended = token.token.token_id in self._eos_ids
+        ended = token.token.token_id in self._stop_ids
         if not ended and request.top_logprobs is not None:
             self._logprobs.append((self._num_decoded, token))
         text = "" if ended else self._detokenizer.push(token.token.token_id)
@@ -200,7 +217,9 @@ class Sequence:
         if last:
             text += self._detokenizer.finish()
         self._num_decoded += len(text)
-        text, stopped = self._stop_filter.push(text)
+        stopped = False
+        if self._num_tokens > request.min_tokens:
+            text, stopped = self._stop_filter.push(text)
         if last and not stopped:
             text += self._stop_filter.finish()
         self._text.append(text)

@@ -240,7 +240,14 @@ class Scheduler:
             if taken is not None or prefill.num_choices_started == request.num_choices:
                 continue
             choice = prefill.num_choices_started
-            params = make_sampling_params(request.sampling, request.seed, choice)
+            params = make_sampling_params(
+                request.sampling,
+                request.seed,
+                choice,
+                logit_bias=request.logit_bias,
+                stop_ids=request.stop_ids(self._eos_ids),
+                min_tokens=request.min_tokens,
+            )
             self._state, sampled = self._runner.run_insert(
                 self._state, slot, self._prefill_state, logits, params
             )
@@ -319,7 +326,9 @@ def _sampling_mode(request: Request) -> SamplingMode:
     """Return the cheapest mode that supports a request's sampling parameters."""
     sampling = request.sampling
     drawn = bool(sampling.temperature)
-    filtered = drawn and (sampling.top_k is not None or sampling.top_p is not None)
-    if request.top_logprobs or filtered or sampling.repetition_penalty is not None:
+    filters = (sampling.top_k, sampling.top_p, sampling.min_p)
+    filtered = drawn and any(value is not None for value in filters)
+    adjusted = sampling.needs_counts or request.logit_bias or request.min_tokens
+    if request.top_logprobs or filtered or adjusted:
         return "full"
     return "temperature" if drawn else "greedy"

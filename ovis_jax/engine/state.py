@@ -5,6 +5,8 @@ fixed shape. The resulting cache in `PrefillState` is then inserted into a slot.
 compiles these functions.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int, Key, UInt32
 
 from ovis_jax.config import DecoderConfig
+from ovis_jax.engine.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from ovis_jax.inference.sampling import MAX_TOP_K, Sampling, derive_image_key, sample
 from ovis_jax.model import kv_cache
 from ovis_jax.model.kv_cache import Cache
@@ -25,6 +28,23 @@ SamplingMode = Literal["greedy", "temperature", "full"]
 top log-probabilities. Every mode that supports a row's sampling parameters samples the same
 token."""
 
+NEUTRAL_SAMPLING = Sampling(
+    temperature=0.0,
+    top_k=MAX_TOP_K,
+    top_p=1.0,
+    repetition_penalty=1.0,
+    frequency_penalty=0.0,
+    presence_penalty=0.0,
+    min_p=0.0,
+)
+"""Values without effect on the sampled tokens."""
+
+UNUSED_ID = np.iinfo(np.int32).max
+"""The id in unused entries of `SamplingParams`."""
+
+MAX_EOS_IDS = 16
+"""Maximum number of stop ids of a checkpoint."""
+
 MAX_TOP_LOGPROBS = 20
 """Number of most likely tokens reported per position, which is the maximum in OpenAI's API."""
 
@@ -32,13 +52,23 @@ MAX_TOP_LOGPROBS = 20
 class SamplingParams(NamedTuple):
     """Sampling parameters as arrays, for one sequence or, with a leading axis, for all slots.
 
-    Every parameter always has a value, so changing the parameters causes no recompilation.
+    Every parameter always has a value, so changing the parameters causes no recompilation. The
+    first seven are those of `Sampling`, in its order.
     """
 
     temperature: Float[ArrayLike, "*B"]
     top_k: Int[ArrayLike, "*B"]
     top_p: Float[ArrayLike, "*B"]
     repetition_penalty: Float[ArrayLike, "*B"]
+    frequency_penalty: Float[ArrayLike, "*B"]
+    presence_penalty: Float[ArrayLike, "*B"]
+    min_p: Float[ArrayLike, "*B"]
+    logit_bias: tuple[Int[ArrayLike, "*B biases"], Float[ArrayLike, "*B biases"]]
+    """Token ids and the numbers that are added to their logits; unused entries have UNUSED_ID."""
+    stop_ids: Int[ArrayLike, "*B stops"]
+    """Ids that end the sequence; unused entries have UNUSED_ID."""
+    min_tokens: Int[ArrayLike, "*B"]
+    """Number of tokens before which no stop id is sampled."""
     seed: UInt32[ArrayLike, "*B 2"]
     """The low and the high 32 bits of a 64-bit seed."""
     choice: Int[ArrayLike, "*B"]
@@ -62,8 +92,8 @@ class DecodeState(NamedTuple):
     last_tokens: Int[Array, "B"]
     num_tokens: Int[Array, "B"]
     """Number of tokens generated in each row."""
-    seen: Bool[Array, "B V"]
-    """Which tokens have been generated in each row; updated only in the mode "full"."""
+    counts: Int[Array, "B V"]
+    """How often each token was generated in each row; updated only in the mode "full"."""
     params: SamplingParams
 
 
@@ -75,26 +105,45 @@ class PrefillState(NamedTuple):
     """The embeddings of the prompt's visual tokens in order, then unused rows for one chunk."""
 
 
-def make_sampling_params(sampling: Sampling, seed: int, choice: int) -> SamplingParams:
+def make_sampling_params(
+    sampling: Sampling,
+    seed: int,
+    choice: int,
+    *,
+    logit_bias: Sequence[tuple[int, float]] = (),
+    stop_ids: Sequence[int] = (),
+    min_tokens: int = 0,
+) -> SamplingParams:
     """Convert sampling parameters to arrays, with a neutral value for each parameter that is None.
 
     Args:
       sampling: Sampling parameters as plain numbers.
       seed: Seed of the request, from 0 to 2**64 - 1.
       choice: The index of the sequence within its request.
+      logit_bias: Token ids and the numbers that are added to their logits.
+      stop_ids: Ids that end the sequence.
+      min_tokens: Number of tokens before which no stop id is sampled.
     """
-
-    def array(value: ArrayLike | None, neutral: ArrayLike, dtype: DTypeLike) -> np.ndarray:
-        return np.asarray(neutral if value is None else value, dtype)
-
+    given = {name: value for name, value in vars(sampling).items() if value is not None}
+    values = replace(NEUTRAL_SAMPLING, **given).map(np.asarray)
+    bias_ids, biases = zip(*logit_bias, strict=True) if logit_bias else ((), ())
     return SamplingParams(
-        temperature=array(sampling.temperature, 0.0, np.float32),
-        top_k=array(sampling.top_k, MAX_TOP_K, np.int32),
-        top_p=array(sampling.top_p, 1.0, np.float32),
-        repetition_penalty=array(sampling.repetition_penalty, 1.0, np.float32),
+        **vars(values),
+        logit_bias=(
+            _pad(bias_ids, MAX_LOGIT_BIAS, UNUSED_ID, np.int32),
+            _pad(biases, MAX_LOGIT_BIAS, 0.0, np.float32),
+        ),
+        stop_ids=_pad(stop_ids, MAX_STOP_TOKEN_IDS + MAX_EOS_IDS, UNUSED_ID, np.int32),
+        min_tokens=np.asarray(min_tokens, np.int32),
         seed=split_seed(seed),
         choice=np.asarray(choice, np.int32),
     )
+
+
+def _pad(
+    values: Sequence[int | float], length: int, fill: int | float, dtype: DTypeLike
+) -> np.ndarray:
+    return np.asarray([*values, *[fill] * (length - len(values))], dtype)
 
 
 def split_seed(seed: int) -> UInt32[np.ndarray, "2"]:
@@ -118,7 +167,7 @@ def make_key(seed: UInt32[ArrayLike, "2"], choice: Int[ArrayLike, ""]) -> Key[Ar
 def sample_tokens(
     logits: Float[Array, "B V"],
     params: SamplingParams,
-    seen: Bool[Array, "B V"],
+    counts: Int[Array, "B V"],
     num_tokens: Int[Array, "B"],
     mode: SamplingMode,
 ) -> SampledTokens:
@@ -127,7 +176,7 @@ def sample_tokens(
     Args:
       logits: Float32 logits.
       params: Sampling parameters of each row.
-      seen: Which tokens the repetition penalty applies to.
+      counts: How often each token was generated in each row.
       num_tokens: Number of tokens generated so far, which is folded into the key.
       mode: Which sampling steps to run.
     """
@@ -135,12 +184,17 @@ def sample_tokens(
         tokens = sample(logits, Sampling())
     else:
 
-        def sample_row(logits: Array, row: SamplingParams, seen: Array, step: Array) -> Array:
-            options = Sampling(*row[:4]) if mode == "full" else Sampling(row.temperature)
+        def sample_row(logits: Array, row: SamplingParams, counts: Array, step: Array) -> Array:
             key = jax.random.fold_in(make_key(row.seed, row.choice), step)
-            return sample(logits[None], options, seen[None], key)[0]
+            if mode == "temperature":
+                return sample(logits[None], Sampling(row.temperature), None, key)[0]
+            ids, biases = row.logit_bias
+            logits = logits.at[ids].add(biases, mode="drop")  # an UNUSED_ID is out of bounds
+            suppressed = jnp.where(step < row.min_tokens, -jnp.inf, jnp.float32(0))
+            logits = logits.at[row.stop_ids].add(suppressed, mode="drop")
+            return sample(logits[None], Sampling(*row[:7]), counts[None], key)[0]
 
-        tokens = jax.vmap(sample_row)(logits, params, seen, num_tokens)
+        tokens = jax.vmap(sample_row)(logits, params, counts, num_tokens)
     all_logprobs = jax.nn.log_softmax(logits)
     logprobs = jnp.take_along_axis(all_logprobs, tokens[:, None], axis=1)[:, 0]
     top = None
@@ -210,10 +264,10 @@ def insert_and_sample(
       sampling_params: Sampling parameters of the sequence.
     """
     params = jax.tree.map(lambda x: jnp.asarray(x)[None], sampling_params)
-    unseen = jnp.zeros(logits.shape, bool)
-    sampled = sample_tokens(logits, params, unseen, jnp.zeros((1,), jnp.int32), "full")
-    seen = unseen.at[0, sampled.tokens[0]].set(True)
-    row = DecodeState(cache, sampled.tokens, jnp.ones((1,), jnp.int32), seen, params)
+    counts = jnp.zeros(logits.shape, jnp.int32)
+    sampled = sample_tokens(logits, params, counts, jnp.zeros((1,), jnp.int32), "full")
+    counts = counts.at[0, sampled.tokens[0]].set(1)
+    row = DecodeState(cache, sampled.tokens, jnp.ones((1,), jnp.int32), counts, params)
 
     def put(rows: Array, row: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(rows, row.astype(rows.dtype), slot, 0)
@@ -232,12 +286,12 @@ def decode(
     lengths = state.cache.lengths
     logits, cache = model.decode(params, state.last_tokens, state.cache)
     cache = cache._replace(lengths=jnp.where(active, cache.lengths, lengths))
-    sampled = sample_tokens(logits, state.params, state.seen, state.num_tokens, mode)
-    seen = state.seen
+    sampled = sample_tokens(logits, state.params, state.counts, state.num_tokens, mode)
+    counts = state.counts
     if mode == "full":
-        seen = seen.at[jnp.arange(len(lengths)), sampled.tokens].set(True)
+        counts = counts.at[jnp.arange(len(lengths)), sampled.tokens].add(1)
     num_tokens = state.num_tokens + active
-    return DecodeState(cache, sampled.tokens, num_tokens, seen, state.params), sampled
+    return DecodeState(cache, sampled.tokens, num_tokens, counts, state.params), sampled
 
 
 def init_decode_state(
@@ -249,7 +303,7 @@ def init_decode_state(
         kv_cache.empty_cache(config, num_slots, max_length, dtype),
         jnp.zeros((num_slots,), jnp.int32),
         jnp.zeros((num_slots,), jnp.int32),
-        jnp.zeros((num_slots, config.vocab_size), bool),
+        jnp.zeros((num_slots, config.vocab_size), jnp.int32),
         jax.tree.map(lambda x: jnp.broadcast_to(x, (num_slots, *x.shape)), params),
     )
 

@@ -1,6 +1,6 @@
 """Answering prompts and scoring given answers, in batches of prompts with similar lengths."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +13,13 @@ from ovis_jax.inference.score import score
 from ovis_jax.inputs.batch import Inputs, pad_batch
 from ovis_jax.inputs.candidate_answers import encode_answers
 from ovis_jax.inputs.conversation import IMAGE_PLACEHOLDER, Prompt
-from ovis_jax.inputs.dataset import DatasetRow
+from ovis_jax.inputs.dataset import DatasetRow, read_image_source
+from ovis_jax.inputs.open_image import open_image
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.loading import LoadedOvis
+
+MaxPartition = int | Callable[[int], int]
+"""Maximum number of cells that an image is split into, or a function of the number of images."""
 
 
 class EvalPrompt(NamedTuple):
@@ -25,11 +29,13 @@ class EvalPrompt(NamedTuple):
       text: A question, or a conversation.
       images: The prompt's images, as for `LoadedOvis.ask`.
       name: Name of the prompt in error messages.
+      exact_images: Whether image files are read exactly as the original does; see `open_image`.
     """
 
     text: Prompt
     images: Sequence[Any] = ()
     name: str = ""
+    exact_images: bool = False
 
     @property
     def length(self) -> tuple[int, int]:
@@ -100,7 +106,8 @@ def answer_rows(
     *,
     batch_size: int = 16,
     max_new_tokens: int = 64,
-    max_partition: int = 9,
+    max_partition: MaxPartition = 9,
+    exact_images: bool = False,
     skipped: dict[str, str] | None = None,
 ) -> Iterator[ScoredAnswer]:
     """Answer the last question in each row greedily, in batches of rows with similar lengths.
@@ -110,7 +117,9 @@ def answer_rows(
       rows: Conversations that end with the expected answer, or preference pairs.
       batch_size: Number of rows per batch; each batch shape is compiled once.
       max_new_tokens: Maximum number of tokens per answer.
-      max_partition: Maximum number of cells that an image is split into.
+      max_partition: Maximum number of cells that an image is split into, or a function that returns
+        it for the number of images in a row.
+      exact_images: Whether image files are read exactly as the original does; see `open_image`.
       skipped: If given, rows that cannot be answered are left out, and their error messages are
         added to this dict by row name.
 
@@ -131,7 +140,12 @@ def answer_rows(
                 raise
             skipped[row.name] = str(error)
     prompts = [
-        EvalPrompt(row.turns if row.preference else row.turns[:-1], row.image_paths, row.name)
+        EvalPrompt(
+            row.turns if row.preference else row.turns[:-1],
+            row.images,
+            row.name,
+            exact_images,
+        )
         for row in usable
     ]
     for index, text, tokens in answer_prompts(
@@ -163,7 +177,7 @@ def answer_prompts(
     *,
     batch_size: int,
     max_new_tokens: int,
-    max_partition: int,
+    max_partition: MaxPartition,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     key: Array | None = None,
     skipped: dict[str, str] | None = None,
@@ -227,7 +241,7 @@ def _batch_prompts(
     processor: Processor,
     prompts: Sequence[EvalPrompt],
     batch_size: int,
-    max_partition: int,
+    max_partition: MaxPartition,
     skipped: dict[str, str] | None = None,
 ) -> Iterator[tuple[list[int], Inputs]]:
     """Yield batches of prompt indices and model inputs, starting with the shortest prompts.
@@ -238,10 +252,14 @@ def _batch_prompts(
     for start in range(0, len(order), batch_size):
         indices, examples = [], []
         for index in order[start : start + batch_size]:
-            text, images, name = prompts[index]
+            text, images, name, exact_images = prompts[index]
             try:
+                images = [read_image_source(image) for image in images]
+                if exact_images:
+                    images = [open_image(image, exact=True) for image in images]
+                limit = max_partition(len(images)) if callable(max_partition) else max_partition
                 example = processor.encode(
-                    text, images, max_partition=max_partition, name=name or "the prompt"
+                    text, images, max_partition=limit, name=name or "the prompt"
                 )
             except OvisError as error:
                 message = str(error) if name in str(error) else f"{name}: {error}"

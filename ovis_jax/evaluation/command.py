@@ -35,12 +35,21 @@ PUBLISHED = load_published_benchmarks()
 
 def eval_(
     questions: Annotated[
-        Path, typer.Argument(help="Question file (.jsonl), or a folder of such files.")
+        Path,
+        typer.Argument(help="Question file (.jsonl or .parquet), or a folder of .jsonl files."),
     ],
     model: ModelOption = "ovis-tiny",
     output: Annotated[
         Path | None,
         typer.Option(help="File to write the results to; if it exists, the evaluation resumes."),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder that image paths are relative to; by default, the question file's.",
+        ),
     ] = None,
     dtype: DtypeOption = None,
     adapters: AdaptersOption = None,
@@ -55,18 +64,23 @@ def eval_(
         bool,
         typer.Option("--raw-prompts", help="Ask the questions without the published prompts."),
     ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Accept only answers in the form that the prompt asks for."),
+    ] = False,
     batch_size: BatchSizeOption = 16,
     max_new_tokens: MaxNewTokensOption = PUBLISHED.settings["max_new_tokens"],
     max_partition: MaxPartitionOption = PUBLISHED.settings["max_partition"],
 ) -> None:
     """Measure a model's accuracy on question files, and compare it with published scores."""
     mesh = tensor_parallel_mesh(tensor_parallel)
-    asked = read_questions(questions, raw_prompts=raw_prompts)
+    asked = read_questions(questions, raw_prompts=raw_prompts, images=images)
     folders = [resolve_checkpoint(model).folder, *([adapters] if adapters else [])]
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "max_partition": max_partition,
         "choose_by": choose_by,
+        "strict": strict,
     }
     header = {
         "model": fingerprint_model(folders) if output else "",

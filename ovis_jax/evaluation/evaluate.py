@@ -45,6 +45,7 @@ def evaluate_questions(
     max_new_tokens: int,
     max_partition: int,
     choose_by: ChooseBy,
+    strict: bool = False,
 ) -> Iterator[QuestionResult]:
     """Answer questions greedily, and compare each answer with the expected answer.
 
@@ -55,6 +56,8 @@ def evaluate_questions(
       max_new_tokens: Maximum number of tokens per answer.
       max_partition: Maximum number of cells that an image is split into.
       choose_by: How an option of a multiple-choice question is chosen.
+      strict: Whether an answer must have the form that the prompt asks for; see
+        `ovis_jax.evaluation.answer_comparison`.
 
     Yields:
       One result per question; the order of questions depends on their lengths.
@@ -72,22 +75,22 @@ def evaluate_questions(
             by_name[question.row.name] = question
     rows = [question.row for question in by_name.values()]
     for answer in answer_rows(ovis, rows, max_new_tokens=max_new_tokens, **sizes):
-        yield _result(by_name[answer.row.name], answer.text)
-    prompts = [EvalPrompt(q.prompt, q.row.image_paths, q.row.name) for q in scored]
+        yield _result(by_name[answer.row.name], answer.text, strict)
+    prompts = [EvalPrompt(q.prompt, q.row.images, q.row.name) for q in scored]
     letters = [list(OPTION_LETTERS[: len(question.options)]) for question in scored]
     for index, log_probs, *_ in score_answers(
         ovis, prompts, letters, add_end_of_turn=False, **sizes
     ):
-        yield _result(scored[index], letters[index][int(log_probs.argmax())])
+        yield _result(scored[index], letters[index][int(log_probs.argmax())], strict)
 
 
-def _result(question: EvalQuestion, text: str) -> QuestionResult:
+def _result(question: EvalQuestion, text: str, strict: bool) -> QuestionResult:
     return {
         "id": question.id,
         "kind": question.row.kind,
-        "correct": question.is_correct(text),
+        "correct": question.is_correct(text, strict=strict),
         "answer": text,
-        "parsed": question.parse_answer(text),
+        "parsed": question.parse_answer(text, strict=strict),
         "expected": question.expected,
     }
 

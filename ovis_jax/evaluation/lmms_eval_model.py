@@ -29,7 +29,8 @@ class OvisForLmmsEval(lmms):
 
     Args:
       pretrained: The checkpoint, as for `ovis_jax.load`.
-      batch_size: Number of questions per batch.
+      batch_size: Number of questions per batch. "auto" is rejected.
+      max_batch_size: Ignored; lmms-eval uses it with "auto" only.
       device: Ignored; JAX chooses the device.
       dtype: Dtype of the computation; None for the checkpoint's dtype.
       adapters: Folder of LoRA adapters.
@@ -44,6 +45,7 @@ class OvisForLmmsEval(lmms):
         self,
         pretrained: str = "ovis-tiny",
         batch_size: int | str = 1,
+        max_batch_size: int | None = None,
         device: str | None = None,
         dtype: str | None = None,
         adapters: str | None = None,
@@ -51,8 +53,13 @@ class OvisForLmmsEval(lmms):
         seed: int = 0,
     ):
         super().__init__()
-        self._ovis = load(pretrained, dtype=dtype, adapters=adapters)
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise RequestError(
+                f"batch_size is {batch_size!r}, expected a number of at least 1, for example"
+                " --batch_size 8; the largest number that fits is not searched for"
+            )
         self.batch_size = int(batch_size)
+        self._ovis = load(pretrained, dtype=dtype, adapters=adapters)
         self._published = load_published_benchmarks().settings
         self._max_partition = int(max_partition or self._published["max_partition"])
         self._seed = int(seed)
@@ -73,7 +80,11 @@ class OvisForLmmsEval(lmms):
         return answers
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
-        """Answer multi-round requests; the task builds each round from the previous answers."""
+        """Answer multi-round requests; the task builds each round from the previous answers.
+
+        As in lmms-eval's own models, a round consists only of the text and images that the task
+        returns for it. Earlier rounds are not part of the prompt.
+        """
         results = []
         for request in requests:
             text, settings, doc_to_visual, doc_to_text, doc_id, task, split = request.args

@@ -1,37 +1,45 @@
-"""Question files with expected answers: a JSON lines file, or a folder of such files.
+"""Question files with expected answers: a JSON lines or parquet file, or a folder of JSON lines.
 
-    {"image": PATHS, "question": TEXT, "answer": TEXT}
-    {"image": PATHS, "question": TEXT, "choices": [TEXT, ...], "answer": LETTER, NUMBER or TEXT}
+    {"image": IMAGES, "question": TEXT, "answer": TEXT}
+    {"image": IMAGES, "question": TEXT, "choices": [TEXT, ...], "answer": LETTER, NUMBER or TEXT}
 
-PATHS is a path or a list of paths relative to the file. The optional fields are `image`, `hint`
+IMAGES is an image or a list of images, in the forms that `ovis_jax.inputs.dataset` describes, and
+the key may be `images`; `choices` may be called `options`. The optional fields are `image`, `hint`
 (inserted before the question), `kind` (accuracy is reported per kind; the default is the file's
-name) and `id`. A row from a training set (`conversations`) is also accepted: its last answer is the
-expected answer, and the turns before it are used as the prompt without changes.
+name) and `id`. A row from a training set is also accepted: its last answer is the expected answer,
+and the turns before it are used as the prompt without changes. An unknown key is an error, as in
+training rows.
 """
 
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ovis_jax.errors import DataError, OvisError, count_noun
+from ovis_jax.evaluation.answer_comparison import (
+    AnswerType,
+    read_answer,
+    read_answer_strictly,
+)
 from ovis_jax.evaluation.published_prompts_and_scores import (
     OPTION_LETTERS,
     load_published_benchmarks,
 )
 from ovis_jax.inputs.conversation import Turn
 from ovis_jax.inputs.dataset import (
+    CONVERSATION_KEYS,
+    IMAGE_KEYS,
     DatasetRow,
-    parse_image_paths,
+    parse_images,
     parse_row,
-    read_json_rows_or_errors,
+    read_rows_or_errors,
     require_text,
+    select_fields,
 )
 
-AnswerType = Literal["text", "yes_no", "multiple_choice"]
-"""How answers are compared: as exact text, as yes or no, or as the letter of an option."""
+OPTION_KEYS = ("choices", "options")
+QUESTION_KEYS = (*IMAGE_KEYS, "question", "answer", *OPTION_KEYS, "hint", "kind")
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class EvalQuestion:
       id: The question's id, unique across all files.
       row: The prompt, followed by the expected answer. For a multiple-choice question, this answer
         is a letter.
-      answer_type: How answers are compared.
+      answer_type: How answers are compared strictly.
       options: The options of a multiple-choice question; empty for other questions.
     """
 
@@ -61,40 +69,32 @@ class EvalQuestion:
         """The conversation up to and including the question."""
         return list(self.row.turns[:-1])
 
-    def parse_answer(self, text: str) -> str:
-        """Extract the part of a model's text that is compared with the expected answer.
+    def parse_answer(self, text: str, *, strict: bool = False) -> str:
+        """Return the part of a model's text that is compared with the expected answer.
 
-        For a multiple-choice question, the result is the option's letter, or "" if the text names
-        no option. A letter counts if it is the whole text or is followed by punctuation, as in "B."
-        or "(B) the dog". The full text of an option also counts. "A dog" names no option, because
-        the letter is not followed by punctuation.
+        With `strict`, `read_answer_strictly` reads the text, and `read_answer` otherwise.
         """
-        text = text.strip()
-        if self.answer_type == "yes_no":
-            return text.rstrip(".").casefold()
-        if self.answer_type == "multiple_choice":
-            letters = OPTION_LETTERS[: len(self.options)]
-            if match := re.match(rf"\(?([{letters}])([).:,]|$)", text):
-                return match[1]
-            options = [option.strip().rstrip(".").casefold() for option in self.options]
-            answer = text.rstrip(".").casefold()
-            return letters[options.index(answer)] if answer in options else ""
-        return text
+        if strict:
+            return read_answer_strictly(text, self.answer_type, self.options)
+        return read_answer(text, self.expected, self.options)
 
-    def is_correct(self, text: str) -> bool:
-        """Return whether `parse_answer` extracts the expected answer from a model's text."""
+    def is_correct(self, text: str, *, strict: bool = False) -> bool:
+        """Return whether a model's text gives the expected answer, as `parse_answer` reads both."""
         expected = self.expected
         if self.answer_type != "multiple_choice":
-            expected = self.parse_answer(expected)
-        return self.parse_answer(text) == expected
+            expected = self.parse_answer(expected, strict=strict)
+        return self.parse_answer(text, strict=strict) == expected
 
 
-def read_questions(path: Path, *, raw_prompts: bool = False) -> list[EvalQuestion]:
+def read_questions(
+    path: Path, *, raw_prompts: bool = False, images: Path | None = None
+) -> list[EvalQuestion]:
     """Read a question file, or every .jsonl file in a folder.
 
     Args:
       path: The file or folder.
       raw_prompts: Whether to use the questions as prompts without the published prompt templates.
+      images: The folder that image paths are relative to; by default, the folder of each file.
 
     Raises:
       DataError: There are no questions, or a row is invalid. The error names the file, row and
@@ -107,10 +107,20 @@ def read_questions(path: Path, *, raw_prompts: bool = False) -> list[EvalQuestio
     errors: list[str] = []
     row_of_id: dict[str, str] = {}
     for file in files:
-        for number, value in enumerate(read_json_rows_or_errors(file), 1):
+        for number, value in enumerate(read_rows_or_errors(file), 1):
             name = f"{file}: row {number}"
             try:
-                question = _parse_question(value, name, file, number, raw_prompts)
+                if isinstance(value, DataError):
+                    raise value
+                question = _parse_question(value, name, images or file.parent, raw_prompts)
+                question_id = value.get("id")
+                question = replace(
+                    question,
+                    id=f"{file.stem}-{number}" if question_id is None else str(question_id),
+                    row=replace(question.row, kind=question.row.kind or file.stem),
+                )
+                if missing := question.row.find_missing_file():
+                    raise DataError(f"image is {missing!r}, which is not a file")
                 if question.id in row_of_id:
                     raise DataError(f"id is {question.id!r}, as in {row_of_id[question.id]}")
             except OvisError as error:
@@ -127,27 +137,20 @@ def read_questions(path: Path, *, raw_prompts: bool = False) -> list[EvalQuestio
     return questions
 
 
-def _parse_question(
-    value: Any, name: str, file: Path, number: int, raw_prompts: bool
-) -> EvalQuestion:
-    if isinstance(value, DataError):
-        raise value
-    if not isinstance(value, Mapping):
-        raise DataError(f"the row has type {type(value).__name__}, expected an object")
-    question_id = str(value.get("id", f"{file.stem}-{number}"))
-    kind = str(value.get("kind") or file.stem)
-    if "conversations" in value:
-        row = parse_row(value, name, str(file.parent))
+def _parse_question(value: Any, name: str, folder: Path, raw_prompts: bool) -> EvalQuestion:
+    """Parse a row, except for its id and the default of its kind."""
+    keys = value.keys() if isinstance(value, Mapping) else ()
+    if "question" not in keys and any(key in keys for key in CONVERSATION_KEYS):
+        row = parse_row(value, name, folder)
         if row.turns[-1]["role"] != "assistant":
-            raise DataError("conversations does not end with an answer from gpt")
-        _check_files_exist(row.image_paths)
-        return EvalQuestion(question_id, replace(row, kind=kind))
-    question = require_text(value, "question")
-    hint = "" if value.get("hint") is None else require_text(value, "hint")
-    paths = parse_image_paths(value, str(file.parent))
-    _check_files_exist(paths)
-    options = _parse_options(value)
-    expected = _parse_expected(value, options)
+            raise DataError("the conversation does not end with an answer from gpt")
+        return EvalQuestion("", row)
+    fields = select_fields(value, QUESTION_KEYS)
+    question = require_text(fields, "question")
+    hint = require_text(fields, "hint") if "hint" in fields else ""
+    images = parse_images(fields, folder)
+    options = _parse_options(fields)
+    expected = _parse_expected(fields, options)
     is_yes_no = not options and expected.strip().rstrip(".").casefold() in ("yes", "no")
     answer_type = "multiple_choice" if options else "yes_no" if is_yes_no else "text"
     by_letter = dict(zip(OPTION_LETTERS, options, strict=False))
@@ -155,20 +158,24 @@ def _parse_question(
     prompt = published.format_prompt(question, hint, by_letter, is_yes_no=is_yes_no)
     turns = ({"role": "user", "content": question if raw_prompts else prompt},)
     turns += ({"role": "assistant", "content": expected},)
-    return EvalQuestion(
-        question_id, DatasetRow(name, paths, turns, kind=kind), answer_type, options
-    )
+    row = DatasetRow(name, images, turns, kind=str(fields.get("kind", "")))
+    return EvalQuestion("", row, answer_type, options)
 
 
 def _parse_options(row: Mapping[str, Any]) -> tuple[str, ...]:
-    options = row.get("choices")
-    if options is None:
+    keys = [key for key in OPTION_KEYS if key in row]
+    if len(keys) > 1:
+        raise DataError("choices and options both have a value, expected one of them")
+    if not keys:
         return ()
+    key, options = keys[0], row[keys[0]]
+    if isinstance(options, Mapping) and "".join(options) == OPTION_LETTERS[: len(options)]:
+        options = list(options.values())
     if not isinstance(options, list) or not all(isinstance(x, str) and x.strip() for x in options):
-        raise DataError(f"choices is {options!r}, expected a list of non-empty strings")
+        raise DataError(f"{key} is {options!r}, expected a list of non-empty strings")
     if not 2 <= len(options) <= len(OPTION_LETTERS):
         found = count_noun(len(options), "text")
-        raise DataError(f"choices has {found}, expected 2 to {len(OPTION_LETTERS)}")
+        raise DataError(f"{key} has {found}, expected 2 to {len(OPTION_LETTERS)}")
     return tuple(options)
 
 
@@ -186,9 +193,3 @@ def _parse_expected(row: Mapping[str, Any], options: Sequence[str]) -> str:
         f"answer is {answer!r}, expected a letter from {letters[0]} to {letters[-1]}, the number"
         " of a choice counted from 0, or the text of a choice"
     )
-
-
-def _check_files_exist(paths: Sequence[str]) -> None:
-    for path in paths:
-        if not os.path.isfile(path):
-            raise DataError(f"image is {path!r}, which is not a file")

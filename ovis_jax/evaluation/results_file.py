@@ -6,6 +6,7 @@ for different questions or settings, is rejected.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from ovis_jax.errors import DataError
 from ovis_jax.evaluation.evaluate import QuestionResult
 from ovis_jax.evaluation.questions import EvalQuestion
+from ovis_jax.inputs.parquet_rows import ParquetImage
 
 FORMAT = "ovis-jax eval 2"
 SAMPLES_PER_FILE = 256
@@ -40,15 +42,20 @@ def fingerprint_model(folders: Sequence[Path]) -> str:
 
 
 def fingerprint_questions(questions: Sequence[EvalQuestion]) -> str:
-    """Hash the prompts, the expected answers, and the image paths relative to the question file."""
+    """Hash the prompts, the expected answers, and the image paths relative to the question file.
+
+    For an image in a parquet file, its place in the file is hashed.
+    """
     digest = hashlib.sha256()
     for question in questions:
         values = asdict(question)
         del values["row"]["name"]
         folder = Path(question.row.name.rpartition(": row ")[0]).parent
-        values["row"]["image_paths"] = [
-            str(Path(image).relative_to(folder)) if Path(image).is_relative_to(folder) else image
-            for image in question.row.image_paths
+        values["row"]["images"] = [
+            image._replace(file="", folder="")
+            if isinstance(image, ParquetImage)
+            else image.removeprefix(f"{folder}{os.sep}")
+            for image in question.row.images
         ]
         digest.update(json.dumps(values, sort_keys=True).encode())
     return digest.hexdigest()
@@ -108,7 +115,7 @@ def _parse_results(path: Path, text: bytes, header: Mapping[str, Any]) -> list[Q
     """Parse the results in a file, and check that its header line equals `header`."""
     try:
         # splitlines() would also split at Unicode line separators, which JSON does not escape.
-        found, *results = [json.loads(line) for line in text.decode("utf-8").split("\n")[:-1]]
+        found, *results = [json.loads(line) for line in text.decode("utf-8-sig").split("\n")[:-1]]
     except ValueError:
         found, results = {}, []
     values = [found, *results]

@@ -39,7 +39,8 @@ class GenerationState(NamedTuple):
     cache: Cache
     last_tokens: Int[Array, "B"]
     done: Bool[Array, "B"]
-    seen: Bool[Array, "B V"] | None
+    counts: Int[Array, "B V"] | None
+    """How often each token was generated in each row; None if there is no penalty."""
     step: Int[Array, ""]
 
 
@@ -230,12 +231,11 @@ def prefill_and_decode(
     B, T = inputs.tokens.shape
     key = None if options.key is None else derive_image_key(options.key)
     logits, cache = model.prefill(params, inputs, T + max_new_tokens, key)
-    has_penalty = options.sampling.repetition_penalty is not None
     state = GenerationState(
         cache=cache,
         last_tokens=jnp.full((B,), model.config.pad_id, jnp.int32),
         done=jnp.max(jnp.asarray(inputs.positions), axis=1) < 0,  # rows that contain only padding
-        seen=jnp.zeros(logits.shape, bool) if has_penalty else None,
+        counts=jnp.zeros(logits.shape, jnp.int32) if options.sampling.needs_counts else None,
         step=jnp.int32(0),
     )
     state, out = _append_token(model, logits, state, _empty(model, B, width), options, 0)
@@ -299,7 +299,7 @@ def _append_token(
 ) -> tuple[GenerationState, Generation]:
     """Sample one token per row into a column of `out`; finished rows get the pad id."""
     key = None if options.key is None else jax.random.fold_in(options.key, state.step)
-    token = sample(logits, options.sampling, state.seen, key)
+    token = sample(logits, options.sampling, state.counts, key)
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
     token = jnp.where(state.done, model.config.pad_id, token)
     out = Generation(
@@ -307,11 +307,11 @@ def _append_token(
         out.lengths + ~state.done,
         out.log_probs.at[:, column].set(jnp.where(state.done, 0.0, log_prob)),
     )
-    seen = state.seen
-    if seen is not None:
-        seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+    counts = state.counts
+    if counts is not None:
+        counts = counts.at[jnp.arange(token.shape[0]), token].add(1)
     stopped = jnp.any(token[:, None] == options.eos_ids, axis=1)
-    return GenerationState(state.cache, token, state.done | stopped, seen, state.step + 1), out
+    return GenerationState(state.cache, token, state.done | stopped, counts, state.step + 1), out
 
 
 def _empty(model: Ovis, rows: int, width: int) -> Generation:

@@ -62,7 +62,7 @@ def encode_answers(
                     f"{name} is {text!r}, expected a text without {IMAGE_PLACEHOLDER}"
                 )
             ids = encode_turn_content(
-                text.strip() if strip else text,
+                [text.strip() if strip else text],
                 processor.tokenizer,
                 add_end_of_turn=add_end_of_turn,
                 parse_special_tokens=parse_special_tokens,

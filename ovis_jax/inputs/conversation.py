@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from ovis_jax.errors import PromptError
-from ovis_jax.inputs.open_image import IMAGE_TYPES, ImageSource
+from ovis_jax.inputs.open_image import IMAGE_TYPES, ImageSource, is_data_url
 from ovis_jax.inputs.tokenizer import TURN_END, TURN_START, Tokenizer
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -21,8 +21,15 @@ IGNORE_INDEX = -100
 Turn = Mapping[str, Any]
 """`{"role": "user" | "assistant", "content": CONTENT}`; CONTENT is a string or a list of parts.
 
-A part is `{"type": "text", "text": str}`, `{"type": "image_url", "image_url": {"url": "data:..."}}`
-or `{"type": "image", "image": ImageSource}`.
+A part is one of the following; `{"type": "image"}` stands for the next of the images that are
+passed separately.
+
+    {"type": "text", "text": str}
+    {"type": "image_url", "image_url": {"url": "data:..."}}
+    {"type": "image", "image": ImageSource}
+    {"type": "image"}
+
+An assistant turn with `"loss": False` does not become labels in training.
 """
 Prompt = str | Sequence[Turn]
 """The user's text, or a conversation that ends with a user turn."""
@@ -33,6 +40,16 @@ CLOSING = f"{TURN_END}\n"
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
+class ParsedTurn(NamedTuple):
+    """A turn whose images have places but no marks in the text."""
+
+    role: str
+    texts: tuple[str, ...]
+    """The texts before, between and after the images, so one more than there are images."""
+    loss: bool = True
+    """Whether the tokens of an assistant turn are labels in training."""
+
+
 class EncodedConversation(NamedTuple):
     """The token ids and the labels of a conversation, both with the same length."""
 
@@ -41,20 +58,25 @@ class EncodedConversation(NamedTuple):
 
 
 def parse_prompt(
-    prompt: Prompt, images: Sequence[ImageSource] = (), name: str = "the prompt"
-) -> tuple[list[Turn], list[ImageSource]]:
-    """Check a prompt, and match the images with their places in the text.
+    prompt: Prompt,
+    images: Sequence[ImageSource] = (),
+    name: str = "the prompt",
+    *,
+    parse_image_placeholders: bool = True,
+) -> tuple[list[ParsedTurn], list[ImageSource]]:
+    """Check a prompt, and match the images with their places.
 
     Args:
       prompt: A string, or a list of turns.
-      images: One image for each "<image>" in the text. If the text contains no "<image>", the
-        images are placed at the beginning of the first user turn, one per line. Images in content
-        parts are not included here.
+      images: One image for each "<image>" in the text and each part `{"type": "image"}`. If the
+        prompt has neither, the images are placed at the beginning of the first user turn, one per
+        line. Images in content parts are not included here.
       name: Name of the prompt in error messages.
+      parse_image_placeholders: Whether "<image>" in a text marks the place of an image, as in the
+        original. Otherwise it is ordinary text.
 
     Returns:
-      The turns, each with a string that contains one "<image>" per image, and all images in order
-      of appearance.
+      The turns, and all images in order of appearance.
 
     Raises:
       PromptError: The prompt is empty, a turn is malformed, or the number of "<image>" marks
@@ -67,19 +89,22 @@ def parse_prompt(
     )
     if not given:
         raise PromptError(f"{name} has no turns; pass at least one user turn")
-    turns: list[Turn] = []
+    turns: list[ParsedTurn] = []
     slots: list[list[ImageSource | None]] = []  # per turn; None stands for the next of `images`
     for number, turn in enumerate(given, 1):
-        text, found = _read_turn(
-            turn, name if isinstance(prompt, str) else f"turn {number} of {name}"
+        texts, found = _read_turn(
+            turn,
+            name if isinstance(prompt, str) else f"turn {number} of {name}",
+            parse_image_placeholders,
         )
-        turns.append({"role": turn["role"], "content": text})
+        turns.append(ParsedTurn(turn["role"], tuple(texts), turn.get("loss", True)))
         slots.append(found)
     num_places = sum(image is None for found in slots for image in found)
-    first_user = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
-    if num_places == 0 and first_user is not None:
-        content = f"{IMAGE_PLACEHOLDER}\n" * len(images) + turns[first_user]["content"]
-        turns[first_user] = {"role": "user", "content": content}
+    first_user = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+    if images and num_places == 0 and first_user is not None:
+        first, *rest = turns[first_user].texts
+        texts = ("", *["\n"] * (len(images) - 1), f"\n{first}", *rest)
+        turns[first_user] = ParsedTurn("user", texts)
         slots[first_user] = [*images, *slots[first_user]]
     elif num_places != len(images):
         times = "once" if num_places == 1 else f"{num_places} times"
@@ -93,17 +118,13 @@ def parse_prompt(
     return turns, ordered
 
 
-def add_image_placeholders(text: str, num_images: int) -> str:
-    """Put one "<image>" line per image before a text, unless the text contains "<image>"."""
-    return text if IMAGE_PLACEHOLDER in text else f"{IMAGE_PLACEHOLDER}\n" * num_images + text
-
-
 def encode_prompt(
-    turns: Sequence[Turn],
+    turns: Sequence[ParsedTurn],
     tokenizer: Tokenizer,
     assistant_prefix: str = "",
     *,
     parse_special_tokens: bool = True,
+    parse_image_placeholders: bool = True,
     name: str = "the prompt",
 ) -> EncodedConversation:
     """Encode turns as a prompt that the model answers.
@@ -113,17 +134,19 @@ def encode_prompt(
       tokenizer: The model's tokenizer.
       assistant_prefix: Text that the answer begins with.
       parse_special_tokens: Whether special tokens spelled out in a text become their ids.
+      parse_image_placeholders: Whether "<image>" marks the place of an image; a prefix may then not
+        contain it.
       name: Name of the prompt in error messages.
 
     Raises:
-      PromptError: The last turn is not a user turn, or the prefix contains "<image>".
+      PromptError: The last turn is not a user turn, or the prefix contains the place of an image.
     """
-    if turns[-1]["role"] != "user":
+    if turns[-1].role != "user":
         raise PromptError(
             f"the last turn of {name} is the assistant's, so there is nothing to answer; end with "
             "a user turn, and pass the beginning of an answer as assistant_prefix"
         )
-    if IMAGE_PLACEHOLDER in assistant_prefix:
+    if parse_image_placeholders and IMAGE_PLACEHOLDER in assistant_prefix:
         raise PromptError(
             f"the assistant_prefix of {name} contains {IMAGE_PLACEHOLDER}; put images into turns"
         )
@@ -136,19 +159,20 @@ def encode_prompt(
 
 
 def encode_conversation(
-    turns: Sequence[Turn], tokenizer: Tokenizer, *, parse_special_tokens: bool = True
+    turns: Sequence[ParsedTurn], tokenizer: Tokenizer, *, parse_special_tokens: bool = True
 ) -> EncodedConversation:
     """Encode a conversation for training; assistant texts and end-of-turn tokens become labels."""
     ids = [tokenizer.token_to_id("<bos>")]
     labels = [IGNORE_INDEX]
     *_, newline = tokenizer.encode(CLOSING)
     for turn in turns:
-        opening = tokenizer.encode(OPENINGS[turn["role"]])
-        content = encode_turn_content(
-            turn["content"].strip(), tokenizer, parse_special_tokens=parse_special_tokens
-        )
+        opening = tokenizer.encode(OPENINGS[turn.role])
+        *texts, last = turn.texts
+        texts = [*texts, last.rstrip()]
+        texts[0] = texts[0].lstrip()
+        content = encode_turn_content(texts, tokenizer, parse_special_tokens=parse_special_tokens)
         ids += [*opening, *content, newline]
-        learned = turn["role"] == "assistant"
+        learned = turn.role == "assistant" and turn.loss
         labels += [IGNORE_INDEX] * len(opening)
         # An image in an answer does not contribute to the loss.
         labels += [i if learned and i != IMAGE_TOKEN_ID else IGNORE_INDEX for i in content]
@@ -157,20 +181,20 @@ def encode_conversation(
 
 
 def encode_turn_content(
-    text: str,
+    texts: Sequence[str],
     tokenizer: Tokenizer,
     *,
     add_end_of_turn: bool = True,
     parse_special_tokens: bool = True,
 ) -> list[int]:
-    """Encode the text of a turn, with IMAGE_TOKEN_ID for each "<image>".
+    """Encode the texts of a turn, with IMAGE_TOKEN_ID for the image between two of them.
 
-    The texts between images are encoded separately, as in the original.
+    The texts are encoded separately, as in the original.
     """
     ids: list[int] = []
-    for number, part in enumerate(text.split(IMAGE_PLACEHOLDER)):
+    for number, text in enumerate(texts):
         ids += [IMAGE_TOKEN_ID] if number else []
-        ids += tokenizer.encode(part, parse_special_tokens=parse_special_tokens)
+        ids += tokenizer.encode(text, parse_special_tokens=parse_special_tokens)
     *end_of_turn, _ = tokenizer.encode(CLOSING)
     return [*ids, *end_of_turn] if add_end_of_turn else ids
 
@@ -215,8 +239,10 @@ def _type_error(value: object, name: str, expected: str) -> PromptError:
     return PromptError(f"{name} {found}, expected {expected}")
 
 
-def _read_turn(turn: Turn, name: str) -> tuple[str, list[ImageSource | None]]:
-    """Check a turn, and return its text and its images, with None for each image still unknown."""
+def _read_turn(
+    turn: Turn, name: str, parse_image_placeholders: bool
+) -> tuple[list[str], list[ImageSource | None]]:
+    """Check a turn, and return its texts and its images, with None for each image still unknown."""
     if not isinstance(turn, Mapping):
         raise _type_error(turn, name, "a dict with role and content")
     if not {"role", "content"} <= turn.keys():
@@ -230,33 +256,40 @@ def _read_turn(turn: Turn, name: str) -> tuple[str, list[ImageSource | None]]:
         raise PromptError(f"{name} has the role {turn['role']!r}, expected user or assistant")
     content = turn["content"]
     if isinstance(content, str):
-        text = content
-        images: list[ImageSource | None] = [None] * content.count(IMAGE_PLACEHOLDER)
-    elif isinstance(content, Sequence) and not isinstance(content, bytes):
-        parts = [_read_part(part, f"part {n} of {name}") for n, part in enumerate(content, 1)]
-        text = "\n".join(text for text, _ in parts)
-        images = [image for _, found in parts for image in found]
-    else:
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise PromptError(
             f"the content of {name} has type {type(content).__name__}, "
             "expected a string or a list of parts"
         )
-    if turn["role"] == "user" and not text.strip():
+    texts = [""]
+    images: list[ImageSource | None] = []
+    for number, part in enumerate(content, 1):
+        (first, *rest), found = _read_part(
+            part, f"part {number} of {name}", parse_image_placeholders
+        )
+        texts[-1] += f"\n{first}" if number > 1 else first  # each part has a line of its own
+        texts += rest
+        images += found
+    if turn["role"] == "user" and not images and not texts[0].strip():
         raise PromptError(f"{name} is empty; write the text that the model should answer")
-    return text, images
+    return texts, images
 
 
-def _read_part(part: Any, name: str) -> tuple[str, list[ImageSource | None]]:
-    """Check a content part, and return its text and its images in the same form as `_read_turn`."""
+def _read_part(
+    part: Any, name: str, parse_image_placeholders: bool
+) -> tuple[list[str], list[ImageSource | None]]:
+    """Check a content part, and return the same as `_read_turn`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     match part:
         case {"type": "text", "text": str(text)}:
-            return text, [None] * text.count(IMAGE_PLACEHOLDER)
-        case {"type": "image", "image": image}:
-            return IMAGE_PLACEHOLDER, [cast(ImageSource, image)]
-        case {"type": "image_url", "image_url": {"url": str(url)}} if url.startswith("data:"):
-            return IMAGE_PLACEHOLDER, [url]
-        case {"type": "image_url", "image_url": {"url": str(url)}}:
+            texts = text.split(IMAGE_PLACEHOLDER) if parse_image_placeholders else [text]
+            return texts, [None] * (len(texts) - 1)
+        case {"type": "image"}:
+            return ["", ""], [cast(ImageSource | None, part.get("image"))]
+        case {"type": "image_url", "image_url": {"url": str(url)} | str(url)}:
+            if is_data_url(url):
+                return ["", ""], [url]
             raise PromptError(
                 f"{name} has the URL {url[:100]!r}, expected a data: URL: images are not "
                 'downloaded here; pass a file as {"type": "image", "image": PATH}'

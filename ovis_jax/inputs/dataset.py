@@ -1,18 +1,33 @@
-"""Dataset files in the original's format: conversations about images, and preference pairs.
+"""Dataset rows in the usual spellings: conversations about images, and preference pairs.
 
-A file is a JSON list, or a JSON lines file, of rows in one of two forms:
+A file is a JSON list, a JSON lines file or a parquet file of rows in one of two forms:
 
-    {"image": PATHS, "conversations": [{"from": "human" | "gpt", "value": TEXT}, ...]}
-    {"image": PATHS, "prompt": PROMPT, "chosen": TEXT, "rejected": TEXT}
+    {"image": IMAGES, "conversations": TURNS}
+    {"image": IMAGES, "prompt": PROMPT, "chosen": ANSWER, "rejected": ANSWER}
 
-PATHS is a path or a list of paths relative to the file; `image` is optional. PROMPT is a text, or a
-list of turns as in `conversations` that ends with a human turn. A row may also have a `kind`, and
-accuracy is reported per kind. Images are opened only when a row is used.
+- IMAGES is an image or a list of images; the key may also be `images`, and it is optional. An image
+  is a path, a `data:` or `file:` URL, `{"path": PATH}` or, in a parquet file, the bytes of an image
+  file, as binary or as `{"bytes": BYTES, "path": NAME}`. Images are opened only when a row is used.
+- TURNS is a list of turns, either `{"from": "human" | "gpt", "value": TEXT}` (ShareGPT, LLaVA and
+  Ovis) or `{"role": "user" | "assistant", "content": CONTENT}` (OpenAI); the key may also be
+  `messages`. CONTENT is a text or a list of OpenAI's parts, whose images are paths or data: URLs.
+  `detail` of such an image has no effect. If there is only one text, its images come before it, as
+  in the server.
+- The text of a system turn, or of the key `system`, is prepended to the text of the next user turn,
+  as in the server, because Gemma2 has no system turn.
+- An assistant turn with `loss`, `train` or `weight` false or 0 does not contribute to the loss.
+- PROMPT is a text, or turns that end with a user turn; the key may also be `conversations` or
+  `messages`. ANSWER is a text or one assistant turn.
+- Accuracy is reported per `kind`.
+
+`METADATA_KEYS` are ignored in rows and turns, and so are unknown keys with an empty value. Any
+other unknown key is an error.
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +35,36 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ovis_jax.errors import DataError, OvisError
-from ovis_jax.inputs.conversation import IMAGE_PLACEHOLDER, Turn, turns_from_sharegpt
-from ovis_jax.inputs.open_image import open_image
+from ovis_jax.inputs.conversation import IMAGE_PLACEHOLDER, Turn
+from ovis_jax.inputs.open_image import is_data_url, open_image
+from ovis_jax.inputs.parquet_rows import ParquetImage, is_parquet, read_parquet_rows
+from ovis_jax.user_files import read_text
+
+METADATA_KEYS = (
+    "id idx index name source data_source dataset category split language license model metadata"
+    " width height"
+).split()
+"""Keys that describe a row or a turn without changing what is learned; they are ignored."""
+
+CONVERSATION_KEYS = ("conversations", "messages", "prompt")
+IMAGE_KEYS = ("image", "images")
+ROW_KEYS = (*IMAGE_KEYS, *CONVERSATION_KEYS, "chosen", "rejected", "system", "kind")
+LOSS_KEYS = ("loss", "train", "weight")
+"""Keys with which data formats exclude a turn from the loss."""
+
+TURN_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "developer": "system",
+}
+"""The role of a turn, by the names that data formats give it."""
+
+RowImage = str | ParquetImage
+"""An image of a row: a path, a `data:` or `file:` URL, or a place in a parquet file."""
 
 
 class PreferencePair(NamedTuple):
@@ -37,28 +80,40 @@ class DatasetRow:
 
     Attributes:
       name: Name of the row in messages: "FILE: row N", counted from 1.
-      image_paths: Paths of the images in order of appearance.
-      turns: The conversation; for a preference pair, the prompt.
+      images: The images in order of appearance.
+      turns: The conversation; for a preference pair, the prompt. An assistant turn that does not
+        contribute to the loss has `loss` False.
       preference: The two answers of a preference pair; None for a conversation.
       kind: The kind that the row's answer is counted under when accuracy is reported.
     """
 
     name: str
-    image_paths: tuple[str, ...]
+    images: tuple[RowImage, ...]
     turns: tuple[Turn, ...]
     preference: PreferencePair | None = None
     kind: str = ""
 
-    def open_images(self) -> list[Image.Image]:
+    def open_images(self, *, exact: bool = False) -> list[Image.Image]:
         """Decode the images.
+
+        Args:
+          exact: Whether to read image files exactly as the original does; see `open_image`.
 
         Raises:
           DataError: An image cannot be read.
         """
         try:
-            return [open_image(path) for path in self.image_paths]
+            return [
+                open_image(read_image_source(image), f"image {number}", exact=exact)
+                for number, image in enumerate(self.images, 1)
+            ]
         except OvisError as error:
             raise DataError(f"{self.name}: {error}") from error
+
+    def find_missing_file(self) -> str | None:
+        """Return the path of the first image that is not a file, or None."""
+        paths = (x for x in self.images if isinstance(x, str) and not _is_url(x))
+        return next((path for path in paths if not os.path.isfile(path)), None)
 
     def turns_with(self, answer: str) -> list[Turn]:
         """Return the row's turns, followed by an assistant turn with an answer."""
@@ -73,22 +128,26 @@ class Dataset:
     errors: tuple[str, ...]
 
 
-def read_dataset(paths: Sequence[Path]) -> Dataset:
+def read_dataset(paths: Sequence[Path], images: Path | None = None) -> Dataset:
     """Read dataset files without opening their images.
 
+    Args:
+      paths: The files.
+      images: The folder that image paths are relative to; by default, the folder of each file.
+
     Raises:
-      DataError: A file cannot be read, is not JSON, or has no rows.
+      DataError: A file cannot be read, is neither JSON nor parquet, or has no rows.
     """
     rows: list[DatasetRow] = []
     errors: list[str] = []
     for path in paths:
-        for number, value in enumerate(read_json_rows_or_errors(path), 1):
+        for number, value in enumerate(read_rows_or_errors(path), 1):
             name = f"{path}: row {number}"
             if isinstance(value, DataError):
                 errors.append(f"{name}: {value}")
                 continue
             try:
-                rows.append(parse_row(value, name, str(path.parent)))
+                rows.append(parse_row(value, name, images or path.parent))
             except OvisError as error:
                 errors.append(f"{name}: {error}")
     if not rows and not errors:
@@ -96,16 +155,20 @@ def read_dataset(paths: Sequence[Path]) -> Dataset:
     return Dataset(tuple(rows), tuple(errors))
 
 
-def read_json_rows_or_errors(path: Path) -> list[Any]:
-    """Read the rows of a JSON list or JSON lines file, without checking their fields.
+def read_rows_or_errors(path: Path) -> list[Any]:
+    """Read the rows of a JSON list, JSON lines or parquet file, without checking their fields.
 
-    For a line that is not JSON, the result contains a `DataError` in its place.
+    For a line that is not JSON, the result contains a `DataError` in its place. In the row of a
+    parquet file, images that are stored as bytes are `ParquetImage`s.
 
     Raises:
       DataError: The file cannot be read, or it begins like a JSON list but is not valid JSON.
+      OvisError: The file is a parquet file, and pyarrow is not installed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        if is_parquet(path):
+            return read_parquet_rows(path, IMAGE_KEYS)
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if text.lstrip().startswith("["):
@@ -124,58 +187,107 @@ def _parse_line(line: str) -> Any:
         return DataError(f"not JSON: {error}")
 
 
-def parse_row(value: Any, name: str, folder: str) -> DatasetRow:
-    """Parse one JSON value from a dataset file.
+def parse_row(value: Any, name: str, folder: Path) -> DatasetRow:
+    """Parse one row of a dataset file.
 
     Args:
-      value: The JSON value.
+      value: The row, as `read_rows_or_errors` returns it.
       name: Name of the row in messages.
       folder: The folder that image paths are relative to.
 
     Raises:
-      OvisError: The value is neither a valid conversation nor a valid preference pair.
+      OvisError: The row is neither a valid conversation nor a valid preference pair.
     """
-    if not isinstance(value, Mapping):
-        raise DataError(f"the row has type {type(value).__name__}, expected an object")
-    paths = parse_image_paths(value, folder)
-    kind = str(value.get("kind", ""))
-    preference = None
-    if "conversations" in value:
-        turns = turns_from_sharegpt(_check_turns(value["conversations"], "conversations"))
-        if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
-            raise DataError("no turn from gpt has an answer, so there is nothing to learn")
-    elif {"prompt", "chosen", "rejected"} <= value.keys():
-        prompt = value["prompt"]
-        if not isinstance(prompt, list):
-            prompt = [{"from": "human", "value": require_text(value, "prompt")}]
-        turns = turns_from_sharegpt(_check_turns(prompt, "prompt"))
+    row = select_fields(value, ROW_KEYS)
+    images = parse_images(row, folder)
+    keys = [key for key in CONVERSATION_KEYS if key in row]
+    is_pair = "chosen" in row or "rejected" in row
+    if len(keys) != 1 or (keys == ["prompt"] and not is_pair):
+        raise DataError(
+            f"the keys are {sorted(row)}, expected either conversations or messages, or prompt,"
+            " chosen and rejected"
+        )
+    field, turns, preference = keys[0], row[keys[0]], None
+    if field == "prompt" and not isinstance(turns, list):
+        turns = [{"role": "user", "content": require_text(row, "prompt")}]
+    system = require_text(row, "system") if row.get("system") else ""
+    turns, images = _parse_turns(turns, field, system, images, folder)
+    if is_pair:
         if turns[-1]["role"] != "user":
-            raise DataError("the last turn of prompt is from gpt, expected one from human")
-        preference = PreferencePair(require_text(value, "chosen"), require_text(value, "rejected"))
-    else:
-        raise DataError(
-            f"the keys are {sorted(value)}, expected conversations, or prompt, chosen and rejected"
-        )
-    marks = sum(turn["content"].count(IMAGE_PLACEHOLDER) for turn in turns)
-    if marks not in (0, len(paths)):
-        raise DataError(
-            f"the texts contain {IMAGE_PLACEHOLDER} {marks} times and the row has {len(paths)}"
-            " images; expected one per image, or none"
-        )
-    return DatasetRow(name, paths, tuple(turns), preference, kind)
+            raise DataError(f"the last turn of {field} is from gpt, expected one from human")
+        preference = PreferencePair(_parse_answer(row, "chosen"), _parse_answer(row, "rejected"))
+    elif not any(_is_learned(turn) for turn in turns):
+        raise DataError("no turn from gpt has an answer, so there is nothing to learn")
+    return DatasetRow(name, images, tuple(turns), preference, str(row.get("kind", "")))
 
 
-def parse_image_paths(row: Mapping[str, Any], folder: str) -> tuple[str, ...]:
-    """Return the paths in a row's `image` field, joined to `folder`.
+def select_fields(value: Any, known: Collection[str], where: str = "") -> dict[str, Any]:
+    """Return the fields of a row, a turn or a content part, without metadata and null values.
+
+    Args:
+      value: The object.
+      known: The keys that it may have, in addition to `METADATA_KEYS`.
+      where: Prefix of error messages.
 
     Raises:
-      DataError: `image` is neither a path nor a list of paths.
+      DataError: The value is not an object, or an unknown key has a value that is not empty.
     """
-    images = row.get("image") or ()
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list | tuple) or not all(isinstance(x, str) for x in images):
-        raise DataError(f"image is {row['image']!r}, expected a path or a list of paths")
-    return tuple(os.path.join(folder, image) for image in images)
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where or 'the row '}has type {type(value).__name__}, expected an object")
+    fields = {key: field for key, field in value.items() if field is not None and key in known}
+    for key, field in value.items():
+        if key not in known and key not in METADATA_KEYS and field not in (None, "", [], {}):
+            raise DataError(
+                f"{where}the key {key!r} is unknown, expected {', '.join(known)}; rename or remove"
+                f" it, or move it into metadata (ignored keys: {', '.join(METADATA_KEYS)})"
+            )
+    return fields
+
+
+def parse_images(row: Mapping[str, Any], folder: Path) -> tuple[RowImage, ...]:
+    """Return the images in a row's `image` or `images` field; paths are joined to `folder`.
+
+    Raises:
+      DataError: Both fields have images, or a value is not an image.
+    """
+    keys = [key for key in IMAGE_KEYS if row.get(key)]
+    if len(keys) > 1:
+        raise DataError("image and images both have a value, expected one of them")
+    if not keys:
+        return ()
+    (key,) = keys
+    images = row[key]
+    if not isinstance(images, list):
+        return (_parse_image(images, folder, key),)
+    return tuple(_parse_image(x, folder, f"{key}[{index}]") for index, x in enumerate(images))
+
+
+def _parse_image(image: Any, folder: Path, name: str) -> RowImage:
+    if isinstance(image, ParquetImage):
+        return image._replace(folder=str(folder))
+    if isinstance(image, Mapping) and image.keys() <= {"path", "bytes"} and not image.get("bytes"):
+        image = image.get("path")
+    if not isinstance(image, str) or not image:
+        raise DataError(f"{name} is {image!r:.100}, expected a path or a data: URL")
+    if image.startswith(("http://", "https://")):
+        raise DataError(
+            f"{name} is {image!r:.100}; images are not downloaded here, so save it and give its"
+            " path"
+        )
+    return image if _is_url(image) else os.path.join(folder, image)
+
+
+def _is_url(image: str) -> bool:
+    return is_data_url(image) or image[:6].lower() == "file:/"
+
+
+def read_image_source(image: Any) -> Any:
+    """Return an image as `open_image` takes it.
+
+    Raises:
+      DataError: A parquet file cannot be read.
+    """
+    return image.read() if isinstance(image, ParquetImage) else image
 
 
 def require_text(row: Mapping[str, Any], field: str) -> str:
@@ -192,13 +304,120 @@ def require_text(row: Mapping[str, Any], field: str) -> str:
     return text
 
 
-def _check_turns(turns: Any, field: str) -> list[Turn]:
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{field} is {turns!r}, expected a list of turns")
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, Mapping) or not all(isinstance(x, str) for x in turn.values()):
+def _parse_answer(row: Mapping[str, Any], field: str) -> str:
+    """Return one answer of a preference pair, which is a text or one assistant turn."""
+    value = row.get(field)
+    turns = [value] if isinstance(value, Mapping) else value
+    if not isinstance(turns, list):
+        return require_text(row, field)
+    parsed = [_parse_turn(turn, f"{field}: ", Path())[0] for turn in turns]
+    if [turn["role"] for turn in parsed] != ["assistant"]:
+        raise DataError(f"{field} is {value!r}, expected a text or one turn of the assistant")
+    return require_text({field: parsed[0]["content"]}, field)
+
+
+def _parse_turns(
+    value: Any, field: str, system: str, images: tuple[RowImage, ...], folder: Path
+) -> tuple[list[Turn], tuple[RowImage, ...]]:
+    """Return the turns with "<image>" marks, and all images in order of appearance."""
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{field} is {value!r}, expected a list of turns")
+    parsed = [
+        _parse_turn(turn, f"turn {number} of {field}: ", folder)
+        for number, turn in enumerate(value, 1)
+    ]
+    places = [image for _, found in parsed for image in found]  # None: the next of `images`
+    marks = "" if places else f"{IMAGE_PLACEHOLDER}\n" * len(images)
+    turns: list[Turn] = []
+    systems = [system] if system else []
+    for turn, _ in parsed:
+        if turn["role"] == "system":
+            systems.append(turn["content"].strip())
+            continue
+        if turn["role"] == "user":
+            before, text = _split_leading_images(marks + turn["content"])
+            turn = {**turn, "content": before + "\n\n".join([*systems, text])}
+            systems, marks = [], ""
+        turns.append(turn)
+    if systems or marks or not turns:
+        raise DataError(f"{field} has no turn from human that follows the system prompt or image")
+    if not places:
+        return turns, images
+    if places.count(None) != len(images):
+        raise DataError(
+            f"the texts contain {IMAGE_PLACEHOLDER} {places.count(None)} times and the row has"
+            f" {len(images)} images; expected one per image, or none"
+        )
+    remaining = iter(images)
+    return turns, tuple(next(remaining) if image is None else image for image in places)
+
+
+def _split_leading_images(text: str) -> tuple[str, str]:
+    """Split a text after the "<image>" marks that it begins with."""
+    rest = re.sub(rf"^(?:\s*{IMAGE_PLACEHOLDER}\n?)*", "", text)
+    return text[: len(text) - len(rest)], rest
+
+
+def _parse_turn(turn: Any, where: str, folder: Path) -> tuple[Turn, list[RowImage | None]]:
+    """Return a turn with "<image>" marks, and its images, with None for those of the row."""
+    fields = select_fields(turn, ("from", "value", "role", "content", *LOSS_KEYS), where)
+    keys = [key for key in fields if key not in LOSS_KEYS]
+    if set(keys) not in ({"from", "value"}, {"role", "content"}):
+        raise DataError(
+            f"{where}the keys are {sorted(keys)}, expected from and value, or role and content,"
+            " each with a value"
+        )
+    role = fields.get("role", fields.get("from"))
+    if not isinstance(role, str) or role not in TURN_ROLES:
+        raise DataError(f"{where}the role is {role!r}, expected one of {', '.join(TURN_ROLES)}")
+    role = TURN_ROLES[role]
+    text, images = _parse_content(fields.get("content", fields.get("value")), where, folder)
+    if images and role == "system":
+        raise DataError(f"{where}a system turn has an image, expected only text")
+    parsed: dict[str, Any] = {"role": role, "content": text}
+    for key in LOSS_KEYS:
+        if fields.get(key, 0) not in (0, 1):
+            raise DataError(f"{where}{key} is {fields[key]!r}, expected false or true, or 0 or 1")
+        if fields.get(key) and role != "assistant":
             raise DataError(
-                f"turn {number} of {field} is {turn!r}, expected the fields from and value, both"
-                " strings"
+                f"{where}{key} is {fields[key]!r}, but only turns of the assistant contribute to"
+                " the loss; remove it"
             )
-    return turns
+        if role == "assistant" and not fields.get(key, True):
+            parsed["loss"] = False
+    return parsed, images
+
+
+def _parse_content(content: Any, where: str, folder: Path) -> tuple[str, list[RowImage | None]]:
+    """Return the text of a turn with "<image>" marks, and its images as in `_parse_turn`."""
+    if isinstance(content, str):
+        return content, [None] * content.count(IMAGE_PLACEHOLDER)
+    if not isinstance(content, list):
+        raise DataError(f"{where}the content is {content!r}, expected a text or a list of parts")
+    parts: list[tuple[str, list[RowImage | None]]] = []
+    for number, value in enumerate(content, 1):
+        name = f"{where}part {number}: "
+        part = select_fields(value, ("type", "text", "image", "image_url", "path", "url"), name)
+        match part:
+            case {"type": "text", "text": str(text), **rest} if not rest:
+                parts.append((text, [None] * text.count(IMAGE_PLACEHOLDER)))
+            case {"type": "image", **rest} if not rest:
+                parts.append((IMAGE_PLACEHOLDER, [None]))
+            case (
+                {"type": "image_url", "image_url": {"url": image} | str(image), **rest}
+                | {"type": "image", "image": image, **rest}
+                | {"type": "image", "path": image, **rest}
+                | {"type": "image", "url": image, **rest}
+            ) if not rest:
+                source = _parse_image(image, folder, f"{name}the image")
+                parts.append((IMAGE_PLACEHOLDER, [source]))
+            case _:
+                raise DataError(f"{name}found {part!r:.200}, expected one text or one image")
+    texts = [text for text, _ in parts if text.strip() and text != IMAGE_PLACEHOLDER]
+    if len(texts) == 1:
+        parts.sort(key=lambda part: part[0] != IMAGE_PLACEHOLDER)
+    return "\n".join(text for text, _ in parts), [image for _, found in parts for image in found]
+
+
+def _is_learned(turn: Turn) -> bool:
+    return turn["role"] == "assistant" and turn.get("loss", True) and bool(turn["content"].strip())

@@ -171,12 +171,7 @@ def preprocess_image(
       ImageError: The image cannot be decoded or converted to RGB, it is so narrow that a crop would
         have a width or height of 0, or `max_partition` is below 1.
     """
-    try:
-        # Pillow decodes a file at first use, and its decoders may raise any exception.
-        image.load()
-    except Exception as error:
-        raise ImageError(f"an image of mode {image.mode} cannot be decoded: {error}") from error
-    image = convert_to_rgb(image)
+    image = convert_to_rgb(load_image(image))
     grid = choose_grid(image.width, image.height, config.crop_size, max_partition)
     boxes = crop_boxes_with_thumbnail(image.width, image.height, grid)
     sizes = [
@@ -195,6 +190,20 @@ def preprocess_image(
         for box, size in zip(boxes, sizes, strict=True)
     ]
     return np.stack(squares), grid
+
+
+def load_image(image: Image.Image) -> Image.Image:
+    """Decode an image that Pillow opened, in place; this may change its size, as for TIFF files.
+
+    Raises:
+      ImageError: The image cannot be decoded.
+    """
+    try:
+        image.load()
+    # Pillow's decoders may raise any exception for a damaged file.
+    except Exception as error:
+        raise ImageError(f"an image of mode {image.mode} cannot be decoded: {error}") from error
+    return image
 
 
 def image_placeholder_ids(grid: Grid) -> list[int]:

@@ -1,22 +1,31 @@
 """Opening images: files, bytes, data URLs and arrays are converted to Pillow images.
 
-`open_image` is for trusted images. For untrusted images, call `open_image_header`,
-`add_image_pixels` and `decode_image` in this order: they accept only common formats, and the number
-of pixels is checked before anything is decoded.
+Files are read as people see them, upright and on white, or exactly as the original reads them;
+`open_image` describes both readings. `open_image` is for trusted images. For untrusted images, call
+`open_image_header`, `add_image_pixels` and `decode_image` in this order: they accept only common
+formats, and the number of pixels is checked before anything is decoded.
 """
 
 import base64
 import binascii
 import io
 import os
+import re
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ovis_jax.errors import ImageError
+from ovis_jax.inputs.image_processing import convert_to_rgb
+from ovis_jax.inputs.unreadable_images import (
+    describe_unreadable,
+    is_camera_raw,
+    register_heic_plugin,
+)
+from ovis_jax.inputs.upright_rgb import to_upright_rgb
 
 
 @runtime_checkable
@@ -40,29 +49,37 @@ DEFAULT_MAX_PIXELS = 100_000_000
 """Default maximum for the total number of pixels in the images of one untrusted request."""
 
 _EXPECTED = "expected a path, the bytes of an image file, a data: URL, a PIL image or a uint8 array"
-_BROKEN = f"the bytes are not a complete image (supported formats: {', '.join(UNTRUSTED_FORMATS)})"
+_SUPPORTED = f"(supported formats: {', '.join(UNTRUSTED_FORMATS)})"
+_BROKEN = f"the bytes are not a complete image {_SUPPORTED}"
 
 
 class TooManyPixelsError(ImageError):
     """An image exceeds a pixel limit, alone or together with the other images of a request."""
 
 
-def open_image(source: ImageSource, name: str = "the image") -> Image.Image:
+def open_image(source: ImageSource, name: str = "the image", *, exact: bool = False) -> Image.Image:
     """Open an image.
+
+    Files, bytes and data URLs are converted to RGB with 8 bits per channel. By default, they are
+    read as people see them: upright according to the EXIF orientation, with 16-bit values scaled to
+    8 bits, and with transparent pixels on white. PIL images and arrays are not changed.
 
     Args:
       source: The image, in one of these forms:
-        - a path, str or `os.PathLike`, of a file in any format that Pillow reads;
+        - a path, str or `os.PathLike`, of a file in any format that Pillow reads, or of a HEIC
+          file if pillow-heif is installed; a str may also be a `file://` URL;
         - the bytes of such a file;
         - a `data:` URL of a PNG, JPEG, WebP, GIF or BMP file;
         - a PIL image, which is returned unchanged;
         - a numpy or JAX uint8 array: [h, w] gray, [h, w, 3] RGB or [h, w, 4] RGBA.
       name: Name in error messages for an image that is not a file.
+      exact: Whether to read files exactly as the original does: with Pillow's `convert("RGB")`,
+        which ignores the orientation, clips 16-bit values at 255 and drops the alpha channel.
 
     Raises:
       ImageError: The file cannot be read or decoded, or it exceeds Pillow's pixel limit. The error
         is also raised if the source is an http(s) URL, has an unsupported type, or is an array with
-        an unsupported shape or dtype.
+        an unsupported shape or dtype. Camera raw files and 32-bit pixels are errors, too.
     """
     match source:
         case Image.Image():
@@ -70,22 +87,21 @@ def open_image(source: ImageSource, name: str = "the image") -> Image.Image:
         case SupportsArray():
             return _from_array(np.asarray(source), name)
         case bytes():
-            return _decode(source, name)
-        case str() if source.startswith("data:"):
-            image = open_image_header(decode_data_url(source))
-            decode_image(image)
-            return image
+            return _decode(source, name, exact)
+        case str() if is_data_url(source):
+            return decode_image(open_image_header(decode_data_url(source)), exact=exact)
         case str() if source.startswith(("http://", "https://")):
             raise ImageError(
                 f"{source} is a URL; images are not downloaded here, so save it and pass the path"
             )
         case str() | os.PathLike():
             try:
-                with open(source, "rb") as file:
+                with open(_path_of_file_url(source), "rb") as file:
                     data = file.read()
-            except OSError as error:
-                raise ImageError(f"{source} cannot be read: {error.strerror}") from error
-            return _decode(data, str(source))
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise ImageError(f"{source} cannot be read: {reason}") from error
+            return _decode(data, str(source), exact)
     is_list = isinstance(source, list | tuple)
     hint = "; lists of images belong to a list of prompts, one image list each" if is_list else ""
     raise ImageError(f"{name} has type {type(source).__name__}, {_EXPECTED}{hint}")
@@ -110,20 +126,32 @@ def list_images(
     return images
 
 
+def is_data_url(source: str) -> bool:
+    """Return whether a string is a `data:` URL."""
+    return source[:64].lstrip()[:5].lower() == "data:"
+
+
 def decode_data_url(url: str) -> bytes:
     """Return the bytes that a `data:` URL contains.
+
+    The URL is read as browsers read it (https://fetch.spec.whatwg.org/#data-urls): the media type
+    may be missing, and base64 may have white space and lack its padding.
 
     Raises:
       ImageError: The URL has no comma, or its base64 is invalid.
     """
-    head, comma, body = url.removeprefix("data:").partition(",")
+    head, comma, body = url.lstrip()[len("data:") :].partition(",")
     if not comma:
         raise ImageError("a data: URL needs a comma before its data")
     try:
-        if head.lower().endswith(";base64"):
-            # Unquoting millions of characters takes seconds, and base64 does not need it.
-            return base64.b64decode(unquote_to_bytes(body) if "%" in body else body, validate=True)
-        return unquote_to_bytes(body)
+        # Unquoting millions of characters takes seconds, and base64 does not need it.
+        data = unquote_to_bytes(body) if "%" in body else body.encode()
+        if not re.search("; *base64$", head.strip(), re.IGNORECASE):
+            return data
+        data = data.translate(None, b"\t\n\f\r ")
+        if len(data) % 4 == 0:
+            data = data.removesuffix(b"=").removesuffix(b"=")
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise ImageError("the data: URL does not contain valid base64") from None
 
@@ -141,7 +169,8 @@ def open_image_header(data: bytes) -> Image.Image:
         raise TooManyPixelsError("the image has far more pixels than are read") from None
     # Pillow's decoders may raise any exception for a damaged file.
     except Exception:
-        raise ImageError(_BROKEN) from None
+        kind, _, _ = (describe_unreadable(data) or "").partition(";")
+        raise ImageError(f"the bytes are {kind} {_SUPPORTED}" if kind else _BROKEN) from None
 
 
 def add_image_pixels(pixels: int, image: Image.Image, max_pixels: int) -> int:
@@ -160,30 +189,58 @@ def add_image_pixels(pixels: int, image: Image.Image, max_pixels: int) -> int:
     return total
 
 
-def decode_image(image: Image.Image) -> None:
-    """Decode an image that `open_image_header` opened.
+def decode_image(image: Image.Image, *, exact: bool = False) -> Image.Image:
+    """Decode an image that `open_image_header` opened, and convert it as `open_image` does.
 
     Raises:
       ImageError: The image file is damaged.
     """
     try:
-        image.load()
+        return _read_pixels(image, exact)
+    except ImageError:
+        raise
     except Exception:  # see open_image_header
         raise ImageError(_BROKEN) from None
 
 
-def _decode(data: bytes, name: str) -> Image.Image:
+def _decode(data: bytes, name: str, exact: bool) -> Image.Image:
     """Decode a trusted image file; `name` is its name in error messages."""
+    register_heic_plugin(data)
     try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
+        if is_camera_raw(data):  # Pillow would read its preview
+            raise UnidentifiedImageError
+        return _read_pixels(Image.open(io.BytesIO(data)), exact)
     except UnidentifiedImageError as error:
+        kind = describe_unreadable(data)
         raise ImageError(
-            f"{name} cannot be decoded as an image: Pillow does not recognize its format"
+            f"{name} is {kind}"
+            if kind
+            else f"{name} cannot be decoded as an image: Pillow does not recognize its format"
         ) from error
     except Exception as error:  # see open_image_header
         raise ImageError(f"{name} cannot be decoded as an image: {error}") from error
-    return image
+
+
+def _read_pixels(image: Image.Image, exact: bool) -> Image.Image:
+    """Decode an opened image in one of the two readings of `open_image`."""
+    if not exact:
+        return to_upright_rgb(image)
+    image.load()
+    return convert_to_rgb(image)
+
+
+def _path_of_file_url(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Return the path in a `file:` URL; other sources are returned unchanged.
+
+    Raises:
+      ValueError: The URL names another machine.
+    """
+    if not isinstance(source, str) or source[:6].lower() != "file:/":
+        return source
+    url = urlsplit(source)
+    if url.netloc not in ("", "localhost"):
+        raise ValueError(f"the file is on another machine, {url.netloc}")
+    return unquote(url.path)
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

@@ -1,6 +1,6 @@
 """Converting prompts and images to the model's input arrays, and generated ids to text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -30,6 +30,7 @@ from ovis_jax.inputs.image_processing import (
     choose_grid,
     crop_boxes_with_thumbnail,
     image_placeholder_ids,
+    load_image,
     preprocess_image,
 )
 from ovis_jax.inputs.open_image import ImageSource, list_images, open_image
@@ -167,11 +168,13 @@ class Processor:
         prompt: Prompt,
         images: Images | None = None,
         *,
-        max_partition: int = 9,
+        max_partition: int | Sequence[int] = 9,
         assistant_prefix: str = "",
         max_length: int | None = None,
         truncate: bool = False,
         parse_special_tokens: bool = True,
+        parse_image_placeholders: bool = True,
+        decode: Callable[[Image.Image], Image.Image] = load_image,
         name: str = "the prompt",
     ) -> Example:
         """Encode one prompt without padding.
@@ -182,12 +185,17 @@ class Processor:
         Args:
           prompt: The prompt, as in `__call__`.
           images: The images of the prompt, as in `__call__`.
-          max_partition: Maximum number of cells that an image is cut into.
+          max_partition: Maximum number of cells that an image is cut into; one number for all
+            images, or one number per image in order of appearance.
           assistant_prefix: Text that the answer begins with.
           max_length: Maximum number of positions, at most the model's own limit, which is the
             default.
           truncate: Whether to truncate a prompt that is too long, as in `__call__`.
           parse_special_tokens: Whether special tokens in a text become their ids.
+          parse_image_placeholders: Whether "<image>" in a text marks the place of an image. If
+            False, it is ordinary text, and only content parts place images; pass False for
+            untrusted text.
+          decode: Function that decodes each opened image after the length is checked.
           name: Name of the prompt in error messages.
 
         Returns:
@@ -198,16 +206,22 @@ class Processor:
           PromptTooLongError: The prompt is too long, and `truncate` is False.
           ImageError: An image cannot be read, decoded or cut into crops.
         """
-        turns, sources = parse_prompt(prompt, list_images(images, name), name)
+        turns, sources = parse_prompt(
+            prompt,
+            list_images(images, name),
+            name,
+            parse_image_placeholders=parse_image_placeholders,
+        )
         encoded = encode_prompt(
             turns,
             self.tokenizer,
             assistant_prefix,
             parse_special_tokens=parse_special_tokens,
+            parse_image_placeholders=parse_image_placeholders,
             name=name,
         )
         side = "left" if truncate else None
-        return self._build_example(encoded, sources, max_partition, max_length, side, name)
+        return self._build_example(encoded, sources, max_partition, max_length, side, name, decode)
 
     def encode_training_example(
         self,
@@ -241,9 +255,9 @@ class Processor:
           ImageError: An image cannot be read, decoded or cut into crops.
         """
         name = "the conversation"
-        turns, sources = parse_prompt(turns, list_images(images, name), name)
+        parsed, sources = parse_prompt(turns, list_images(images, name), name)
         encoded = encode_conversation(
-            turns, self.tokenizer, parse_special_tokens=parse_special_tokens
+            parsed, self.tokenizer, parse_special_tokens=parse_special_tokens
         )
         if all(label == IGNORE_INDEX for label in encoded.labels):
             raise PromptError(f"{name} has no assistant turn, so there is nothing to learn")
@@ -310,8 +324,11 @@ class Processor:
         """Return the crops that an image is cut into, and the number of positions that it takes.
 
         Raises:
-          ImageError: The image has no pixels, or `max_partition` is below 1.
+          ImageError: The image has no pixels, `max_partition` is below 1, or a TIFF file cannot be
+            decoded.
         """
+        if image.format == "TIFF":  # decoding it may swap its width and height
+            load_image(image)
         size, tokens = self.image_config.crop_size, self.config.visual_tokenizer.tokens_per_crop
         grid = choose_grid(image.width, image.height, size, max_partition)
         boxes = crop_boxes_with_thumbnail(image.width, image.height, grid)
@@ -326,35 +343,46 @@ class Processor:
         self,
         encoded: EncodedConversation,
         sources: Sequence[ImageSource],
-        max_partition: int,
+        max_partition: int | Sequence[int],
         max_length: int | None,
         truncation_side: Literal["left", "right"] | None,
         name: str,
+        decode: Callable[[Image.Image], Image.Image] = load_image,
     ) -> Example:
         """Insert the images into an encoded conversation, and enforce the maximum length."""
         images = [open_image(x, f"image {n} of {name}") for n, x in enumerate(sources, 1)]
-        layouts = [self.image_layout(image, max_partition) for image in images]
-        placed = insert_image_placeholders(encoded, [x.placeholder_ids for x in layouts])
-        ids, labels = np.array(placed)
-        # If a text contains "<pad>", the original masks it, so it has no position and no effect.
-        kept = ids != self.config.pad_id
-        ids, labels = ids[kept], labels[kept]
-        tokens, labels = self._expand(ids, ids), self._expand(labels, ids)
+        partitions = _one_each(max_partition, len(images), "max_partition", "image")
         limit = self.config.multimodal_max_length
         if max_length is not None and max_length < 1:
             raise PromptError(f"max_length is {max_length}, expected at least 1")
         limit = limit if max_length is None else min(limit, max_length)
-        if len(tokens) > limit and truncation_side is None:
-            room = limit - len(tokens) + sum(layout.num_tokens for layout in layouts)
-            raise PromptTooLongError(
-                f"{name} is {len(tokens)} positions long, more than the {limit} allowed; "
-                f"{self._advise(room, images, max_partition)}"
-            )
+
+        def place_images(layouts: Sequence[ImageLayout]) -> tuple[np.ndarray, np.ndarray]:
+            placed = insert_image_placeholders(encoded, [x.placeholder_ids for x in layouts])
+            ids, labels = np.array(placed)
+            # Pad ids come from "<pad>" in a text. The original only masks them: they take places in
+            # the sliding window and, outside of `generate`, positions (README.md).
+            kept = ids != self.config.pad_id
+            ids, labels = ids[kept], labels[kept]
+            tokens, labels = self._expand(ids, ids), self._expand(labels, ids)
+            if len(tokens) > limit and truncation_side is None:
+                room = limit - len(tokens) + sum(layout.num_tokens for layout in layouts)
+                raise PromptTooLongError(
+                    f"{name} is {len(tokens)} positions long, more than the {limit} allowed; "
+                    f"{self._advise(room, images, partitions)}"
+                )
+            return tokens, labels
+
+        place_images(list(map(self.image_layout, images, partitions)))
+        # Decoding may swap the width and height, so the sizes in the headers only give the length.
         size = self.image_config.crop_size
-        pixels = [preprocess_image(image, self.image_config, max_partition)[0] for image in images]
-        example = Example(
-            tokens, labels, np.concatenate([np.zeros((0, size, size, 3), np.float32), *pixels])
-        )
+        pixels = [np.zeros((0, size, size, 3), np.float32)]
+        layouts: list[ImageLayout] = []
+        for image, partition in zip(images, partitions, strict=True):
+            decoded = decode(image)
+            layouts.append(self.image_layout(decoded, partition))
+            pixels.append(preprocess_image(decoded, self.image_config, partition)[0])
+        example = Example(*place_images(layouts), np.concatenate(pixels))
         if truncation_side == "right":
             return truncate_right(example, limit)
         return truncate_left(example, limit, self.config.visual_tokenizer.tokens_per_crop)
@@ -364,10 +392,11 @@ class Processor:
         repeats = np.where(ids == IMAGE_SLOT, self.config.visual_tokenizer.tokens_per_crop, 1)
         return np.repeat(values, repeats).astype(np.int32)
 
-    def _advise(self, room: int, images: Sequence[Image.Image], max_partition: int) -> str:
+    def _advise(self, room: int, images: Sequence[Image.Image], partitions: Sequence[int]) -> str:
         """Return advice on how to shorten a prompt so that images fit into `room` positions."""
-        for smaller in range(max_partition - 1, 0, -1):
-            if images and self.count_image_tokens(images, smaller) <= room:
+        for smaller in range(max(partitions, default=1) - 1, 0, -1):
+            layouts = map(self.image_layout, images, (min(smaller, x) for x in partitions))
+            if sum(layout.num_tokens for layout in layouts) <= room:
                 return f"it fits with max_partition={smaller}"
         return f"shorten the text{' or pass fewer images' if images else ''}"
 
@@ -383,13 +412,13 @@ class Processor:
             raise PromptError(f"{name} contains only padding")
 
 
-def _one_each(values: Any, batch: int, name: str) -> Sequence[Any]:
-    """Return one value per prompt; a single number or string is used for all prompts."""
+def _one_each(values: Any, number: int, name: str, item: str = "prompt") -> Sequence[Any]:
+    """Return one value per item; a single number or string is used for all items."""
     if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
-        return [values] * batch
-    if len(values) != batch:
+        return [values] * number
+    if len(values) != number:
         raise PromptError(
-            f"{name} has length {len(values)}, expected {batch}: one entry for each prompt"
+            f"{name} has length {len(values)}, expected {number}: one entry for each {item}"
         )
     return cast(Sequence[Any], values)
 

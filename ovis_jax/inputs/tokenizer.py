@@ -17,6 +17,7 @@ import tokenizers
 
 from ovis_jax.errors import ConfigError, PromptError
 from ovis_jax.json_fields import JsonObject, read_json
+from ovis_jax.user_files import GIT_LFS_POINTER, is_git_lfs_pointer, read_text
 
 TURN_START = "<start_of_turn>"
 TURN_END = "<end_of_turn>"
@@ -70,13 +71,20 @@ class Tokenizer:
     def from_folder(cls, folder: Path) -> Self:
         """Read tokenizer.model and tokenizer_config.json if they exist, otherwise tokenizer.json.
 
+        transformers 5 writes a tokenizer_config.json without the added tokens, which only
+        tokenizer.json then contains. Such a folder is read from tokenizer.json, even if it still
+        has a tokenizer.model.
+
         Raises:
           ConfigError: The folder has neither of these, or a file cannot be read or is not
             supported.
         """
+        has_json = (folder / "tokenizer.json").exists()
         if all((folder / name).exists() for name in ("tokenizer.model", "tokenizer_config.json")):
-            return cls.from_sentencepiece(folder)
-        if (folder / "tokenizer.json").exists():
+            listed = "added_tokens_decoder" in read_json(folder / "tokenizer_config.json")
+            if listed or not has_json:
+                return cls.from_sentencepiece(folder)
+        if has_json:
             return cls.from_json(folder)
         raise ConfigError(
             f"{folder} contains neither tokenizer.model with tokenizer_config.json nor "
@@ -94,7 +102,8 @@ class Tokenizer:
         try:
             processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
         except (OSError, RuntimeError) as error:
-            raise ConfigError(f"{model} cannot be read by SentencePiece: {error}") from error
+            reason = f"it is {GIT_LFS_POINTER}" if is_git_lfs_pointer(model) else error
+            raise ConfigError(f"{model} cannot be read by SentencePiece: {reason}") from error
         name = "tokenizer_config.json"
         listed = JsonObject(read_json(folder / name), name).get_object("added_tokens_decoder")
         pieces = processor.id_to_piece(list(range(processor.get_piece_size())))
@@ -115,7 +124,7 @@ class Tokenizer:
         fields = JsonObject(read_json(path), "tokenizer.json")
         fields.require_value("decoder", DECODER)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_str(read_text(path))
         # The library raises plain Exception.
         except Exception as error:
             raise ConfigError(f"{path} cannot be read by tokenizers: {error}") from error

@@ -6,7 +6,7 @@ row and always uses plain attention. The kernel modules, `<kernel>_attention.py`
 interface: `attend_prompt` and, except for tokamax, `attend_crops`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -21,6 +21,7 @@ from ovis_jax.config import OvisConfig
 from ovis_jax.errors import RequestError, install_command
 from ovis_jax.model.blockwise_attention import BLOCK_SIZE
 from ovis_jax.model.plain_attention import attend, visible
+from ovis_jax.model.reverse_mode_only import reverse_mode_only
 
 AttentionKernel = Literal["auto", "plain", "blockwise", "splash", "tokamax"]
 """A kernel for prompts and crops, or "auto" for the best kernel on the platform. With tokamax,
@@ -209,6 +210,7 @@ def prompt_attention(
     kernel = choose_kernel(setting.kernel, "prefill", q.shape[1], q.dtype, setting.platform)
     if kernel == "plain":
         return attend(q, k, v, visible(positions, positions, window), scale=scale, cap=cap)
+    q, k, v = _exclude_forward_mode(kernel, q, k, v)
     module = _kernel_module(kernel)
     return module.attend_prompt(q, k, v, positions, window=window, scale=scale, cap=cap)
 
@@ -229,7 +231,15 @@ def crop_attention(
     kernel = choose_kernel(setting.kernel, "vision", q.shape[1], q.dtype, setting.platform)
     if kernel == "plain":
         return attend(q, k, v, None, scale=scale)
+    q, k, v = _exclude_forward_mode(kernel, q, k, v)
     return _kernel_module(kernel).attend_crops(q, k, v, scale=scale)
+
+
+def _exclude_forward_mode(kernel: AttentionKernel, *arrays: Array) -> Iterator[Array]:
+    """Name the kernel if a program needs its tangent; splash and tokamax have only a gradient."""
+    excluded = kernel in ("splash", "tokamax")
+    name = f"the attention kernel {kernel!r}"
+    return (reverse_mode_only(x, name) if excluded else x for x in arrays)
 
 
 def _kernel_module(kernel: AttentionKernel) -> Any:

@@ -9,14 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ovis_jax.model.layers import matmul_precision
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def multiply_by_weight(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
     """Multiply x [..., in] by the transpose of w [out, in], in programs that run on a CPU.
 
@@ -30,7 +32,20 @@ def multiply_by_weight(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
       single row is fast.)
     - With two leading axes, XLA transposes the weight, and a loop over tokens begins by copying all
       weights in transposed form. The function therefore merges the leading axes into one.
+
+    The gradients are those of autodiff, but computed with products in the dtype of `x`. Autodiff
+    multiplies bfloat16 arrays in float32, which is 4 to 7 times slower. In float32, autodiff sums
+    over two axes of rows, so XLA first transposes the gradient of the result, which is 4 times
+    slower.
     """
+    # Inside `jax.shard_map`, the operands of a primitive must vary over the same mesh axes.
+    x_axes, w_axes = (jax.typeof(y).manual_axis_type.varying for y in (x, w))
+    x = jax.lax.pcast(x, tuple(w_axes - x_axes), to="varying")
+    w = jax.lax.pcast(w, tuple(x_axes - w_axes), to="varying")
+    return _multiply_by_weight.bind(x, w, out_dtype=out_dtype)
+
+
+def _multiply(x: Array, w: Array, *, out_dtype: DTypeLike) -> Array:
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 1 and x.dtype != jnp.float32:
         y = _float32_product("ri,oi->ro", jnp.broadcast_to(rows, (2, rows.shape[1])), w)[:1]
@@ -39,33 +54,53 @@ def multiply_by_weight(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
     return y.reshape(*x.shape[:-1], w.shape[0]).astype(out_dtype)
 
 
-def _matmul_forward(x: Array, w: Array, out_dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
-    return multiply_by_weight(x, w, out_dtype), (x, w)
+def _output_type(x: Any, w: Any, *, out_dtype: DTypeLike) -> Any:
+    """Return the abstract value of the product, with the sharding that JAX derives for it."""
+    return jax.lax.dot_general_p.abstract_eval(
+        x,
+        w,
+        dimension_numbers=(((x.ndim - 1,), (1,)), ((), ())),
+        precision=None,
+        preferred_element_type=np.dtype(out_dtype),
+        out_sharding=None,
+    )[0]
 
 
-def _matmul_backward(
-    out_dtype: DTypeLike, saved: tuple[Array, Array], dy: Array
-) -> tuple[Array, Array]:
-    """Compute the same gradients as autodiff, but with products in the dtype of `x`.
+def _gradient_of_x(dy: Array, x: Any, w: Array, *, out_dtype: DTypeLike) -> Array:
+    dtype = x.aval.dtype
+    return _float32_product("...o,oi->...i", dy.astype(dtype), w).astype(dtype)
 
-    Autodiff multiplies bfloat16 arrays in float32, which is 4 to 7 times slower. In float32,
-    autodiff sums over two axes of rows, so XLA first transposes `dy`, which is 4 times slower. This
-    function merges the rows into one axis.
-    """
-    x, w = saved
+
+def _gradient_of_weight(dy: Array, x: Array, w: Any, *, out_dtype: DTypeLike) -> Array:
     dy, x_rows = dy.astype(x.dtype), x.reshape(-1, x.shape[-1])
     if x.dtype == jnp.float32:
         dw = _float32_product("ro,ri->oi", dy.reshape(-1, dy.shape[-1]), x_rows)
     else:
         # The reshape after the transpose keeps XLA from folding the transpose into the product. XLA
         # supports the resulting form of product only in float32.
-        dy_columns = jnp.moveaxis(dy, -1, 0).reshape(w.shape[0], -1)
+        dy_columns = jnp.moveaxis(dy, -1, 0).reshape(dy.shape[-1], -1)
         dw = _float32_product("or,ri->oi", dy_columns, x_rows)
-    dx = _float32_product("...o,oi->...i", dy, w)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    return dw.astype(w.aval.dtype)
 
 
-multiply_by_weight.defvjp(_matmul_forward, _matmul_backward)
+def _multiply_batch(
+    arrays: tuple[Array, Array], axes: tuple[int | None, int | None], *, out_dtype: DTypeLike
+) -> tuple[Array, int]:
+    """Multiply under `jax.vmap`; a batch of activations has the same weight in the usual case."""
+    x, w = arrays
+    if axes[1] is None:
+        return multiply_by_weight(jnp.moveaxis(x, axes[0], 0), w, out_dtype), 0
+    return jax.vmap(partial(_multiply, out_dtype=out_dtype), axes)(x, w), 0
+
+
+# A primitive, because `jax.custom_vjp` would exclude forward-mode differentiation, and the rule of
+# `jax.custom_jvp` cannot say how it is transposed.
+_multiply_by_weight = Primitive("multiply_by_weight")
+_multiply_by_weight.def_impl(jax.jit(_multiply, static_argnames="out_dtype"))
+_multiply_by_weight.def_abstract_eval(_output_type)
+mlir.register_lowering(_multiply_by_weight, mlir.lower_fun(_multiply, multiple_results=False))
+ad.defbilinear(_multiply_by_weight, _gradient_of_x, _gradient_of_weight)
+batching.primitive_batchers[_multiply_by_weight] = _multiply_batch
 
 
 def _float32_product(equation: str, x: Array, y: Array) -> Array:

@@ -66,17 +66,23 @@ def tokenize(
     function: TokenizeFunction,
     key: Key[Array, ""] | None = None,
     num_words: int | None = None,
+    tau: float = 1.0,
 ) -> Float[Array, "I M W"]:
     """Convert logits to distributions over visual words, as the original's `tokenize_function`.
+
+    The hard functions are constant almost everywhere, so their gradients are straight-through
+    estimators (Bengio et al. 2013), which pass through another function in the backward pass.
 
     Args:
       logits: Logits with one column per word.
       function: "softmax", which the published models use and which is computed in float32;
-        "st_argmax", which gives all the weight to the most likely word; or "gumbel_argmax", which
-        gives all the weight to a word sampled from the softmax, both in inference and in training.
-        (The original's temperature `tau` does not change which word is sampled.)
+        "st_argmax", which gives all the weight to the most likely word, and has the gradient of the
+        logits themselves; or "gumbel_argmax" (Jang et al. 2017), which gives all the weight to a
+        word sampled from the softmax, both in inference and in training, and has the gradient of
+        the softmax of the logits with noise, divided by `tau`.
       key: Random key for "gumbel_argmax"; None for the most likely word.
       num_words: Number of real words. The columns after them are padding and get probability zero.
+      tau: Temperature of "gumbel_argmax". It does not change which word is sampled.
 
     Returns:
       The distributions, in the dtype of `logits`.
@@ -90,9 +96,20 @@ def tokenize(
     if function == "gumbel_argmax" and key is not None:
         # The noise has the shape of the real words, so that padding does not change the sampled
         # word.
-        noise = jax.random.gumbel(key, (*logits.shape[:-1], num_words))
+        noise = jax.random.gumbel(key, (*logits.shape[:-1], num_words), jnp.float32)
         scores += jnp.pad(noise, ((0, 0), (0, 0), (0, columns - num_words)))
-    return jax.nn.one_hot(jnp.argmax(scores, axis=-1), columns, dtype=logits.dtype)
+    hard = jax.nn.one_hot(jnp.argmax(scores, axis=-1), columns, dtype=logits.dtype)
+    soft = scores if function == "st_argmax" else jax.nn.softmax(scores / tau, axis=-1)
+    return _straight_through(hard, soft.astype(logits.dtype))
+
+
+@jax.custom_jvp
+def _straight_through(hard: Float[Array, "I M W"], soft: Float[Array, "I M W"]) -> Array:
+    """Return `hard` with the derivative of `soft`, which is not computed in a forward pass."""
+    return hard
+
+
+_straight_through.defjvps(None, lambda tangent, *_: tangent)
 
 
 def embed_words(
@@ -139,7 +156,7 @@ class VisualTokenizer(nn.Module):
         head = self.param("head", init_weight, (rows, c.merged_width), self.param_dtype)
         norm = LayerNorm(c.norm_eps, self.param_dtype, c.num_words, name="norm")
         logits = norm(linear(merged, head))  # [I, M, W]
-        probabilities = tokenize(logits, c.tokenize_function, key, c.num_words)
+        probabilities = tokenize(logits, c.tokenize_function, key, c.num_words, c.tau)
         return VisualTokens(merged, logits, probabilities)
 
 

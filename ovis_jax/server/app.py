@@ -3,9 +3,11 @@
 import asyncio
 import json
 import math
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import anyio
@@ -15,15 +17,24 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from ovis_jax.engine.request import EngineError, EventStream, Request
 from ovis_jax.engine.scheduler import DEADLINE_EXCEEDED, QueueFullError, Scheduler
-from ovis_jax.server.errors import ApiError, ErrorBody, validation_error
+from ovis_jax.errors import PromptError
+from ovis_jax.inputs.conversation import IMAGE_PLACEHOLDER
+from ovis_jax.server.errors import (
+    ApiError,
+    ErrorBody,
+    bad_request,
+    invalid_json,
+    validation_error,
+)
 from ovis_jax.server.host_check import HostCheckMiddleware
 from ovis_jax.server.metrics import ServerMetrics
 from ovis_jax.server.middleware import AuthAndLimitsMiddleware
 from ovis_jax.server.preprocess import Preprocessor, RequestLimits
-from ovis_jax.server.request_schema import ChatRequest
+from ovis_jax.server.request_schema import ChatRequest, PromptOptions, TokenizeRequest
 from ovis_jax.server.responses import ResponseFormatter
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -35,11 +46,14 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         404: "The model does not exist.",
         408: "The body did not arrive in time.",
         413: "The body is too large.",
-        422: "The body does not match the schema.",
         429: "Too many requests are waiting.",
         503: "The server is shutting down, its model failed, or the request took too long.",
     }.items()
 }
+
+
+MAX_WARNING_LENGTH = 1000
+"""Maximum number of characters in the list of ignored fields in a response's header."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +82,16 @@ class ChatService:
         tokenizer = self.scheduler.processor.tokenizer
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         formatter = ResponseFormatter(self.model_name, request, tokenizer, include_usage)
+        headers = _warning_header(body)
         if not request.stream:
-            return await self._respond(formatter, events, http_request, arrival_time)
+            return await self._respond(formatter, events, http_request, arrival_time, headers)
 
         async def on_close(message: Any) -> None:
             self.scheduler.abort(request)  # this also works if the stream has not started
 
         return EventSourceResponse(
             self._stream(formatter, events, arrival_time),
+            headers=headers,
             sep="\n",
             client_close_handler_callable=on_close,
             shutdown_event=anyio.Event(),
@@ -88,6 +104,7 @@ class ChatService:
         events: EventStream,
         http_request: HttpRequest,
         arrival_time: float,
+        headers: dict[str, str],
     ) -> Response:
         async def end_on_disconnect() -> None:
             while (await http_request.receive())["type"] != "http.disconnect":
@@ -100,7 +117,7 @@ class ChatService:
             deltas = [delta async for delta in events.deltas(num_choices)]
             if len(deltas) < num_choices:
                 return Response(status_code=499)  # the client has disconnected
-            return JSONResponse(formatter.completion(deltas))
+            return JSONResponse(formatter.completion(deltas), headers=headers)
         finally:
             watcher.cancel()
             self._finish(formatter.request, arrival_time)
@@ -124,6 +141,36 @@ class ChatService:
         self.scheduler.abort(request)
         self.metrics.record_request(request, arrival_time, time.monotonic())
 
+    async def tokenize(self, body: TokenizeRequest) -> Response:
+        """Count and return the token ids of a conversation or of a text, as vLLM does."""
+        if body.model is not None:
+            self.check_model(body.model)
+        preprocessor = self.preprocessor
+        tokenizer = preprocessor.processor.tokenizer
+        if body.messages is not None and body.prompt is None:
+            example = await preprocessor.encode_messages(body, body.messages)
+            ids = example.tokens.tolist()
+        elif body.prompt is not None and body.messages is None:
+            preprocessor.check_text_length("prompt", body.prompt)
+            try:
+                ids = tokenizer.encode(body.prompt, parse_special_tokens=False)
+            except PromptError as error:
+                raise bad_request("prompt", str(error), "invalid_prompt") from None
+            if body.add_special_tokens is not False:
+                ids = [tokenizer.token_to_id("<bos>"), *ids]
+        else:
+            raise bad_request("messages", "expected either messages or prompt")
+        pieces = None
+        if body.return_token_strs:
+            pieces = [tokenizer.pieces[i] if i >= 0 else IMAGE_PLACEHOLDER for i in ids]
+        content = {
+            "count": len(ids),
+            "max_model_len": preprocessor.max_model_len,
+            "tokens": ids,
+            "token_strs": pieces,
+        }
+        return JSONResponse(content, headers=_warning_header(body))
+
     def check_model(self, name: str) -> None:
         """Check that `name` is the name of the model; raise an `ApiError` if not."""
         if name != self.model_name:
@@ -131,19 +178,32 @@ class ChatService:
             raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _api_error(error: Exception) -> ApiError:
+def _warning_header(body: PromptOptions) -> dict[str, str]:
+    """Return a header that lists the fields that were ignored; empty if there are none."""
+    # Names come from the client, and a header can contain neither line breaks nor most Unicode.
+    names = [re.sub(r"[^\w.\[\]-]", "?", name, flags=re.ASCII) for name in body.ignored_fields()]
+    if not names:
+        return {}
+    text = ", ".join(names)
+    text = text if len(text) <= MAX_WARNING_LENGTH else f"{text[:MAX_WARNING_LENGTH]}..."
+    return {"Warning": f'299 ovis-jax "ignored fields: {text}"'}
+
+
+def _api_error(error: Exception, content_type: str | None = None) -> ApiError:
     """Convert an exception to an error in the API's format."""
     match error:
         case ApiError():
             return error
         case RequestValidationError():
-            return validation_error(error.errors())
+            return validation_error(error.errors(), content_type)
         case QueueFullError():
             return ApiError(429, str(error), code="queue_full", headers={"Retry-After": "1"})
         case EngineError():
             # OpenAI's client must not retry a request that takes too long.
             headers = {"x-should-retry": "false"} if error.failure == DEADLINE_EXCEEDED else None
             return ApiError(503, str(error), code=error.failure.code, headers=headers)
+        case HTTPException(status_code=400):  # FastAPI's, for all that JSONDecodeError is not for
+            return invalid_json("it is not UTF-8, is nested too deeply, or has too long a number")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
         case _:
@@ -151,7 +211,7 @@ def _api_error(error: Exception) -> ApiError:
 
 
 async def _error_response(request: HttpRequest, error: Exception) -> Response:
-    return _api_error(error).response()
+    return _api_error(error, request.headers.get("content-type")).response()
 
 
 def create_app(
@@ -161,6 +221,7 @@ def create_app(
     limits: RequestLimits | None = None,
     api_key: str | None = None,
     host: str | None = None,
+    allow_origins: Sequence[str] = (),
 ) -> FastAPI:
     """Create the application for one model.
 
@@ -171,6 +232,7 @@ def create_app(
       api_key: API key that clients must send to paths below /v1; None for a server without a key.
       host: Address or host name that the server will listen on, for `HostCheckMiddleware`; None to
         disable the check.
+      allow_origins: Origins of web pages whose scripts may use the server (CORS); "*" for all.
     """
     limits = limits or RequestLimits()
     preprocessor = Preprocessor(
@@ -185,6 +247,7 @@ def create_app(
         "object": "model",
         "created": int(time.time()),
         "owned_by": "ovis-jax",
+        "max_model_len": scheduler.max_model_len,
     }
     handled = RequestValidationError, QueueFullError, EngineError, HTTPException, Exception
     app = FastAPI(
@@ -201,6 +264,14 @@ def create_app(
         body_timeout=limits.request_timeout,
         on_response=metrics.count_response,
     )
+    if allow_origins:  # around the check of the API key, because a preflight request has none
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "Warning"],
+        )
     if host is not None:
         app.add_middleware(HostCheckMiddleware, host=host)
 
@@ -208,6 +279,11 @@ def create_app(
     async def chat_completions(body: ChatRequest, request: HttpRequest) -> Response:
         """Answer the last message of a conversation."""
         return await service.complete(body, request)
+
+    @app.post("/tokenize", responses=ERROR_RESPONSES)
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """Count the tokens of a conversation or of a text."""
+        return await service.tokenize(body)
 
     @app.get("/v1/models", responses={401: ERROR_RESPONSES[401]})
     async def models() -> dict[str, Any]:
@@ -237,4 +313,12 @@ def create_app(
         """Return the metrics in Prometheus's format."""
         return Response(metrics.render(), media_type="text/plain; version=0.0.4")
 
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """Return the version of ovis-jax."""
+        return {"version": import_module("ovis_jax").__version__}
+
+    for operations in app.openapi()["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)  # FastAPI's own; the server sends a 400
     return app

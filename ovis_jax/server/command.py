@@ -1,5 +1,6 @@
 """The command `ovis-jax serve`."""
 
+import re
 from contextlib import suppress
 from typing import Annotated
 
@@ -23,6 +24,9 @@ from ovis_jax.mesh import tensor_parallel_mesh
 from ovis_jax.server.sockets import bind_sockets, http_url
 
 API_KEY = "OVIS_API_KEY"
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s*]+")
+"""Pattern for the origin of a web page, as browsers send it."""
 
 SHUTDOWN_GRACE = 10
 """Time after the shutdown timeout for sending a 503 to unfinished requests, in seconds."""
@@ -82,6 +86,13 @@ def serve(
     allow_remote_images: Annotated[
         bool, typer.Option(help="Fetch images from http(s) URLs with public addresses.")
     ] = False,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin of web pages whose scripts may use the server, such as"
+            " http://localhost:3000, or * for all; may be repeated."
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
@@ -98,6 +109,12 @@ def serve(
         raise OvisError(f"the API key is empty; set one, or unset {API_KEY} for an open server")
     if host not in ("127.0.0.1", "::1", "localhost") and api_key is None:
         notes.print(f"note: other machines may reach {host}, and no --api-key is set")
+    for origin in allow_origin or []:
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise OvisError(
+                f"--allow-origin: {origin!r} is not an origin; expected *, or a scheme, a host and"
+                " optionally a port, without a path, such as http://localhost:3000"
+            )
     limits = RequestLimits(
         max_body_bytes=max_body_bytes,
         max_images=max_images,
@@ -121,7 +138,14 @@ def serve(
         ) as scheduler:
             name = served_model_name or model_display_name(model)
             config = uvicorn.Config(
-                create_app(scheduler, name, limits=limits, api_key=api_key, host=host),
+                create_app(
+                    scheduler,
+                    name,
+                    limits=limits,
+                    api_key=api_key,
+                    host=host,
+                    allow_origins=allow_origin or [],
+                ),
                 log_level="warning",
                 limit_concurrency=4 * (max_num_seqs + max_queued_requests) + 64,
                 timeout_graceful_shutdown=SHUTDOWN_GRACE,

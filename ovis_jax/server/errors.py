@@ -72,18 +72,33 @@ def bad_request(param: str, message: str, code: str = "invalid_value") -> ApiErr
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
-def validation_error(errors: Sequence[Any]) -> ApiError:
-    """Convert Pydantic's errors for a body to one error that names the first invalid field."""
+def invalid_json(reason: str) -> ApiError:
+    """Return an error with status 400 for a body that is not JSON."""
+    return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
+
+
+def validation_error(errors: Sequence[Any], content_type: str | None) -> ApiError:
+    """Convert Pydantic's errors for a body to one error that names the first invalid field.
+
+    Args:
+      errors: The errors.
+      content_type: The request's Content-Type. FastAPI parses only bodies of a JSON type.
+    """
     first = errors[0]
     if first["type"] == "json_invalid":
-        return ApiError(400, "the body is not valid JSON", code="invalid_json")
+        reason = first["ctx"]["error"]
+        return invalid_json(f"{reason[:1].lower()}{reason[1:]} at character {first['loc'][1]}")
     param = field_path(first["loc"])
+    if param is None:
+        if first["type"] == "missing":
+            return invalid_json("it is empty")
+        if isinstance(first["input"], bytes):
+            message = f"the Content-Type is {content_type!r}, expected 'application/json'"
+            return ApiError(400, message, code="invalid_content_type")
+        return ApiError(400, "the body is not a JSON object", code=first["type"])
     message = first["msg"][:1].lower() + first["msg"][1:]
-    if first["type"] == "extra_forbidden":
-        message = "this API has no such field"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    message = f"{param or 'the body'}: {message}{more}"
-    return ApiError(422, message, param=param, code=first["type"])
+    return ApiError(400, f"{param}: {message}{more}", param=param, code=first["type"])
 
 
 def field_path(location: Sequence[str | int]) -> str | None:

@@ -21,6 +21,7 @@ from ovis_jax.inputs.open_image import (
     TooManyPixelsError,
     add_image_pixels,
     decode_data_url,
+    is_data_url,
     open_image_header,
 )
 from ovis_jax.server.errors import ApiError, bad_request
@@ -47,9 +48,9 @@ async def fetch_if_remote(
     Raises:
       ApiError: The URL is not accepted, or the image cannot be fetched (status 400).
     """
-    scheme = url[:8].partition(":")[0].lower()
-    if scheme == "data":
+    if is_data_url(url):
         return url
+    scheme = url[:8].partition(":")[0].lower()
     if scheme not in ("http", "https"):
         raise _invalid(param, "expected a data: URL, such as data:image/png;base64,...")
     if not allow_remote:

@@ -26,7 +26,9 @@ class ServerMetrics:
         self._registry = registry = CollectorRegistry()
         counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
         seconds = partial(Histogram, buckets=SECONDS, registry=registry)
-        self._responses = counter("ovis_requests", "Requests to /v1, by HTTP status.", ["status"])
+        self._responses = counter(
+            "ovis_requests", "Requests to /v1 and /tokenize, by HTTP status.", ["status"]
+        )
         self._prompt_tokens = counter("ovis_prompt_tokens", "Prompt tokens of answered requests.")
         self._generated_tokens = counter("ovis_generation_tokens", "Generated tokens.")
         self._first_token = seconds(

@@ -9,9 +9,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ovis_jax.server.errors import ApiError
 
+PROTECTED = ("/v1/", "/tokenize")
+"""The beginnings of the paths that need the API key, and whose bodies are limited."""
+
 
 class AuthAndLimitsMiddleware:
-    """ASGI middleware that checks requests to /v1 and counts the responses.
+    """ASGI middleware that checks requests to /v1 and /tokenize, and counts the responses.
 
     FastAPI's `max_body_size` is not used, because it would reject a large body before the API key
     is checked, and it would respond in plain text instead of the API's error format.
@@ -38,7 +41,7 @@ class AuthAndLimitsMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request to the application, or send an error response."""
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        if scope["type"] != "http" or not scope["path"].startswith(PROTECTED):
             await self._app(scope, receive, send)
             return
 

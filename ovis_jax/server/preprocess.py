@@ -5,19 +5,31 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from ovis_jax.engine.request import Delta, Failure, Request
+from ovis_jax.engine.request import (
+    MAX_LOGIT_BIAS,
+    MAX_STOP_TOKEN_IDS,
+    Delta,
+    Failure,
+    Request,
+)
 from ovis_jax.errors import ImageError, PromptError, PromptTooLongError
 from ovis_jax.inference.sampling import Sampling
-from ovis_jax.inputs.conversation import IMAGE_PLACEHOLDER, Turn
+from ovis_jax.inputs.batch import Example
+from ovis_jax.inputs.conversation import Turn
 from ovis_jax.inputs.open_image import DEFAULT_MAX_PIXELS, decode_image
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.server.errors import ApiError, bad_request
 from ovis_jax.server.images import fetch_if_remote, image_errors, open_images
-from ovis_jax.server.request_schema import ChatMessage, ChatRequest, ImagePart, ImageUrl, TextPart
+from ovis_jax.server.request_schema import (
+    ChatMessage,
+    ChatRequest,
+    ImagePart,
+    ImageUrl,
+    PromptOptions,
+    TextPart,
+)
 
 MAX_TOKEN_CHARACTERS = 64
 """Maximum number of characters in a token. A text with more characters per position is rejected
@@ -80,15 +92,43 @@ class Preprocessor:
         Raises:
           ApiError: The request cannot be answered (status 400).
         """
-        limits, deadline = self.limits, time.monotonic() + self.limits.request_timeout
+        deadline = time.monotonic() + self.limits.request_timeout
         body.check_supported(self.max_choices)
-        turns, images = convert_messages(body.messages)
-        max_partition = self._max_partition(body, {image.detail == "low" for image, _ in images})
+        self._check_token_ids(body)
+        example = await self.encode_messages(body, body.messages)
+        seed = secrets.randbits(32) if body.seed is None else body.seed
+        return Request(
+            tokens=example.tokens,
+            pixels=example.pixels,
+            sampling=sampling_options(body),
+            seed=seed % 2**64,
+            max_new_tokens=self._max_new_tokens(body, len(example.tokens)),
+            deadline=deadline,
+            on_event=on_event,
+            num_choices=body.n or 1,
+            stop=body.stop_strings,
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            ignore_eos=bool(body.ignore_eos),
+            min_tokens=body.min_tokens or 0,
+            logit_bias=tuple((int(i), bias) for i, bias in (body.logit_bias or {}).items()),
+            top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            stream=bool(body.stream),
+        )
+
+    async def encode_messages(self, body: PromptOptions, messages: list[ChatMessage]) -> Example:
+        """Encode messages as a prompt; the slow part runs in another thread.
+
+        Raises:
+          ApiError: The messages are not a prompt, or are too long (status 400).
+        """
+        limits = self.limits
+        body.check_messages(messages)
+        turns, images, prefix = convert_messages(messages, interleave=bool(body.interleave))
+        partitions = self._partitions(body, images)
         if len(images) > limits.max_images:
             message = f"{len(images)} images, but the maximum is {limits.max_images}"
             raise bad_request("messages", message, "too_many_images")
-        if sum(len(turn["content"]) for turn in turns) > MAX_TOKEN_CHARACTERS * self.max_model_len:
-            raise self._too_long("messages", "the text is far longer than the model can read")
+        self.check_text_length("messages", *(text for m in messages for text in m.texts))
         files: list[tuple[str | bytes, str]] = []
         remaining = limits.max_body_bytes
         for image, param in images:
@@ -98,39 +138,34 @@ class Preprocessor:
             )
             remaining -= len(file) if isinstance(file, bytes) else 0
             files.append((file, param))
-        tokens, pixels = await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._encode, turns, files, max_partition
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._encode, turns, files, partitions, prefix
         )
-        seed = secrets.randbits(32) if body.seed is None else body.seed
-        return Request(
-            tokens=tokens,
-            pixels=pixels,
-            sampling=sampling_options(body),
-            seed=seed % 2**64,
-            max_new_tokens=self._max_new_tokens(body, len(tokens)),
-            deadline=deadline,
-            on_event=on_event,
-            num_choices=body.n or 1,
-            stop=body.stop_strings,
-            top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            stream=bool(body.stream),
-        )
+
+    def check_text_length(self, param: str, *texts: str) -> None:
+        """Raise an `ApiError` if texts are so long that they need not be tokenized."""
+        if sum(map(len, texts)) > MAX_TOKEN_CHARACTERS * self.max_model_len:
+            raise self._too_long(param, "the text is far longer than the model can read")
 
     def _encode(
-        self, turns: list[Turn], files: Sequence[tuple[str | bytes, str]], max_partition: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of a prompt and the crops of its images.
-
-        The prompt's length is checked before any image is decoded.
-        """
+        self,
+        turns: list[Turn],
+        files: Sequence[tuple[str | bytes, str]],
+        partitions: list[int],
+        prefix: str,
+    ) -> Example:
+        """Encode a prompt and its images; its length is checked before any image is decoded."""
         max_pixels = self.limits.max_pixels
         try:
-            example = self.processor.encode(
+            return self.processor.encode(
                 turns,
                 open_images(files, max_pixels),
-                max_partition=max_partition,
+                max_partition=partitions,
+                assistant_prefix=prefix,
                 max_length=self.max_model_len - 1,
                 parse_special_tokens=False,
+                decode=decode_image,
+                parse_image_placeholders=False,
                 name="the conversation",
             )
         except PromptTooLongError as error:
@@ -141,28 +176,40 @@ class Preprocessor:
                 with image_errors(param):
                     decode_image(image)
             raise bad_request("messages", str(error), "invalid_prompt") from None
-        return example.tokens, example.pixels
 
-    def _max_partition(self, body: ChatRequest, low: set[bool]) -> int:
-        """Return the maximum number of cells per image, from `max_partition` or `detail`."""
+    def _partitions(self, body: PromptOptions, images: Sequence[tuple[ImageUrl, str]]) -> list[int]:
+        """Return the maximum number of cells of each image, from `max_partition` and `detail`."""
         limit = self.limits.max_partition
-        if len(low) == 2:
-            message = "detail is low for some images only; it must be the same for all"
-            raise bad_request("messages", message)
-        if body.max_partition is None:
-            return 1 if low == {True} else limit
-        if body.max_partition > limit:
-            message = f"{body.max_partition}, but the maximum is {limit}"
-            raise bad_request("max_partition", message)
-        return body.max_partition
+        wanted = body.max_partition or limit
+        if wanted > limit:
+            raise bad_request("max_partition", f"{wanted}, but the maximum is {limit}")
+        return [1 if image.detail == "low" else wanted for image, _ in images]
+
+    def _check_token_ids(self, body: ChatRequest) -> None:
+        """Check the fields that contain token ids against the vocabulary and the limits."""
+        num_ids = len(self.processor.tokenizer.pieces)
+        for name, ids, limit in (
+            ("logit_bias", list(body.logit_bias or ()), MAX_LOGIT_BIAS),
+            ("stop_token_ids", list(map(str, body.stop_token_ids or ())), MAX_STOP_TOKEN_IDS),
+        ):
+            if len(ids) > limit:
+                raise bad_request(name, f"{len(ids)} token ids, but the maximum is {limit}")
+            for i in ids:
+                if not (i.isascii() and i.isdigit() and len(i) < 10 and int(i) < num_ids):
+                    message = f"{i[:20]!r} is not a token id; expected 0 to {num_ids - 1}"
+                    raise bad_request(name, message)
 
     def _max_new_tokens(self, body: ChatRequest, prompt_length: int) -> int:
         """Return the maximum number of tokens per answer, from the request and the limits."""
         room, limit = self.max_model_len - prompt_length, self.limits.max_tokens
         param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
         wanted = body.max_completion_tokens or body.max_tokens
+        at_most = min(room, limit) if wanted is None else wanted
+        if (body.min_tokens or 0) > at_most:
+            message = f"{body.min_tokens}, but the answer has at most {at_most} tokens"
+            raise bad_request("min_tokens", message)
         if wanted is None:
-            return min(room, limit)
+            return at_most
         if wanted > limit:
             raise bad_request(param, f"{wanted}, but the maximum is {limit}")
         if wanted > room:
@@ -176,57 +223,98 @@ class Preprocessor:
 
 
 def convert_messages(
-    messages: Sequence[ChatMessage],
-) -> tuple[list[Turn], list[tuple[ImageUrl, str]]]:
+    messages: Sequence[ChatMessage], *, interleave: bool = False
+) -> tuple[list[Turn], list[tuple[ImageUrl, str]], str]:
     """Convert messages to the turns of a Gemma2 conversation.
 
-    System and developer messages are prepended to the next user turn.
+    If a message has only one text, its images come before the text, as in the model's training
+    data. System and developer messages are prepended to the text of the next user turn.
+
+    Args:
+      messages: The messages.
+      interleave: Whether images and texts always keep their order.
 
     Returns:
-      The turns, with "<image>" for each image, and the images, each with the path of its field.
+      The turns, with a part `{"type": "image"}` for each image; the images, each with the path of
+      its field; and the text of a last assistant message, which the answer continues.
 
     Raises:
-      ApiError: A text contains "<image>", or the last message is not a user message (status 400).
+      ApiError: A message that is not the user's contains an image, or there is no user message to
+        answer (status 400).
     """
     turns: list[Turn] = []
     images: list[tuple[ImageUrl, str]] = []
     system: list[str] = []
     for number, message in enumerate(messages):
-        name, content = f"messages[{number}].content", message.content
-        parts = (
-            [(name, TextPart(type="text", text=content))]
-            if isinstance(content, str)
-            else [(f"{name}[{index}]", part) for index, part in enumerate(content)]
-        )
-        texts: list[str] = []
-        for param, part in parts:
-            if isinstance(part, ImagePart):
-                if message.role != "user":
-                    raise bad_request(param, "only user messages may contain images")
-                images.append((part.image_url, f"{param}.image_url.url"))
-                texts.append(IMAGE_PLACEHOLDER)
-            elif IMAGE_PLACEHOLDER in part.text:
-                raise bad_request(param, f"text must not contain {IMAGE_PLACEHOLDER!r}")
-            else:
-                texts.append(part.text)
-        text = "\n".join(texts)
-        if message.role in ("system", "developer"):
-            system.append(text.strip())
-        elif message.role == "user":
-            turns.append({"role": "user", "content": "\n\n".join([*system, text])})
+        name, content = f"messages[{number}].content", message.content or ""
+        if isinstance(content, str):
+            content = [TextPart(type="text", text=content)]
+        parts = [(part, f"{name}[{index}]") for index, part in enumerate(content)]
+        if message.role == "user":
+            num_texts = sum(isinstance(p, TextPart) and bool(p.text.strip()) for p, _ in parts)
+            if num_texts == 1 and not interleave:
+                parts.sort(key=lambda part: isinstance(part[0], TextPart))
+            images += [
+                (part.image_url, f"{param}.image_url.url")
+                for part, param in parts
+                if isinstance(part, ImagePart)
+            ]
+            content = [
+                {"type": "text", "text": part.text}
+                if isinstance(part, TextPart)
+                else {"type": "image"}
+                for part, _ in parts
+            ]
+            turns.append({"role": "user", "content": _prepend_system(system, content, interleave)})
             system = []
-        else:
+            continue
+        for part, param in parts:
+            if isinstance(part, ImagePart):
+                raise bad_request(param, "only user messages may contain images")
+        text = "\n".join(message.texts)
+        if message.role == "assistant":
             turns.append({"role": "assistant", "content": text})
+        else:
+            system.append(text.strip())
+    prefix = ""
+    if turns and turns[-1]["role"] == "assistant":
+        prefix = turns.pop()["content"]
     if system or not turns or turns[-1]["role"] != "user":
-        raise bad_request("messages", "the last message must be the user's", "invalid_prompt")
-    return turns, images
+        message = "the last message must be the user's, or an assistant's that follows it"
+        raise bad_request("messages", message, "invalid_prompt")
+    return turns, images, prefix
+
+
+def _prepend_system(
+    system: Sequence[str], parts: list[dict[str, str]], interleave: bool
+) -> list[dict[str, str]]:
+    """Put system texts before a user's first text, and after images that come before it."""
+    if not system:
+        return parts
+    is_text = [interleave or part["type"] == "text" for part in parts]
+    position = is_text.index(True) if True in is_text else len(parts)
+    before, after = parts[:position], parts[position:]
+    text = "\n\n".join(system)
+    if after and after[0]["type"] == "text":
+        text, after = f"{text}\n\n{after[0]['text']}", after[1:]
+    else:
+        text += "\n"  # one more newline separates it from the next part
+    return [*before, {"type": "text", "text": text}, *after]
 
 
 def sampling_options(body: ChatRequest) -> Sampling:
     """Return the sampling parameters from a body; the API's default temperature is 1."""
     temperature = 1.0 if body.temperature is None else body.temperature
+    penalties = Sampling(
+        repetition_penalty=body.repetition_penalty,
+        frequency_penalty=body.frequency_penalty or None,
+        presence_penalty=body.presence_penalty or None,
+    )
     if temperature == 0:
-        return Sampling(repetition_penalty=body.repetition_penalty)
+        return penalties
     # As with any very small value, 0 keeps only the most likely token.
     top_p = None if body.top_p in (None, 1) else max(float(body.top_p), 1e-6)
-    return Sampling(temperature, body.top_k, top_p, body.repetition_penalty)
+    top_k = body.top_k if (body.top_k or 0) > 0 else None
+    return replace(
+        penalties, temperature=temperature, top_k=top_k, top_p=top_p, min_p=body.min_p or None
+    )

@@ -1,14 +1,69 @@
-"""The request body of the chat-completions API."""
+"""The request bodies of the API.
 
+Unknown fields are ignored, so that clients can send what other servers understand; a header of the
+response lists them. Fields that would change the answer are rejected by name.
+"""
+
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from ovis_jax.server.errors import bad_request
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+FIELDS = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 Ignored = Annotated[Any, Field(description="Accepted, without effect on the answer.")]
+
+UNSUPPORTED_EXTENSIONS: dict[str, tuple[Any, ...]] = {
+    # vLLM
+    "add_special_tokens": (False,),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "echo": (False,),
+    "guided_choice": (),
+    "guided_decoding": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "mm_processor_kwargs": ({},),
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    # SGLang, llama.cpp, Ollama and hosted models
+    "dry_multiplier": (0,),
+    "ebnf": (),
+    "enable_thinking": (False,),
+    "format": (),
+    "grammar": (),
+    "json_schema": (),
+    "lora_path": (),
+    "mirostat": (0,),
+    "n_predict": (),
+    "num_predict": (),
+    "options": ({},),
+    "plugins": ([],),
+    "reasoning": (),
+    "regex": (),
+    "repeat_penalty": (1,),
+    "stop_regex": (),
+    "thinking": ({"type": "disabled"},),
+    "top_a": (0,),
+    "typical_p": (1,),
+    "xtc_probability": (0,),
+}
+"""Fields of other servers that would change the answer, with the values that would not."""
 
 
 def unsupported(*harmless: Any) -> Any:
@@ -23,7 +78,7 @@ def unsupported(*harmless: Any) -> Any:
 class TextPart(BaseModel):
     """Text within a message."""
 
-    model_config = STRICT
+    model_config = FIELDS
     type: Literal["text"]
     text: str
     prompt_cache_breakpoint: Ignored = None
@@ -32,19 +87,24 @@ class TextPart(BaseModel):
 class ImageUrl(BaseModel):
     """The URL of an image."""
 
-    model_config = STRICT
+    model_config = FIELDS
     url: str = Field(description="data:image/png;base64,... or, if allowed, http(s)://...")
     detail: Literal["auto", "low", "high", "original"] | None = Field(
-        None, description="low encodes the image as one crop; must be the same for all images."
+        None, description="low encodes the image as one crop; other values cut it into crops."
     )
+
+
+def _as_image_url(value: Any) -> Any:
+    """Accept the URL of an image as a plain string, as Mistral's API and Ollama do."""
+    return {"url": value} if isinstance(value, str) else value
 
 
 class ImagePart(BaseModel):
     """An image within a message."""
 
-    model_config = STRICT
+    model_config = FIELDS
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: Annotated[ImageUrl, BeforeValidator(_as_image_url, ImageUrl | str)]
     prompt_cache_breakpoint: Ignored = None
 
 
@@ -56,11 +116,17 @@ Content = Annotated[
 
 
 class ChatMessage(BaseModel):
-    """One message. System and developer messages are prepended to the next user message."""
+    """One message.
 
-    model_config = STRICT
+    System and developer messages are prepended to the text of the next user message. If the last
+    message is the assistant's, the answer continues it.
+    """
+
+    model_config = FIELDS
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    content: Content | None = Field(
+        None, description="Only an assistant's content may be null or missing; it is then empty."
+    )
     name: Ignored = None
     annotations: Ignored = None
     audio: Any = unsupported()
@@ -68,19 +134,84 @@ class ChatMessage(BaseModel):
     refusal: Any = unsupported()
     tool_calls: Any = unsupported([])
 
+    @property
+    def texts(self) -> list[str]:
+        """All texts of the message."""
+        if isinstance(self.content, str):
+            return [self.content]
+        return [part.text for part in self.content or () if isinstance(part, TextPart)]
+
 
 class StreamOptions(BaseModel):
     """Options for a streamed response."""
 
-    model_config = STRICT
+    model_config = FIELDS
     include_usage: bool | None = None
     include_obfuscation: Ignored = None
 
 
-class ChatRequest(BaseModel):
+class PromptOptions(BaseModel):
+    """Extensions of OpenAI's API that determine how messages become a prompt."""
+
+    model_config = FIELDS
+    max_partition: int | None = Field(
+        None, ge=1, description="Maximum number of cells that each image is cut into."
+    )
+    interleave: bool | None = Field(
+        None,
+        description="Keep images after their message's only text. By default, all images of such a"
+        " message come before its text, as in the model's training data.",
+    )
+    continue_final_message: bool | None = Field(
+        None, description="Must be true or null if the last message is the assistant's."
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="Must be false or null if the last message is the assistant's."
+    )
+
+    def ignored_fields(self) -> list[str]:
+        """Return the paths of the fields that are unknown and therefore ignored."""
+        return [path for path, _, harmless in _unimplemented_fields(self) if harmless is None]
+
+    def check_messages(self, messages: list[ChatMessage]) -> None:
+        """Check for fields that are not supported, or that contradict the messages.
+
+        Raises:
+          ApiError: A field is not supported, or it contradicts another field (status 400).
+        """
+        for path, value, harmless in _unimplemented_fields(self):
+            if harmless is not None and value not in harmless:
+                raise bad_request(path, "not supported by this server", "unsupported")
+        for number, message in enumerate(messages):
+            if message.content is None and message.role != "assistant":
+                param = f"messages[{number}].content"
+                raise bad_request(param, "missing; only an assistant's content may be empty")
+        continues = messages[-1].role == "assistant"
+        for name, expected in (
+            ("continue_final_message", continues),
+            ("add_generation_prompt", not continues),
+        ):
+            if getattr(self, name) not in (None, expected):
+                role = messages[-1].role
+                message = f"expected {str(expected).lower()}, because the last role is {role}"
+                raise bad_request(name, message)
+
+
+class TokenizeRequest(PromptOptions):
+    """The body of a request to /tokenize, with either `messages` or `prompt`, as in vLLM."""
+
+    model: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    prompt: str | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="Whether a prompt begins with <bos>; true by default."
+    )
+    return_token_strs: bool | None = None
+
+
+class ChatRequest(PromptOptions):
     """The body of a request to /v1/chat/completions."""
 
-    model_config = STRICT
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -97,25 +228,32 @@ class ChatRequest(BaseModel):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
-    top_k: int | None = Field(None, ge=1, lt=2**31, description="An extension of OpenAI's API.")
-    repetition_penalty: float | None = Field(
-        None, ge=0.01, le=100, description="An extension of OpenAI's API."
-    )
-    max_partition: int | None = Field(
-        None,
-        ge=1,
-        description="Maximum number of cells per image, an extension of OpenAI's API.",
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, description="Numbers that are added to logits, by token id."
     )
 
+    # Extensions of OpenAI's API.
+    top_k: int | None = Field(None, ge=-1, lt=2**31, description="-1 and 0 keep all tokens.")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Minimum probability, as a fraction of the highest one."
+    )
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    min_tokens: int | None = Field(
+        None, ge=0, description="Minimum number of tokens before a stop token or stop string."
+    )
+    ignore_eos: bool | None = Field(
+        None, description="Whether to generate up to the maximum number of tokens."
+    )
+    stop_token_ids: list[int] | None = None
+
     audio: Any = unsupported()
-    frequency_penalty: Any = unsupported(0)
     function_call: Any = unsupported("none", "auto")
     functions: Any = unsupported([])
-    logit_bias: Any = unsupported({})
     modalities: Any = unsupported(["text"])
     moderation: Any = unsupported()
     prediction: Any = unsupported()
-    presence_penalty: Any = unsupported(0)
     reasoning_effort: Any = unsupported("none")
     response_format: Any = unsupported({"type": "text"})
     tool_choice: Any = unsupported("none", "auto")
@@ -153,9 +291,6 @@ class ChatRequest(BaseModel):
             if not holds:
                 raise bad_request(param, message)
 
-        _check_fields(self)
-        for number, message in enumerate(self.messages):
-            _check_fields(message, f"messages[{number}].")
         both, stop = (self.max_tokens, self.max_completion_tokens), self.stop_strings
         check(None in both or both[0] == both[1], "max_tokens", "max_completion_tokens differs")
         check((self.n or 1) <= max_choices, "n", f"{self.n}, but the maximum is {max_choices}")
@@ -167,8 +302,22 @@ class ChatRequest(BaseModel):
         check(streams, "stream_options", "this field needs stream: true")
 
 
-def _check_fields(model: BaseModel, prefix: str = "") -> None:
+def _unimplemented_fields(
+    model: BaseModel, prefix: str = ""
+) -> Iterator[tuple[str, Any, Sequence[Any] | None]]:
+    """Yield the path and the value of each field that is set but not implemented.
+
+    The third element is the list of values that would not change the answer, or None if the field
+    is unknown, so that every value is ignored.
+    """
+    known = {} if prefix else UNSUPPORTED_EXTENSIONS
+    found = [(name, value, known.get(name)) for name, value in (model.model_extra or {}).items()]
     for name, info in type(model).model_fields.items():
+        value = getattr(model, name)
         if isinstance(info.json_schema_extra, dict):  # see `unsupported`
-            if getattr(model, name) not in cast(list[Any], info.json_schema_extra["enum"]):
-                raise bad_request(f"{prefix}{name}", "not supported by this server", "unsupported")
+            found.append((name, value, cast(Any, info.json_schema_extra["enum"])))
+        for number, item in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(item, BaseModel):
+                index = f"[{number}]" if isinstance(value, list) else ""
+                yield from _unimplemented_fields(item, f"{prefix}{name}{index}.")
+    yield from ((f"{prefix}{x}", value, ok) for x, value, ok in found if value is not None)

@@ -51,7 +51,7 @@ class RowEncoder:
           DataError: The row is invalid, and the config treats invalid rows as errors.
         """
         try:
-            images = row.open_images()
+            images = row.open_images(exact=self.config.exact_images)
             conversations = [row.turns]
             if row.preference is not None:
                 conversations = [row.turns_with(answer) for answer in row.preference]
@@ -59,7 +59,7 @@ class RowEncoder:
                 self.processor.encode_training_example(
                     turns,
                     images,
-                    max_partition=self.config.max_partition,
+                    max_partition=self.config.max_partition_for(len(images)),
                     max_length=self.config.max_length,
                     truncate=self.config.truncate,
                 )

@@ -6,13 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    DirectoryPath,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from ovis_jax.errors import TrainingError
 from ovis_jax.model.lora import ATTENTION_MATRICES
 from ovis_jax.training.trainable import TrainablePart
+from ovis_jax.user_files import read_text
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -26,6 +35,23 @@ def _as_list(value: Any) -> Any:
 
 Parts = Annotated[tuple[TrainablePart, ...], BeforeValidator(_as_list)]
 Files = Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
+
+
+def _as_three_numbers(value: Any) -> Any:
+    numbers = [value] * 3 if isinstance(value, int) else str(value).split("|")
+    try:
+        numbers = tuple(map(int, numbers))
+    except ValueError:
+        numbers = ()
+    if isinstance(value, bool) or len(numbers) != 3 or min(numbers) < 1:
+        raise ValueError(
+            f"data.max_partition is {json.dumps(value, default=str)}, expected a number of at least"
+            ' 1, or three such numbers for one image, several images and video: "9|1|1"'
+        )
+    return numbers
+
+
+MaxPartitions = Annotated[tuple[int, int, int], BeforeValidator(_as_three_numbers)]
 
 
 class ConfigTable(BaseModel):
@@ -58,8 +84,16 @@ class DataConfig(ConfigTable):
     invalid_rows: Literal["error", "skip"] = "error"
     """Handling of invalid rows: they are an error that ends the run, or they are skipped and
     reported."""
-    max_partition: PositiveInt = 9
-    """Maximum number of cells that an image is split into."""
+    exact_images: bool = False
+    """Whether to read image files exactly as the original does. By default, they are turned upright
+    by their EXIF orientation, scaled from 16 bits to 8, and put on white where transparent."""
+    images: DirectoryPath | None = Field(default=None, examples=["images"])
+    """Folder that image paths in rows are relative to. By default, they are relative to the folder
+    of the dataset file."""
+    max_partition: MaxPartitions = Field(default=(9, 1, 1), examples=["9|1|1"])
+    """Maximum number of cells that an image is split into: one number for all rows, or a string
+    with the numbers for rows with one image, with several images, and for video, as in the original
+    ("9|1|1"). There are no rows with videos, so the last number has no effect."""
     max_length: PositiveInt | None = Field(default=None, examples=[2048])
     """Maximum number of positions per example. The default is the model's limit."""
     truncate: bool = False
@@ -70,6 +104,10 @@ class DataConfig(ConfigTable):
     """Number of micro-batches per optimizer step."""
     pad_to_multiple_of: PositiveInt = 64
     """Lengths are padded to a multiple of this number; each padded shape is compiled once."""
+
+    def max_partition_for(self, num_images: int) -> int:
+        """Return the maximum number of cells of each image in a row with this many images."""
+        return self.max_partition[num_images > 1]
 
 
 class StepConfig(ConfigTable):
@@ -186,7 +224,7 @@ def read_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         invalid. The error names every such field, and the file or override that sets it.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise TrainingError(f"{path} cannot be read as TOML: {error}") from error
     for override in overrides:
@@ -250,6 +288,7 @@ def _explain(error: ErrorDetails) -> str:
         "too_short": "at least one entry",
         "tuple_type": "a list",
         "path_type": "a path",
+        "path_not_directory": "an existing folder",
         "model_type": "a table",
     }.get(kind, error["msg"].removeprefix("Input should be ").partition(", unable")[0])
     if expected.startswith(("greater", "less")):

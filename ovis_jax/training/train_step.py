@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jaxtyping import Float
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, Key
 
 from ovis_jax.errors import RequestError
 from ovis_jax.inputs.conversation import IGNORE_INDEX
@@ -101,6 +102,7 @@ def train_step(
     frozen: FlatParams,
     batches: TrainBatch | PreferenceBatch,
     lora_scale: float = 1.0,
+    key: Key[Array, ""] | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """Update the trainable parameters with the gradient over all micro-batches together.
 
@@ -111,21 +113,31 @@ def train_step(
       frozen: Frozen parameters by path, in any dtype.
       batches: The micro-batches, stacked by `stack_micro_batches`.
       lora_scale: Factor by which the adapters' products are multiplied; static.
+      key: Random key of the run, only needed if the model samples visual words ("gumbel_argmax").
+        The number of the step is folded into it.
 
     Returns:
       The next state, and the metrics over all micro-batches.
+
+    Raises:
+      RequestError: The model samples visual words, and there is no key.
     """
     loss_and_grad = jax.value_and_grad(
         partial(_summed_loss, model, config, lora_scale), has_aux=True
     )
 
-    def accumulate(sums: tuple[FlatParams, Array, Array], batch: TrainBatch | PreferenceBatch):
-        (loss, count), gradients = loss_and_grad(state.trainable, frozen, batch)
+    def accumulate(
+        sums: tuple[FlatParams, Array, Array],
+        step_inputs: tuple[TrainBatch | PreferenceBatch, Array | None],
+    ):
+        (loss, count), gradients = loss_and_grad(state.trainable, frozen, *step_inputs)
         return jax.tree.map(jnp.add, sums, (gradients, loss, count)), None
 
     zero = jnp.float32(0)
     sums = (jax.tree.map(jnp.zeros_like, state.trainable), zero, zero)
-    (gradients, loss, count), _ = jax.lax.scan(accumulate, sums, batches)
+    (gradients, loss, count), _ = jax.lax.scan(
+        accumulate, sums, (batches, _micro_batch_keys(model, key, state.step, batches))
+    )
     count = jnp.maximum(count, 1.0)
     gradients = jax.tree.map(lambda x: x / count, gradients)
     updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.trainable)
@@ -142,16 +154,18 @@ def _summed_loss(
     trainable: FlatParams,
     frozen: FlatParams,
     batch: TrainBatch | PreferenceBatch,
+    key: Key[Array, ""] | None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return a micro-batch's loss, summed over tokens or pairs, and the number of these."""
     cast_all = partial(jax.tree.map, lambda x: x.astype(config.compute_dtype))
     params = join_params(cast_all(trainable), cast_all(frozen), lora_scale)
     if isinstance(batch, TrainBatch):
-        return cross_entropy_sum_and_count(model.forward(params, batch.inputs)[0], batch.labels)
-    chosen = _answer_log_probs(model, params, batch.chosen)
+        logits, _ = model.forward(params, batch.inputs, key)
+        return cross_entropy_sum_and_count(logits, batch.labels)
+    chosen = _answer_log_probs(model, params, batch.chosen, key)
     losses = dpo_losses(
         chosen,
-        _answer_log_probs(model, params, batch.rejected),
+        _answer_log_probs(model, params, batch.rejected, key),
         batch.reference_chosen,
         batch.reference_rejected,
         beta=config.beta,
@@ -164,11 +178,41 @@ def _summed_loss(
 
 @partial(jax.jit, static_argnames="model")
 def reference_log_probs(
-    model: Ovis, params: Params, batches: TrainBatch
+    model: Ovis,
+    params: Params,
+    batches: TrainBatch,
+    key: Key[Array, ""] | None = None,
+    step: Int[ArrayLike, ""] = 0,
 ) -> Float[Array, "micro B"]:
-    """Return the log-probabilities of the answers in stacked micro-batches."""
-    return jax.lax.map(partial(_answer_log_probs, model, params), batches)
+    """Return the log-probabilities of the answers in stacked micro-batches.
+
+    With the key and the step of `train_step`, both sample the same visual words.
+    """
+    keys = _micro_batch_keys(model, key, step, batches)
+    return jax.lax.map(lambda xs: _answer_log_probs(model, params, *xs), (batches, keys))
 
 
-def _answer_log_probs(model: Ovis, params: Params, batch: TrainBatch) -> Float[Array, "B"]:
-    return answer_log_probs(model.forward(params, batch.inputs)[0], batch.labels)
+def _answer_log_probs(
+    model: Ovis, params: Params, batch: TrainBatch, key: Key[Array, ""] | None
+) -> Float[Array, "B"]:
+    # A clone, because the answers of a pair see the same visual words.
+    key = None if key is None else jax.random.clone(key)
+    return answer_log_probs(model.forward(params, batch.inputs, key)[0], batch.labels)
+
+
+def _micro_batch_keys(
+    model: Ovis,
+    key: Key[Array, ""] | None,
+    step: Int[ArrayLike, ""],
+    batches: TrainBatch | PreferenceBatch,
+) -> Key[Array, "micro"] | None:
+    """Return one key per micro-batch of a step, or None if the model needs no keys."""
+    if model.config.visual_tokenizer.tokenize_function != "gumbel_argmax":
+        return None
+    if key is None:
+        raise RequestError(
+            "training a model whose tokenize_function is gumbel_argmax needs a key for the visual"
+            " words: pass key=jax.random.key(seed)"
+        )
+    num_batches = jax.tree.leaves(batches)[0].shape[0]
+    return jax.random.split(jax.random.fold_in(key, step), num_batches)

@@ -1,7 +1,6 @@
 """The training loop with steps, validation and checkpoints, which can be resumed."""
 
 import math
-import os
 import signal
 from collections.abc import Sequence
 from contextlib import closing
@@ -26,6 +25,7 @@ from ovis_jax.evaluation.batch_answering import (
     answer_rows,
     check_has_expected_answer,
 )
+from ovis_jax.inference.sampling import derive_image_key
 from ovis_jax.inputs.dataset import Dataset, read_dataset
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.loading import LoadedOvis
@@ -102,8 +102,11 @@ class Trainer:
                 {} if config.lora else self._cast(trainable), self._frozen
             )
         state = init_train_state(config.training, trainable)
+        if self._mesh is None:  # placed as a restored state is, which runs the same program
+            state = jax.device_put(state, jax.local_devices()[0])
         self._state = jax.tree.map(lambda x: x if x.ndim else self._place(x), state)
         self._encode_row = RowEncoder(self._processor, config.data)
+        self._image_key = self._place(derive_image_key(jax.random.key(config.run.seed)))
 
     def train(self) -> bool:
         """Start the run, or resume it from its latest checkpoint.
@@ -205,6 +208,7 @@ class Trainer:
                     self._frozen,
                     batch,
                     self._config.lora_scale,
+                    self._image_key,
                 )
                 step += 1
                 is_last = step == max_steps
@@ -229,7 +233,8 @@ class Trainer:
             LoadedOvis(self._model.config, self._model, params, self._processor),
             self._validation_set.rows,
             max_new_tokens=self._config.run.max_new_tokens,
-            max_partition=self._config.data.max_partition,
+            max_partition=self._config.data.max_partition_for,
+            exact_images=self._config.data.exact_images,
             skipped=self._encode_row.skipped if self._config.data.invalid_rows == "skip" else None,
         )
         outcomes = []
@@ -255,10 +260,13 @@ class Trainer:
         batch = self._place(batch, None, "data")
         if isinstance(batch, TrainBatch) or self._reference is None:
             return batch
-        return batch._replace(
-            reference_chosen=reference_log_probs(self._model, self._reference, batch.chosen),
-            reference_rejected=reference_log_probs(self._model, self._reference, batch.rejected),
-        )
+        log_probs = [
+            reference_log_probs(
+                self._model, self._reference, part, self._image_key, self._state.step
+            )
+            for part in (batch.chosen, batch.rejected)
+        ]
+        return batch._replace(reference_chosen=log_probs[0], reference_rejected=log_probs[1])
 
     def _run_settings(self) -> dict[str, Any]:
         """Return the settings that determine the result; others may change in a resumed run."""
@@ -326,7 +334,7 @@ def _read_rows(config: TrainConfig, paths: Sequence[Path], *, validation: bool =
     """Read dataset files. Invalid rows are an error unless the config skips them."""
     if not paths:
         return Dataset((), ())
-    dataset = read_dataset(paths)
+    dataset = read_dataset(paths, config.data.images)
     if validation:
         dataset = _check_validation_rows(dataset)
     if dataset.errors and config.data.invalid_rows == "error":
@@ -353,11 +361,10 @@ def _check_validation_rows(dataset: Dataset) -> Dataset:
     """Check that expected answers and image files exist, before any image is decoded."""
     rows, errors = [], list(dataset.errors)
     for row in dataset.rows:
-        missing = [path for path in row.image_paths if not os.path.isfile(path)]
         try:
             check_has_expected_answer(row)
-            if missing:
-                raise DataError(f"{row.name}: image file {missing[0]} does not exist")
+            if missing := row.find_missing_file():
+                raise DataError(f"{row.name}: image file {missing} does not exist")
             rows.append(row)
         except DataError as error:
             errors.append(str(error))

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ovis_jax.errors import ImageError, PromptError
 from ovis_jax.inputs import open_image
-from ovis_jax.inputs.conversation import Turn, add_image_placeholders
+from ovis_jax.inputs.conversation import Turn
 
 
 @dataclass(frozen=True, eq=False)  # Gradio hashes values to detect changes
@@ -33,7 +33,8 @@ class Conversation:
         """
         if not text.strip():
             raise PromptError("the question is empty; write what you want to know")
-        turn = {"role": "user", "content": add_image_placeholders(text.strip(), len(images))}
+        content = [*[{"type": "image"}] * len(images), {"type": "text", "text": text.strip()}]
+        turn = {"role": "user", "content": content}
         return Conversation((*self.turns, turn), (*self.images, *images), len(images))
 
     def without_last_question(self) -> "Conversation":
@@ -63,8 +64,7 @@ def open_uploaded_images(paths: Sequence[str]) -> tuple[list[tuple[str, Image.Im
             num_pixels = open_image.add_image_pixels(
                 num_pixels, image, open_image.DEFAULT_MAX_PIXELS
             )
-            open_image.decode_image(image)
-            opened.append((path, image))
+            opened.append((path, open_image.decode_image(image)))
         except OSError as error:
             problems.append(f"{name} cannot be read: {error.strerror}")
         except ImageError as error:

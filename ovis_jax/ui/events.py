@@ -150,6 +150,7 @@ class PageEvents:
                 max_partition=int(max_partition),
                 max_length=max_model_len - 1,
                 parse_special_tokens=False,
+                parse_image_placeholders=False,
                 name="the conversation",
             )
             answer = Request(

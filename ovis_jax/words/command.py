@@ -10,7 +10,13 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from ovis_jax.console import MaxPartitionOption, ModelOption, TensorParallelOption, print_table
+from ovis_jax.console import (
+    MaxPartitionOption,
+    ModelOption,
+    TensorParallelOption,
+    parse_image_path,
+    print_table,
+)
 from ovis_jax.errors import RequestError, require_extra
 from ovis_jax.inference.visual_words import nearest_tokens, shared_words, visual_words
 from ovis_jax.inputs.image_processing import choose_grid
@@ -22,7 +28,12 @@ from ovis_jax.words.crop_regions import CropRegion, crop_regions
 
 def draw_visual_words(
     image: Annotated[
-        list[Path], typer.Option(help="Image file; give the option twice to compare two images.")
+        list[str],
+        typer.Option(
+            parser=parse_image_path,
+            metavar="PATH",
+            help="Image file; give the option twice to compare two images.",
+        ),
     ],
     heatmap: Annotated[
         Path, typer.Option(help="File to write the entropy heat map to, such as words.png.")
@@ -46,7 +57,7 @@ def draw_visual_words(
     images = [open_image(path) for path in image]
     ovis = load(model, mesh=tensor_parallel_mesh(tensor_parallel))
     usages = [_measure_usage(ovis, one, max_partition) for one in images]
-    names = [path.name for path in image]
+    names = [Path(path).name for path in image]
     console = Console(highlight=False)
     columns = ["image", "crops", "visual tokens", "mean entropy (nats)", "mean effective words"]
     rows = [

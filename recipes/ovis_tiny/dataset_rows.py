@@ -107,7 +107,9 @@ def description_row(rng: random.Random, scene: Scene) -> SceneRow:
 def evaluation_row(
     rng: random.Random, split: str, kind: str, language: str, unseen: bool, colour: str = ""
 ) -> SceneRow:
-    """Make a row whose last answer is scored, with the fields kind, language, paraphrase and short.
+    """Make a row whose last answer is scored.
+
+    It has the field kind, and the metadata language, paraphrase and short.
 
     Args:
       rng: source of all random choices.
@@ -121,9 +123,11 @@ def evaluation_row(
     turns = phrase_question(question, language, rng, unseen=unseen)
     extra = {
         "kind": kind,
-        "language": language,
-        "paraphrase": unseen,
-        "short": turns[-1].short_answer,
+        "metadata": {
+            "language": language,
+            "paraphrase": unseen,
+            "short": turns[-1].short_answer,
+        },
     }
     return SceneRow(scenes, {"conversations": _conversation(scenes, turns), **extra})
 

@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from ovis_jax.evaluation.batch_answering import ScoredAnswer, accuracy_by_kind, answer_rows
-from ovis_jax.inputs.dataset import read_dataset, read_json_rows_or_errors
+from ovis_jax.inputs.dataset import read_dataset, read_rows_or_errors
 from ovis_jax.loading import LoadedOvis, load
 
 AccuracySummary = dict[str, dict[str, float]]
@@ -39,7 +39,7 @@ def answer_test_questions(
     Raises:
       DataError: the file cannot be used.
     """
-    lines = read_json_rows_or_errors(test_file)
+    lines = read_rows_or_errors(test_file)
     rows = read_dataset([test_file]).rows
     line_of = {row.name: line for row, line in zip(rows, lines, strict=True)}
     for answer in answer_rows(ovis, rows, batch_size=BATCH_SIZE):
@@ -57,8 +57,9 @@ def summarize_accuracy(
     """
     outcomes: dict[str, list[tuple[str, bool]]] = {}
     for answer, line in answers:
-        short = accept_short and answer.text.strip() == line["short"]
-        columns = [ALL, line["language"], *([NEW_PHRASING] if line["paraphrase"] else [])]
+        metadata = line["metadata"]
+        short = accept_short and answer.text.strip() == metadata["short"]
+        columns = [ALL, metadata["language"], *([NEW_PHRASING] if metadata["paraphrase"] else [])]
         correct = answer.is_correct or short
         outcomes.setdefault(line["kind"], []).extend((column, correct) for column in columns)
     summary = {
@@ -102,7 +103,7 @@ def main() -> None:
     progress = track(
         answer_test_questions(ovis, args.test),
         "answering",
-        len(read_json_rows_or_errors(args.test)),
+        len(read_rows_or_errors(args.test)),
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ovis_jax.checkpoint.params import match_checkpoint
 from ovis_jax.config import OvisConfig
-from ovis_jax.inputs.dataset import read_json_rows_or_errors
+from ovis_jax.inputs.dataset import read_rows_or_errors
 from ovis_jax.training.config import read_train_config
 from recipes.ovis_tiny.measure_accuracy import MEAN, AccuracySummary
 from recipes.ovis_tiny.scenes import COLOURS, SHAPES, WORDS
@@ -100,7 +100,7 @@ def format_model_card(model_folder: Path, accuracy_file: Path, test_file: Path) 
         words=len(WORDS),
         vocabulary=config.decoder.vocab_size,
         **{name: describe_stage(name) for name in map("stage{}".format, range(1, 6))},
-        test=len(read_json_rows_or_errors(test_file)),
+        test=len(read_rows_or_errors(test_file)),
         table=accuracy_markdown(json.loads(accuracy_file.read_text())),
     )
 

@@ -231,9 +231,9 @@ def test_config_with_other_ids_and_lengths(folder):
 
 def test_folders_without_adapters(folder, tmp_path):
     for path in (tmp_path / "nowhere", folder / "adapters.json"):
-        with pytest.raises(OvisError, match=r"is not a folder; give a folder that save_ad"):
+        with pytest.raises(OvisError, match=r"is not a folder; give a folder that ovis-j"):
             load_adapters(path, CONFIG)
-    with pytest.raises(OvisError, match=r"it has no adapters\.json; give"):
+    with pytest.raises(OvisError, match=r"it has no adapters\.json and no adapter_c"):
         load(GOLDEN / "tiny-f32", adapters=GOLDEN / "tiny-f32")
     edit_record(folder, format=3)
     with pytest.raises(CheckpointError, match=r"format is 3, expected 2"):

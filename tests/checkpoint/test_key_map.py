@@ -128,8 +128,15 @@ def test_any_of_three_dtypes_without_a_stored_dtype():
 
 
 def test_tied_checkpoint_with_an_output_matrix():
-    (row,) = problems(make_index({"llm.lm_head.weight": ("F32", (600, 64))}))
-    assert (row.key, row.problem) == ("llm.lm_head.weight", "unknown key")
+    index = make_index({"llm.lm_head.weight": ("F32", (600, 64))})
+    matched = match_tensors(index, CONFIG, make_hub_key_map(CONFIG), "F32")
+    assert matched.tied_output is not None
+    output, embedding = matched.tied_output
+    assert (output.key, embedding.key) == ("llm.lm_head.weight", "llm.model.embed_tokens.weight")
+    (reason,) = [why for info, why in matched.unused_found if info.key == "llm.lm_head.weight"]
+    assert "tied" in reason
+    (row,) = problems(make_index({"llm.lm_head.weight": ("F32", (601, 64))}))
+    assert (row.key, row.problem) == ("llm.lm_head.weight", "wrong shape")
 
 
 def test_untied_checkpoint():

@@ -46,11 +46,19 @@ def test_index_that_leads_out_of_the_folder(sharded, name):
     assert [(row.file, row.problem) for row in rows_of(sharded)][0] == (name, "rejected file")
 
 
-def test_link_that_leads_out_of_the_folder(sharded):
-    (sharded / SHARD).rename(sharded.parent / "outside")
-    (sharded / SHARD).symlink_to(sharded.parent / "outside")
+def test_links_to_files_elsewhere_are_followed(sharded):
+    """As in the folders of an old `huggingface-cli download --local-dir`."""
+    store = sharded.parent / "store"
+    store.mkdir()
+    for path in sharded.iterdir():
+        path.rename(store / path.name)
+    for path in store.iterdir():
+        (sharded / path.name).symlink_to(path)
+    assert load_params(sharded, CONFIG)
+    (store / SHARD).unlink()
     (row,) = rows_of(sharded)
-    assert (row.file, row.problem) == (SHARD, "rejected file")
+    assert (row.file, row.problem) == (SHARD, "missing file")
+    assert row.found == f"a symbolic link to {store / SHARD}, which does not exist"
 
 
 def test_links_of_the_hub_cache_are_followed(sharded):
@@ -140,7 +148,20 @@ def test_index_that_cannot_be_read(sharded, text):
 
 
 def test_folder_without_weights(tmp_path):
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+    with pytest.raises(
+        CheckpointError, match=r"neither model\.safetensors nor.*give a folder with"
+    ):
+        read_tensor_index(tmp_path)
+    (tmp_path / "training_args.bin").touch()
+    with pytest.raises(CheckpointError, match="give a folder with weights"):
+        read_tensor_index(tmp_path)
+    (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
+    with pytest.raises(
+        CheckpointError, match=r"; pytorch_model-00001-of-00002\.bin is a pickle fi"
+    ):
+        read_tensor_index(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(CheckpointError, match=rf"contains model-00001-.*; copy {INDEX}, which nam"):
         read_tensor_index(tmp_path)
 
 

@@ -12,6 +12,7 @@ from golden_copies import (
     CHECKPOINTS,
     GOLDEN,
     copy_golden,
+    read_files,
     read_tensors,
     rewrite_shard,
     same_bits,
@@ -28,6 +29,7 @@ from ovis_jax.checkpoint.safetensors_reader import read_header
 from ovis_jax.config import OvisConfig
 from ovis_jax.conversion.from_hf import convert_from_hf, plan_conversion
 from ovis_jax.errors import CheckpointError, ConfigError, OvisError
+from ovis_jax.loading import load
 
 ROOT = Path(__file__).parents[2]
 CONFIG = presets.tiny()
@@ -166,12 +168,78 @@ def test_required_files(tmp_path, removed, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_link_to_a_file_elsewhere_is_not_copied(tmp_path):
+def test_folder_of_links(tmp_path):
+    """The files are copied, not the links, and the result is that of the files themselves."""
+    (tmp_path / "links").mkdir()
+    for path in (GOLDEN / "tiny-f32").iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    convert_from_hf(GOLDEN / "tiny-f32", tmp_path / "files/tiny-f32")
+    convert_from_hf(tmp_path / "links", tmp_path / "out")
+    expected, found = read_files(tmp_path / "files/tiny-f32"), read_files(tmp_path / "out")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    del expected["conversion.json"], found["conversion.json"]  # states the name of the source
+    assert found == expected
+
+
+def copy_with_output_matrix(folder: Path, row: int | None = None) -> Path:
+    """A tied checkpoint with a copy of the embedding as output matrix, or with one other row."""
+    copy_golden("tiny-f32", folder)
+    output = read_tensors(folder)["llm.model.embed_tokens.weight"].copy()
+    if row is not None:
+        output[row, 3] += 1
+    rewrite_shard(folder / "model.safetensors", {"llm.lm_head.weight": output})
+    return folder
+
+
+def test_copy_of_the_tied_embedding_is_not_used(tmp_path):
+    record = convert_from_hf(copy_with_output_matrix(tmp_path / "in"), tmp_path / "out")
+    assert "tied" in record["not_used"]["llm.lm_head.weight"]
+    expected = convert_from_hf(GOLDEN / "tiny-f32", tmp_path / "expected")
+    assert record["sha256"] == expected["sha256"]
+    assert record["source_keys"] == expected["source_keys"] + 1
+
+
+def test_output_matrix_that_differs_from_the_tied_embedding(tmp_path):
+    folder = copy_with_output_matrix(tmp_path / "in", row=597)
+    for read in (load, lambda folder: convert_from_hf(folder, tmp_path / "out")):
+        with pytest.raises(CheckpointValidationError) as caught:
+            read(folder)
+        (row,) = caught.value.problems
+        assert (row.key, row.problem) == ("llm.lm_head.weight", "differs from the tied embedding")
+        assert row.found == "other numbers in row 597"
+        assert "set disable_tie_weight to true in config.json" in caught.value.summary
+    assert not (tmp_path / "out").exists()
+    for field in ("disable_tie_weight", "tie_word_embeddings"):
+        config = json.loads((GOLDEN / "tiny-f32/config.json").read_text())
+        if field == "disable_tie_weight":
+            config[field] = True
+        else:
+            config["llm_config"][field] = False
+        (folder / "config.json").write_text(json.dumps(config))
+        unembed = np.asarray(load(folder).params["decoder"]["unembed"])
+        assert np.array_equal(unembed, read_tensors(folder)["llm.lm_head.weight"])
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+def test_both_spellings_of_the_dtype(tmp_path, field):
     folder = copy_golden("tiny-f32", tmp_path / "in")
-    (tmp_path / "secret").write_text("secret")
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(ConfigError, match="leads out of the folder"):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, config["llm_config"]):
+        part.pop("torch_dtype", None)
+        part[field] = "float32"
+    path.write_text(json.dumps(config))
+    assert convert_from_hf(folder, tmp_path / "same")["dtype"] == "float32"
+    assert convert_from_hf(folder, tmp_path / "cast", dtype="bfloat16")["dtype"] == "bfloat16"
+    written = json.loads((tmp_path / "cast/config.json").read_text())
+    expected = config | {field: "bfloat16"}
+    assert written == expected | {"llm_config": config["llm_config"] | {field: "bfloat16"}}
+    assert load(tmp_path / "cast").params["visual_embedding"].dtype == "bfloat16"
+    other = {"dtype": "torch_dtype", "torch_dtype": "dtype"}[field]
+    path.write_text(json.dumps(config | {other: "bfloat16"}))
+    with pytest.raises(
+        ConfigError, match="torch_dtype is '.*' and dtype is '.*', expected a dtype"
+    ):
         convert_from_hf(folder, tmp_path / "out")
 
 

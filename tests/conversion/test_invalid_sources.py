@@ -111,13 +111,13 @@ def leads_out_by_name(folder: Path) -> list[str]:
     index["weight_map"][NORM] = "../../x"
     (folder / INDEX).write_text(json.dumps(index))
     (folder / "../../x").write_bytes((folder / SHARDS[0]).read_bytes())
-    return ["../../x", "rejected file", "a file inside the folder"]
+    return ["../../x", "rejected file", "a file inside the folder", "a name that leaves it"]
 
 
-def leads_out_by_link(folder: Path) -> list[str]:
-    (folder / SHARDS[0]).rename(folder.parent / "elsewhere")
-    (folder / SHARDS[0]).symlink_to(folder.parent / "elsewhere")
-    return [SHARDS[0], "rejected file", "a file inside the folder", "a path that leaves it"]
+def git_lfs_pointer(folder: Path) -> list[str]:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4be2fe24\nsize 4911635952\n"
+    (folder / SHARDS[1]).write_text(pointer)
+    return [SHARDS[1], "Git LFS pointer", "the weights", "run `git lfs pull` in its folder"]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def leads_out_by_link(folder: Path) -> list[str]:
         short_by_a_byte,
         in_two_shards,
         leads_out_by_name,
-        leads_out_by_link,
+        git_lfs_pointer,
     ],
 )
 def test_invalid_source(run, source, tmp_path, expected_files, spoil):

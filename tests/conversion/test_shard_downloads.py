@@ -7,7 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from golden_copies import GOLDEN, copy_golden, flip_last_bit, read_files
+from golden_copies import (
+    GOLDEN,
+    copy_golden,
+    flip_last_bit,
+    read_files,
+    read_tensors,
+    rewrite_shard,
+)
 from hub_server import Fault, Repo
 
 from ovis_jax.checkpoint import output_dirs
@@ -74,6 +81,42 @@ def test_single_file(run, hub, repo, tmp_path):
     assert run(repo, tmp_path / "out", "--dtype", "bfloat16").code == 0
     convert_from_hf(GOLDEN / "tiny-f32", tmp_path / "alone", dtype="bfloat16")
     assert_same(tmp_path / "out", read_files(tmp_path / "alone"), repo)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_output_matrix_of_a_tied_checkpoint(run, hub, repo, tmp_path, expected_files, equal):
+    folder = copy_golden(SOURCE.name, tmp_path / "in")
+    output = read_tensors(folder)["llm.model.embed_tokens.weight"].copy()
+    output[5] += 0 if equal else 1
+    rewrite_shard(folder / SHARDS[2], {"llm.lm_head.weight": output})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["llm.lm_head.weight"] = SHARDS[2]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    hub.repos[repo] = Repo.from_folder(folder)
+    result = run(repo, tmp_path / "out")
+    if equal:
+        assert (result.code, "99 source keys" in result.output) == (0, True)
+        found = read_files(tmp_path / "out")
+        for name in SHARDS:
+            assert found[name] == expected_files[name]
+    else:
+        assert result.code == 1
+        for part in ("llm.lm_head.weight", "differs from the tied embedding", "in row 5"):
+            assert part in result.output
+        assert not list(tmp_path.glob("out*"))
+
+
+def test_repo_of_adapters(run, hub, repo, tmp_path):
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft/adapter_config.json").write_text('{"base_model_name_or_path": "a/base"}')
+    (tmp_path / "peft/adapter_model.safetensors").touch()
+    hub.repos[repo] = Repo.from_folder(tmp_path / "peft")
+    result = run(repo, tmp_path / "out")
+    message = result.output.splitlines()[-1]  # after the progress of the download
+    assert result.code == 2
+    assert message.startswith(f"error: {repo} contains PEFT adapters (adapter_config.json)")
+    assert "give the model that they were trained with (a/base)" in message
+    assert hub.downloads(".safetensors") == []
 
 
 def test_dry_run_downloads_no_shard(run, hub, repo, tmp_path):

@@ -26,7 +26,7 @@ from ovis_jax.config import OvisConfig
 from ovis_jax.conversion import tensor_chunks
 from ovis_jax.conversion.from_hf import convert_from_hf
 from ovis_jax.conversion.to_hf import export_to_hf
-from ovis_jax.errors import CheckpointError, ConfigError, OvisError
+from ovis_jax.errors import CheckpointError, OvisError
 from ovis_jax.loading import load
 
 CONFIG = presets.tiny()
@@ -221,13 +221,14 @@ def test_source_that_is_not_in_the_layout_of_the_hub(converted, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_link_to_a_file_elsewhere_is_not_copied(tmp_path):
+def test_linked_files_are_copied(tmp_path):
     convert_from_hf(GOLDEN / "tiny-f32", tmp_path / "own")
-    (tmp_path / "secret").write_text("secret")
-    (tmp_path / "own" / "tokenizer.json").unlink()
-    (tmp_path / "own" / "tokenizer.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(ConfigError, match=r"tokenizer\.json is a link that leads out"):
-        export_to_hf(tmp_path / "own", tmp_path / "out")
+    content = (tmp_path / "own/tokenizer.json").read_bytes()
+    (tmp_path / "own/tokenizer.json").rename(tmp_path / "elsewhere")
+    (tmp_path / "own/tokenizer.json").symlink_to(tmp_path / "elsewhere")
+    export_to_hf(tmp_path / "own", tmp_path / "out")
+    assert not (tmp_path / "out/tokenizer.json").is_symlink()
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == content
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])

@@ -82,6 +82,20 @@ def test_a_sequence_ends_at_its_maximum_length():
     assert deltas[0].text == "ab"
 
 
+def test_own_stop_ids():
+    deltas, reason, _ = generate([1, 3], stop_token_ids=(3,), stream=False)
+    assert [(d.text, reason) for d in deltas] == [("a", "stop")]
+    deltas, reason, _ = generate([1, 0, 2], ignore_eos=True, max_new_tokens=3, stream=False)
+    assert [(d.text, reason) for d in deltas] == [("ab", "length")]
+    deltas, reason, _ = generate([0, 3], ignore_eos=True, stop_token_ids=(3,), stream=False)
+    assert [(d.text, reason) for d in deltas] == [("", "stop")]
+
+
+def test_no_stop_string_ends_a_sequence_before_min_tokens():
+    deltas, reason, _ = generate([1, 2, 2], stop=("b",), min_tokens=2, stream=False)
+    assert [(d.text, reason) for d in deltas] == [("ab", "stop")]
+
+
 def test_a_stop_string_is_held_back_and_cut_off():
     deltas, reason, _ = generate([1, 2, 3], stop=("bc",), top_logprobs=0)
     assert [(d.text, d.finish_reason) for d in deltas] == [("a", None), ("", "stop")]

@@ -81,6 +81,51 @@ def test_answers_equal_those_of_generate(scheduler, submit, ovis, scenes):
         assert all(isinstance(other.last_event(), Delta) for other in others)
 
 
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        {"frequency_penalty": 4.0},
+        {"presence_penalty": 6.0, "repetition_penalty": 1.3},
+        {"frequency_penalty": -3.0, "temperature": 1.4, "min_p": 0.2, "top_p": 0.9},
+    ],
+)
+def test_penalties_equal_those_of_generate(scheduler, submit, ovis, penalties):
+    prompt = "Describe the picture."
+    options = dict(max_new_tokens=20, sampling=Sampling(**penalties))
+    inputs, image = ovis.processor(prompt, make_image(3)), [make_image(3)]
+    out = ovis_jax.generate(ovis.model, ovis.params, inputs, jax.random.key(5), **options)
+    expected = ovis.processor.decode(np.asarray(out.tokens))[0]
+    plain = submit(scheduler, prompt, image, max_new_tokens=20, seed=5)
+    penalized = submit(scheduler, prompt, image, seed=5, **options)  # in the same batch
+    assert penalized.text() == expected != plain.text()
+    assert submit(scheduler, prompt, image, max_new_tokens=20, seed=5).text() == plain.text()
+
+
+def test_fields_of_a_request_that_change_its_tokens(scheduler, submit, ovis):
+    """Each in a batch with other requests, without compilation."""
+    encode = ovis.processor.tokenizer.encode
+    with compilations() as found:
+        plain = submit(scheduler, "Who?", max_new_tokens=60)
+        ids = encode(plain.text())
+        (red,) = encode(" red")
+        biased = submit(scheduler, "Who?", logit_bias=((red, 100.0),), max_new_tokens=12)
+        banned = submit(scheduler, "Who?", logit_bias=((ids[0], -100.0),), max_new_tokens=60)
+        stopped = submit(scheduler, "Who?", stop_token_ids=(ids[2],), max_new_tokens=12)
+        endless = submit(scheduler, "Who?", ignore_eos=True, max_new_tokens=80)
+        long = submit(scheduler, "Who?", min_tokens=70, max_new_tokens=80)
+        again = submit(scheduler, "Who?", max_new_tokens=60)
+        assert biased.text() == " red" * 12
+        assert encode(banned.text())[0] != ids[0]
+        assert stopped.text() == ovis.processor.tokenizer.decode(ids[:2])
+        assert stopped.request.completion_tokens == 3
+        assert endless.last_event().finish_reason == "length"
+        assert endless.request.completion_tokens == 80
+        assert endless.text().startswith(plain.text()) and long.text().startswith(plain.text())
+        assert 70 < long.wait().request.completion_tokens
+        assert again.text() == plain.text() and plain.request.completion_tokens < 60
+    assert found == []
+
+
 def test_a_seed_gives_one_answer_whatever_else_runs(scheduler, submit):
     hot = dict(sampling=Sampling(2.0, top_p=0.999, repetition_penalty=1.2), max_new_tokens=20)
     alone = submit(scheduler, "Tell me a story.", seed=2**40 + 3, num_choices=3, **hot)

@@ -21,8 +21,9 @@ from recipes.ovis_tiny import measure_accuracy
 QUESTIONS, BATCH, TOKENS = 26, 13, 64
 
 
-def run_eval(*arguments: object):
-    sizes = ["--batch-size", BATCH, "--max-new-tokens", TOKENS]
+def run_eval(*arguments: object, strict: bool = True):
+    """Run `ovis-jax eval`, by default with the comparison that the recipe uses, too."""
+    sizes = ["--batch-size", BATCH, "--max-new-tokens", TOKENS, *(["--strict"] if strict else [])]
     return CliRunner().invoke(app, [str(x) for x in ["eval", *arguments, *sizes]])
 
 
@@ -38,7 +39,7 @@ def evaluated(ovis, scene_questions, tmp_path_factory):
     result = run_eval(scene_questions, "--output", out)
     assert result.exit_code == 0, result
     header, *lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert header["format"] == "ovis-jax eval 2"
+    assert header["format"] == "ovis-jax eval 2" and header["strict"] is True
     return parse_table(result.stdout), out, {line["id"]: line for line in lines}
 
 
@@ -91,8 +92,8 @@ def test_results_of_another_evaluation_are_rejected(scene_questions, evaluated, 
     _, out, _ = evaluated
     before = out.read_bytes()
 
-    def error_of(*arguments: object) -> str:
-        result = run_eval(*arguments, "--output", out)
+    def error_of(*arguments: object, strict: bool = True) -> str:
+        result = run_eval(*arguments, "--output", out, strict=strict)
         assert result.exit_code == 1 and out.read_bytes() == before
         return str(result.exception)
 
@@ -103,6 +104,7 @@ def test_results_of_another_evaluation_are_rejected(scene_questions, evaluated, 
     assert "(max_partition is 9 there and 4 here)" in error_of(
         scene_questions, "--max-partition", 4
     )
+    assert "(strict is True there and False here)" in error_of(scene_questions, strict=False)
     other = tmp_path / "other.jsonl"
     other.write_text(scene_questions.read_text())
     assert "is not a results file" in str(run_eval(scene_questions, "--output", other).exception)
@@ -142,6 +144,42 @@ def test_question_that_is_too_long_is_named(ovis, tmp_path, choose_by):
     (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     message = str(run_eval(tmp_path, "--choose-by", choose_by).exception)
     assert "long.jsonl: row 2 is " in message and "1024" in message
+
+
+def test_answers_are_compared_as_people_grade_unless_strict(ovis, tmp_path, monkeypatch):
+    """The same answers, compared in both ways; the results file states which one was used."""
+    questions = [
+        {"question": "Which?", "choices": ["wolf", "cat"], "answer": "A"},
+        {"question": "Is it?", "answer": "Yes"},
+        {"question": "Who?", "answer": "A wolf."},
+        {"question": "Who?", "answer": "A cat."},
+    ]
+    texts = dict(zip("1234", ("A WOLF", "Yes, it is.", "wolf", "wolf"), strict=True))
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
+
+    def answer_rows(ovis, rows, **options):
+        for row in rows:
+            text = texts[row.name[-1]]
+            yield batch_answering.ScoredAnswer(row, row.turns[-1]["content"], text, jnp.zeros(1))
+
+    monkeypatch.setattr(evaluate, "answer_rows", answer_rows)
+    for strict, expected in ((True, [False] * 4), (False, [True, True, True, False])):
+        out = tmp_path / f"{strict}.jsonl"
+        assert run_eval(tmp_path / "q.jsonl", "--output", out, strict=strict).exit_code == 0
+        header, *results = [json.loads(line) for line in out.read_text().splitlines()]
+        assert header["strict"] is strict
+        assert [result["correct"] for result in results] == expected
+        assert [result["answer"] for result in results] == list(texts.values())
+
+
+@pytest.mark.parametrize("size", ["auto", "auto:2", "0", 0, "2.5"])
+def test_lmms_eval_batch_size_must_be_a_number(monkeypatch, size):
+    """lmms-eval also passes the value of --max_batch_size."""
+    harnesses.install_lmms_eval(monkeypatch)
+    from ovis_jax.evaluation.lmms_eval_model import OvisForLmmsEval
+
+    with pytest.raises(RequestError, match=f"batch_size is {size!r}, expected a number of at leas"):
+        OvisForLmmsEval(batch_size=size, max_batch_size=4)
 
 
 @pytest.mark.slow
@@ -218,11 +256,11 @@ def test_vlmevalkit(ovis, scene_questions, evaluated, monkeypatch):
     questions = {q.row.kind: q for q in read_questions(scene_questions)}
     for kind in ("shape", "compare", "text"):
         question = questions[kind]
-        message = [{"type": "image", "value": path} for path in question.row.image_paths]
+        message = [{"type": "image", "value": path} for path in question.row.images]
         text = question.prompt[0]["content"].replace("<image>", "").strip()
         said = model.generate([*message, {"type": "text", "value": text}], "drawn")
         assert said == evaluated[2][question.id]["answer"]
-    picture = questions["shape"].row.image_paths[0]
+    picture = questions["shape"].row.images[0]
     model.set_dump_image(lambda line: [picture])
     line = {"question": "Which?", "A": "x", "B": "y", "C": float("nan"), "hint": float("nan")}
     assert model.use_custom_prompt("some_MCQ") and not model.use_custom_prompt("some_VQA")

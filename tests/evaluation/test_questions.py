@@ -48,19 +48,48 @@ def test_the_answer_to_options(write, answer):
     (question,) = read_questions(path)
     assert question.expected == "B"
     for text in ("B", "B.", " (B) the star", "B: A star", "a star"):
-        assert question.is_correct(text), text
-    for text in ("A", "C. A star", "A star is there", "Both", "b", "", "D"):
-        assert not question.is_correct(text), text
-    assert question.parse_answer("A heart is there") == ""
+        assert question.is_correct(text, strict=True) and question.is_correct(text), text
+    for text in ("A", "C. A star", "Both", "", "D"):
+        assert not question.is_correct(text, strict=True) and not question.is_correct(text), text
+    for text in ("A star is there", "b", "**B**", "Answer: B", "The answer is B.", "THE STAR"):
+        assert not question.is_correct(text, strict=True) and question.is_correct(text), text
+    assert question.parse_answer("A heart is there", strict=True) == ""
+    assert question.parse_answer("A heart is there") == "A"
 
 
 def test_other_answers(write):
     yes, text = read_questions(
         write({"question": "Is it?", "answer": "Yes"}, {"question": "What?", "answer": "A star."})
     )
-    assert all(yes.is_correct(said) for said in ("yes", "Yes.", " YES"))
-    assert not yes.is_correct("No") and not yes.is_correct("Yes, it is")
-    assert text.is_correct(" A star.\n") and not text.is_correct("A star")
+    for strict in (True, False):
+        assert all(yes.is_correct(said, strict=strict) for said in ("yes", "Yes.", " YES"))
+        assert not yes.is_correct("No", strict=strict)
+        assert yes.is_correct("Yes, it is", strict=strict) == (not strict)
+        assert text.is_correct(" A star.\n", strict=strict)
+        assert text.is_correct("a STAR", strict=strict) == (not strict)
+        assert not text.is_correct("A heart.", strict=strict)
+
+
+@pytest.mark.parametrize("choices", [CHOICES, dict(zip("ABC", CHOICES, strict=True))])
+@pytest.mark.parametrize("key", ["choices", "options"])
+def test_spellings_of_options(write, choices, key):
+    (question,) = read_questions(write({"question": "Which?", key: choices, "answer": "A star."}))
+    assert (question.options, question.expected) == (tuple(CHOICES), "B")
+    assert question.prompt[0]["content"].startswith("Which?\nA. A heart\nB. A star.")
+
+
+def test_images_and_messages(write, golden):
+    """Both were read as rows without images."""
+    image = str(golden / "images/tiny.png")
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A star."}]
+    path = write(
+        {"images": [image], "question": "What?", "answer": "It", "image": None},
+        {"images": [image], "messages": turns},
+    )
+    assert [question.row.images for question in read_questions(path)] == [(image,), (image,)]
+    path = write({"image": "tiny.png", "question": "What?", "answer": "It"})
+    (question,) = read_questions(path, images=golden / "images")
+    assert question.row.images == (image,)
 
 
 def test_a_folder_and_conversations(write, golden, tmp_path):
@@ -70,9 +99,9 @@ def test_a_folder_and_conversations(write, golden, tmp_path):
     write({"image": image, "conversations": said, "kind": "talk", "id": "x"}, name="b.jsonl")
     write({"image": [image], "question": "What?", "answer": "It"}, name="a.jsonl")
     first, second = read_questions(tmp_path)
-    assert (first.id, first.row.kind, first.row.image_paths) == ("a-1", "a", (image,))
+    assert (first.id, first.row.kind, first.row.images) == ("a-1", "a", (image,))
     assert (second.id, second.row.kind, second.expected) == ("x", "talk", "A heart.")
-    assert [turn["content"] for turn in second.prompt] == turns[:3]
+    assert [turn["content"] for turn in second.prompt] == ["<image>\nWhat?", *turns[1:3]]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +117,11 @@ def test_a_folder_and_conversations(write, golden, tmp_path):
         ({"question": "What?", "choices": ["x", "y"], "answer": "C"}, "answer is 'C'"),
         ({"question": "What?", "choices": ["x", "y"], "answer": True}, "answer is True"),
         ({"question": "What?", "answer": "A", "image": 3}, "image is 3"),
+        ({"question": "What?", "answer": "A", "video": "a.mp4"}, "the key 'video' is unknown"),
+        ({"question": "What?", "answer": "A", "A": "cat", "B": "dog"}, "the key 'A' is unknown"),
+        ({"question": "What?", "answers": ["A"]}, "the key 'answers' is unknown"),
+        ({"question": "What?", "choices": ["x", "y"], "options": ["x", "y"]}, "both have a value"),
+        ({"question": "What?", "options": {"A": "x", "C": "y"}, "answer": "A"}, "options is {"),
         (
             {"question": "What?", "answer": "A", "image": "none.png"},
             "none.png', which is not a file",

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from ovis_jax.errors import PromptError
 from ovis_jax.inputs.conversation import (
-    add_image_placeholders,
+    IMAGE_TOKEN_ID,
+    ParsedTurn,
     encode_conversation,
     encode_prompt,
     insert_image_placeholders,
@@ -37,8 +38,13 @@ def assistant(content):
     return {"role": "assistant", "content": content}
 
 
-def parse(prompt, num_images=0, name="the prompt"):
-    return parse_prompt(prompt, [f"{n}.png" for n in range(num_images)], name)[0]
+def parse(prompt, num_images=0, name="the prompt", **options):
+    return parse_prompt(prompt, [f"{n}.png" for n in range(num_images)], name, **options)[0]
+
+
+def marked(turns):
+    """Parsed turns with a mark in the place of each image."""
+    return [{"role": turn.role, "content": "<image>".join(turn.texts)} for turn in turns]
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
@@ -77,15 +83,18 @@ contents = st.lists(
 @given(st.lists(contents, min_size=1, max_size=4), contents)
 def test_turns_are_tokenized_as_in_the_original(texts, prefix):
     # The original tokenizes each turn as one text, split only at "<image>".
-    turns = [(user, assistant)[n % 2](text) for n, text in enumerate(texts)]
+    turns = [
+        ParsedTurn(("user", "assistant")[n % 2], tuple(text.split("<image>")))
+        for n, text in enumerate(texts)
+    ]
     expected = [2]
-    for turn in turns:
-        name = "user" if turn["role"] == "user" else "model"
-        text = f"<start_of_turn>{name}\n{turn['content'].strip()}<end_of_turn>\n"
+    for turn, content in zip(turns, texts, strict=True):
+        name = "user" if turn.role == "user" else "model"
+        text = f"<start_of_turn>{name}\n{content.strip()}<end_of_turn>\n"
         first, *rest = map(tokenizer().encode, text.split("<image>"))
         expected += first + [i for part in rest for i in [-200, *part]]
     assert encode_conversation(turns, tokenizer()).ids == expected
-    if turns[-1]["role"] == "user":
+    if turns[-1].role == "user":
         prefix = prefix.replace("<image>", "")
         expected += tokenizer().encode(f"<start_of_turn>model\n{prefix.strip()}")
         assert encode_prompt(turns, tokenizer(), prefix).ids == expected
@@ -101,14 +110,12 @@ def test_special_tokens_in_a_text_can_be_ignored():
 
 
 def test_images_without_a_place_come_first():
-    assert parse("Hi", 2) == [user("<image>\n<image>\nHi")]
-    assert parse("Hi") == [user("Hi")]
-    assert parse("Hi <image>", 1) == [user("Hi <image>")]
+    assert marked(parse("Hi", 2)) == [user("<image>\n<image>\nHi")]
+    assert marked(parse("Hi")) == [user("Hi")]
+    assert marked(parse("Hi <image>", 1)) == [user("Hi <image>")]
     turns = [user("Hi"), assistant("Yes"), user("And?")]
-    assert parse(turns, 1) == [user("<image>\nHi"), *turns[1:]]
+    assert marked(parse(turns, 1)) == [user("<image>\nHi"), *turns[1:]]
     assert turns[0] == user("Hi")
-    assert add_image_placeholders("Hi", 2) == "<image>\n<image>\nHi"
-    assert add_image_placeholders("Hi <image>", 1) == "Hi <image>"
 
 
 def text(text):
@@ -130,7 +137,7 @@ def test_content_parts():
         user([text("More <image>"), image(b"c")]),
     ]
     found, images = parse_prompt(turns, ["given.png"])
-    assert found == [
+    assert marked(found) == [
         user("First\n<image>\nand\n<image>\n?"),
         assistant("Yes"),
         user("More <image>\n<image>"),
@@ -138,10 +145,43 @@ def test_content_parts():
     assert images == ["a.png", "data:,b", "given.png", b"c"]
     # Without a place for them in the text, the given images come first.
     found, images = parse_prompt([user([image("a.png"), text("Why?")])], ["given.png"])
-    assert found == [user("<image>\n<image>\nWhy?")]
+    assert marked(found) == [user("<image>\n<image>\nWhy?")]
     assert images == ["given.png", "a.png"]
     found, images = parse_prompt([assistant([image("a.png")]), user("Why?")], ["given.png"])
     assert images == ["a.png", "given.png"]
+
+
+def test_parts_without_an_image_stand_for_the_given_images():
+    turns = [user([{"type": "image"}, text("and"), {"type": "image"}]), assistant("Yes"), user("?")]
+    found, images = parse_prompt(turns, ["a.png", "b.png"])
+    assert found[0] == ParsedTurn("user", ("", "\nand\n", "")) and images == ["a.png", "b.png"]
+    with pytest.raises(PromptError, match="contains <image> 2 times, but 1 image is given"):
+        parse_prompt(turns, ["a.png"])
+
+
+@given(st.lists(contents.filter(str.strip), min_size=1, max_size=3), contents)
+def test_marks_in_a_text_can_be_ordinary_text(texts, prefix):
+    """With parse_image_placeholders=False, only parts place images."""
+    asked = [[text(x), {"type": "image"}] if n % 2 == 0 else x for n, x in enumerate(texts)]
+    asked = [(user, assistant)[n % 2](x) for n, x in enumerate(asked)]
+    num_images = -(-len(texts) // 2)
+    turns = parse(asked, num_images, parse_image_placeholders=False)
+    for n, (turn, content) in enumerate(zip(turns, texts, strict=True)):
+        assert turn.texts == ((f"{content}\n", "") if n % 2 == 0 else (content,))
+    if turns[-1].role == "assistant":
+        turns = turns[:-1]
+    ids = encode_prompt(turns, tokenizer(), prefix, parse_image_placeholders=False).ids
+    assert ids.count(IMAGE_TOKEN_ID) == num_images
+    expected = tokenizer().encode(prefix.strip())
+    assert ids[len(ids) - len(expected) :] == expected
+
+
+def test_a_mark_that_is_text_is_tokenized_like_any_text():
+    turns = parse("See <image>?", parse_image_placeholders=False)
+    ids = encode_prompt(turns, tokenizer(), "<image>", parse_image_placeholders=False).ids
+    words, mark = tokenizer().encode("See <image>?"), tokenizer().encode("<image>")
+    assert ids == [2, 106, 440, 108, *words, 107, 108, 106, 441, 108, *mark]
+    assert tokenizer().decode(words) == "See <image>?"
 
 
 def test_images_in_an_answer_are_not_learned():

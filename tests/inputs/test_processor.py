@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from PIL import Image
+from image_files import encode, exif_orientation
+from PIL import Image, ImageFile
 
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import ConfigError, ImageError, PromptError, PromptTooLongError
@@ -26,6 +27,9 @@ CASES += ["tall_thin", "text_only", "tiny", "two_images", "wide"]
 CONFIG = OvisConfig.from_folder(CHECKPOINT)
 M = CONFIG.visual_tokenizer.tokens_per_crop
 PICTURE = Image.new("RGB", (70, 70))
+TALL = encode(
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (210, 70, 3)).astype(np.uint8))
+)
 
 
 @functools.cache
@@ -40,7 +44,9 @@ def read(case):
     golden = dict(np.load(GOLDEN / "cases" / "tiny-f32" / f"{case}.npz"))
     meta = json.loads(str(golden["meta"]))
     prompt = meta["text"] if isinstance(meta["text"], str) else turns_from_sharegpt(meta["text"])
-    images = [open_image(GOLDEN / "images" / Path(name).name) for name in meta["images"]]
+    images = [
+        open_image(GOLDEN / "images" / Path(name).name, exact=True) for name in meta["images"]
+    ]
     return golden, prompt, images, meta["max_partition"] or 9
 
 
@@ -165,6 +171,20 @@ def test_one_prompt_without_lists():
     )
 
 
+def test_each_image_may_have_its_own_max_partition():
+    images = [Image.new("RGB", (210, 70)), Image.new("RGB", (210, 70))]
+    few, many = (
+        processor().encode("<image>", [images[0]], max_partition=n).pixels.shape[0] for n in (1, 9)
+    )
+    assert few == 1 < many
+    both = processor().encode("<image><image>", images, max_partition=[1, 9])
+    assert len(both.pixels) == few + many
+    slots = np.flatnonzero(both.tokens == -300)
+    assert len(slots) == M * (few + many)
+    with pytest.raises(PromptError, match="max_partition has length 1, expected 2: one entry for"):
+        processor().encode("<image><image>", images, max_partition=[1])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_encode_gives_the_batch_without_padding(case):
     _, prompt, images, max_partition = read(case)
@@ -199,6 +219,56 @@ def test_the_length_is_checked_before_an_image_is_decoded():
         processor().encode("Hi", damaged)
     with pytest.raises(PromptError, match="max_length is 0"):
         processor().encode("Hi", max_length=0)
+
+
+class TurnedWhenDecoded(ImageFile.ImageFile):
+    """A file that swaps its width and height when it is decoded, as TIFF files in Pillow 11 do."""
+
+    format = "TURNED"
+
+    def _open(self):
+        self._mode, self._size = "RGB", (70, 210)
+        self.tile = []
+
+    def load(self):
+        if self.size == (70, 210):
+            turned = Image.open(io.BytesIO(TALL)).transpose(Image.Transpose.ROTATE_90)
+            self.im, self._size = turned.im, turned.size
+
+
+def test_the_grid_is_chosen_after_decoding():
+    opened = TurnedWhenDecoded(io.BytesIO(TALL))
+    loaded = Image.open(io.BytesIO(TALL)).transpose(Image.Transpose.ROTATE_90)
+    assert (opened.size, loaded.size) == ((70, 210), (210, 70))
+    assert processor().image_layout(loaded).grid == (1, 3)
+    assert_equal(processor()("Who?", opened), processor()("Who?", loaded))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_tiff_files_that_are_not_yet_decoded(orientation, compression):
+    stored = Image.open(io.BytesIO(TALL)).transpose(Image.Transpose.ROTATE_90)
+    data = encode(stored, "TIFF", tiffinfo={0x0112: orientation}, compression=compression)
+    loaded = Image.open(io.BytesIO(data))
+    loaded.load()
+    grid = (1, 3) if orientation < 5 else (3, 1)
+    assert processor().image_layout(loaded).grid == grid
+    assert processor().image_layout(Image.open(io.BytesIO(data))).grid == grid
+    assert_equal(processor()("Who?", Image.open(io.BytesIO(data))), processor()("Who?", loaded))
+
+
+def test_images_of_the_caller_are_read_as_by_the_original():
+    """PIL images and arrays keep their orientation and lose their alpha channel; files do not."""
+    tall = Image.open(io.BytesIO(TALL))
+    turned = encode(tall, exif=exif_orientation(6))
+    upright = tall.transpose(Image.Transpose.ROTATE_270)
+    assert_equal(processor()("Who?", Image.open(io.BytesIO(turned))), processor()("Who?", tall))
+    assert_equal(processor()("Who?", turned), processor()("Who?", upright))
+    transparent = Image.new("RGBA", (70, 70))
+    black, white = (Image.new("RGB", (70, 70), color) for color in ("black", "white"))
+    assert_equal(processor()("Who?", transparent), processor()("Who?", black))
+    assert_equal(processor()("Who?", np.asarray(transparent)), processor()("Who?", black))
+    assert_equal(processor()("Who?", encode(transparent)), processor()("Who?", white))
 
 
 def test_repr_is_short():

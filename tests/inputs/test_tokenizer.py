@@ -174,6 +174,19 @@ def test_the_files_decide_the_backend(tmp_path):
     assert Tokenizer.from_folder(tmp_path).encode("Hi") == [558, 535]
 
 
+def test_tokenizer_config_without_added_tokens(tmp_path):
+    """transformers 5 writes such a file; tokenizer.model may be left from an older version."""
+    copy_files(tmp_path, "tokenizer.model", "tokenizer.json")
+    config = {"backend": "tokenizers", "tokenizer_class": "GemmaTokenizer", "bos_token": "<bos>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    for row in ROWS:
+        assert tokenizer.encode(row["text"]) == row["ids"]
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="tokenizer_config.json: added_tokens_decoder is missing"):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_damaged_files_are_named(tmp_path):
     copy_files(tmp_path, "tokenizer_config.json")
     (tmp_path / "tokenizer.model").write_bytes(b"nothing")

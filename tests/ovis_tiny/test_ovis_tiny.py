@@ -69,7 +69,7 @@ def test_a_second_turn_and_another_language(ovis, draw_test):
     (answer, line) = next(
         pair
         for pair in measure_accuracy.answer_test_questions(ovis, draw_test(rounds=1))
-        if pair[1]["kind"] == "follow_up" and pair[1]["language"] == "de"
+        if pair[1]["kind"] == "follow_up" and pair[1]["metadata"]["language"] == "de"
     )
     assert len(line["conversations"]) == 4
     assert answer.text == line["conversations"][-1]["value"]

@@ -139,13 +139,13 @@ def test_training_rows_have_several_turns_and_both_languages(data):
 def test_evaluation_rows_are_balanced_and_labelled(data):
     _, found = data
     for name, each in (("validation", 2), ("test", 20)):
-        counts = Counter((row["kind"], row["language"]) for row in found[name])
+        counts = Counter((row["kind"], row["metadata"]["language"]) for row in found[name])
         assert counts == {(kind, lang): each for kind in KINDS for lang in LANGUAGES}
         for row in found[name]:
             assert len(row["conversations"]) == (4 if row["kind"] == "follow_up" else 2)
-            assert len(row["short"]) <= len(texts_of(row)[-1])
-    assert not any(row["paraphrase"] for row in found["validation"])
-    unseen = Counter(row["kind"] for row in found["test"] if row["paraphrase"])
+            assert len(row["metadata"]["short"]) <= len(texts_of(row)[-1])
+    assert not any(row["metadata"]["paraphrase"] for row in found["validation"])
+    unseen = Counter(row["kind"] for row in found["test"] if row["metadata"]["paraphrase"])
     assert unseen == dict.fromkeys(KINDS, 6)
 
 
@@ -158,7 +158,7 @@ def test_training_lacks_the_phrasings_of_the_test_set(data):
         for text in texts_of(row)[::2]
     }
     for row in found["test"]:
-        if row["paraphrase"]:
+        if row["metadata"]["paraphrase"]:
             asked = texts_of(row)[-2].removeprefix("<image>\n").removeprefix("<image>\n")
             assert not any(text.endswith(asked) for text in learned), asked
 

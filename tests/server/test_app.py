@@ -8,6 +8,7 @@ import httpx
 import openai
 import pytest
 from compilations import compilations
+from fastapi.testclient import TestClient
 from openai import OpenAI
 from PIL import Image
 from serving_setup import (
@@ -24,6 +25,7 @@ from serving_setup import (
     user_message,
 )
 
+import ovis_jax
 from ovis_jax.evaluation.evaluate import evaluate_questions
 from ovis_jax.evaluation.questions import read_questions
 from ovis_jax.server.app import create_app
@@ -197,6 +199,16 @@ def test_images_in_fewer_crops(complete):
     assert positions[0] > positions[2] > positions[1]
 
 
+def test_detail_of_each_image(complete):
+    wide = make_image(0, (168, 84))
+    low, high, text = (
+        complete("What?", *parts, max_tokens=1).usage.prompt_tokens
+        for parts in ([image_part(wide, detail="low")], [image_part(wide)], [])
+    )
+    both = [image_part(wide, detail="low"), image_part(wide)]
+    assert complete("What?", *both, max_tokens=1).usage.prompt_tokens == low + high - text
+
+
 def test_fields_of_the_official_client(complete):
     """Those of its types for texts and images."""
     more = {"prompt_cache_breakpoint": {"mode": "explicit"}}
@@ -209,12 +221,198 @@ def test_fields_of_the_official_client(complete):
     assert usage == plain.usage
 
 
-def test_special_tokens_in_a_text_are_text(complete, rejected):
-    """A client cannot forge a turn, and cannot place images itself."""
+def test_special_tokens_in_a_text_are_text(complete):
+    """A client cannot forge a turn."""
     one, two = (complete(text, max_tokens=1).usage.prompt_tokens for text in ("a", "a<eos>"))
     assert two > one + 1
-    error = rejected(openai.BadRequestError, "See <image>?")
-    assert error.param == "messages[0].content[0]"
+
+
+@pytest.mark.parametrize("images", [[], [image_part(make_image(0))]])
+def test_an_image_mark_in_a_text_is_text(complete, client, ovis, images):
+    """In a question, in an answer that the client sends back, and in a prefix."""
+    count = len(ovis.processor.tokenizer.encode("<image>"))
+    messages = user_message("See ?", *images)
+    marked = user_message("See <image>?", *images)
+    for role in ("assistant", "user", "assistant"):
+        for conversation, text in ((messages, "I see"), (marked, "I see<image>")):
+            conversation.append({"role": role, "content": text})
+    plain, more = (
+        client.chat.completions.create(messages=m, max_tokens=1, **FIELDS).usage.prompt_tokens
+        for m in (messages, marked)
+    )
+    assert more == plain + 4 * count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", [None, "You are a helpful assistant."])
+def test_images_after_the_text_give_the_right_answers(client, scenes, system):
+    """The order of OpenAI's examples, of LangChain and of LiteLLM."""
+    asked = [scene for scene in scenes if len(scene[0]) == 1][:12]
+    first = [{"role": "system", "content": system}] if system else []
+    before, after, correct = [], [], []
+    for turns, images, expected in asked:
+        (message,) = conversation(turns, images)
+        for order, answers in ((1, before), (-1, after)):
+            content = message["content"][::order]
+            content = content if order == 1 else [content[0], *content[:0:-1]]
+            answer = client.chat.completions.create(
+                messages=[*first, message | {"content": content}], **FIELDS
+            )
+            answers.append(answer.choices[0].message.content)
+        correct.append(after[-1] == expected)
+    assert after == before
+    assert system or sum(correct) >= 0.9 * len(asked)
+
+
+def test_null_content_of_an_assistant_is_empty(client):
+    def answer(*fields):
+        between = [{"role": "assistant", **x} for x in fields]
+        messages = [*user_message("Who?"), *between, *user_message("And you?")]
+        usage = client.chat.completions.create(messages=messages, max_tokens=4, **FIELDS)
+        return usage.choices[0].message.content, usage.usage.prompt_tokens
+
+    empty = answer({"content": ""})
+    assert answer({"content": None}) == answer({}) == answer({"content": []}) == empty
+    assert answer({"content": None, "tool_calls": None, "refusal": None}) == empty
+
+
+@pytest.mark.slow
+def test_a_last_assistant_message_is_continued(client, scenes):
+    turns, images, _ = max(scenes, key=lambda scene: len(scene[2]))
+    messages = conversation(turns, images)
+    whole = client.chat.completions.create(messages=messages, **FIELDS).choices[0].message.content
+    words = whole.split(" ")
+    assert len(words) > 6
+    for prefix in (" ".join(words[:4]), "", None):
+        asked = [*messages, {"role": "assistant", "content": prefix}]
+        for more in ({}, {"continue_final_message": True, "add_generation_prompt": False}):
+            answer = client.chat.completions.create(messages=asked, extra_body=more, **FIELDS)
+            assert (prefix or "") + answer.choices[0].message.content == whole
+
+
+@pytest.mark.parametrize(
+    "param, last, fields",
+    [
+        ("continue_final_message", "assistant", {"continue_final_message": False}),
+        ("continue_final_message", "user", {"continue_final_message": True}),
+        ("add_generation_prompt", "assistant", {"add_generation_prompt": True}),
+        ("add_generation_prompt", "user", {"add_generation_prompt": False}),
+        ("messages", "system", {}),
+    ],
+)
+def test_the_last_message(client, param, last, fields):
+    messages = [*user_message("Who?"), {"role": last, "content": "It is"}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(messages=messages, extra_body=fields, **FIELDS)
+    assert caught.value.param == param
+
+
+def test_unknown_fields_are_ignored_with_a_warning(url):
+    message = user_message("Who?", image_part(make_image(0), format="png"))[0]
+    message |= {"reasoning": "Hm", "name": "me"}
+    message["content"][1]["cache_control"] = {"type": "ephemeral"}
+    body = {"messages": [message], **FIELDS, "max_tokens": 3, "user": "me", "seed": 1}
+    path = f"{url}/v1/chat/completions"
+    plain = httpx.post(path, json=body)
+    assert plain.headers["warning"] == (
+        '299 ovis-jax "ignored fields: messages[0].content[0].image_url.format, '
+        'messages[0].content[1].cache_control, messages[0].reasoning"'
+    )
+    more = {"mirostat": 0, "best_of": 1, "no such\r\nfield": 1, "other": None}
+    answer = httpx.post(path, json=body | more | {"messages": user_message("Who?")})
+    assert answer.status_code == 200
+    assert answer.headers["warning"] == '299 ovis-jax "ignored fields: no?such??field"'
+    answer = httpx.post(path, json=body | {"messages": user_message("Who?"), "stream": True})
+    assert "warning" not in answer.headers and answer.text.endswith("[DONE]\n\n")
+    body |= {f"f{n}" * 30: 1 for n in range(99)} | {"stream": True}
+    assert len(httpx.post(path, json=body).headers["warning"]) < 1100
+
+
+def test_fields_that_change_the_sampled_tokens(complete, ovis, rejected):
+    encode = ovis.processor.tokenizer.encode
+    (red,) = encode(" red")
+    with compilations() as found:
+        answer = complete("Who?", logit_bias={str(red): 100}, max_tokens=5)
+        assert answer.choices[0].message.content == " red" * 5
+        penalized = complete(
+            "Who?", logit_bias={str(red): 30}, frequency_penalty=2, presence_penalty=2
+        )
+        assert 0 < penalized.choices[0].message.content.count(" red") < 30
+        for options in ({"ignore_eos": True}, {"min_tokens": 30}):
+            answer = complete("Who?", max_tokens=30, extra_body=options)
+            assert answer.choices[0].finish_reason == "length"
+        plain = complete("Who?").choices[0].message.content
+        body = {"stop_token_ids": [encode(plain)[1]]}
+        answer = complete("Who?", extra_body=body)
+        assert plain.startswith(answer.choices[0].message.content)
+        assert answer.usage.completion_tokens == 2
+        assert answer.choices[0].finish_reason == "stop"
+        hot = {"temperature": 2, "extra_body": {"min_p": 1, "top_k": -1}}
+        assert complete("Who?", **hot).choices[0].message.content == plain
+    assert found == []
+
+
+def test_tokenize(url, complete, ovis):
+    tokenizer = ovis.processor.tokenizer
+    images = [image_part(make_image(0)), image_part(make_image(1, (168, 84)), detail="low")]
+    messages = user_message("What is <image>?", *images)
+    found = httpx.post(f"{url}/tokenize", json={"model": "ovis-tiny", "messages": messages}).json()
+    usage = complete("What is <image>?", *images, max_tokens=1).usage
+    assert found["count"] == len(found["tokens"]) == usage.prompt_tokens
+    assert found["max_model_len"] == MAX_MODEL_LEN and found["token_strs"] is None
+    per_crop = ovis.config.visual_tokenizer.tokens_per_crop
+    assert found["tokens"].count(-300) == 2 * per_crop
+    text = tokenizer.decode([i for i in found["tokens"] if i >= 0])
+    assert text == "user\n\n\nWhat is <image>?\nmodel\n"
+    body = {"prompt": "Who is it?<eos>", "return_token_strs": True}
+    found = httpx.post(f"{url}/tokenize", json=body).json()
+    expected = [2, *tokenizer.encode("Who is it?<eos>", parse_special_tokens=False)]
+    assert found["tokens"] == expected and 1 not in expected
+    assert found["token_strs"] == [tokenizer.pieces[i] for i in expected]
+    body["add_special_tokens"] = False
+    assert httpx.post(f"{url}/tokenize", json=body).json()["tokens"] == expected[1:]
+    for body, param in [
+        ({}, "messages"),
+        ({"prompt": "a", "messages": messages}, "messages"),
+        ({"prompt": "a", "model": "gpt"}, "model"),
+        ({"prompt": "x" * 100_000}, "prompt"),
+        ({"messages": user_message("x" * 100_000)}, "messages"),
+    ]:
+        assert httpx.post(f"{url}/tokenize", json=body).json()["error"]["param"] == param
+
+
+def test_version_and_max_model_len(url):
+    assert httpx.get(f"{url}/version").json() == {"version": ovis_jax.__version__}
+    (model,) = httpx.get(f"{url}/v1/models").json()["data"]
+    assert model["max_model_len"] == MAX_MODEL_LEN
+    assert httpx.get(f"{url}/v1/models/ovis-tiny").json() == model
+
+
+def test_scripts_of_allowed_origins_may_use_the_server(scheduler):
+    """A preflight request has no API key. An error can be read by a script, too."""
+    origin, other = {"origin": "http://localhost:3000"}, {"origin": "http://evil.example"}
+    preflight = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization, content-type",
+    }
+    app = create_app(
+        scheduler, "ovis-tiny", limits=LIMITS, api_key="key", allow_origins=[origin["origin"]]
+    )
+    path = "/v1/chat/completions"
+    name = "access-control-allow-origin"
+    client = TestClient(app)
+    answer = client.options(path, headers=preflight | origin)
+    assert answer.status_code == 200 and answer.headers[name] == origin["origin"]
+    assert "authorization" in answer.headers["access-control-allow-headers"]
+    assert name not in client.options(path, headers=preflight | other).headers
+    answer = client.get("/v1/models", headers=origin)
+    assert answer.status_code == 401 and answer.headers[name] == origin["origin"]
+    answer = client.get("/v1/models", headers=origin | {"authorization": "Bearer key"})
+    assert answer.status_code == 200 and answer.headers[name] == origin["origin"]
+    assert "Warning" in answer.headers["access-control-expose-headers"]
+    closed = TestClient(create_app(scheduler, "ovis-tiny", limits=LIMITS))
+    assert name not in closed.get("/v1/models", headers=origin).headers
+    assert closed.options(path, headers=preflight | origin).status_code == 405
 
 
 def test_models(client, rejected):
@@ -238,8 +436,19 @@ def url_of(text):
     [
         ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
         ("response_format", {"response_format": {"type": "json_object"}}),
-        ("frequency_penalty", {"frequency_penalty": 0.5}),
-        ("logit_bias", {"logit_bias": {"5": 1}}),
+        ("response_format", {"response_format": {"type": "json_schema", "json_schema": {}}}),
+        ("reasoning_effort", {"reasoning_effort": "high"}),
+        ("guided_json", {"extra_body": {"guided_json": {}}}),
+        ("best_of", {"extra_body": {"best_of": 2}}),
+        ("chat_template", {"extra_body": {"chat_template": "{{ messages }}"}}),
+        ("use_beam_search", {"extra_body": {"use_beam_search": True}}),
+        ("logit_bias", {"logit_bias": {"99999999": 1}}),
+        ("logit_bias", {"logit_bias": {"red": 1}}),
+        ("logit_bias", {"logit_bias": {str(n): 1 for n in range(1025)}}),
+        ("stop_token_ids", {"extra_body": {"stop_token_ids": [-1]}}),
+        ("stop_token_ids", {"extra_body": {"stop_token_ids": [5] * 65}}),
+        ("min_tokens", {"max_tokens": 5, "extra_body": {"min_tokens": 6}}),
+        ("min_tokens", {"extra_body": {"min_tokens": 1000}}),
         ("n", {"n": MAX_NUM_SEQS + 1}),
         ("stop", {"stop": list("abcde")}),
         ("stop", {"stop": ["", "a"]}),
@@ -281,9 +490,6 @@ def test_images_that_do_not_fit(rejected):
     thin = image_part(make_image(0, (300, 2)), detail="low")
     error = rejected(openai.BadRequestError, "What?", thin)
     assert error.param == "messages" and "300 x 2" in error.body["message"]
-    mixed = [image_part(make_image(0), detail="low"), image_part(make_image(0))]
-    error = rejected(openai.BadRequestError, "What?", *mixed)
-    assert error.param == "messages" and "detail" in error.body["message"]
 
 
 def test_prompts_that_do_not_fit(rejected):
@@ -304,11 +510,21 @@ def test_prompts_that_do_not_fit(rejected):
         ("max_tokens", {"max_tokens": 0}),
         ("n", {"n": 1.5}),
         ("stop", {"stop": 3}),
-        ("nonsense", {"nonsense": 1}),
+        ("frequency_penalty", {"frequency_penalty": 2.5}),
+        ("presence_penalty", {"presence_penalty": -2.5}),
+        ("logit_bias.5", {"logit_bias": {"5": 101}}),
+        ("min_p", {"min_p": 2}),
+        ("top_k", {"top_k": -2}),
+        ("stop_token_ids[0]", {"stop_token_ids": ["a"]}),
         ("messages", {"messages": []}),
         ("messages", {"messages": None}),
         ("messages[0].role", {"messages": [{"role": "king", "content": "a"}]}),
         ("messages[0].content", {"messages": [{"role": "user"}]}),
+        ("messages[0].content", {"messages": [{"role": "user", "content": None}]}),
+        (
+            "messages[0].content[0]",
+            {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {}}]}]},
+        ),
         ("messages[0].content", {"messages": [{"role": "user", "content": 5}]}),
         (
             "messages[0].content[0].text",
@@ -326,7 +542,7 @@ def test_bodies_that_do_not_match_the_schema(url, param, change):
         f"{url}/v1/chat/completions", content=json.dumps(body).encode(), headers=JSON
     )
     error = answer.json()["error"]
-    assert answer.status_code == 422 and error["param"] == param, error
+    assert answer.status_code == 400 and error["param"] == param, error
     assert error["message"].startswith(param) and error["type"] == "invalid_request_error"
 
 
@@ -334,22 +550,40 @@ JSON = {"content-type": "application/json"}
 
 
 @pytest.mark.parametrize(
-    "body, status",
+    "body, status, message",
     [
-        (b"", 422),
-        (b"{", 400),
-        (b"\xff\xfe", 400),
-        (b"[" * 100_000, 400),
-        (b"[]", 422),
-        (b'{"seed": ' + b"9" * 5000 + b"}", 400),
-        (b'{"temperature": NaN}', 422),
-        (b" " * (LIMITS.max_body_bytes + 1), 413),
+        (b"", 400, "the body is not valid JSON: it is empty"),
+        (
+            b"{'a': 1}",
+            400,
+            "the body is not valid JSON: expecting property name enclosed in double",
+        ),
+        (b'{"a": 1', 400, "the body is not valid JSON: expecting ',' delimiter at character 7"),
+        (b"\xff\xfe", 400, "the body is not valid JSON: expecting value at character 0"),
+        (b"\x80", 400, "the body is not valid JSON: it is not UTF-8"),
+        (b"[" * 100_000, 400, "the body is not valid JSON: "),
+        (b"[]", 400, "the body is not a JSON object"),
+        (b'"a"', 400, "the body is not a JSON object"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", 400, "the body is not valid JSON: "),
+        (b'{"temperature": NaN}', 400, "model: field required (and 2 more)"),
+        (b" " * (LIMITS.max_body_bytes + 1), 413, "the body is longer than 1048576 bytes"),
     ],
 )
-def test_invalid_bodies(url, body, status):
+def test_invalid_bodies(url, body, status, message):
     answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers=JSON)
     assert answer.status_code == status, answer.text
-    assert answer.json()["error"]["message"]
+    assert answer.json()["error"]["message"].startswith(message), answer.text
+
+
+@pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded"])
+def test_a_body_without_its_content_type(url, content_type):
+    """`curl -d` sends the second."""
+    headers = {"content-type": content_type} if content_type else {}
+    answer = httpx.post(f"{url}/v1/chat/completions", content=b"{}", headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "invalid_content_type")
+    expected = f"the Content-Type is {content_type!r}, expected 'application/json'"
+    assert error["message"] == expected
 
 
 def test_a_body_without_a_length_is_measured(url):
@@ -361,7 +595,7 @@ def test_a_body_without_a_length_is_measured(url):
 
 def test_unpaired_surrogates(url):
     """JSON may hold them, UTF-8 cannot."""
-    for change, status in [({}, 400), ({"model": "\ud800"}, 404), ({"\ud800": 1}, 422)]:
+    for change, status in [({}, 400), ({"model": "\ud800"}, 404), ({"\ud800": 1}, 400)]:
         body = {"messages": user_message("\ud800"), **FIELDS, **change}
         content = json.dumps(body).encode()
         answer = httpx.post(f"{url}/v1/chat/completions", content=content, headers=JSON)

@@ -63,12 +63,21 @@ def test_the_server_and_its_app(run_serve):
     key = {"authorization": "Bearer sesame"}
     (model,) = client.get("/v1/models", headers=key).json()["data"]
     assert model["id"] == "ovis-tiny"
+    assert client.post("/tokenize", json={"prompt": "a"}).status_code == 401
     assert client.get("/health", headers={"host": "evil.example"}).status_code == 403
 
 
 def test_a_note_says_that_a_server_is_open(run_serve):
     _, _, notes = run_serve(host="0.0.0.0", port=0)
     assert "no --api-key is set" in notes
+
+
+@pytest.mark.parametrize(
+    "origin", ["localhost:3000", "http://localhost:3000/", "http://*.example", "", "null"]
+)
+def test_an_origin_that_no_browser_sends_is_rejected(run_serve, origin):
+    with pytest.raises(OvisError, match="--allow-origin: .* is not an origin; expected"):
+        run_serve(allow_origin=["*", origin])
 
 
 def test_an_empty_key_is_rejected(run_serve):

@@ -1,17 +1,20 @@
 """A body becomes a request to the engine: its cost before it is known whether the prompt fits."""
 
 import asyncio
+import base64
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from image_files import add_exif_at_the_end, encode, exif_orientation
 from PIL import Image
 from serving_setup import LIMITS, MAX_MODEL_LEN, image_part, make_image, png_data_url
 
 from ovis_jax.inputs.open_image import decode_data_url
 from ovis_jax.server import images
 from ovis_jax.server.errors import ApiError
-from ovis_jax.server.preprocess import MAX_THREADS, Preprocessor
+from ovis_jax.server.preprocess import MAX_THREADS, Preprocessor, convert_messages
 from ovis_jax.server.request_schema import ChatRequest
 
 
@@ -29,6 +32,75 @@ def rejected(preprocessor: Preprocessor, body: ChatRequest) -> ApiError:
         asyncio.run(preprocessor.preprocess(body, print))
     assert caught.value.status_code == 400
     return caught.value
+
+
+IMAGE = {"type": "image"}
+
+
+def converted(*messages: dict, **options):
+    body = ChatRequest.model_validate({"model": "ovis-tiny", "messages": list(messages)})
+    turns, images, prefix = convert_messages(body.messages, **options)
+    return turns, [image.url for image, _ in images], prefix
+
+
+def image_url(url: str) -> dict:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+@pytest.mark.parametrize(
+    "content, expected, images",
+    [
+        ("T", "T", ""),
+        ("Ta", "aT", "a"),
+        ("aT", "aT", "a"),
+        ("Tab", "abT", "ab"),
+        ("aTb", "abT", "ab"),
+        (" Ta", "a T", "a"),
+        ("TaU", "TaU", "a"),
+        ("TUa", "TUa", "a"),
+        ("aTbU", "aTbU", "ab"),
+        ("ab", "ab", "ab"),
+    ],
+)
+def test_images_come_before_the_only_text_of_a_message(content, expected, images):
+    """Capital letters are texts, lower-case letters are images."""
+
+    def parts(letters, image):
+        return [image(x) if x.islower() else text_part(x) for x in letters]
+
+    message = {"role": "user", "content": parts(content, image_url)}
+    turns, urls, _ = converted(message)
+    assert turns == [{"role": "user", "content": parts(expected, lambda _: IMAGE)}]
+    assert urls == list(images)
+    turns, _, _ = converted(message, interleave=True)
+    assert turns == [{"role": "user", "content": parts(content, lambda _: IMAGE)}]
+
+
+def test_system_texts_come_before_the_text_and_after_the_images():
+    system = {"role": "system", "content": "Be short."}
+    user = {"role": "user", "content": [text_part("What?"), image_url("a")]}
+    joined = text_part("Be short.\n\nWhat?")
+    assert converted(system, user)[0] == [{"role": "user", "content": [IMAGE, joined]}]
+    found = converted(system, user, interleave=True)[0]
+    assert found == [{"role": "user", "content": [joined, IMAGE]}]
+    user = {"role": "user", "content": [image_url("a")]}
+    found = converted(system, user, interleave=True)[0]
+    assert found == [{"role": "user", "content": [text_part("Be short.\n"), IMAGE]}]
+    assert converted(system, user)[0][0]["content"] == [IMAGE, text_part("Be short.\n")]
+    two = converted(system, {"role": "developer", "content": "And kind."}, user)[0]
+    assert two[0]["content"][1] == text_part("Be short.\n\nAnd kind.\n")
+
+
+def test_a_last_assistant_message_is_a_prefix():
+    user, answer = {"role": "user", "content": "Who?"}, {"role": "assistant"}
+    turn = {"role": "user", "content": [text_part("Who?")]}
+    assert converted(user, answer | {"content": "It is"}) == ([turn], [], "It is")
+    assert converted(user, answer) == ([turn], [], "")
+    found = converted(user, answer, user)
+    assert found == ([turn, {"role": "assistant", "content": ""}, turn], [], "")
+    for messages in ([answer], [user, answer, answer]):
+        with pytest.raises(ApiError, match="the last message must be the user's, or an assistant"):
+            converted(*messages)
 
 
 def test_a_prompt_longer_than_the_model_allows(ovis):
@@ -50,6 +122,31 @@ def test_images_that_do_not_fit_are_not_decoded(ovis, monkeypatch):
     assert f"at most {positions} positions" in error.detail
     assert "max_partition=" in error.detail
     assert rejected(preprocessor, too_many_pixels).code == "image_too_large"
+
+
+def test_images_are_turned_upright_after_the_check(ovis):
+    """The size in the header of a photo from a turned camera gives another grid."""
+    wide = make_image(0, (252, 84))
+    stored = wide.transpose(Image.Transpose.ROTATE_90)
+    transparent = Image.new("RGBA", (84, 84))
+    files = {
+        encode(wide): [encode(stored, exif=exif_orientation(6))],
+        encode(Image.new("RGB", (84, 84), "white")): [encode(transparent)],
+    }
+    files[encode(wide)].append(add_exif_at_the_end(encode(stored), 6))
+    preprocessor = Preprocessor(ovis.processor, LIMITS, MAX_MODEL_LEN, 1)
+
+    def preprocess(data: bytes):
+        url = f"data:image/png; base64,\n{base64.encodebytes(data).decode()}"
+        body = chat_request({"type": "image_url", "image_url": url}, text_part("Who?"))
+        return asyncio.run(preprocessor.preprocess(body, print))
+
+    for plain, copies in files.items():
+        expected = preprocess(plain)
+        for copy in copies:
+            found = preprocess(copy)
+            np.testing.assert_array_equal(found.tokens, expected.tokens)
+            np.testing.assert_array_equal(found.pixels, expected.pixels)
 
 
 def test_a_damaged_image_is_an_error_about_its_own_field(ovis):

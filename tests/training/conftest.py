@@ -17,9 +17,12 @@ IMAGES = ("square", "tiny", "exact", "wide", "tall")
 
 @pytest.fixture
 def write_dataset(golden, tmp_path):
-    """Write `count` conversations about images and one without, and return the path."""
+    """Write `count` conversations about images and one without, and return the path.
 
-    def write(name: str, count: int, *more: dict) -> Path:
+    The images have one crop each, so the text row has the only batch of another shape.
+    """
+
+    def write(name: str, count: int, *more: dict, text_row: bool = True) -> Path:
         rows = []
         for number in range(count):
             image = IMAGES[number % len(IMAGES)]
@@ -28,7 +31,7 @@ def write_dataset(golden, tmp_path):
             path = str(golden / f"images/{image}.png")
             rows.append({"image": path, "kind": image, "conversations": [question, answer]})
         hi = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
-        rows.append({"conversations": hi})
+        rows += [{"conversations": hi}] * text_row
         rows += more
         (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows))
         return tmp_path / name
@@ -41,7 +44,7 @@ def write_config(tmp_path, write_dataset, shallow_checkpoint):
     """Write the config of a short run on the shallow checkpoint, and return its path."""
 
     def write(*lines: str, dataset: Path | None = None, trainable: bool = True) -> Path:
-        dataset = dataset or write_dataset("train.jsonl", 12)
+        dataset = dataset or write_dataset("train.jsonl", 13, text_row=False)
         text = f"""
             model = "{shallow_checkpoint}"
             output_dir = "{tmp_path / "run"}"

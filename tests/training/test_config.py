@@ -43,6 +43,24 @@ def test_single_strings_are_lists(path):
     assert [str(p) for p in config.data.train_files] == ["b.json"]
 
 
+def test_max_partition_depends_on_the_number_of_images(path):
+    """The original's `max_partitions`: one image, several images, video."""
+
+    def partitions(*overrides):
+        data = read_train_config(path, overrides).data
+        return [data.max_partition_for(number) for number in (0, 1, 2, 5)]
+
+    assert partitions() == partitions("data.max_partition=9|1|1") == [9, 9, 1, 1]
+    assert partitions("data.max_partition= 4 | 2 | 1") == [4, 4, 2, 2]
+    assert partitions("data.max_partition=6") == [6, 6, 6, 6]
+
+
+def test_the_folder_of_images_is_relative_to_the_current_folder(path, tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert str(read_train_config(path, ["data.images=pictures"]).data.images) == "pictures"
+
+
 def test_lora_scale_is_alpha_over_rank(path):
     lora = ["trainable=[]", "lora.rank=4"]
     assert read_train_config(path, lora).lora_scale == 1.0
@@ -87,6 +105,14 @@ def test_lora_scale_is_alpha_over_rank(path):
         (["lora.rank=4", "lora.alpha=0"], "lora.alpha is 0, expected a number greater than 0"),
         (["lora.rank=4", "lora.alpha=inf"], "lora.alpha is Infinity, expected a finite number"),
         (["data.train_files=[]"], "data.train_files is [], expected at least one entry"),
+        (
+            ["data.max_partition=9|1"],
+            'data.max_partition is "9|1", expected a number of at least 1, or three such numbers',
+        ),
+        (["data.max_partition=0"], "data.max_partition is 0, expected a number of at least 1"),
+        (["data.max_partition=9|1|0"], 'data.max_partition is "9|1|0", expected a number'),
+        (["data.max_partition=true"], "data.max_partition is true, expected a number"),
+        (["data.images=nowhere"], 'data.images is "nowhere", expected an existing folder, for'),
         (["steps"], "expected FIELD=VALUE, for example training.max_steps=1000"),
         (["model.name=x"], "model is not a table"),
     ],

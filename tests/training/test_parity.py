@@ -1,8 +1,11 @@
 """Gradients against PyTorch: the same loss on the same batch, for every parameter."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
+import torch
 from flax.traverse_util import flatten_dict
 from measured import record
 from reference.ovis_torch import OvisTorch, params_of
@@ -11,6 +14,7 @@ from ovis_jax import presets
 from ovis_jax.checkpoint.key_map import make_hub_key_map
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model.ovis import Ovis
+from ovis_jax.model.visual_tokenizer import VisualTokenizer, embed_words
 from ovis_jax.training.losses import cross_entropy_sum_and_count
 
 pytestmark = [pytest.mark.torch, pytest.mark.optimized]
@@ -57,3 +61,52 @@ def test_gradients(remat):
         error = float(np.abs(found[path] - gradient).max()) / scale
         record(path.partition("/")[0], error, TOLERANCE)
         assert scale > 0 and error <= TOLERANCE, f"{path}: {error:.2e} of the largest gradient"
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.5])
+@pytest.mark.parametrize("function", ["st_argmax", "gumbel_argmax"])
+def test_straight_through_gradients(function, tau, monkeypatch):
+    """Hard visual tokens and their gradients, with the same noise as in PyTorch."""
+    config = presets.tiny()
+    reference = OvisTorch.random(config, seed=5)
+    params = params_of(reference, config)
+    tokenizer = replace(config.visual_tokenizer, tokenize_function=function, tau=tau)
+    merged = np.random.default_rng(1).normal(size=(2, 9, 192)).astype(np.float32)
+    weights = np.random.default_rng(2).normal(size=(2, 9, 64)).astype(np.float32)
+    key = jax.random.key(7)
+
+    def loss(params, merged):
+        module = VisualTokenizer(tokenizer)
+        tokens = module.apply({"params": params["visual_tokenizer"]}, merged, key)
+        return (embed_words(tokens.probabilities, params["visual_embedding"]) * weights).sum()
+
+    value, (found, found_merged) = jax.value_and_grad(loss, (0, 1))(params, merged)
+
+    noise = torch.tensor(np.asarray(jax.random.gumbel(key, (2, 9, tokenizer.num_words))))
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x: x.copy_(torch.exp(-noise)))
+    reference.model.requires_grad_(True)
+    features = torch.tensor(merged, requires_grad=True)
+    logits = reference.head(features)
+    if function == "gumbel_argmax":
+        tokens = torch.nn.functional.gumbel_softmax(logits, tau=tau, hard=True)
+    else:  # the original's st_argmax
+        index = logits.max(-1, keepdim=True)[1]
+        tokens = torch.zeros_like(logits).scatter_(-1, index, 1.0) - logits.detach() + logits
+    table = reference.table.weight
+    expected_value = (tokens @ table[: tokenizer.num_words] * torch.tensor(weights)).sum()
+    expected_value.backward()
+
+    linear, norm = reference.head
+    pairs = {
+        "head": (found["visual_tokenizer"]["head"], linear.weight.grad),
+        "norm weight": (found["visual_tokenizer"]["norm"]["scale"], norm.weight.grad),
+        "norm bias": (found["visual_tokenizer"]["norm"]["bias"], norm.bias.grad),
+        "table": (found["visual_embedding"], table.grad),
+        "features": (found_merged, features.grad),
+    }
+    np.testing.assert_allclose(value, expected_value.item(), rtol=TOLERANCE)
+    for name, (gradient, expected) in pairs.items():
+        scale = float(expected.abs().max())
+        error = float(np.abs(gradient - expected.numpy()).max()) / scale
+        record(name, error, TOLERANCE)
+        assert scale > 0 and error <= TOLERANCE, f"{name}: {error:.2e} of the largest gradient"

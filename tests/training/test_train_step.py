@@ -227,3 +227,38 @@ def test_the_state_is_donated(ovis, image_batch):
     old = state.trainable["decoder/embed"]
     train_step(ovis.model, config, state, frozen, stack_micro_batches([image_batch]))
     assert old.is_deleted() and not ovis.params["decoder"]["embed"].is_deleted()
+
+
+def hard_model(ovis, function):
+    tokenizer = replace(ovis.model.config.visual_tokenizer, tokenize_function=function)
+    return replace(ovis.model, config=replace(ovis.model.config, visual_tokenizer=tokenizer))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", ["st_argmax", "gumbel_argmax"])
+def test_hard_visual_tokens_train_the_visual_tokenizer(ovis, image_batch, function):
+    """Each step and each micro-batch samples its own visual words from one key."""
+    model, config = hard_model(ovis, function), step_config()
+    trainable, frozen = split_params(ovis.params, ["visual_tokenizer"])
+
+    def loss_and_norm(seed: int, step: int, *batches: TrainBatch) -> tuple[float, float]:
+        state = init_train_state(config, trainable)._replace(step=jnp.int32(step))
+        batches, key = stack_micro_batches(batches), jax.random.key(seed)
+        metrics = train_step(model, config, state, frozen, batches, 1.0, key)[1]
+        return float(metrics.loss), float(metrics.grad_norm)
+
+    first, again, other_step, other_seed = (
+        loss_and_norm(seed, step, image_batch) for seed, step in [(0, 0), (0, 0), (0, 1), (1, 0)]
+    )
+    assert first[1] > 0 and first == again
+    assert len({first[0], other_step[0], other_seed[0]}) == (3 if function[0] == "g" else 1)
+    both = loss_and_norm(0, 0, image_batch, image_batch)
+    assert (both[0] == pytest.approx(first[0], rel=1e-6)) == (function == "st_argmax")
+
+
+def test_sampled_visual_words_need_a_key(ovis, image_batch):
+    trainable, frozen = split_params(ovis.params, ["visual_tokenizer"])
+    config, batches = step_config(), stack_micro_batches([image_batch])
+    state = init_train_state(config, trainable)
+    with pytest.raises(RequestError, match="is gumbel_argmax needs a key .* pass key="):
+        train_step(hard_model(ovis, "gumbel_argmax"), config, state, frozen, batches)

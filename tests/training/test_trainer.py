@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from golden_copies import read_tensors, same_bits
+from shallow import copy_shallow
 
 from ovis_jax.errors import DataError, OvisError, TrainingError
 from ovis_jax.loading import load
@@ -32,7 +34,8 @@ def test_run_trains_validates_and_writes_a_model(
     # With a decaying rate the accuracy does not depend on rounding on different processors.
     decay = "training.decay_steps = 30"
     files = f'data.validation_files = ["{validation}"]'
-    path = write_config(files, "run.eval_steps = 30", decay)
+    rows = write_dataset("train.jsonl", 12)
+    path = write_config(files, "run.eval_steps = 30", decay, dataset=rows)
     assert train(path, "training.max_steps=60")
     lines = read_metrics(tmp_path / "run")
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
@@ -154,6 +157,50 @@ def test_dpo_run(train, write_config, tmp_path, golden):
     assert train(path, "training.learning_rate=1e-3")
     losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
     assert losses[0] < np.log(2) + 1e-3 and losses[-1] < 0.5 * losses[0]
+
+
+@pytest.fixture
+def gumbel_checkpoint(tmp_path) -> Path:
+    """The shallow checkpoint, as a model that samples its visual words."""
+    folder = copy_shallow(tmp_path / "gumbel")
+    config = json.loads((folder / "config.json").read_text())
+    config["visual_tokenizer_config"]["tokenize_function"] = "gumbel_argmax"
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.slow
+def test_sampled_visual_words_are_the_same_after_resuming(
+    train, write_config, tmp_path, stop_at, gumbel_checkpoint
+):
+    path = write_config('trainable = ["visual_tokenizer"]', trainable=False)
+    overrides = (f"model={gumbel_checkpoint}", "training.max_steps=4", "run.logging_steps=1")
+    runs = []
+    for seed, stops in ((42, ()), (42, (2,)), (43, ())):
+        stop_at(*stops)
+        while not train(path, *overrides, f"run.seed={seed}"):
+            pass
+        losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
+        runs.append((losses, final_params(tmp_path)))
+        shutil.rmtree(tmp_path / "run")
+    assert runs[0][0] == runs[1][0] != runs[2][0]
+    assert_same_bits(runs[0][1], runs[1][1])
+
+
+@pytest.mark.slow
+def test_dpo_samples_the_same_visual_words_as_the_reference(
+    train, write_config, tmp_path, golden, gumbel_checkpoint
+):
+    """While the model equals the reference model, the loss is ln 2."""
+    image = str(golden / "images/square.png")
+    row = {"image": image, "prompt": "<image>\nWho?", "chosen": "I.", "rejected": "It is he."}
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join([json.dumps(row)] * 4))
+    path = write_config("training.objective = 'dpo'", dataset=pairs)
+    options = ("training.learning_rate=1e-12", "training.max_steps=3", "run.logging_steps=1")
+    assert train(path, f"model={gumbel_checkpoint}", *options)
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
+    np.testing.assert_allclose(losses, [np.log(2)] * 3, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from image_files import encode, exif_orientation
 from PIL import Image
 
 from ovis_jax.errors import PromptError
@@ -14,12 +15,13 @@ IMAGE = Image.new("RGB", (2, 2))
 
 
 def test_conversation_keeps_the_images_of_earlier_questions():
-    first = Conversation().with_question("Who?", [IMAGE, IMAGE]).with_answer("Me.")
+    first = Conversation().with_question("Who?", [IMAGE, IMAGE]).with_answer("I see <image>.")
     second = first.with_question(" And <image> here? ", [IMAGE])
+    image = {"type": "image"}
     assert [turn["content"] for turn in second.turns] == [
-        "<image>\n<image>\nWho?",
-        "Me.",
-        "And <image> here?",
+        [image, image, {"type": "text", "text": "Who?"}],
+        "I see <image>.",
+        [image, {"type": "text", "text": "And <image> here?"}],
     ]
     assert len(second.images) == 3
     restored = second.without_last_question()
@@ -42,6 +44,17 @@ def test_files_that_are_not_images_are_reported_without_their_folder(tmp_path):
     for problem, name in zip(problems, names, strict=True):
         assert problem.startswith(name)
         assert str(tmp_path) not in problem and "0x" not in problem
+
+
+def test_uploads_are_turned_upright_and_put_on_white(tmp_path):
+    wide = Image.open(EXAMPLES / "wide.png")
+    stored = wide.transpose(Image.Transpose.ROTATE_90)
+    stored.putalpha(255)
+    stored.paste((0, 0, 0, 0), (0, 0, 84, 42))
+    (tmp_path / "a.png").write_bytes(encode(stored, exif=exif_orientation(6)))
+    ((_, image),), problems = open_uploaded_images([str(tmp_path / "a.png")])
+    wide.paste("white", (126, 0, 168, 84))
+    assert image.tobytes() == wide.tobytes() and problems == []
 
 
 def test_uploads_are_limited_like_images_for_the_server(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from browsers import CHROMIUM, FLAGS
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
-from serving_setup import is_idle, wait_until
+from serving_setup import MAX_MODEL_LEN, is_idle, wait_until
 
 from ovis_jax.engine.runner import ModelRunner
 from ovis_jax.errors import RequestError
@@ -215,10 +215,25 @@ def test_broken_file_gets_a_message(page, tmp_path):
 
 
 def test_rejected_question_returns_to_the_text_box(page):
-    ask(page, "What is <image> this?")
-    expect(answers(page)).to_contain_text("contains <image> once, but 0 images are given")
-    expect(page.locator("#box textarea")).to_have_value("What is <image> this?")
+    question = "word " * MAX_MODEL_LEN + "?"
+    ask(page, question)
+    expect(answers(page)).to_contain_text("positions long")
+    expect(page.locator("#box textarea")).to_have_value(question)
     expect(page.locator("#note")).to_contain_text("not part of the conversation")
+
+
+def test_image_mark_in_a_text_is_text(page, submitted):
+    """It neither moves a picture nor ends the conversation, in a question or in an answer."""
+    attach(page, SHAPES)
+    ask(page, "What does <image> mean?")
+    expect(page.locator("#note")).to_contain_text("written")
+    ask(page, "Why <image>?")
+    expect(answers(page)).to_have_count(2)
+    expect(page.locator("#note")).to_contain_text("written")
+    for request in submitted:
+        first = np.flatnonzero(request.tokens <= -300)[0]
+        assert first == 4  # after <bos>, <start_of_turn>, user and a newline
+        assert (request.tokens == -300).sum() == (submitted[0].tokens == -300).sum()
 
 
 @pytest.fixture

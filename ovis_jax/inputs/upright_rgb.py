@@ -1,0 +1,80 @@
+"""Reading an image file as people see it: upright, with 8 bits per channel, and on white.
+
+The original reads every file with Pillow's `convert("RGB")` (`image_processing.convert_to_rgb`). It
+ignores the EXIF orientation, clips 16-bit values at 255, and drops the alpha channel, so black text
+on a transparent background becomes black on black.
+"""
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from ovis_jax.errors import ImageError
+from ovis_jax.inputs.image_processing import convert_to_rgb
+
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""The transposition that turns an image upright, by its EXIF orientation."""
+
+
+def to_upright_rgb(image: Image.Image) -> Image.Image:
+    """Decode an image that Pillow opened, and convert it to upright 8-bit RGB on white.
+
+    Pixels with 16 bits keep their upper 8 bits, as in Pillow's own conversion of 16-bit RGB.
+
+    Raises:
+      ImageError: The pixels are 32-bit numbers, or they cannot be converted to RGB. Pillow's
+        decoders may raise any exception for a damaged file.
+    """
+    _scale_transparent_color(image)
+    image.load()
+    # ImageOps.exif_transpose would also write the EXIF data again, which fails if it is damaged.
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF data
+        orientation = None
+    if image.mode.startswith(("I", "F")):
+        image = _gray_from_numbers(image)
+    if image.has_transparency_data:
+        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = Image.new("RGB", layer.size, "white")
+        image.paste(layer, mask=layer)
+    image = convert_to_rgb(image)
+    if orientation in TRANSPOSITIONS:
+        image = image.transpose(TRANSPOSITIONS[orientation])
+        image.info.clear()  # it still contains the orientation
+    return image
+
+
+def _scale_transparent_color(image: Image.Image) -> None:
+    """Scale the transparent color of a PNG file to 8 bits, as Pillow scales the pixels."""
+    key, tiles = image.info.get("transparency"), getattr(image, "tile", None)
+    mode = tiles[0][3] if tiles else None
+    if mode in ("L;2", "L;4") and isinstance(key, int):
+        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[mode]
+    elif mode == "RGB;16B" and isinstance(key, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _gray_from_numbers(image: Image.Image) -> Image.Image:
+    """Convert 16-bit pixels to 8 bits, with an alpha channel if one value is transparent."""
+    values = np.asarray(image)
+    bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))
+    is_16_bit = (
+        image.mode != "F" and max(bits) <= 16 and not np.any((values < 0) | (values > 65535))
+    )
+    if not is_16_bit:
+        raise ImageError(
+            f"the pixels are 32-bit numbers (mode {image.mode}), and the file does not say which "
+            "of them are black and white; save the image with 8 or 16 bits per channel"
+        )
+    gray = Image.fromarray((values >> 8).astype(np.uint8))
+    if (key := image.info.get("transparency")) is not None:
+        gray.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    return gray

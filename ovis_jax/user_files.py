@@ -1,0 +1,47 @@
+"""Reading files that users bring: texts of any Unicode encoding, and pointers of Git LFS."""
+
+import codecs
+import io
+from pathlib import Path
+
+GIT_LFS_POINTER = (
+    "a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or download the file"
+    " again"
+)
+"""Description of a pointer in error messages, with what to do."""
+
+GIT_LFS_START = b"version https://git-lfs.github.com/spec/"
+"""The bytes that a pointer begins with."""
+
+
+def read_text(path: Path) -> str:
+    """Read a text in UTF-8, with or without a byte order mark, or in UTF-16 with one.
+
+    Editors and shells of Windows write byte order marks. The mark is not part of the text.
+
+    Raises:
+      OSError: The file cannot be read.
+      UnicodeDecodeError: The file is not in its encoding.
+    """
+    content = path.read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "utf-16" if utf16 else "utf-8-sig"
+    return io.TextIOWrapper(io.BytesIO(content), encoding).read()
+
+
+def is_git_lfs_pointer(path: Path) -> bool:
+    """Return whether a file is the small text that Git leaves in place of a large file.
+
+    Git leaves such pointers when a repository is cloned without Git LFS.
+    """
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(GIT_LFS_START)) == GIT_LFS_START
+
+
+def describe_missing_file(path: Path) -> str:
+    """Describe a path that has no file for an error message: it may be a broken link."""
+    if path.is_symlink():
+        return f"a symbolic link to {path.readlink()}, which does not exist"
+    return "no file of that name"

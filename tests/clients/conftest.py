@@ -1,0 +1,1 @@
+from serving_fixtures import *  # noqa: F403

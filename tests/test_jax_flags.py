@@ -1,0 +1,151 @@
+"""Every entry point under each of JAX's global settings that research programs switch on."""
+
+from contextlib import nullcontext
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ovis_jax import Sampling, generate, score, stream, visual_words
+from ovis_jax.engine.runner import ModelRunner
+from ovis_jax.engine.state import make_sampling_params
+from ovis_jax.inputs.batch import Inputs
+from ovis_jax.model.ovis import forward
+from ovis_jax.training.config import StepConfig
+from ovis_jax.training.losses import TrainBatch
+from ovis_jax.training.train_step import init_train_state, stack_micro_batches, train_step
+from ovis_jax.training.trainable import split_params
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = {
+    "default": nullcontext,
+    "jax_enable_x64": partial(jax.enable_x64, True),
+    "jax_numpy_dtype_promotion": partial(jax.numpy_dtype_promotion, "strict"),
+    "jax_numpy_rank_promotion": partial(jax.numpy_rank_promotion, "raise"),
+    "jax_transfer_guard": partial(jax.transfer_guard, "disallow"),
+    "jax_debug_nans": partial(jax.debug_nans, True),
+    "jax_debug_infs": partial(jax.debug_infs, True),
+    "jax_debug_key_reuse": partial(jax.debug_key_reuse, True),
+    "jax_check_tracer_leaks": jax.checking_leaks,
+    "jax_default_matmul_precision": partial(jax.default_matmul_precision, "bfloat16"),
+    "jax_disable_jit": jax.disable_jit,
+}
+"""Setting -> a context in which it is switched on."""
+
+NEW_TOKENS = 3
+
+
+def inputs(rows: int = 2) -> Inputs:
+    """Prompts of 14 and 13 positions, each with one crop."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(108, 600, (rows, 14)).astype(np.int32)
+    tokens[:, 2:11] = -300
+    columns = np.arange(14, dtype=np.int32)
+    positions = np.stack([np.where(columns >= row, columns - row, -1) for row in range(rows)])
+    pixels = rng.normal(size=(rows, 70, 70, 3)).astype(np.float32)
+    return jax.device_put(Inputs(tokens, positions, pixels))
+
+
+def sampling() -> Sampling:
+    """Every parameter of the sampling steps, on the device."""
+    values = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.2}
+    return Sampling(**{name: jax.device_put(np.float32(x)) for name, x in values.items()})
+
+
+def run_forward(model, params, inputs, key, sampling):
+    return forward(model, params, inputs)
+
+
+def run_generate(model, params, inputs, key, sampling):
+    return generate(model, params, inputs, key, max_new_tokens=NEW_TOKENS, sampling=sampling)
+
+
+def run_greedy(model, params, inputs, key, sampling):
+    return generate(model, params, inputs, max_new_tokens=NEW_TOKENS, eos_ids=[7])
+
+
+def run_stream(model, params, inputs, key, sampling):
+    options = {"max_new_tokens": NEW_TOKENS, "sampling": sampling, "chunk_size": 2}
+    return list(stream(model, params, inputs, key, **options))
+
+
+def run_score(model, params, inputs, key, sampling):
+    return score(model, params, inputs, inputs.tokens)
+
+
+def run_visual_words(model, params, inputs, key, sampling):
+    return visual_words(model, params, inputs, k=3)
+
+
+def run_train_step(model, params, inputs, key, sampling):
+    config = StepConfig(max_steps=10, learning_rate=1e-3, max_grad_norm=1.0)
+    trainable, frozen = split_params(params, ["visual_tokenizer", "llm"])
+    labels = jax.device_put(np.where(np.asarray(inputs.tokens) > 300, inputs.tokens, -100))
+    batches = stack_micro_batches([TrainBatch(inputs, labels)])
+    state, metrics = train_step(
+        model, config, init_train_state(config, trainable), frozen, batches, key=key
+    )
+    return state.trainable, metrics
+
+
+def run_engine_programs(model, params, inputs, key, sampling):
+    runner = ModelRunner(model, params, max_num_seqs=2, max_model_len=24, chunk_size=8)
+    tokens, pixels = np.asarray(inputs.tokens)[0], np.asarray(inputs.pixels)
+    prefill = runner.run_encoder(runner.init_prefill_state(), pixels[0], 0, 5)
+    for start in range(0, len(tokens), runner.chunk_size):
+        prefill, logits = runner.run_prefill(prefill, tokens, start)
+    options = make_sampling_params(Sampling(0.8, 50, 0.9, 1.2), 5, 0)
+    state, first = runner.run_insert(runner.init_decode_state(), 1, prefill, logits, options)
+    found = [first]
+    for mode in ("greedy", "temperature", "full"):
+        state, sampled = runner.run_decode(state, np.array([False, True]), mode)
+        found.append(sampled)
+    return logits, [(x.tokens[-1], x.logprobs[-1]) for x in found]
+
+
+ENTRY_POINTS = {
+    function.__name__.removeprefix("run_"): function
+    for function in (
+        run_forward,
+        run_generate,
+        run_greedy,
+        run_stream,
+        run_score,
+        run_visual_words,
+        run_train_step,
+        run_engine_programs,
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def results(shallow):
+    """Setting, entry point -> results."""
+    found = {}
+
+    def run(setting: str, name: str):
+        if (setting, name) not in found:
+            model, params = shallow
+            arguments = inputs(), jax.random.key(3), sampling()
+            with SETTINGS[setting]():
+                found[setting, name] = ENTRY_POINTS[name](model, params, *arguments)
+        return found[setting, name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+@pytest.mark.parametrize("setting", list(SETTINGS)[1:])
+def test_results_are_the_same_under_every_setting(results, setting, name):
+    expected, structure = jax.tree.flatten(results("default", name))
+    found, found_structure = jax.tree.flatten(results(setting, name))
+    assert found_structure == structure
+    for x, y in zip(found, expected, strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        if jnp.issubdtype(y.dtype, jnp.integer):
+            np.testing.assert_array_equal(x, y)
+        else:
+            np.testing.assert_allclose(x, y, atol=1e-4)
