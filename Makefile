@@ -30,15 +30,17 @@ demo: $(VENV)/run
 ask = printf '%s' 'examples/$(1).png: $(2) ' && \
 	$(BIN)/ovis-jax generate --model checkpoints/demo --image examples/$(1).png --prompt '$(2)'
 
-# All tests. On Python 3.11 they also compare with PyTorch; on other versions only with the frozen
-# results of the original code.
+# All tests; those that need no optimized programs first, because they compile faster together. On
+# Python 3.11 they also compare with PyTorch; on other versions only with the frozen results of the
+# original code.
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto -m 'not optimized'
+	$(BIN)/python -m pytest -n auto -m optimized
 
 # The tests to run after an edit, without those that are slow or need PyTorch or a browser. Under two
 # minutes on two cores.
 test-fast: $(VENV)/test
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not torch and not browser'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not optimized and not torch and not browser'
 
 # The newest JAX on Python >= 3.13, without PyTorch.
 test-newest: $(VENV_NEWEST)/test

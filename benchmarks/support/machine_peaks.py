@@ -99,20 +99,30 @@ def matmul_flop_rate(
 
 
 def describe_machine(**extra: Any) -> dict[str, Any]:
-    """Describe the device, the cores, the package versions and the date, plus extra fields."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    packages = {(d.metadata["Name"] or "").lower(): d.version for d in metadata.distributions()}
-    names = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "libtpu")
+    """Describe the devices and the host, plus extra fields."""
+    return {**describe_devices(), **describe_host(), **extra}
+
+
+def describe_devices() -> dict[str, Any]:
+    """Describe the devices of JAX."""
     return {
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
+    }
+
+
+def describe_host() -> dict[str, Any]:
+    """Describe the cores, the package versions and the date."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    packages = {(d.metadata["Name"] or "").lower(): d.version for d in metadata.distributions()}
+    names = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "libtpu")
+    return {
         "processor": _processor(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: packages[name] for name in names if name in packages},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **extra,
     }
 
 

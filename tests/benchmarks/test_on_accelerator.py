@@ -1,6 +1,8 @@
 """The accelerator check: its rehearsal, and what it does when a case or a part fails."""
 
+import ast
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,23 +12,57 @@ import jax
 import pytest
 
 from benchmarks import on_accelerator
-from benchmarks.support.accelerator import correctness
+from benchmarks.support.accelerator import correctness, facts
 from benchmarks.support.accelerator.part_process import Part, run_part
 from benchmarks.support.accelerator.report import write_report
 from benchmarks.support.accelerator.results import CaseRunner, read_results
 from benchmarks.support.accelerator.settings import Settings
 
 ROOT = Path(__file__).parents[2]
+BARE_MACHINE = """
+import sys
+from importlib.machinery import PathFinder
+
+HIDDEN = ("typer", "tokamax", *{more})
+
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in HIDDEN else super().find_spec(name, path, target)
+
+
+def refuse_network(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise OSError(f"this test allows no network: {{event}} {{arguments}}")
+
+
+sys.meta_path[:] = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
+sys.addaudithook(refuse_network)
+"""
+"""A `sitecustomize` module that hides optional packages, and refuses every connection."""
 HAS_TORCH = find_spec("torch") is not None and find_spec("transformers") is not None
 
 
-@pytest.mark.slow
-def test_the_rehearsal_runs_every_part(tmp_path):
-    options = ["--rehearse", "--minutes", "600", "--out"]  # a busy machine may be slow
-    command = [sys.executable, "-m", "benchmarks.on_accelerator", *options]
-    done = subprocess.run(
-        [*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+def run_on_bare_machine(tmp_path: Path, *command: str, hide: tuple[str, ...] = ()):
+    """Run Python without optional packages and without network."""
+    (tmp_path / "sitecustomize.py").write_text(BARE_MACHINE.format(more=hide))
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
+
+
+@pytest.mark.slow
+def test_the_rehearsal_runs_every_part(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("out")
+    options = ["--rehearse", "--minutes", "600", "--out"]  # a busy machine may be slow
+    command = ["-m", "benchmarks.on_accelerator", *options, str(tmp_path)]
+    done = run_on_bare_machine(tmp_path_factory.mktemp("site"), *command)
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(part["part"], part["status"]) for part in report["parts"]] == [
@@ -65,10 +101,20 @@ def test_the_rehearsal_runs_every_part(tmp_path):
     ]
 
 
+@pytest.mark.slow
+def test_every_part_imports_without_optional_packages(tmp_path):
+    modules = [part.module for part in on_accelerator.PARTS]
+    code = f"import {', '.join(modules)}, sys; print(sorted(sys.modules))"
+    hidden = ("pydantic", "torch", "transformers", "matplotlib")
+    done = run_on_bare_machine(tmp_path, "-c", code, hide=hidden)
+    assert done.returncode == 0, done.stderr
+    assert not {"typer", *hidden}.intersection(ast.literal_eval(done.stdout))
+
+
 CASES = {
     "facts": {
-        "platform",
-        "machine",
+        "devices",
+        "host",
         "copy",
         *(f"matrix product, {dtype}" for dtype in ("bfloat16", "int8", "float32")),
     },
@@ -129,6 +175,22 @@ def test_a_part_that_raises_is_recorded_with_the_cases_before(tmp_path):
     assert (result["case"], result["status"], result["x"]) == ("first", "measured", 1)
     assert "ValueError: broken on purpose" in (tmp_path / "out" / "log.txt").read_text()
     assert "The part crashed (exit code 1)." in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("case", ["devices", "host"])
+def test_the_report_is_written_when_a_fact_is_missing(tmp_path, case):
+    cases = CaseRunner(tmp_path / "results.jsonl", "facts", float("inf"))
+    measured = {
+        "devices": facts.describe_devices_and_memory,
+        "host": lambda: facts.describe_host_and_packages(Settings("facts", tmp_path, True, 1.0)),
+    }
+    for name, measure in measured.items():
+        cases.run(name, (lambda: raise_error(OSError("gone"))) if name == case else measure)
+    ended = {"part": "facts", "status": "finished", "exit_code": 0, "seconds": 1.0}
+    write_report(tmp_path, [ended], {"facts": "The device"}, read_results(cases.path))
+    text = (tmp_path / "report.md").read_text()
+    assert f"- {case}: failed, OSError: gone" in text
+    assert ("| devices |" in text, "| versions |" in text) == (case == "host", case == "devices")
 
 
 @pytest.mark.slow

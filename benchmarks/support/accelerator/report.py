@@ -88,14 +88,17 @@ def facts_table(results: Sequence[Result]) -> list[str]:
     facts = collect_facts(results)
     rows = []
     if "device" in facts:
-        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-        memory = facts.get("memory_bytes")
+        memory = facts["memory_bytes"]
         rows += [
             ["devices", f"{facts['devices']} x {facts['device']} ({facts['platform']})"],
+            ["memory that JAX may use", "unknown" if memory is None else f"{memory / GIB:.1f} GiB"],
+        ]
+    if "processor" in facts:
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        rows += [
             ["processor", f"{facts['processor']}, {facts['cores']} cores"],
             ["versions", f"Python {facts['python']}, {versions}"],
             ["not installed", ", ".join(facts["missing_packages"]) or "nothing"],
-            ["memory that JAX may use", "unknown" if memory is None else f"{memory / GIB:.1f} GiB"],
             ["free disk", f"{facts['free_disk_bytes'] / GIB:.0f} GiB"],
             ["date", facts["date"]],
         ]
