@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import typer
 from rich.console import Console
 from rich.measure import Measurement
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ovis_jax.checkpoint.checkpoint_problems import CheckpointValidationError, escape_unprintable
-from ovis_jax.errors import CheckpointError, ConfigError, OvisError
+from ovis_jax.errors import CheckpointError, ConfigError, OvisError, install_command
 
 INTERRUPTED = 4
 """Exit code of a command that was interrupted and can be resumed by running it again."""
@@ -85,6 +86,26 @@ def exit_on_error() -> Iterator[None]:
         if isinstance(error, OSError):
             sys.exit(3)
         sys.exit(1 if isinstance(error, CheckpointError | ConfigError) else 2)
+    except (RuntimeError, AssertionError):
+        problem = _why_jax_cannot_start()
+        if problem is None:
+            raise
+        print_error(Console(stderr=True, highlight=False), problem)
+        sys.exit(2)
+
+
+def _why_jax_cannot_start() -> str | None:
+    """Return why JAX finds no device, or None if it finds one."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # AssertionError if a plugin is not installed
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error).partition(" (set ")[0] or "its plugin is not installed"
+        return (
+            f"JAX cannot start with JAX_PLATFORMS={platforms!r}: {reason}; unset JAX_PLATFORMS, or "
+            f"install the plugin: {install_command('cuda12', 'cuda13', 'tpu')}"
+        )
+    return None
 
 
 def print_error(console: Console, error: object) -> None:

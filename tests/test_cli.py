@@ -19,19 +19,22 @@ MODEL = str(GOLDEN / "tiny-f32")
 WIDE = str(GOLDEN / "images" / "wide.png")
 
 
-def run(*arguments: object, cwd: Path, text: str | None = None) -> subprocess.CompletedProcess:
+def run(
+    *arguments: object, cwd: Path, text: str | None = None, **variables: str
+) -> subprocess.CompletedProcess:
+    """Run `ovis-jax` with arguments and environment variables."""
     command = [sys.executable, "-W", "error", "-m", "ovis_jax", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     # All tests of a run share one compilation cache.
-    environment |= {"XDG_CACHE_HOME": str(cwd.parent / "cache")}
+    environment |= {"XDG_CACHE_HOME": str(cwd.parent / "cache"), **variables}
     return subprocess.run(
         command, cwd=cwd, env=environment, input=text, capture_output=True, text=True, timeout=300
     )
 
 
-def run_invalid(*arguments: object, cwd: Path, code: int = 2) -> str:
+def run_invalid(*arguments: object, cwd: Path, code: int = 2, **variables: str) -> str:
     """Run a command that fails, and return its one-line error."""
-    result = run(*arguments, cwd=cwd)
+    result = run(*arguments, cwd=cwd, **variables)
     assert result.returncode == code, result
     assert result.stdout == "" and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
@@ -163,6 +166,18 @@ def test_invalid_images(tmp_path):
 )
 def test_invalid_requests(options, message, tmp_path):
     assert message in run_invalid("generate", "--model", MODEL, *options, cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "platform, reason",
+    [("cuda", "its plugin is not installed"), ("gpuu", "Unable to initialize backend 'gpuu'")],
+)
+def test_jax_that_cannot_start(platform, reason, tmp_path):
+    arguments = ("generate", "--model", MODEL, "--prompt", "Hi")
+    error = run_invalid(*arguments, cwd=tmp_path, JAX_PLATFORMS=platform)
+    assert f"error: JAX cannot start with JAX_PLATFORMS='{platform}': {reason}" in error
+    assert "unset JAX_PLATFORMS" in error
 
 
 @pytest.mark.slow

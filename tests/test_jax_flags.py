@@ -49,10 +49,16 @@ def inputs(rows: int = 2) -> Inputs:
     return jax.device_put(Inputs(tokens, positions, pixels))
 
 
+def sampling_numbers() -> Sampling:
+    """A value for every sampling parameter."""
+    filters = {"top_k": 50, "top_p": 0.9, "min_p": 0.01}
+    penalties = {"repetition_penalty": 1.2, "frequency_penalty": 0.1, "presence_penalty": 0.1}
+    return Sampling(temperature=0.8, **filters, **penalties)
+
+
 def sampling() -> Sampling:
-    """Every parameter of the sampling steps, on the device."""
-    values = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.2}
-    return Sampling(**{name: jax.device_put(np.float32(x)) for name, x in values.items()})
+    """The same on the device."""
+    return jax.tree.map(lambda x: jax.device_put(np.float32(x)), sampling_numbers())
 
 
 def run_forward(model, params, inputs, key, sampling):
@@ -73,7 +79,7 @@ def run_stream(model, params, inputs, key, sampling):
 
 
 def run_score(model, params, inputs, key, sampling):
-    return score(model, params, inputs, inputs.tokens)
+    return score(model, params, inputs, jax.device_put(np.full((2, 1, 3), 150, np.int32)))
 
 
 def run_visual_words(model, params, inputs, key, sampling):
@@ -83,11 +89,12 @@ def run_visual_words(model, params, inputs, key, sampling):
 def run_train_step(model, params, inputs, key, sampling):
     config = StepConfig(max_steps=10, learning_rate=1e-3, max_grad_norm=1.0)
     trainable, frozen = split_params(params, ["visual_tokenizer", "llm"])
-    labels = jax.device_put(np.where(np.asarray(inputs.tokens) > 300, inputs.tokens, -100))
-    batches = stack_micro_batches([TrainBatch(inputs, labels)])
-    state, metrics = train_step(
-        model, config, init_train_state(config, trainable), frozen, batches, key=key
-    )
+    tokens = np.asarray(inputs.tokens)
+    batch = TrainBatch(inputs, jax.device_put(np.where(tokens > 300, tokens, -100)))
+    with jax.transfer_guard("allow"):  # once at the start of a run
+        state = init_train_state(config, trainable)
+    batches = stack_micro_batches([batch])
+    state, metrics = train_step(model, config, state, frozen, batches, key=key)
     return state.trainable, metrics
 
 
@@ -97,7 +104,7 @@ def run_engine_programs(model, params, inputs, key, sampling):
     prefill = runner.run_encoder(runner.init_prefill_state(), pixels[0], 0, 5)
     for start in range(0, len(tokens), runner.chunk_size):
         prefill, logits = runner.run_prefill(prefill, tokens, start)
-    options = make_sampling_params(Sampling(0.8, 50, 0.9, 1.2), 5, 0)
+    options = make_sampling_params(sampling_numbers(), 5, 0)
     state, first = runner.run_insert(runner.init_decode_state(), 1, prefill, logits, options)
     found = [first]
     for mode in ("greedy", "temperature", "full"):

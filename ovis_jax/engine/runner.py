@@ -80,14 +80,15 @@ class ModelRunner:
             partial(init_prefill_state, config, visual_rows, max_model_len, dtype),
             out_shardings=prefill_sharding,
         )
-        self._encode_images = _compile_once(partial(encode_images, model), 1, replicated)
-        self._prefill_chunk = _compile_once(
+        compile_once = partial(_compile_once, replicated=replicated)
+        self._encode_images = compile_once(partial(encode_images, model), 1, replicated)
+        self._prefill_chunk = compile_once(
             partial(prefill_chunk, model), 1, (prefill_sharding, replicated)
         )
         out_shardings = decode_sharding, replicated
-        self._insert = _compile_once(insert_and_sample, 0, out_shardings)
+        self._insert = compile_once(insert_and_sample, 0, out_shardings)
         self._decode = {
-            mode: _compile_once(partial(decode, model, mode), 1, out_shardings)
+            mode: compile_once(partial(decode, model, mode), 1, out_shardings)
             for mode in get_args(SamplingMode)
         }
         self._warm_up(model.config.vision)
@@ -154,14 +155,23 @@ class ModelRunner:
 
 
 def _compile_once(
-    function: Callable[..., Any], donated_argument: int, out_shardings: Any
+    function: Callable[..., Any], donated_argument: int, out_shardings: Any, replicated: Any
 ) -> Callable[..., Any]:
-    """Return a function that is compiled in its first call and then rejects other shapes."""
+    """Return a function that is compiled in its first call and then rejects other shapes.
+
+    NumPy arrays among its arguments are put on the devices explicitly, with the sharding
+    `replicated`, so that it also runs where implicit transfers are disallowed.
+    """
     jitted = jax.jit(function, donate_argnums=donated_argument, out_shardings=out_shardings)
     compiled: Any = None
 
     def call(*arguments: Any) -> Any:
         nonlocal compiled
+        arguments = jax.tree.map(
+            lambda x: x if isinstance(x, Array) else jax.device_put(x, replicated), arguments
+        )
+        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+            return function(*arguments)
         if compiled is None:
             compiled = jitted.lower(*arguments).compile()
         return compiled(*arguments)

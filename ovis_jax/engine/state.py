@@ -160,7 +160,8 @@ def make_key(seed: UInt32[ArrayLike, "2"], choice: Int[ArrayLike, ""]) -> Key[Ar
     seed = jnp.asarray(seed)
     key = jax.random.key(seed[0])
     for number in (seed[1], jnp.asarray(choice)):
-        key = jax.lax.select(number == 0, key, jax.random.fold_in(key, number))
+        same = jax.random.clone(key)  # with jax_debug_key_reuse, a key may be used once
+        key = jax.lax.select(number == 0, same, jax.random.fold_in(key, number))
     return key
 
 
@@ -216,7 +217,7 @@ def encode_images(
     # The key is only used by models that sample their visual words.
     key = jax.random.fold_in(derive_image_key(make_key(seed, 0)), row)
     embeddings = model.embed_images(params, pixels, key).reshape(-1, visual.shape[1])
-    return jax.lax.dynamic_update_slice(visual, embeddings.astype(visual.dtype), (row, 0))
+    return jax.lax.dynamic_update_slice_in_dim(visual, embeddings.astype(visual.dtype), row, axis=0)
 
 
 def prefill_chunk(
@@ -241,8 +242,8 @@ def prefill_chunk(
     Returns:
       The new state, and the float32 logits at the chunk's last position.
     """
-    T, D = tokens.shape[1], state.visual.shape[1]
-    visual = jax.lax.dynamic_slice(state.visual, (row, 0), (T, D))
+    T = tokens.shape[1]
+    visual = jax.lax.dynamic_slice_in_dim(state.visual, row, T, axis=0)
     logits, cache = model.extend(params, tokens, positions, visual[None], state.cache)
     return PrefillState(cache, state.visual), logits
 
@@ -290,7 +291,7 @@ def decode(
     counts = state.counts
     if mode == "full":
         counts = counts.at[jnp.arange(len(lengths)), sampled.tokens].add(1)
-    num_tokens = state.num_tokens + active
+    num_tokens = state.num_tokens + active.astype(jnp.int32)
     return DecodeState(cache, sampled.tokens, num_tokens, counts, state.params), sampled
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
@@ -145,14 +146,17 @@ def _stream_chunks(
     yield replicate_if_explicit(chunk)  # at once, because the next program may have to be compiled
     if width == max_new_tokens or all_done(state.done):
         return
-    columns = min(width, max_new_tokens - width)
-    state, chunk = decode_more(model, params, state, options, columns, width)
+
+    def decode_columns(state: GenerationState, start: int) -> tuple[GenerationState, Generation]:
+        columns = jax.device_put(np.int32(min(width, max_new_tokens - start)))
+        return decode_more(model, params, state, options, columns, width)
+
+    state, chunk = decode_columns(state, width)
     for start in range(2 * width, max_new_tokens + width, width):
         done, next_chunk = state.done, None
         if start < max_new_tokens:
             done = _copy(done)  # a copy, because the state is donated
-            columns = min(width, max_new_tokens - start)
-            state, next_chunk = decode_more(model, params, state, options, columns, width)
+            state, next_chunk = decode_columns(state, start)
         yield replicate_if_explicit(chunk)
         if next_chunk is None or all_done(done):
             return
@@ -161,7 +165,7 @@ def _stream_chunks(
 
 def all_done(done: Bool[Array, "B"]) -> bool:
     """Return whether every row is done, for any sharding of the rows."""
-    return bool(_all(done))
+    return bool(jax.device_get(_all(done)))
 
 
 def make_options(
@@ -214,7 +218,7 @@ def make_options(
     if sampling.temperature is not None and key is None:
         raise RequestError("sampling with a temperature needs a key: pass jax.random.key(seed)")
     ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
-    return GenerationOptions(sampling.as_arrays(), jnp.asarray(ids, jnp.int32), key)
+    return GenerationOptions(sampling.as_arrays(), jax.device_put(np.asarray(ids, np.int32)), key)
 
 
 @partial(jax.jit, static_argnums=(0, 4, 5))
@@ -251,7 +255,7 @@ def decode_more(
     params: Params,
     state: GenerationState,
     options: GenerationOptions,
-    columns: Array,
+    columns: Int[Array, ""],
     width: int,
 ) -> tuple[GenerationState, Generation]:
     """Generate up to `columns` more tokens per row, padded to `width`; `state` is donated."""
@@ -304,13 +308,13 @@ def _append_token(
     token = jnp.where(state.done, model.config.pad_id, token)
     out = Generation(
         out.tokens.at[:, column].set(token),
-        out.lengths + ~state.done,
+        out.lengths + (~state.done).astype(jnp.int32),
         out.log_probs.at[:, column].set(jnp.where(state.done, 0.0, log_prob)),
     )
     counts = state.counts
     if counts is not None:
         counts = counts.at[jnp.arange(token.shape[0]), token].add(1)
-    stopped = jnp.any(token[:, None] == options.eos_ids, axis=1)
+    stopped = jnp.any(token[:, None] == options.eos_ids[None], axis=1)
     return GenerationState(state.cache, token, state.done | stopped, counts, state.step + 1), out
 
 

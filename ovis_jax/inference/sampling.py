@@ -83,16 +83,18 @@ class Sampling:
 
     def as_arrays(self) -> "Sampling":
         """Convert every number to an array, so that 1 and 1.0 use the same compiled program."""
-        return self.map(jnp.asarray)
+
+        def put(value: ArrayLike, dtype: DTypeLike) -> Array:
+            if isinstance(value, Array):
+                return value.astype(dtype)
+            # Explicitly, for users who disallow implicit transfers.
+            return jax.device_put(np.asarray(value, dtype))
+
+        return self.map(put)
 
     def map(self, function: Callable[[ArrayLike, DTypeLike], ArrayLike]) -> "Sampling":
-        """Apply a function to every value that is not None and its dtype, int32 or float32.
-
-        The result has top_p - 1 in place of top_p.
-        """
+        """Apply a function to every value that is not None and its dtype, int32 or float32."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.top_p is not None:
-            values["top_p"] = _subtract_1(self.top_p)
         dtypes = {"top_k": np.int32}
         return Sampling(
             **{
@@ -196,8 +198,7 @@ def top_k_top_p(
       p: Among the k tokens, keep the fewest most likely tokens that have at least the fraction p of
         their total probability (nucleus sampling, Holtzman et al. 2019), and at least one token. Of
         tokens with equal logits, those with the lowest ids are kept. With p = 1, all are kept. The
-        number of tokens is that of `TopPLogitsWarper` in transformers. A value of at most 0 is
-        p - 1, as in the result of `Sampling.map`.
+        number of tokens is that of `TopPLogitsWarper` in transformers.
     """
     keys = _ordered_bits(logits)
     if k is not None:
@@ -205,10 +206,10 @@ def top_k_top_p(
         kth = _first_key_above(keys, jnp.ones_like(logits), num_removed)
         logits = jnp.where(keys < kth, -jnp.inf, logits)
     if p is not None:
-        removed = -_as_column(_subtract_1(p))
-        removed = jnp.where(
-            removed > 0, removed, -1.0
-        )  # with p = 1, all logits are above the limit
+        p = _as_column(p)
+        # In float32, 1 - p is less exact than p. Rounding restores a decimal p such as 0.99999.
+        # With p = 1, all logits are above the limit.
+        removed = jnp.where(p < 1, jnp.round((1 - p) * 1e7) / 1e7, -1.0)
         probabilities = jax.nn.softmax(logits, axis=-1)
         last = _first_key_above(keys, probabilities, removed)
         last = jnp.minimum(last, jnp.max(keys, axis=-1, keepdims=True))
@@ -246,18 +247,6 @@ def _first_key_above(
 
     start = jnp.zeros((keys.shape[0], 1), jnp.uint32)
     return jax.lax.scan(add_digit, start, jnp.arange(30, -1, -2, dtype=jnp.uint32))[0]
-
-
-def _subtract_1(p: ArrayLike) -> ArrayLike:
-    """Return p - 1 as float32; a value of at most 0 is p - 1 already.
-
-    For numbers that are not JAX arrays, the result is exact and rounded once. After rounding p
-    itself, 1 - p would be wrong by 0.1 % for p = 0.99999.
-    """
-    if isinstance(p, Array):
-        return jnp.where(p > 0, p - 1, p)
-    exact = np.asarray(p, np.float64)
-    return np.where(exact > 0, exact - 1, exact).astype(np.float32)
 
 
 def _as_column(value: ArrayLike) -> Array:

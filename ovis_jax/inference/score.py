@@ -17,6 +17,7 @@ from ovis_jax.inputs.batch import PADDING_POSITION, Inputs
 from ovis_jax.inputs.conversation import IGNORE_INDEX
 from ovis_jax.mesh import allow_explicit_mesh
 from ovis_jax.model.decoder import unembed
+from ovis_jax.model.layers import over_last_axis
 from ovis_jax.model.ovis import Ovis, Params, apply
 
 
@@ -98,7 +99,7 @@ def label_log_probs(
     """Compute the log-probability of one label per distribution; the result is 0 for label -100."""
     # The label is selected by comparison, so that logits that are sharded over V are not gathered.
     logits -= jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    is_label = labels[..., None] == jnp.arange(logits.shape[-1])
+    is_label = labels[..., None] == over_last_axis(jnp.arange(logits.shape[-1]), logits)
     log_probs = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
     log_probs -= jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
     return jnp.where(labels != IGNORE_INDEX, log_probs, 0.0)
@@ -140,7 +141,7 @@ def _score(
     decoder, positions = model.decoder(remat=model.remat), positions.reshape(B * choices, -1)
     hidden = apply(decoder, params["decoder"], x, positions).hidden_states[-1]
 
-    columns = jnp.maximum(prompt_lengths[:, None] - 1 + jnp.arange(n), 0)  # [B, n]
+    columns = jnp.maximum(prompt_lengths[:, None] - 1 + jnp.arange(n)[None], 0)  # [B, n]
     columns = jnp.repeat(columns, choices, axis=0)[..., None]
     logits = unembed(
         model.config.decoder,
@@ -151,7 +152,7 @@ def _score(
     labels = answers.reshape(B * choices, n)
     log_probs = label_log_probs(logits, labels).reshape(answers.shape)
     greedy = (jnp.argmax(logits, axis=-1) == labels).reshape(answers.shape)
-    lengths = jnp.sum(answers != IGNORE_INDEX, axis=-1)
+    lengths = jnp.sum(answers != IGNORE_INDEX, axis=-1, dtype=jnp.int32)
     total = jnp.where(lengths > 0, jnp.sum(log_probs, axis=-1), -jnp.inf)
     return Scores(total, log_probs, greedy, lengths)
 
@@ -166,7 +167,7 @@ def _append_answers(
     B, choices, n = answers.shape
     tokens, positions = jnp.asarray(inputs.tokens), jnp.asarray(inputs.positions)
     T, length = tokens.shape[1], tokens.shape[1] + n - 1
-    column = jnp.arange(length)
+    column = jnp.arange(length, dtype=jnp.int32)[None]  # [1, l]
     first = jnp.argmax(positions >= 0, axis=1)  # prompts may be padded on either side
     prompt = jnp.take_along_axis(tokens, jnp.minimum(first[:, None] + column, T - 1), axis=1)
     index = column - prompt_lengths[:, None]  # [B, l], index of the answer token in each column
@@ -175,4 +176,4 @@ def _append_answers(
     in_prompt = index[:, None] < 0
     in_answer = (index[:, None] >= 0) & (index[:, None] < n - 1) & (answer != IGNORE_INDEX)
     joined = jnp.where(in_prompt, prompt[:, None], answer)
-    return joined, jnp.where(in_prompt | in_answer, column, PADDING_POSITION)
+    return joined, jnp.where(in_prompt | in_answer, column[None], PADDING_POSITION)

@@ -88,8 +88,9 @@ def _multiply_batch(
 ) -> tuple[Array, int]:
     """Multiply under `jax.vmap`; a batch of activations has the same weight in the usual case."""
     x, w = arrays
-    if axes[1] is None:
-        return multiply_by_weight(jnp.moveaxis(x, axes[0], 0), w, out_dtype), 0
+    x_axis, w_axis = axes
+    if x_axis is not None and w_axis is None:
+        return multiply_by_weight(jnp.moveaxis(x, x_axis, 0), w, out_dtype), 0
     return jax.vmap(partial(_multiply, out_dtype=out_dtype), axes)(x, w), 0
 
 
@@ -135,11 +136,11 @@ def write_slot(
     """
 
     def update(row: Array, value: Array, slot: Array) -> Array:
-        return jax.lax.dynamic_update_slice(row, value, (0, slot, 0))
+        return jax.lax.dynamic_update_slice_in_dim(row, value, slot, axis=1)
 
     def select(row: Array, value: Array, slot: Array) -> Array:
-        is_written = jnp.arange(row.shape[1]) == slot  # [S]
-        return jnp.where(is_written[:, None], value, row)
+        is_written = jnp.arange(row.shape[1])[None, :, None] == slot  # [1, S, 1]
+        return jnp.where(is_written, value, row)
 
     on_cpu = update if row.dtype == jnp.float32 else select
     return jax.lax.platform_dependent(row, value, slot, cpu=on_cpu, default=update)

@@ -52,7 +52,7 @@ def empty_cache(config: DecoderConfig, num_rows: int, max_length: int, dtype: DT
 def slot_positions(lengths: Int[Array, "B"], num_slots: int) -> Int[Array, "B S"]:
     """Return the position stored in each slot after `lengths` positions; -1 for an empty slot."""
     last = lengths[:, None] - 1  # [B, 1]
-    positions = last - (last - jnp.arange(num_slots)) % num_slots
+    positions = last - (last - jnp.arange(num_slots, dtype=jnp.int32)[None]) % num_slots
     return jnp.maximum(positions, -1)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 gelu = partial(jax.nn.gelu, approximate=True)
 """GELU in the tanh approximation, which both SigLIP and Gemma2 use."""
@@ -23,13 +23,18 @@ def matmul_precision(x: Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
+def over_last_axis(vector: Shaped[Array, "channels"], x: Array) -> Shaped[Array, "..."]:
+    """Give a vector over the last axis of `x` the rank of `x`, for `jax_numpy_rank_promotion`."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
 def rms_norm(
     x: Float[Array, "*rows D"], scale: Float[Array, "D"], eps: float
 ) -> Float[Array, "*rows D"]:
     """Apply Gemma2's RMSNorm to the last axis; the result is multiplied by 1 + `scale`."""
     y = x.astype(jnp.float32)
     y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+    return (y * over_last_axis(1.0 + scale.astype(jnp.float32), y)).astype(x.dtype)
 
 
 def layer_norm(
@@ -41,12 +46,13 @@ def layer_norm(
 ) -> Float[Array, "*rows channels"]:
     """Apply LayerNorm to the last axis; the statistics ignore padding after `unpadded_width`."""
     full = unpadded_width in (None, x.shape[-1])
-    real = None if full else jnp.arange(x.shape[-1]) < unpadded_width
+    real = None if full else over_last_axis(jnp.arange(x.shape[-1]) < unpadded_width, x)
     y = x.astype(jnp.float32)
     y -= jnp.mean(y, axis=-1, keepdims=True, where=real)
     variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True, where=real)
     y *= jax.lax.rsqrt(variance + eps)
-    return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+    scale, bias = (over_last_axis(z.astype(jnp.float32), y) for z in (scale, bias))
+    return (y * scale + bias).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -84,7 +90,8 @@ def apply_rope(
     exponents = np.arange(0, H, 2, dtype=np.float32) / np.float32(H)
     powers = np.float64(theta) ** exponents.astype(np.float64)
     frequencies = np.float32(1) / powers.astype(np.float32)  # [H/2]
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies  # [B, T, 1, H/2]
+    angles = positions.astype(jnp.float32)[:, :, None, None]
+    angles = angles * frequencies[None, None, None]  # [B, T, 1, H/2]
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

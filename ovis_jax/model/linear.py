@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from ovis_jax.model import cpu
-from ovis_jax.model.layers import matmul_precision
+from ovis_jax.model.layers import matmul_precision, over_last_axis
 
 init_weight = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
 """Initializer for matrices [out, in]."""
@@ -60,7 +60,7 @@ def linear(
         y = linear(x, w.w, bias, out_dtype=out_dtype)
         return y + linear(linear(x, w.a), w.b, out_dtype=out_dtype)
     y = _matmul(x, w, np.dtype(out_dtype))
-    return y if bias is None else y + bias.astype(out_dtype)
+    return y if bias is None else y + over_last_axis(bias.astype(out_dtype), y)
 
 
 # `jit` traces each shape once instead of once per block; `inline` removes the call from the

@@ -122,7 +122,7 @@ class VisionEncoder(nn.Module):
 
         # If its stride equals its kernel size, a convolution is a matrix product with the patches.
         patches = patchify(pixels.astype(patch.dtype), c.patch_size)  # [I, P, C p p]
-        x = linear(patches, patch.reshape(E, -1), bias) + position  # [I, P, E]
+        x = linear(patches, patch.reshape(E, -1), bias) + position[None]  # [I, P, E]
         make_block = nn.remat(VisionBlock) if self.remat else VisionBlock
         states = [x]
         for i in range(c.depth):

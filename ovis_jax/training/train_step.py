@@ -140,7 +140,10 @@ def train_step(
     )
     count = jnp.maximum(count, 1.0)
     gradients = jax.tree.map(lambda x: x / count, gradients)
-    updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.trainable)
+    with jax.numpy_dtype_promotion("standard"):  # AdamW in optax has powers of floats and integers
+        updates, opt_state = make_optimizer(config).update(
+            gradients, state.opt_state, state.trainable
+        )
     trainable = cast(FlatParams, optax.apply_updates(state.trainable, updates))
     grad_norm = optax.tree.norm(gradients)
     metrics = StepMetrics(loss / count, grad_norm, learning_rate_at(config, state.step), count)

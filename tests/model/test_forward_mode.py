@@ -93,7 +93,7 @@ def test_hessian_vector_products_of_the_model(shallow, kernel):
     )
 
     def loss(params):
-        return jnp.mean(jnp.square(model.forward(params, inputs)))
+        return jnp.mean(jnp.square(model.forward(params, inputs)[0]))
 
     @jax.jit
     def derivatives(params, tangent):
@@ -104,9 +104,11 @@ def test_hessian_vector_products_of_the_model(shallow, kernel):
     gradient, slope, product, other = derivatives(params, tangent)
     dots = jax.tree.map(lambda g, t: np.vdot(np.asarray(g, np.float64), t), gradient, tangent)
     assert slope == pytest.approx(sum(jax.tree.leaves(dots)), rel=1e-4)
-    for x, y in zip(jax.tree.leaves(product), jax.tree.leaves(other), strict=True):
-        assert np.abs(x - y).max() <= 1e-3 * np.abs(y).max()
-    assert max(np.abs(x).max() for x in jax.tree.leaves(product)) > 0
+    found, expected = (jax.tree.leaves(jax.device_get(x)) for x in (product, other))
+    largest = max(np.abs(x).max() for x in expected)  # some second derivatives are almost zero
+    assert largest > 0
+    for x, y in zip(found, expected, strict=True):
+        assert np.abs(x - y).max() <= 1e-3 * np.abs(y).max() + 1e-5 * largest
 
 
 @pytest.mark.parametrize("kernel, platform, dtype", [("splash", "tpu", "float32")])

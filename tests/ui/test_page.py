@@ -225,11 +225,12 @@ def test_rejected_question_returns_to_the_text_box(page):
 def test_image_mark_in_a_text_is_text(page, submitted):
     """It neither moves a picture nor ends the conversation, in a question or in an answer."""
     attach(page, SHAPES)
-    ask(page, "What does <image> mean?")
-    expect(page.locator("#note")).to_contain_text("written")
-    ask(page, "Why <image>?")
-    expect(answers(page)).to_have_count(2)
-    expect(page.locator("#note")).to_contain_text("written")
+    for number, question in enumerate(("What does <image> mean?", "Why <image>?"), 1):
+        ask(page, question)
+        expect(answers(page)).to_have_count(number)
+        expect(page.locator("#note")).to_contain_text("written")
+        expect(page.locator("#box .submit-button")).to_be_visible()  # the answer is complete
+    assert len(submitted) == 2
     for request in submitted:
         first = np.flatnonzero(request.tokens <= -300)[0]
         assert first == 4  # after <bos>, <start_of_turn>, user and a newline
