@@ -237,7 +237,7 @@ def _read_rope_theta(config: JsonObject) -> float:
     transformers 4 writes `rope_theta`, and `rope_scaling` if the angles are scaled. transformers 5
     writes all of it under `rope_parameters`.
     """
-    config.require_absent("partial_rotary_factor", "1.0: all channels are rotated", besides=(1,))
+    config.require_absent("partial_rotary_factor", "1.0: all channels are rotated", allowed=(1,))
     stated = [config] if "rope_theta" in config.values else []
     for key in ("rope_scaling", "rope_parameters"):
         if not config.get_optional(key, None):
@@ -247,7 +247,7 @@ def _read_rope_theta(config: JsonObject) -> float:
             if name in ("rope_type", "type"):
                 rope.require_value(name, "default")
             elif name == "partial_rotary_factor":
-                rope.require_absent(name, "1.0: all channels are rotated", besides=(1,))
+                rope.require_absent(name, "1.0: all channels are rotated", allowed=(1,))
             elif name == "rope_theta":
                 stated.append(rope)
             elif value is not None:

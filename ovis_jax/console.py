@@ -51,8 +51,8 @@ BatchSizeOption = Annotated[int, typer.Option(min=1, help="Number of rows per ba
 def parse_image_path(text: str) -> str:
     """Return the path of an image that a user typed, pasted or dropped on the terminal.
 
-    A leading "~" becomes the home folder. Unless a file has this very name, quotes and backslashes
-    are removed as by a shell, so spaces may be quoted or not.
+    A leading "~" becomes the home folder. If no file has exactly this name, quotes and backslashes
+    are removed as in a shell. Spaces need no quotes.
     """
     path = os.path.expanduser(text)
     return path if os.path.exists(path) else os.path.expanduser(_without_quotes(text))
@@ -64,7 +64,7 @@ def _without_quotes(text: str) -> str:
     lexer.whitespace_split = True
     try:
         return "".join(lexer)
-    except ValueError:  # a single quote, which belongs to the name
+    except ValueError:  # a lone quote or a final backslash belongs to the name
         return text
 
 
@@ -99,8 +99,9 @@ def _why_jax_cannot_start() -> str | None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # AssertionError if a plugin is not installed
-        platforms = os.environ.get("JAX_PLATFORMS", "")
         reason = str(error).partition(" (set ")[0] or "its plugin is not installed"
+        if not (platforms := os.environ.get("JAX_PLATFORMS")):
+            return f"JAX cannot start: {reason}"
         return (
             f"JAX cannot start with JAX_PLATFORMS={platforms!r}: {reason}; unset JAX_PLATFORMS, or "
             f"install the plugin: {install_command('cuda12', 'cuda13', 'tpu')}"

@@ -47,15 +47,15 @@ class JsonObject:
         if (found := self.get(key)) != supported:
             raise self.error(key, found, f"{supported!r}, the only supported value")
 
-    def require_absent(self, key: str, expected: str, *, besides: tuple[Any, ...] = ()) -> None:
-        """Check that a field is missing, null, false or empty, or has one of some other values.
+    def require_absent(self, key: str, expected: str, *, allowed: tuple[Any, ...] = ()) -> None:
+        """Check that a field is missing, null, false or empty, or has an allowed value.
 
         Args:
           key: The field.
           expected: What is supported instead, for the error message.
-          besides: Values that the field may have, too.
+          allowed: Other values that the field may have.
         """
-        if (found := self.values.get(key)) and found not in besides:
+        if (found := self.values.get(key)) and found not in allowed:
             raise self.error(key, found, expected)
 
     def get_object(self, key: str) -> "JsonObject":

@@ -1,4 +1,4 @@
-"""Image files that Pillow cannot write: PNG files with given bit depths and chunks."""
+"""Image files that Pillow cannot write: PNG and TIFF files with given bit depths and chunks."""
 
 import io
 import struct
@@ -28,7 +28,7 @@ def png_chunk(name: bytes, data: bytes) -> bytes:
 
 
 def add_exif_at_the_end(png: bytes, orientation: int) -> bytes:
-    """Add an eXIf chunk behind the pixels, where a reader of the header does not see it."""
+    """Add an eXIf chunk after the pixels, where a reader of the header does not see it."""
     chunk = png_chunk(b"eXIf", exif_orientation(orientation).tobytes().removeprefix(b"Exif\0\0"))
     end = png.rindex(b"IEND") - 4
     return png[:end] + chunk + png[end:]
@@ -51,3 +51,19 @@ def png_file(values: np.ndarray, bits: int, transparent: tuple[int, ...] | None 
         chunks.append(png_chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)))
     chunks.append(png_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in packed))))
     return b"\x89PNG\r\n\x1a\n" + b"".join([*chunks, png_chunk(b"IEND", b"")])
+
+
+def gray_tiff_file(values: np.ndarray, bits: int, *, white_is_zero: bool = False) -> bytes:
+    """Encode integers of 12 or 16 bits, [h, w] with an even width, in an uncompressed TIFF file."""
+    height, width = values.shape
+    pixels = values.astype("<u2").tobytes()
+    if bits == 12:
+        left, right = values[:, ::2], values[:, 1::2]
+        packed = np.stack([left >> 4, (left & 15) << 4 | right >> 8, right & 255], axis=-1)
+        pixels = packed.astype(np.uint8).tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 0}
+    tags |= {277: 1, 278: height, 279: len(pixels)}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4  # the offset of the pixels
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    return header + b"".join(entries) + bytes(4) + pixels

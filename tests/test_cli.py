@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from golden_copies import GOLDEN, copy_golden
 from PIL import Image
 
 import ovis_jax
+from ovis_jax.console import exit_on_error
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(GOLDEN / "tiny-f32")
@@ -178,6 +180,18 @@ def test_jax_that_cannot_start(platform, reason, tmp_path):
     error = run_invalid(*arguments, cwd=tmp_path, JAX_PLATFORMS=platform)
     assert f"error: JAX cannot start with JAX_PLATFORMS='{platform}': {reason}" in error
     assert "unset JAX_PLATFORMS" in error
+
+
+def test_jax_that_cannot_start_without_a_platform_in_the_environment(monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("the TPU is in use (set JAX_PLATFORMS='' to choose another)")
+
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(SystemExit) as caught, exit_on_error():
+        raise RuntimeError
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: JAX cannot start: the TPU is in use\n"
 
 
 @pytest.mark.slow

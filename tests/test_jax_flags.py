@@ -1,14 +1,16 @@
 """Every entry point under each of JAX's global settings that research programs switch on."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shallow import shallow_config
 
-from ovis_jax import Sampling, generate, score, stream, visual_words
+from ovis_jax import Ovis, Sampling, generate, score, stream, visual_words
 from ovis_jax.engine.runner import ModelRunner
 from ovis_jax.engine.state import make_sampling_params
 from ovis_jax.inputs.batch import Inputs
@@ -129,13 +131,15 @@ ENTRY_POINTS = {
 
 
 @pytest.fixture(scope="module")
-def results(shallow):
-    """Setting, entry point -> results."""
+def results():
+    """Setting, entry point -> results, of a model with a single block on each side."""
+    config = shallow_config()
+    model = Ovis(replace(config, decoder=replace(config.decoder, depth=1)))
+    params = jax.jit(model.init)(jax.random.key(0))
     found = {}
 
     def run(setting: str, name: str):
         if (setting, name) not in found:
-            model, params = shallow
             arguments = inputs(), jax.random.key(3), sampling()
             with SETTINGS[setting]():
                 found[setting, name] = ENTRY_POINTS[name](model, params, *arguments)

@@ -11,7 +11,7 @@ from ovis_jax import presets
 from ovis_jax.checkpoint.checkpoint_problems import CheckpointValidationError
 from ovis_jax.checkpoint.tensor_index import read_tensor_index
 from ovis_jax.config import OvisConfig
-from ovis_jax.errors import ConfigError
+from ovis_jax.errors import ConfigError, DataError
 from ovis_jax.evaluation.questions import read_questions
 from ovis_jax.evaluation.results_file import ResultsFile
 from ovis_jax.inputs.dataset import read_dataset
@@ -114,6 +114,15 @@ def test_git_lfs_pointer_of_a_small_file(tmp_path, name):
     (folder / "tokenizer.json").write_bytes(POINTER)
     with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read as JSON: it is a Git L"):
         Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
+def test_git_lfs_pointer_of_a_dataset(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(POINTER)
+    for read in (read_questions, lambda path: read_dataset([path])):
+        with pytest.raises(DataError, match=rf"^{path} is a Git LFS pointer, not the file itself"):
+            read(path)
 
 
 @pytest.mark.parametrize("name", ["tiny-f32", "tiny-bf16-sharded"])

@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ from jax.typing import DTypeLike
 
 from benchmarks.support.timing import time_in_turns
 
-_CALLS_PER_TIMING = 8
-"""Calls that are dispatched before the timer stops, so that the dispatch of one does not count."""
+
+def _calls_per_timing() -> int:
+    """Return the number of calls that are dispatched before the timer stops.
+
+    On an accelerator, the dispatch of a single call would count.
+    """
+    return 1 if jax.default_backend() == "cpu" else 8
 
 
 def restrict_to_cores(num_cores: int | None = None) -> int:
@@ -42,12 +48,12 @@ def copy_bandwidth(num_bytes: int = 2**28, repeats: int = 5) -> float:
       num_bytes: size of the array; must exceed every cache.
       repeats: number of timed copies.
     """
-    x = jnp.zeros(num_bytes // 4, jnp.float32)
+    x, num_calls = jnp.zeros(num_bytes // 4, jnp.float32), _calls_per_timing()
     plus_one = jax.jit(lambda x: x + 1)
 
     def copy_repeatedly() -> Any:
         y = x
-        for _ in range(_CALLS_PER_TIMING):
+        for _ in range(num_calls):
             y = plus_one(y)
         return y
 
@@ -55,9 +61,9 @@ def copy_bandwidth(num_bytes: int = 2**28, repeats: int = 5) -> float:
     if jax.default_backend() == "cpu":
         # The C library's copy bypasses the caches, which can be faster on one core.
         source, target = np.zeros(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
-        calls["memcpy"] = lambda: [np.copyto(target, source) for _ in range(_CALLS_PER_TIMING)]
+        calls["memcpy"] = lambda: [np.copyto(target, source) for _ in range(num_calls)]
     timings = time_in_turns(calls, repeats)
-    seconds = min(min(t.seconds) for t in timings.values()) / _CALLS_PER_TIMING
+    seconds = min(min(t.seconds) for t in timings.values()) / num_calls
     return 2 * num_bytes / seconds
 
 
@@ -84,7 +90,7 @@ def matmul_flop_rate(
         options = {"precision": "highest", "preferred_element_type": out_dtype}
         return jnp.einsum("ri,oi->ro", x, x, **options)
 
-    best = 0.0
+    best, num_calls = 0.0, _calls_per_timing()
     for size in sizes:
         key, shape = jax.random.key(0), (size, size)
         x = (
@@ -92,8 +98,8 @@ def matmul_flop_rate(
             if integer
             else jax.random.normal(key, shape, dtype)
         )
-        calls = {"jax": lambda x=x: [product(x) for _ in range(_CALLS_PER_TIMING)]}
-        seconds = min(time_in_turns(calls, repeats)["jax"].seconds) / _CALLS_PER_TIMING
+        calls = {"jax": lambda x=x: [product(x) for _ in range(num_calls)]}
+        seconds = min(time_in_turns(calls, repeats)["jax"].seconds) / num_calls
         best = max(best, 2 * size**3 / seconds)
     return best
 
@@ -114,8 +120,7 @@ def describe_devices() -> dict[str, Any]:
 
 def describe_host() -> dict[str, Any]:
     """Describe the cores, the package versions and the date."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    packages = {(d.metadata["Name"] or "").lower(): d.version for d in metadata.distributions()}
+    affinity, packages = getattr(os, "sched_getaffinity", None), _package_versions()
     names = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "libtpu")
     return {
         "processor": _processor(),
@@ -124,6 +129,11 @@ def describe_host() -> dict[str, Any]:
         "versions": {name: packages[name] for name in names if name in packages},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+@cache
+def _package_versions() -> dict[str, str]:
+    return {(d.metadata["Name"] or "").lower(): d.version for d in metadata.distributions()}
 
 
 def _processor() -> str:

@@ -68,12 +68,12 @@ class PeftConfig:
         path = folder / PEFT_CONFIG_FILE
         fields = JsonObject(read_json(path), str(path))
         fields.require_value("peft_type", "LORA")
-        fields.require_absent("bias", f"'none'; {_ADVICE}", besides=("none",))
+        fields.require_absent("bias", f"'none'; {_ADVICE}", allowed=("none",))
         fields.require_absent(
             "init_lora_weights",
             "a boolean, 'gaussian', 'eva' or 'orthogonal', which leave the model's matrices as they"
             " are; save the adapters with path_initial_model_for_weight_conversion, or " + _ADVICE,
-            besides=(True, "gaussian", "eva", "orthogonal"),
+            allowed=(True, "gaussian", "eva", "orthogonal"),
         )
         for key in sorted(fields.values.keys() - _SUPPORTED_FIELDS - _FIELDS_WITHOUT_EFFECT):
             fields.require_absent(key, f"null, false or empty: only plain LoRA is read; {_ADVICE}")

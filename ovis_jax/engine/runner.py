@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 
 from ovis_jax.config import VisionConfig
 from ovis_jax.engine.state import (
+    MAX_EOS_IDS,
     DecodeState,
     PrefillState,
     SampledTokens,
@@ -31,6 +32,7 @@ from ovis_jax.engine.state import (
     prefill_chunk,
     split_seed,
 )
+from ovis_jax.errors import OvisError
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.image_processing import IMAGE_SLOT
 from ovis_jax.model.kv_cache import Cache
@@ -50,6 +52,9 @@ class ModelRunner:
       max_num_seqs: Number of slots, which is the maximum number of concurrent sequences.
       max_model_len: Maximum total length of a prompt and its answer, in positions.
       chunk_size: Number of prompt positions per prefill step.
+
+    Raises:
+      OvisError: The checkpoint has more than `MAX_EOS_IDS` stop ids.
     """
 
     def __init__(
@@ -61,6 +66,11 @@ class ModelRunner:
         max_model_len: int,
         chunk_size: int,
     ):
+        num_eos_ids = len(model.config.eos_ids)
+        if num_eos_ids > MAX_EOS_IDS:
+            raise OvisError(
+                f"eos_token_id: {num_eos_ids} ids, but the engine supports at most {MAX_EOS_IDS}"
+            )
         self._params = params
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.chunk_size = min(chunk_size, max_model_len)
@@ -80,15 +90,16 @@ class ModelRunner:
             partial(init_prefill_state, config, visual_rows, max_model_len, dtype),
             out_shardings=prefill_sharding,
         )
-        compile_once = partial(_compile_once, replicated=replicated)
-        self._encode_images = compile_once(partial(encode_images, model), 1, replicated)
-        self._prefill_chunk = compile_once(
+        # Explicitly, so that the engine also runs where implicit transfers are disallowed.
+        self._put_on_device = partial(jax.device_put, device=replicated)
+        self._encode_images = _compile_once(partial(encode_images, model), 1, replicated)
+        self._prefill_chunk = _compile_once(
             partial(prefill_chunk, model), 1, (prefill_sharding, replicated)
         )
         out_shardings = decode_sharding, replicated
-        self._insert = compile_once(insert_and_sample, 0, out_shardings)
+        self._insert = _compile_once(insert_and_sample, 0, out_shardings)
         self._decode = {
-            mode: compile_once(partial(decode, model, mode), 1, out_shardings)
+            mode: _compile_once(partial(decode, model, mode), 1, out_shardings)
             for mode in get_args(SamplingMode)
         }
         self._warm_up(model.config.vision)
@@ -108,9 +119,8 @@ class ModelRunner:
     ) -> PrefillState:
         """Encode the prompt's crop with the index `crop`."""
         row = np.int32(crop * self._tokens_per_crop)
-        visual = self._encode_images(
-            self._params, state.visual, pixels[None], row, split_seed(seed)
-        )
+        arrays = self._put_on_device((pixels[None], row, split_seed(seed)))
+        visual = self._encode_images(self._params, state.visual, *arrays)
         return state._replace(visual=visual)
 
     def run_prefill(
@@ -132,7 +142,8 @@ class ModelRunner:
         ids[0, : len(chunk)] = chunk
         positions[0, : len(chunk)] = np.arange(start, start + len(chunk))
         row = np.int32(np.count_nonzero(tokens[:start] == IMAGE_SLOT))
-        return self._prefill_chunk(self._params, state, ids, positions, row)
+        arrays = self._put_on_device((ids, positions, row))
+        return self._prefill_chunk(self._params, state, *arrays)
 
     def run_insert(
         self,
@@ -143,33 +154,27 @@ class ModelRunner:
         sampling_params: SamplingParams,
     ) -> tuple[DecodeState, SampledTokens]:
         """Start a sequence in a slot; `prefill` is not donated."""
-        state, sampled = self._insert(state, np.int32(slot), prefill.cache, logits, sampling_params)
+        row, params = self._put_on_device((np.int32(slot), sampling_params))
+        state, sampled = self._insert(state, row, prefill.cache, logits, params)
         return state, jax.device_get(sampled)
 
     def run_decode(
         self, state: DecodeState, active: Bool[np.ndarray, "B"], mode: SamplingMode
     ) -> tuple[DecodeState, SampledTokens]:
         """Generate a token in every active slot."""
-        state, sampled = self._decode[mode](self._params, state, active)
+        state, sampled = self._decode[mode](self._params, state, self._put_on_device(active))
         return state, jax.device_get(sampled)
 
 
 def _compile_once(
-    function: Callable[..., Any], donated_argument: int, out_shardings: Any, replicated: Any
+    function: Callable[..., Any], donated_argument: int, out_shardings: Any
 ) -> Callable[..., Any]:
-    """Return a function that is compiled in its first call and then rejects other shapes.
-
-    NumPy arrays among its arguments are put on the devices explicitly, with the sharding
-    `replicated`, so that it also runs where implicit transfers are disallowed.
-    """
+    """Return a function that is compiled in its first call and then rejects other shapes."""
     jitted = jax.jit(function, donate_argnums=donated_argument, out_shardings=out_shardings)
     compiled: Any = None
 
     def call(*arguments: Any) -> Any:
         nonlocal compiled
-        arguments = jax.tree.map(
-            lambda x: x if isinstance(x, Array) else jax.device_put(x, replicated), arguments
-        )
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             return function(*arguments)
         if compiled is None:

@@ -16,13 +16,18 @@ AnswerType = Literal["text", "yes_no", "multiple_choice"]
 
 ANSWER_PREFIX = re.compile(
     r"(?:so|therefore|thus|hence)?\W*(?:the|my)? ?(?:(?:final|correct|right|best) )*"
-    r"(?:answer|option|choice)\b(?: is| would be)?\W*(?:option |choice )?",
+    # A minus sign, a currency or a parenthesis after it belongs to the answer.
+    r"(?:answer|option|choice)\b(?: is| would be)?[\s:=\"'“„]*(?:[-–—] )?(?:option |choice )?",
     re.IGNORECASE,
 )
 """The beginning of texts such as "The answer is C." and "Answer: (B)"."""
 
 LAST_WORDS = 4
 """A letter in a sentence names an option if it is one of the last words, as in VLMEvalKit."""
+
+NEGATION = re.compile(
+    r"\b(?:no|not|nor|neither|never|cannot|except|wrong|incorrect)\b|n['’]t\b", re.IGNORECASE
+)
 
 
 def read_answer_strictly(text: str, answer_type: AnswerType, options: Sequence[str]) -> str:
@@ -60,8 +65,8 @@ def read_answer(text: str, expected: str, options: Sequence[str]) -> str:
 
     Returns:
       For a multiple-choice question or an expected letter, the letter, or "" if the text names no
-      option or several. For an expected yes or no, "yes", "no" or "". Otherwise, the text without
-      what does not matter.
+      option, names several, or negates the one that it names. For an expected yes or no, "yes",
+      "no" or "". Otherwise, the text without what does not matter.
     """
     if options:
         return _read_letter(text, OPTION_LETTERS[: len(options)], options)
@@ -73,22 +78,31 @@ def read_answer(text: str, expected: str, options: Sequence[str]) -> str:
 
 
 def _read_letter(text: str, letters: str, options: Sequence[str]) -> str:
-    if options and (letter := read_answer_strictly(text, "multiple_choice", options)):
-        return letter
     text = _without_emphasis(text)
     prefix = ANSWER_PREFIX.match(text)
     rest = text[prefix.end() :] if prefix else text
-    texts = [_plain(option) for option in options]
-    if texts.count(answer := _plain(rest)) == 1:
-        return letters[texts.index(answer)]
+    texts: list[str] = []
+    for simplify in (str.casefold, _plain):
+        texts = [simplify(option.strip()) for option in options]
+        answer = simplify(rest)
+        if texts.count(answer) == 1 and answer.upper() not in [*letters]:
+            return letters[texts.index(answer)]
     if match := re.fullmatch(rf"\W*([{letters}])\W*", rest, re.IGNORECASE):  # "b", "(B)."
         return match[1].upper()
-    if match := re.match(rf"\(?([{letters}])[).:]", rest):  # "B) the dog"
-        return match[1]
-    if match := re.match(rf"([{letters}])\b\s*(.*)", rest):
-        is_stated = prefix and prefix[0].rstrip()[-1].isalpha()  # "The answer is B because"
-        if is_stated or _plain(match[2]) in texts[letters.index(match[1]) :][:1]:  # "B the dog"
-            return match[1]
+    if match := re.match(rf"\(?([{letters}])(?!\w)([).:,]*)\s*(.*)", rest):
+        letter, mark, more = match.groups()
+        if options and _plain(more) == texts[letters.index(letter)]:  # "B the dog"
+            return letter
+        if mark or (prefix and prefix[0].rstrip()[-1].isalpha()):  # "The answer is B because"
+            return "" if _other_letters(more, letters, letter) else letter
+    plain = _plain(text)
+    found = [option for option in texts if re.search(_whole(option), plain)]
+    found = [x for x in found if not any(x in other and x != other for other in found)]
+    for option in found:
+        if len(option) > 1:  # the B of the option "Hepatitis B" is not the letter of an option
+            text = re.sub(
+                _whole(option), lambda match: re.sub(r"\b\w\b", "_", match[0]), text, flags=re.I
+            )
     words = re.sub(r"[.()\[\],:;!?*#{}]", " ", text).split()
     named = {word for word in words if len(word) == 1 and word in letters}
     if len(words) > 1 and words[0] == "I":  # "I see a dog"
@@ -98,24 +112,49 @@ def _read_letter(text: str, letters: str, options: Sequence[str]) -> str:
     if named:
         letter = min(named)
         is_last = words.index(letter) >= len(words) - LAST_WORDS
-        return letter if len(named) == 1 and is_last else ""
-    if len(text) > 2 * sum(map(len, options)):
+        is_named = len(named) == 1 and is_last and not _is_negated(rf"\b{letter}\b", text)
+        return letter if is_named else ""
+    if {*texts} == {"yes", "no"} and (answer := _read_yes_or_no(text)):
+        return letters[texts.index(answer)]
+    if len(found) != 1 or len(text) > 2 * sum(map(len, options)):
         return ""
-    found = [x for x in texts if re.search(rf"(?<!\w){re.escape(x)}(?!\w)", _plain(text))]
-    found = [x for x in found if not any(x in other and x != other for other in found)]
-    return letters[texts.index(found[0])] if len(found) == 1 else ""
+    return "" if _is_negated(_whole(found[0]), plain) else letters[texts.index(found[0])]
+
+
+def _other_letters(text: str, letters: str, letter: str) -> set[str]:
+    """Return the other letters that the text after a letter lists, as in "or B" and "B. a cat"."""
+    text = re.sub(r"\b[AI] (?!(?:or|and)\b)(?=\w\w)", "", text)  # "A dog", "I think"
+    listed = rf"(?:^|\b(?:and|or) |[/,&] ?)\(?([{letters}])(?!\w)|\b([{letters}])[).:](?=\s*\w)"
+    return {first or second for first, second in re.findall(listed, text)} - {letter}
+
+
+def _whole(option: str) -> str:
+    """Return a pattern that finds an option, but not in a longer word or number."""
+    return rf"(?<![\w/-])(?<!\d[.,:]){re.escape(option)}(?![\w/-]|[.,:]\d)"
+
+
+def _is_negated(pattern: str, text: str) -> bool:
+    """Return whether one of the two words before or after a match negates it, as in "not B"."""
+    before, after = re.split(pattern, text, maxsplit=1)
+    before, after = re.split(r"[.,:;!?]", before)[-1], re.split(r"[.,:;!?]", after)[0]
+    return any(map(NEGATION.search, [*before.split()[-2:], *after.split()[:2]]))
 
 
 def _read_yes_or_no(text: str) -> str:
-    words = re.findall(r"\w+", text.casefold())
-    if words[:1] in (["yes"], ["no"]):
-        return words[0]
+    text = _without_emphasis(text).casefold()
+    words = re.findall(r"\w+", text)
     found = {"yes", "no"} & set(words)
+    is_both = re.match(r"\W*(?:yes|no)\s*(?:or\b|and\b|/)\s*(?:yes|no)\b", text)
+    if words[:1] in (["yes"], ["no"]) and not is_both:
+        return words[0]
     return found.pop() if len(found) == 1 else ""
 
 
 def _without_emphasis(text: str) -> str:
-    return " ".join(re.sub(r"[*`]|__", "", text).split()).strip("\"'“”„ ")
+    """Return a text without Markdown emphasis, quotes around it and repeated spaces."""
+    without = re.sub(r"(?<!\w)(?:[*`]|__)+|(?:[*`]|__)+(?!\w)", "", text)  # "2*3" stays
+    text = " ".join((without if without.strip() else text).split())
+    return text.strip("\"'“”„ ") or text
 
 
 def _plain(text: str) -> str:

@@ -147,7 +147,7 @@ def _parse_question(value: Any, name: str, folder: Path, raw_prompts: bool) -> E
         return EvalQuestion("", row)
     fields = select_fields(value, QUESTION_KEYS)
     question = require_text(fields, "question")
-    hint = require_text(fields, "hint") if "hint" in fields else ""
+    hint = require_text(fields, "hint") if fields.get("hint") else ""
     images = parse_images(fields, folder)
     options = _parse_options(fields)
     expected = _parse_expected(fields, options)
@@ -163,7 +163,7 @@ def _parse_question(value: Any, name: str, folder: Path, raw_prompts: bool) -> E
 
 
 def _parse_options(row: Mapping[str, Any]) -> tuple[str, ...]:
-    keys = [key for key in OPTION_KEYS if key in row]
+    keys = [key for key in OPTION_KEYS if row.get(key)]
     if len(keys) > 1:
         raise DataError("choices and options both have a value, expected one of them")
     if not keys:

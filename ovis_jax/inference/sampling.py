@@ -114,7 +114,10 @@ class Sampling:
                 f"sampling: {name} has shape {np.shape(value)}, expected a number or one value for"
                 f" each of {rows} rows"
             )
-        if not isinstance(value, Tracer) and not np.all(is_valid(np.asarray(value))):
+        if isinstance(value, Tracer):
+            return
+        value = np.asarray(jax.device_get(value))  # explicitly, as in `as_arrays`
+        if not np.all(is_valid(value)):
             raise RequestError(f"sampling: {name} is {value}, expected {expected}")
 
 
@@ -207,9 +210,11 @@ def top_k_top_p(
         logits = jnp.where(keys < kth, -jnp.inf, logits)
     if p is not None:
         p = _as_column(p)
-        # In float32, 1 - p is less exact than p. Rounding restores a decimal p such as 0.99999.
-        # With p = 1, all logits are above the limit.
-        removed = jnp.where(p < 1, jnp.round((1 - p) * 1e7) / 1e7, -1.0)
+        # In float32, 1 - p is less exact than p. Rounding restores a decimal p such as 0.99999. The
+        # barrier keeps XLA from multiplying by the reciprocal, which has another last bit. With
+        # p = 1, all logits are above the limit.
+        scale = jax.lax.optimization_barrier(jnp.full_like(p, 1e7))
+        removed = jnp.where(p < 1, jnp.round((1 - p) * scale) / scale, -1.0)
         probabilities = jax.nn.softmax(logits, axis=-1)
         last = _first_key_above(keys, probabilities, removed)
         last = jnp.minimum(last, jnp.max(keys, axis=-1, keepdims=True))

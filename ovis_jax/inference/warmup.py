@@ -126,8 +126,9 @@ def _compile_stream(
     first = prefill_and_decode.lower(model, params, inputs, options, max_new_tokens, width)
     state = _abstract_state(first.out_info[0], first.compile().output_shardings[0], committed)
     _compile_all_done(state)
+    columns = jax.device_put(np.int32(1))
     for _ in range(3 if width < max_new_tokens else 0):
-        later = decode_more.lower(model, params, state, options, 1, width)
+        later = decode_more.lower(model, params, state, options, columns, width)
         shardings = later.compile().output_shardings[0]
         next_state = _abstract_state(later.out_info[0], shardings, committed)
         _compile_all_done(next_state)

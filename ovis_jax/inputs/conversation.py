@@ -41,11 +41,11 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class ParsedTurn(NamedTuple):
-    """A turn whose images have places but no marks in the text."""
+    """A turn whose text is split at the places of its images."""
 
     role: str
     texts: tuple[str, ...]
-    """The texts before, between and after the images, so one more than there are images."""
+    """The texts before, between and after the images: one more than the number of images."""
     loss: bool = True
     """Whether the tokens of an assistant turn are labels in training."""
 
@@ -279,14 +279,23 @@ def _read_turn(
 def _read_part(
     part: Any, name: str, parse_image_placeholders: bool
 ) -> tuple[list[str], list[ImageSource | None]]:
-    """Check a content part, and return the same as `_read_turn`."""
+    """Check a content part, and return its texts and images as `_read_turn` does."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     match part:
         case {"type": "text", "text": str(text)}:
             texts = text.split(IMAGE_PLACEHOLDER) if parse_image_placeholders else [text]
             return texts, [None] * (len(texts) - 1)
-        case {"type": "image"}:
-            return ["", ""], [cast(ImageSource | None, part.get("image"))]
+        case {"type": "image", "image": image} if image is not None:
+            return ["", ""], [cast(ImageSource, image)]
+        # Any other value, such as a URL, would be an image that this function does not read.
+        case {"type": "image", **rest} if all(value is None for value in rest.values()):
+            return ["", ""], [None]
+        case {"type": "image", **rest}:
+            keys = sorted(key for key, value in rest.items() if value is not None)
+            raise PromptError(
+                f"{name} has the keys {keys}, expected image; pass a file as "
+                '{"type": "image", "image": PATH}'
+            )
         case {"type": "image_url", "image_url": {"url": str(url)} | str(url)}:
             if is_data_url(url):
                 return ["", ""], [url]

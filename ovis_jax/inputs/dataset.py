@@ -38,17 +38,19 @@ from ovis_jax.errors import DataError, OvisError
 from ovis_jax.inputs.conversation import IMAGE_PLACEHOLDER, Turn
 from ovis_jax.inputs.open_image import is_data_url, open_image
 from ovis_jax.inputs.parquet_rows import ParquetImage, is_parquet, read_parquet_rows
-from ovis_jax.user_files import read_text
+from ovis_jax.user_files import GIT_LFS_POINTER, is_git_lfs_pointer, read_text
 
 METADATA_KEYS = (
-    "id idx index name source data_source dataset category split language license model metadata"
-    " width height"
+    "id question_id sample_id prompt_id uuid idx index name source data_source dataset subset"
+    " category split language license model metadata width height score_chosen score_rejected"
+    " __index_level_0__ __key__ __url__"
 ).split()
 """Keys that describe a row or a turn without changing what is learned; they are ignored."""
 
 CONVERSATION_KEYS = ("conversations", "messages", "prompt")
 IMAGE_KEYS = ("image", "images")
 ROW_KEYS = (*IMAGE_KEYS, *CONVERSATION_KEYS, "chosen", "rejected", "system", "kind")
+PART_KEYS = ("type", "text", "image", "image_url", "path", "url", "index")
 LOSS_KEYS = ("loss", "train", "weight")
 """Keys with which data formats exclude a turn from the loss."""
 
@@ -65,6 +67,15 @@ TURN_ROLES = {
 
 RowImage = str | ParquetImage
 """An image of a row: a path, a `data:` or `file:` URL, or a place in a parquet file."""
+
+
+class _NextImage(NamedTuple):
+    """A place for the next image of the row; `index` is its index there, if the part states it."""
+
+    index: Any = None
+
+
+_Place = RowImage | _NextImage
 
 
 class PreferencePair(NamedTuple):
@@ -162,7 +173,8 @@ def read_rows_or_errors(path: Path) -> list[Any]:
     parquet file, images that are stored as bytes are `ParquetImage`s.
 
     Raises:
-      DataError: The file cannot be read, or it begins like a JSON list but is not valid JSON.
+      DataError: The file cannot be read, it is a pointer of Git LFS, or it begins like a JSON list
+        but is not valid JSON.
       OvisError: The file is a parquet file, and pyarrow is not installed.
     """
     try:
@@ -171,6 +183,8 @@ def read_rows_or_errors(path: Path) -> list[Any]:
         text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+    if is_git_lfs_pointer(path):
+        raise DataError(f"{path} is {GIT_LFS_POINTER}")
     if text.lstrip().startswith("["):
         try:
             return json.loads(text)
@@ -312,7 +326,7 @@ def _parse_answer(row: Mapping[str, Any], field: str) -> str:
         return require_text(row, field)
     parsed = [_parse_turn(turn, f"{field}: ", Path())[0] for turn in turns]
     if [turn["role"] for turn in parsed] != ["assistant"]:
-        raise DataError(f"{field} is {value!r}, expected a text or one turn of the assistant")
+        raise DataError(f"{field} is {value!r:.200}, expected a text or one turn of the assistant")
     return require_text({field: parsed[0]["content"]}, field)
 
 
@@ -321,12 +335,12 @@ def _parse_turns(
 ) -> tuple[list[Turn], tuple[RowImage, ...]]:
     """Return the turns with "<image>" marks, and all images in order of appearance."""
     if not isinstance(value, list) or not value:
-        raise DataError(f"{field} is {value!r}, expected a list of turns")
+        raise DataError(f"{field} is {value!r:.200}, expected a list of turns")
     parsed = [
         _parse_turn(turn, f"turn {number} of {field}: ", folder)
         for number, turn in enumerate(value, 1)
     ]
-    places = [image for _, found in parsed for image in found]  # None: the next of `images`
+    places = [place for _, found in parsed for place in found]
     marks = "" if places else f"{IMAGE_PLACEHOLDER}\n" * len(images)
     turns: list[Turn] = []
     systems = [system] if system else []
@@ -343,13 +357,20 @@ def _parse_turns(
         raise DataError(f"{field} has no turn from human that follows the system prompt or image")
     if not places:
         return turns, images
-    if places.count(None) != len(images):
+    following = [place for place in places if isinstance(place, _NextImage)]
+    if len(following) != len(images):
         raise DataError(
-            f"the texts contain {IMAGE_PLACEHOLDER} {places.count(None)} times and the row has"
+            f"the texts contain {IMAGE_PLACEHOLDER} {len(following)} times and the row has"
             f" {len(images)} images; expected one per image, or none"
         )
+    for number, place in enumerate(following):
+        if place.index not in (None, number):
+            raise DataError(
+                f"a part of {field} has the index {place.index!r}, expected {number}: the parts"
+                " take the row's images in order"
+            )
     remaining = iter(images)
-    return turns, tuple(next(remaining) if image is None else image for image in places)
+    return turns, tuple(next(remaining) if isinstance(x, _NextImage) else x for x in places)
 
 
 def _split_leading_images(text: str) -> tuple[str, str]:
@@ -358,8 +379,8 @@ def _split_leading_images(text: str) -> tuple[str, str]:
     return text[: len(text) - len(rest)], rest
 
 
-def _parse_turn(turn: Any, where: str, folder: Path) -> tuple[Turn, list[RowImage | None]]:
-    """Return a turn with "<image>" marks, and its images, with None for those of the row."""
+def _parse_turn(turn: Any, where: str, folder: Path) -> tuple[Turn, list[_Place]]:
+    """Return a turn with "<image>" marks, and its images."""
     fields = select_fields(turn, ("from", "value", "role", "content", *LOSS_KEYS), where)
     keys = [key for key in fields if key not in LOSS_KEYS]
     if set(keys) not in ({"from", "value"}, {"role", "content"}):
@@ -388,27 +409,28 @@ def _parse_turn(turn: Any, where: str, folder: Path) -> tuple[Turn, list[RowImag
     return parsed, images
 
 
-def _parse_content(content: Any, where: str, folder: Path) -> tuple[str, list[RowImage | None]]:
-    """Return the text of a turn with "<image>" marks, and its images as in `_parse_turn`."""
+def _parse_content(content: Any, where: str, folder: Path) -> tuple[str, list[_Place]]:
+    """Return the text of a turn with "<image>" marks, and its images."""
     if isinstance(content, str):
-        return content, [None] * content.count(IMAGE_PLACEHOLDER)
+        return content, [_NextImage()] * content.count(IMAGE_PLACEHOLDER)
     if not isinstance(content, list):
         raise DataError(f"{where}the content is {content!r}, expected a text or a list of parts")
-    parts: list[tuple[str, list[RowImage | None]]] = []
+    parts: list[tuple[str, list[_Place]]] = []
     for number, value in enumerate(content, 1):
         name = f"{where}part {number}: "
-        part = select_fields(value, ("type", "text", "image", "image_url", "path", "url"), name)
+        part = select_fields(value, PART_KEYS, name)
+        index = part.pop("index", None)
         match part:
-            case {"type": "text", "text": str(text), **rest} if not rest:
-                parts.append((text, [None] * text.count(IMAGE_PLACEHOLDER)))
-            case {"type": "image", **rest} if not rest:
-                parts.append((IMAGE_PLACEHOLDER, [None]))
+            case {"type": "text", "text": str(text), **rest} if not any(rest.values()):
+                parts.append((text, [_NextImage()] * text.count(IMAGE_PLACEHOLDER)))
+            case {"type": "image", **rest} if not any(rest.values()):
+                parts.append((IMAGE_PLACEHOLDER, [_NextImage(index)]))
             case (
                 {"type": "image_url", "image_url": {"url": image} | str(image), **rest}
                 | {"type": "image", "image": image, **rest}
                 | {"type": "image", "path": image, **rest}
                 | {"type": "image", "url": image, **rest}
-            ) if not rest:
+            ) if not any(rest.values()):
                 source = _parse_image(image, folder, f"{name}the image")
                 parts.append((IMAGE_PLACEHOLDER, [source]))
             case _:

@@ -79,7 +79,8 @@ def open_image(source: ImageSource, name: str = "the image", *, exact: bool = Fa
     Raises:
       ImageError: The file cannot be read or decoded, or it exceeds Pillow's pixel limit. The error
         is also raised if the source is an http(s) URL, has an unsupported type, or is an array with
-        an unsupported shape or dtype. Camera raw files and 32-bit pixels are errors, too.
+        an unsupported shape or dtype. Camera raw files are errors, too, and so are signed or
+        32-bit pixels unless `exact` is set.
     """
     match source:
         case Image.Image():
@@ -222,7 +223,7 @@ def _decode(data: bytes, name: str, exact: bool) -> Image.Image:
 
 
 def _read_pixels(image: Image.Image, exact: bool) -> Image.Image:
-    """Decode an opened image in one of the two readings of `open_image`."""
+    """Decode an opened image, exactly as the original or as people see it (see `open_image`)."""
     if not exact:
         return to_upright_rgb(image)
     image.load()

@@ -44,7 +44,7 @@ class ParquetImage(NamedTuple):
         """Return the bytes of the image file, or its path if the bytes are not stored.
 
         Raises:
-          DataError: The parquet file cannot be read.
+          DataError: The parquet file cannot be read, or it has neither bytes nor a path.
         """
         with _lock:  # so that threads do not read the same row group twice
             column = _read_column(self.file, self.row_group, self.column)
@@ -52,7 +52,14 @@ class ParquetImage(NamedTuple):
         value = (value if self.index is None else value[self.index]).as_py()
         if not isinstance(value, dict):
             return value
-        return value.get("bytes") or os.path.join(self.folder, value["path"])
+        if value.get("bytes"):
+            return value["bytes"]
+        if not value.get("path"):
+            raise DataError(
+                f"{self.column} in {self.file} is {value}, expected bytes or a path; write null if"
+                " there is no image"
+            )
+        return os.path.join(self.folder, value["path"])
 
 
 def is_parquet(path: Path) -> bool:

@@ -250,8 +250,8 @@ class Processor:
 
         Raises:
           PromptError: The conversation is malformed, is too long, does not match its images, or has
-            no assistant turn. With `truncate`, it is also raised if the cut would go through an
-            image or leave no answer.
+            no assistant turn that contributes to the loss. With `truncate`, it is also raised if
+            the cut would go through an image or leave no answer.
           ImageError: An image cannot be read, decoded or cut into crops.
         """
         name = "the conversation"
@@ -260,7 +260,10 @@ class Processor:
             parsed, self.tokenizer, parse_special_tokens=parse_special_tokens
         )
         if all(label == IGNORE_INDEX for label in encoded.labels):
-            raise PromptError(f"{name} has no assistant turn, so there is nothing to learn")
+            raise PromptError(
+                f"{name} has no assistant turn that contributes to the loss, so there is nothing to"
+                " learn"
+            )
         side = "right" if truncate else None
         return self._build_example(encoded, sources, max_partition, max_length, side, name)
 
@@ -335,9 +338,12 @@ class Processor:
         ids = image_placeholder_ids(grid)
         return ImageLayout(grid, boxes, ids, len(ids) + len(boxes) * (tokens - 1))
 
-    def count_image_tokens(self, images: Sequence[Image.Image], max_partition: int = 9) -> int:
+    def count_image_tokens(
+        self, images: Sequence[Image.Image], max_partition: int | Sequence[int] = 9
+    ) -> int:
         """Count the positions that images take in a prompt: visual tokens and image indicators."""
-        return sum(self.image_layout(image, max_partition).num_tokens for image in images)
+        partitions = _one_each(max_partition, len(images), "max_partition", "image")
+        return sum(layout.num_tokens for layout in map(self.image_layout, images, partitions))
 
     def _build_example(
         self,
@@ -374,7 +380,7 @@ class Processor:
             return tokens, labels
 
         place_images(list(map(self.image_layout, images, partitions)))
-        # Decoding may swap the width and height, so the sizes in the headers only give the length.
+        # Decoding may swap the width and height, so the layouts are computed again.
         size = self.image_config.crop_size
         pixels = [np.zeros((0, size, size, 3), np.float32)]
         layouts: list[ImageLayout] = []
@@ -395,8 +401,7 @@ class Processor:
     def _advise(self, room: int, images: Sequence[Image.Image], partitions: Sequence[int]) -> str:
         """Return advice on how to shorten a prompt so that images fit into `room` positions."""
         for smaller in range(max(partitions, default=1) - 1, 0, -1):
-            layouts = map(self.image_layout, images, (min(smaller, x) for x in partitions))
-            if sum(layout.num_tokens for layout in layouts) <= room:
+            if self.count_image_tokens(images, [min(smaller, x) for x in partitions]) <= room:
                 return f"it fits with max_partition={smaller}"
         return f"shorten the text{' or pass fewer images' if images else ''}"
 

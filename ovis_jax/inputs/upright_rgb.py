@@ -22,15 +22,18 @@ TRANSPOSITIONS = {
 }
 """The transposition that turns an image upright, by its EXIF orientation."""
 
+WHITE_IS_ZERO = 0
+"""The value of a TIFF file's PhotometricInterpretation if 0 is white."""
+
 
 def to_upright_rgb(image: Image.Image) -> Image.Image:
     """Decode an image that Pillow opened, and convert it to upright 8-bit RGB on white.
 
-    Pixels with 16 bits keep their upper 8 bits, as in Pillow's own conversion of 16-bit RGB.
+    Pixels with 12 or 16 bits keep their upper 8 bits, as in Pillow's own conversion of 16-bit RGB.
 
     Raises:
-      ImageError: The pixels are 32-bit numbers, or they cannot be converted to RGB. Pillow's
-        decoders may raise any exception for a damaged file.
+      ImageError: The pixels are signed or 32-bit numbers, or they cannot be converted to RGB.
+        Pillow's decoders may raise any exception for a damaged file.
     """
     _scale_transparent_color(image)
     image.load()
@@ -63,18 +66,19 @@ def _scale_transparent_color(image: Image.Image) -> None:
 
 
 def _gray_from_numbers(image: Image.Image) -> Image.Image:
-    """Convert 16-bit pixels to 8 bits, with an alpha channel if one value is transparent."""
+    """Convert 12-bit or 16-bit pixels to 8 bits, with alpha if one value is transparent."""
     values = np.asarray(image)
-    bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))
-    is_16_bit = (
-        image.mode != "F" and max(bits) <= 16 and not np.any((values < 0) | (values > 65535))
-    )
-    if not is_16_bit:
+    tags = getattr(image, "tag_v2", {})  # only TIFF files have tags
+    bits = max(tags.get(ExifTags.Base.BitsPerSample, (16,)))
+    if image.mode == "F" or bits > 16 or np.any((values < 0) | (values >= 2**bits)):
         raise ImageError(
-            f"the pixels are 32-bit numbers (mode {image.mode}), and the file does not say which "
-            "of them are black and white; save the image with 8 or 16 bits per channel"
+            f"the pixels are signed or 32-bit numbers (mode {image.mode}), and the file does not "
+            "say which of them are black and white; save the image with 8 or 16 bits per channel"
         )
-    gray = Image.fromarray((values >> 8).astype(np.uint8))
+    eight_bits = (values >> (bits - 8)).astype(np.uint8)
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == WHITE_IS_ZERO:
+        eight_bits = 255 - eight_bits  # Pillow inverts pixels of at most 8 bits itself
+    gray = Image.fromarray(eight_bits)
     if (key := image.info.get("transparency")) is not None:
         gray.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
     return gray

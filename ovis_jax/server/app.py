@@ -21,7 +21,6 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ovis_jax.engine.request import EngineError, EventStream, Request
 from ovis_jax.engine.scheduler import DEADLINE_EXCEEDED, QueueFullError, Scheduler
-from ovis_jax.errors import PromptError
 from ovis_jax.inputs.conversation import IMAGE_PLACEHOLDER
 from ovis_jax.server.errors import (
     ApiError,
@@ -145,17 +144,12 @@ class ChatService:
         """Count and return the token ids of a conversation or of a text, as vLLM does."""
         if body.model is not None:
             self.check_model(body.model)
-        preprocessor = self.preprocessor
-        tokenizer = preprocessor.processor.tokenizer
+        preprocessor, tokenizer = self.preprocessor, self.preprocessor.processor.tokenizer
         if body.messages is not None and body.prompt is None:
             example = await preprocessor.encode_messages(body, body.messages)
             ids = example.tokens.tolist()
         elif body.prompt is not None and body.messages is None:
-            preprocessor.check_text_length("prompt", body.prompt)
-            try:
-                ids = tokenizer.encode(body.prompt, parse_special_tokens=False)
-            except PromptError as error:
-                raise bad_request("prompt", str(error), "invalid_prompt") from None
+            ids = await preprocessor.encode_text(body.prompt)
             if body.add_special_tokens is not False:
                 ids = [tokenizer.token_to_id("<bos>"), *ids]
         else:
@@ -202,7 +196,8 @@ def _api_error(error: Exception, content_type: str | None = None) -> ApiError:
             # OpenAI's client must not retry a request that takes too long.
             headers = {"x-should-retry": "false"} if error.failure == DEADLINE_EXCEEDED else None
             return ApiError(503, str(error), code=error.failure.code, headers=headers)
-        case HTTPException(status_code=400):  # FastAPI's, for all that JSONDecodeError is not for
+        case HTTPException(status_code=400):
+            # FastAPI raises it if parsing the body fails with anything but a JSONDecodeError.
             return invalid_json("it is not UTF-8, is nested too deeply, or has too long a number")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
@@ -229,7 +224,8 @@ def create_app(
       scheduler: The engine.
       model_name: Name of the model in requests.
       limits: Limits on each request.
-      api_key: API key that clients must send to paths below /v1; None for a server without a key.
+      api_key: API key that clients must send to /tokenize and paths below /v1; None for a server
+        without a key.
       host: Address or host name that the server will listen on, for `HostCheckMiddleware`; None to
         disable the check.
       allow_origins: Origins of web pages whose scripts may use the server (CORS); "*" for all.
@@ -316,6 +312,7 @@ def create_app(
     @app.get("/version")
     async def version() -> dict[str, str]:
         """Return the version of ovis-jax."""
+        # Imported by name, because modules of this level may not depend on the whole package.
         return {"version": import_module("ovis_jax").__version__}
 
     for operations in app.openapi()["paths"].values():

@@ -25,8 +25,8 @@ from ovis_jax.server.sockets import bind_sockets, http_url
 
 API_KEY = "OVIS_API_KEY"
 
-ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s*]+")
-"""Pattern for the origin of a web page, as browsers send it."""
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s*@A-Z]+")
+"""Pattern for the origin of a web page, which browsers send in lower case."""
 
 SHUTDOWN_GRACE = 10
 """Time after the shutdown timeout for sending a 503 to unfinished requests, in seconds."""
@@ -113,7 +113,8 @@ def serve(
         if origin != "*" and not ORIGIN.fullmatch(origin):
             raise OvisError(
                 f"--allow-origin: {origin!r} is not an origin; expected *, or a scheme, a host and"
-                " optionally a port, without a path, such as http://localhost:3000"
+                " optionally a port, in lower case and without a path, such as"
+                " http://localhost:3000"
             )
     limits = RequestLimits(
         max_body_bytes=max_body_bytes,

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ovis_jax.server.errors import ApiError
 
 PROTECTED = ("/v1/", "/tokenize")
-"""The beginnings of the paths that need the API key, and whose bodies are limited."""
+"""Prefixes of the paths that need the API key and whose bodies are limited."""
 
 
 class AuthAndLimitsMiddleware:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ovis_jax.engine.request import (
     MAX_LOGIT_BIAS,
@@ -124,11 +125,11 @@ class Preprocessor:
         limits = self.limits
         body.check_messages(messages)
         turns, images, prefix = convert_messages(messages, interleave=bool(body.interleave))
-        partitions = self._partitions(body, images)
+        partitions = self._max_partitions(body, images)
         if len(images) > limits.max_images:
             message = f"{len(images)} images, but the maximum is {limits.max_images}"
             raise bad_request("messages", message, "too_many_images")
-        self.check_text_length("messages", *(text for m in messages for text in m.texts))
+        self._check_text_length("messages", *(text for m in messages for text in m.texts))
         files: list[tuple[str | bytes, str]] = []
         remaining = limits.max_body_bytes
         for image, param in images:
@@ -142,7 +143,20 @@ class Preprocessor:
             self._threads, self._encode, turns, files, partitions, prefix
         )
 
-    def check_text_length(self, param: str, *texts: str) -> None:
+    async def encode_text(self, text: str) -> list[int]:
+        """Encode the field `prompt` of a request, without `<bos>`, in another thread.
+
+        Raises:
+          ApiError: The text is far too long, or it cannot be encoded (status 400).
+        """
+        self._check_text_length("prompt", text)
+        encode = partial(self.processor.tokenizer.encode, text, parse_special_tokens=False)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+        except PromptError as error:
+            raise bad_request("prompt", str(error), "invalid_prompt") from None
+
+    def _check_text_length(self, param: str, *texts: str) -> None:
         """Raise an `ApiError` if texts are so long that they need not be tokenized."""
         if sum(map(len, texts)) > MAX_TOKEN_CHARACTERS * self.max_model_len:
             raise self._too_long(param, "the text is far longer than the model can read")
@@ -177,7 +191,9 @@ class Preprocessor:
                     decode_image(image)
             raise bad_request("messages", str(error), "invalid_prompt") from None
 
-    def _partitions(self, body: PromptOptions, images: Sequence[tuple[ImageUrl, str]]) -> list[int]:
+    def _max_partitions(
+        self, body: PromptOptions, images: Sequence[tuple[ImageUrl, str]]
+    ) -> list[int]:
         """Return the maximum number of cells of each image, from `max_partition` and `detail`."""
         limit = self.limits.max_partition
         wanted = body.max_partition or limit
@@ -274,7 +290,7 @@ def convert_messages(
         text = "\n".join(message.texts)
         if message.role == "assistant":
             turns.append({"role": "assistant", "content": text})
-        else:
+        elif text.strip():
             system.append(text.strip())
     prefix = ""
     if turns and turns[-1]["role"] == "assistant":
@@ -288,12 +304,14 @@ def convert_messages(
 def _prepend_system(
     system: Sequence[str], parts: list[dict[str, str]], interleave: bool
 ) -> list[dict[str, str]]:
-    """Put system texts before a user's first text, and after images that come before it."""
+    """Put system texts before a user's first text, or with `interleave` before all parts."""
     if not system:
         return parts
-    is_text = [interleave or part["type"] == "text" for part in parts]
-    position = is_text.index(True) if True in is_text else len(parts)
-    before, after = parts[:position], parts[position:]
+    num_before = 0
+    if not interleave:
+        text_numbers = (n for n, part in enumerate(parts) if part["type"] == "text")
+        num_before = next(text_numbers, len(parts))
+    before, after = parts[:num_before], parts[num_before:]
     text = "\n\n".join(system)
     if after and after[0]["type"] == "text":
         text, after = f"{text}\n\n{after[0]['text']}", after[1:]

@@ -41,23 +41,30 @@ UNSUPPORTED_EXTENSIONS: dict[str, tuple[Any, ...]] = {
     "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
-    # SGLang, llama.cpp, Ollama and hosted models
+    # SGLang, TGI, llama.cpp, Ollama and hosted models
     "dry_multiplier": (0,),
     "ebnf": (),
     "enable_thinking": (False,),
     "format": (),
     "grammar": (),
+    "images": ([],),
     "json_schema": (),
     "lora_path": (),
+    "max_length": (),
+    "max_new_tokens": (),
+    "max_output_tokens": (),
     "mirostat": (0,),
     "n_predict": (),
     "num_predict": (),
     "options": ({},),
     "plugins": ([],),
+    "random_seed": (),
     "reasoning": (),
     "regex": (),
     "repeat_penalty": (1,),
     "stop_regex": (),
+    "stop_sequences": ([],),
+    "system": ("",),
     "thinking": ({"type": "disabled"},),
     "top_a": (0,),
     "typical_p": (1,),
@@ -131,6 +138,7 @@ class ChatMessage(BaseModel):
     annotations: Ignored = None
     audio: Any = unsupported()
     function_call: Any = unsupported()
+    images: Any = unsupported([])  # Ollama's field
     refusal: Any = unsupported()
     tool_calls: Any = unsupported([])
 

@@ -1,8 +1,14 @@
-"""The shapes of a runner's arrays."""
+"""What a runner accepts."""
+
+from dataclasses import replace
 
 import jaxtyping
 import numpy as np
 import pytest
+from serving_setup import MAX_MODEL_LEN
+
+from ovis_jax.engine.runner import ModelRunner
+from ovis_jax.errors import OvisError
 
 
 def test_shapes_and_dtypes_are_checked_in_tests(runner):
@@ -11,3 +17,9 @@ def test_shapes_and_dtypes_are_checked_in_tests(runner):
             runner.run_encoder(runner.init_prefill_state(), pixels, 0, 0)
     with pytest.raises(jaxtyping.TypeCheckError, match="tokens"):
         runner.run_prefill(runner.init_prefill_state(), np.zeros((1, 3), np.int32), 0)
+
+
+def test_too_many_stop_ids(ovis):
+    model = replace(ovis.model, config=replace(ovis.config, eos_ids=tuple(range(17))))
+    with pytest.raises(OvisError, match="eos_token_id: 17 ids, but the engine supports at most 16"):
+        ModelRunner(model, ovis.params, max_num_seqs=1, max_model_len=MAX_MODEL_LEN, chunk_size=8)

@@ -48,6 +48,26 @@ ANIMALS = ("wolf", "A cat", "the black dog", "dog")
         ("It is a wolf or a cat", ""),
         ("catalogue", ""),
         ("Both", ""),
+        ("A, B", ""),
+        ("A, B and C", ""),
+        ("A. wolf B. cat C. the black dog D. dog", ""),
+        ("(A) or (B)", ""),
+        ("The answer is A or B.", ""),
+        ("The answer is B/C", ""),
+        ("B. A cat", "B"),
+        ("B. A dog is smaller than I thought.", "B"),
+        ("The answer is C, not D.", "C"),
+        ("C. The line from A to B is black.", "C"),
+        ("Not B", ""),
+        ("The answer is not B.", ""),
+        ("B is not correct", ""),
+        ("It isn't C", ""),
+        ("No, it is B", "B"),
+        ("There is no wolf, so B", "B"),
+        ("It is not a cat.", ""),
+        ("There is no wolf.", ""),
+        ("A cat is not visible", ""),
+        ("No, it is a cat.", "B"),
     ],
 )
 def test_options(text, letter):
@@ -65,6 +85,28 @@ def test_what_the_strict_reading_finds_is_found(text):
 )
 def test_the_strict_reading_finds_no_option(text):
     assert read_answer_strictly(text, "multiple_choice", ANIMALS) == ""
+
+
+@pytest.mark.parametrize(
+    "options, text, letter",
+    [
+        (("5 cups", "50 cups"), "It is 2.5 cups", ""),
+        (("5 cups", "50 cups"), "It is -5 cups", ""),
+        (("5 cups", "50 cups"), "It is 1/5 cups", ""),
+        (("5 cups", "50 cups"), "It is 50 cups.", "B"),
+        (("5", "-5"), "The answer is -5.", "B"),
+        (("C++", "C#", "C", "Java"), "C++", "A"),
+        (("P.M.", "A.M."), "A.M.", "B"),
+        (("Hepatitis B", "Hepatitis A"), "It is hepatitis A", "B"),
+        (("Hepatitis B", "Hepatitis A"), "B. Hepatitis A", "B"),
+        (("visible", "not visible"), "It is not visible.", "B"),
+        (("visible", "hidden"), "It is not visible.", ""),
+        (("Yes", "No"), "No, it is not.", "B"),
+        (("Yes", "No"), "Yes or no", ""),
+    ],
+)
+def test_options_that_contain_each_other_letters_or_signs(options, text, letter):
+    assert read_answer(text, "A", options) == letter
 
 
 def test_pronouns_are_not_options():
@@ -85,6 +127,9 @@ def test_pronouns_are_not_options():
         ("There is no dog", "no"),
         ("Maybe", ""),
         ("It is yes or no", ""),
+        ("Yes or no", ""),
+        ("Yes/No", ""),
+        ("**Yes** or **No**", ""),
         ("Nothing", ""),
     ],
 )
@@ -110,3 +155,13 @@ def test_texts(text):
 @pytest.mark.parametrize("text", ["wolves", "the", "A", "!", "a wolf in the snow", "wolf cub"])
 def test_other_texts_differ_and_do_not_become_empty(text):
     assert read_answer(text, "wolf", ()) not in ("wolf", "")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("-5", "5"), ("Answer: -5", "5"), ("The answer is $5", "5"), ("2*3", "23"), ("a__b", "ab")],
+)
+def test_signs_matter(text, expected):
+    assert read_answer(text, expected, ()) != read_answer(expected, expected, ())
+    sign = text.rpartition(" ")[2]
+    assert read_answer(text, sign, ()) == read_answer(sign, sign, ()) == sign

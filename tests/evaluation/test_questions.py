@@ -78,6 +78,16 @@ def test_spellings_of_options(write, choices, key):
     assert question.prompt[0]["content"].startswith("Which?\nA. A heart\nB. A star.")
 
 
+def test_empty_hints_and_options_are_ignored(write):
+    """Exported tables give every row all keys."""
+    row = {"question": "What?", "answer": "It", "hint": "", "choices": [], "image": ""}
+    (question,) = read_questions(write(row))
+    assert (question.options, question.answer_type, question.row.images) == ((), "text", ())
+    assert question.prompt[0]["content"] == "What?"
+    (question,) = read_questions(write(row | {"options": ["It", "Me"]}))
+    assert (question.options, question.expected) == (("It", "Me"), "A")
+
+
 def test_images_and_messages(write, golden):
     """Both were read as rows without images."""
     image = str(golden / "images/tiny.png")

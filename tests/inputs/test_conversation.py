@@ -155,6 +155,9 @@ def test_parts_without_an_image_stand_for_the_given_images():
     turns = [user([{"type": "image"}, text("and"), {"type": "image"}]), assistant("Yes"), user("?")]
     found, images = parse_prompt(turns, ["a.png", "b.png"])
     assert found[0] == ParsedTurn("user", ("", "\nand\n", "")) and images == ["a.png", "b.png"]
+    # Arrow gives all parts of a column the same keys.
+    turns[0]["content"][0] |= {"text": None, "image": None}
+    assert parse_prompt(turns, ["a.png", "b.png"]) == (found, images)
     with pytest.raises(PromptError, match="contains <image> 2 times, but 1 image is given"):
         parse_prompt(turns, ["a.png"])
 
@@ -216,6 +219,11 @@ def test_images_in_an_answer_are_not_learned():
         ([user(["Hi"])], 0, "part 1 of turn 1 of prompts.2. has type str, expected"),
         ([user([text("Hi"), {"type": "video"}])], 0, "part 2 of turn 1 .* has the type 'video'"),
         ([user([{"type": "text"}])], 0, "part 1 of turn 1 of prompts.2. has the type 'text'"),
+        (
+            [user([{"type": "image", "url": "a.png"}, text("Hi")])],
+            1,
+            r"part 1 of turn 1 of prompts.2. has the keys \['url'\], expected image",
+        ),
         (
             [user([image_url("https://example.org/a.png")])],
             0,

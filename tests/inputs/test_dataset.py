@@ -169,6 +169,13 @@ SPELLINGS = {
     "part with an image": openai({"type": "image", "image": "dot.png", "text": None}, TEXT),
     "part with a path": openai({"type": "image", "path": "dot.png"}, TEXT),
     "part of images": {"images": ["dot.png"], **openai({"type": "image"}, TEXT)},
+    "parts of Hugging Face's datasets": {
+        "images": ["dot.png"],
+        **openai(
+            {"type": "image", "index": 0, "text": ""},
+            {"type": "text", "index": None, "text": "What is it?", "image": ""},
+        ),
+    },
     "metadata": dict.fromkeys(METADATA_KEYS, 1)
     | {"image": "dot.png", "conversations": [QUESTION | {"id": 3, "name": "x"}, ANSWER]},
     "empty keys": {
@@ -205,6 +212,16 @@ def test_images_of_parts_and_of_the_row_keep_their_order(tmp_path):
     row["images"] = ["a.png"]
     (error,) = read_dataset(write(tmp_path / "a.jsonl", row)).errors
     assert "row 1: the texts contain <image> 2 times and the row has 1 images" in error
+
+
+@pytest.mark.parametrize("indices", [(1, 0), (0, 0), ("0", 1)])
+def test_parts_that_take_the_images_of_the_row_in_another_order(tmp_path, indices):
+    parts = [{"type": "image", "index": index} for index in indices]
+    row = {"images": ["a.png", "b.png"], **openai(*parts, TEXT)}
+    (error,) = read_dataset(write(tmp_path / "a.jsonl", row)).errors
+    expected = 0 if indices[0] != 0 else 1
+    found = f"the index {indices[expected]!r}, expected {expected}: the parts take"
+    assert f"row 1: a part of messages has {found}" in error
 
 
 @pytest.mark.parametrize("form", ["key", "turn", "developer"])

@@ -90,6 +90,16 @@ def test_a_column_that_is_not_known_is_named(tmp_path):
     assert error.startswith(f"{path}: row 1: the key 'picture' is unknown, expected image, images")
 
 
+def test_images_with_neither_bytes_nor_a_path(tmp_path):
+    values = [{"bytes": None, "path": None}]
+    path = write(tmp_path / "a.parquet", STRUCT, rows=1, image=values)
+    message = (
+        rf"a\.parquet: row 1: image in {path} is \{{.*\}}, expected bytes or a path; write null"
+    )
+    with pytest.raises(DataError, match=message):
+        read_dataset([path]).rows[0].open_images()
+
+
 def test_damaged_files(tmp_path):
     path = write(tmp_path / "a.parquet", STRUCT, rows=1, image=[{"bytes": b"no", "path": "x"}])
     with pytest.raises(DataError, match=r"a\.parquet: row 1: image 1 "):

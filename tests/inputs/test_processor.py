@@ -139,8 +139,9 @@ def test_training_examples():
     assert (example.labels != -100).sum() == (golden["labels"] != -100).sum() > 0
     assert example.tokens.dtype == example.labels.dtype == np.int32
     np.testing.assert_array_equal(example.pixels, crops_of(golden))
-    with pytest.raises(PromptError, match="no assistant turn"):
-        processor().encode_training_example(prompt[:1], images)
+    for turns in (prompt[:1], [prompt[0], prompt[1] | {"loss": False}]):
+        with pytest.raises(PromptError, match="no assistant turn that contributes to the loss"):
+            processor().encode_training_example(turns, images)
 
 
 def test_assistant_prefixes():

@@ -4,7 +4,14 @@ import io
 
 import numpy as np
 import pytest
-from image_files import INVERSE, add_exif_at_the_end, encode, exif_orientation, png_file
+from image_files import (
+    INVERSE,
+    add_exif_at_the_end,
+    encode,
+    exif_orientation,
+    gray_tiff_file,
+    png_file,
+)
 from PIL import Image, ImageOps
 
 from ovis_jax.errors import ImageError
@@ -26,7 +33,7 @@ def read(data: bytes, **options) -> np.ndarray:
 
 
 def turned(orientation: int) -> Image.Image:
-    """The photo as a camera stores it that was held in another orientation."""
+    """The photo as stored by a camera that was held in another orientation."""
     inverse = INVERSE[orientation]
     return PHOTO.transpose(TRANSPOSITIONS[inverse]) if inverse > 1 else PHOTO
 
@@ -82,6 +89,18 @@ def test_damaged_exif_data_is_ignored():
 )
 def test_16_bits_are_scaled_to_8(data):
     np.testing.assert_array_equal(read(data), np.stack([RAMP >> 8] * 3, axis=-1))
+
+
+def test_12_bits_are_scaled_to_8():
+    data = gray_tiff_file(RAMP >> 4, 12)
+    np.testing.assert_array_equal(read(data), np.stack([RAMP >> 8] * 3, axis=-1))
+
+
+def test_tiff_files_in_which_zero_is_white():
+    """Pillow inverts them if they have 8 bits, but not if they have 16."""
+    assert Image.open(io.BytesIO(gray_tiff_file(RAMP, 16))).getpixel((9, 0)) == 9
+    data = gray_tiff_file(RAMP, 16, white_is_zero=True)
+    np.testing.assert_array_equal(read(data), 255 - np.stack([RAMP >> 8] * 3, axis=-1))
 
 
 def test_the_original_clips_16_bits():

@@ -441,6 +441,8 @@ def url_of(text):
         ("guided_json", {"extra_body": {"guided_json": {}}}),
         ("best_of", {"extra_body": {"best_of": 2}}),
         ("chat_template", {"extra_body": {"chat_template": "{{ messages }}"}}),
+        ("max_new_tokens", {"extra_body": {"max_new_tokens": 5}}),
+        ("system", {"extra_body": {"system": "Be short."}}),
         ("use_beam_search", {"extra_body": {"use_beam_search": True}}),
         ("logit_bias", {"logit_bias": {"99999999": 1}}),
         ("logit_bias", {"logit_bias": {"red": 1}}),

@@ -73,7 +73,11 @@ def test_a_note_says_that_a_server_is_open(run_serve):
 
 
 @pytest.mark.parametrize(
-    "origin", ["localhost:3000", "http://localhost:3000/", "http://*.example", "", "null"]
+    "origin",
+    [
+        *["localhost:3000", "http://localhost:3000/", "http://*.example", "", "null"],
+        *["http://Localhost:3000", "http://me@localhost:3000"],
+    ],
 )
 def test_an_origin_that_no_browser_sends_is_rejected(run_serve, origin):
     with pytest.raises(OvisError, match="--allow-origin: .* is not an origin; expected"):

@@ -12,6 +12,7 @@ from PIL import Image
 from serving_setup import LIMITS, MAX_MODEL_LEN, image_part, make_image, png_data_url
 
 from ovis_jax.inputs.open_image import decode_data_url
+from ovis_jax.inputs.tokenizer import Tokenizer
 from ovis_jax.server import images
 from ovis_jax.server.errors import ApiError
 from ovis_jax.server.preprocess import MAX_THREADS, Preprocessor, convert_messages
@@ -91,6 +92,12 @@ def test_system_texts_come_before_the_text_and_after_the_images():
     assert two[0]["content"][1] == text_part("Be short.\n\nAnd kind.\n")
 
 
+def test_an_empty_system_message_changes_nothing():
+    user = {"role": "user", "content": [image_url("a"), text_part("What?")]}
+    for empty in ("", " \n", []):
+        assert converted({"role": "system", "content": empty}, user) == converted(user)
+
+
 def test_a_last_assistant_message_is_a_prefix():
     user, answer = {"role": "user", "content": "Who?"}, {"role": "assistant"}
     turn = {"role": "user", "content": [text_part("Who?")]}
@@ -101,6 +108,13 @@ def test_a_last_assistant_message_is_a_prefix():
     for messages in ([answer], [user, answer, answer]):
         with pytest.raises(ApiError, match="the last message must be the user's, or an assistant"):
             converted(*messages)
+
+
+def test_images_in_ollama_s_field_are_rejected(ovis):
+    message = {"role": "user", "content": "What?", "images": ["aGk="]}
+    body = ChatRequest.model_validate({"model": "ovis-tiny", "messages": [message]})
+    error = rejected(Preprocessor(ovis.processor, LIMITS, MAX_MODEL_LEN, 1), body)
+    assert (error.param, error.code) == ("messages[0].images", "unsupported")
 
 
 def test_a_prompt_longer_than_the_model_allows(ovis):
@@ -172,6 +186,19 @@ def test_fetched_images_share_a_limit(ovis, monkeypatch):
     preprocessor = Preprocessor(ovis.processor, limits, MAX_MODEL_LEN, 1)
     asyncio.run(preprocessor.preprocess(body, print))
     assert allowed == [limits.max_body_bytes - n * len(data) for n in range(3)]
+
+
+def test_a_text_is_tokenized_outside_of_the_event_loop(ovis, monkeypatch):
+    threads, encode = [], Tokenizer.encode
+
+    def noted(*arguments, **options):
+        threads.append(threading.current_thread())
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", noted)
+    preprocessor = Preprocessor(ovis.processor, LIMITS, MAX_MODEL_LEN, 1)
+    assert asyncio.run(preprocessor.encode_text("Who?"))
+    assert len(threads) == 1 and threading.main_thread() not in threads
 
 
 def test_few_requests_are_encoded_at_a_time_outside_of_the_event_loop(ovis, monkeypatch):

@@ -223,7 +223,7 @@ def test_rejected_question_returns_to_the_text_box(page):
 
 
 def test_image_mark_in_a_text_is_text(page, submitted):
-    """It neither moves a picture nor ends the conversation, in a question or in an answer."""
+    """It neither moves a picture nor ends the conversation."""
     attach(page, SHAPES)
     for number, question in enumerate(("What does <image> mean?", "Why <image>?"), 1):
         ask(page, question)
