@@ -326,8 +326,7 @@ def _sampling_mode(request: Request) -> SamplingMode:
     """Return the cheapest mode that supports a request's sampling parameters."""
     sampling = request.sampling
     drawn = bool(sampling.temperature)
-    filters = (sampling.top_k, sampling.top_p, sampling.min_p)
-    filtered = drawn and any(value is not None for value in filters)
+    filtered = drawn and sampling.has_filters
     adjusted = sampling.needs_counts or request.logit_bias or request.min_tokens
     if request.top_logprobs or filtered or adjusted:
         return "full"

@@ -56,6 +56,11 @@ class Sampling:
         penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
         return any(penalty is not None for penalty in penalties)
 
+    @property
+    def has_filters(self) -> bool:
+        """Whether a parameter restricts the tokens that are sampled from."""
+        return any(value is not None for value in (self.top_k, self.top_p, self.min_p))
+
     def check(self, rows: int | None = None) -> None:
         """Check all values. For traced values, only the shape is checked.
 
@@ -74,8 +79,7 @@ class Sampling:
         check("frequency_penalty", np.isfinite, "a finite number")
         check("presence_penalty", np.isfinite, "a finite number")
         check("min_p", lambda x: (0 <= x) & (x <= 1), "from 0 to 1")
-        filters = (self.top_k, self.top_p, self.min_p)
-        if self.temperature is None and any(value is not None for value in filters):
+        if self.temperature is None and self.has_filters:
             raise RequestError(
                 "sampling: top_k, top_p and min_p need a temperature; without one, decoding is "
                 "greedy; set temperature=1.0 to sample"
