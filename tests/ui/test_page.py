@@ -296,8 +296,13 @@ def test_controls_reach_the_engine(page, scheduler, monkeypatch):
     page.press("#partition input[type=number]", "Enter")
     expect(page.locator("#pictures")).to_contain_text("1 crop")
     page.click("#controls button")
+    # The controls are created when they are first shown, and a value that is filled in before the
+    # last one is there can be lost.
+    expect(page.locator("#seed input")).to_have_value("0")
+    expect(page.locator("#longest input")).to_have_value("512")
     for name, value in (("temperature", "0.5"), ("top-p", "0.9"), ("top-k", "7")):
         page.fill(f"#{name} input[type=number]", value)
+        expect(page.locator(f"#{name} input[type=range]")).to_have_value(value)
     page.fill("#seed input", "3")
     page.click("#longest input")
     page.locator("[role=option]", has_text="64").first.click()
