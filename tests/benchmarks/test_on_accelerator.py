@@ -14,7 +14,7 @@ import pytest
 from benchmarks import on_accelerator
 from benchmarks.support.accelerator import correctness, facts
 from benchmarks.support.accelerator.part_process import Part, run_part
-from benchmarks.support.accelerator.report import write_report
+from benchmarks.support.accelerator.report import speed_tables, write_report
 from benchmarks.support.accelerator.results import CaseRunner, read_results
 from benchmarks.support.accelerator.settings import Settings
 
@@ -175,6 +175,12 @@ def test_a_part_that_raises_is_recorded_with_the_cases_before(tmp_path):
     assert (result["case"], result["status"], result["x"]) == ("first", "measured", 1)
     assert "ValueError: broken on purpose" in (tmp_path / "out" / "log.txt").read_text()
     assert "The part crashed (exit code 1)." in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_report_says_which_stage_was_too_short_to_time():
+    """`generate` is timed as the difference of two calls, which noise can make negative."""
+    result = {"part": "speed", "case": "generate", "status": "measured", "step": {"median": -1e-6}}
+    assert "| generate | too short to time |  |" in "\n".join(speed_tables([result]))
 
 
 @pytest.mark.parametrize("case", ["devices", "host"])

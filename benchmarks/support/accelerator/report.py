@@ -140,7 +140,7 @@ def speed_tables(results: Sequence[Result]) -> list[str]:
     stages = [
         [
             x["case"],
-            f"{x['step']['median'] * 1e3:.3g}",
+            f"{x['step']['median'] * 1e3:.3g}" if x["step"]["median"] > 0 else "too short to time",
             rate(x),
             percent(x, "bandwidth_share"),
             percent(x, "flop_share"),
@@ -229,7 +229,8 @@ def write_plots(out: Path, results: Sequence[Result]) -> None:
     except ModuleNotFoundError:
         return
     facts = collect_facts(results)
-    stages = [x for x in results if "step" in x and x["part"] == "speed"]
+    # A stage that was too short to time has no rates.
+    stages = [x for x in results if "step" in x and "flops" in x and x["part"] == "speed"]
     if stages and {"copy_bytes_per_second", "flops_bfloat16"} <= facts.keys():
         figure = Figure(figsize=(8, 5))
         axes = figure.subplots()

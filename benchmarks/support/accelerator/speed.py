@@ -283,15 +283,17 @@ class SpeedMeasurements:
             for short, long in zip(*(t.seconds for t in times.values()), strict=True)
         ]
         step = Timings(tuple(differences))
-        cost = decode_cost(self.config, rows, length + steps // 2, ITEM_BYTES)
-        return {
+        fields = {
             "rows": rows,
             "positions": length,
             "step": step.to_json(),
-            "tokens_per_second": rows / step.median,
-            **self.limits(cost, step.median),
             "compile_and_first_call_seconds": compile_seconds,
         }
+        if step.median <= 0:  # the steps take less time than two calls differ by
+            return fields
+        cost = decode_cost(self.config, rows, length + steps // 2, ITEM_BYTES)
+        limits = self.limits(cost, step.median)
+        return fields | {"tokens_per_second": rows / step.median} | limits
 
     @contextmanager
     def run_engine(self) -> Iterator[tuple[Scheduler, float]]:
