@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -27,7 +26,7 @@ from ovis_jax.inputs.conversation import Prompt
 from ovis_jax.inputs.processor import Images, Processor
 from ovis_jax.inputs.tokenizer import IncrementalDetokenizer
 from ovis_jax.model.lora import attach_adapters
-from ovis_jax.model.ovis import Ovis, Params
+from ovis_jax.model.ovis import Ovis, Params, activation_dtype
 from ovis_jax.sharding import TENSOR, Rules, param_shapes, parse_rules
 
 
@@ -217,6 +216,7 @@ def load(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: Rules | str = TENSOR,
+    quantization: str | None = None,
     adapters: str | Path | None = None,
     on_read: OnRead | None = None,
 ) -> LoadedOvis:
@@ -231,6 +231,8 @@ def load(
         its own slices, and every process reads only the slices for its devices.
       rules: Sharding rules, which map axis letters to mesh axes: `TENSOR`, `FSDP`, `TENSOR_FSDP`,
         one of the names "tensor", "fsdp" and "tensor_fsdp", or your own dict.
+      quantization: "int8" or "int4" to quantize the matrices while reading; None loads them as they
+        are stored. docs/quantization.md describes the formats and what they cost in quality.
       adapters: Folder of LoRA adapters that `ovis-jax train`, `save_adapters` or PEFT wrote. Each
         adapted matrix becomes a `LowRank` in the parameters.
       on_read: Called with the key and the size in bytes of each slice that this process reads.
@@ -257,11 +259,16 @@ def load(
     processor = Processor.from_folder(folder, config)
     # Adapters are read first, because they are small and may belong to a different model.
     lora = None if adapters is None else load_adapters(adapters, config, mesh=mesh, rules=rules)
-    params = load_params(folder, config, dtype=dtype, mesh=mesh, rules=rules, on_read=on_read)
+    params = load_params(
+        folder,
+        config,
+        dtype=dtype,
+        mesh=mesh,
+        rules=rules,
+        quantization=quantization,
+        on_read=on_read,
+    )
     if lora is not None:
-        flat: dict[str, Any] = flatten_dict(params, sep="/")
-        weights = {
-            path: x.astype(flat[path.rpartition("/")[0]].dtype) for path, x in lora.weights.items()
-        }
+        weights = {path: x.astype(activation_dtype(params)) for path, x in lora.weights.items()}
         params = attach_adapters(params, weights, lora.scale)
     return LoadedOvis(config, Ovis(config), params, processor, checkpoint.name)

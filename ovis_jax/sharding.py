@@ -137,7 +137,7 @@ def adapter_axes(config: OvisConfig) -> dict[str, str]:
     axes = {}
     for path, letters in param_axes(config).items():
         if supports_adapter(path):
-            rows, columns = re.findall(_DIMENSION, letters)
+            rows, columns = split_dimensions(letters)
             axes |= {f"{path}/lora_a": f"R {columns}", f"{path}/lora_b": f"{rows} R"}
     return axes
 
@@ -164,9 +164,14 @@ def axis_letter_sizes(config: OvisConfig, path: str) -> dict[str, int]:
     }
 
 
+def split_dimensions(axes: str) -> list[str]:
+    """Return the dimensions: ["(N H)", "D"] for "(N H) D"."""
+    return re.findall(_DIMENSION, axes)
+
+
 def split_axis_letters(axes: str) -> list[list[str]]:
     """Return the letters of each dimension: [["N", "H"], ["D"]] for "(N H) D"."""
-    return [part.strip("()").split() for part in re.findall(_DIMENSION, axes)]
+    return [part.strip("()").split() for part in split_dimensions(axes)]
 
 
 def shape_from_axes(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ from ovis_jax.loading import LoadedOvis
 from ovis_jax.model import decoder, vision
 from ovis_jax.model.layers import layer_norm
 from ovis_jax.model.linear import linear
-from ovis_jax.model.ovis import apply, forward
+from ovis_jax.model.ovis import activation_dtype, apply, forward
 from ovis_jax.model.visual_tokenizer import embed_words, merge_patches, tokenize
 
 VISUAL_TOLERANCE = 1e-4
@@ -232,7 +232,7 @@ def _compare_stages(ovis: LoadedOvis, inputs: Inputs, golden: GoldenFile) -> Ite
     c, params = ovis.config, ovis.params
 
     def stored(field: str) -> jax.Array:
-        return jnp.asarray(golden[field]).astype(params["decoder"]["embed"].dtype)
+        return jnp.asarray(golden[field]).astype(activation_dtype(params))
 
     def stage(name: str, found: jax.Array, expected: np.ndarray, tolerance: float) -> StageResult:
         difference = _distance(found, expected) / float(np.abs(expected).max())

@@ -13,6 +13,7 @@ LEVELS = [
     {"json_fields", "distributed"},
     {"config"},
     {"presets", "sharding", "mesh", "inputs"},
+    {"quantization"},
     {"checkpoint", "model"},
     {"inference", "console", "compile_cache"},
     {"loading", "verify_goldens", "conversion", "plan"},

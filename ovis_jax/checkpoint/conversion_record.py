@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from ovis_jax.checkpoint.safetensors_reader import DTYPES
 from ovis_jax.checkpoint.safetensors_writer import TensorSpecs
 from ovis_jax.errors import CheckpointError
 from ovis_jax.json_fields import read_json
+from ovis_jax.quantization import Quantization
 
 CONVERSION_FILE = "conversion.json"
 FORMAT_VERSION = 1
@@ -37,21 +39,50 @@ def is_converted(folder: Path) -> bool:
     return True
 
 
+def read_quantization(folder: Path) -> Quantization | None:
+    """Read from conversion.json how the tensors of a converted folder are quantized, if they are.
+
+    Raises:
+      CheckpointError: The quantization is not known.
+      ConfigError: The file conversion.json cannot be read.
+    """
+    path = folder / CONVERSION_FILE
+    fields = read_json(path).get("quantization")
+    if fields is None:
+        return None
+    match fields:
+        case {"format": "int8", "group_size": None}:
+            return Quantization("int8")
+        case {"format": "int4", "group_size": int(group_size)} if group_size > 0:
+            return Quantization("int4", group_size)
+    raise CheckpointError(
+        f"{path}: quantization is {fields!r}, expected the format int8 or int4 with a group_size;"
+        " convert the checkpoint again"
+    )
+
+
 def make_conversion_record(
-    tensors: TensorSpecs, sha256: Mapping[str, str | None], **provenance: Any
+    tensors: TensorSpecs,
+    sha256: Mapping[str, str | None],
+    dtype: str,
+    quantization: Quantization | None = None,
+    **provenance: Any,
 ) -> dict[str, Any]:
     """Return the content of conversion.json.
 
     Args:
       tensors: Dtypes and shapes of the written tensors.
       sha256: SHA-256 by file name.
+      dtype: Dtype of the tensors that are not quantized: "F32", "F16" or "BF16".
+      quantization: The quantization of the others; None if there are none.
       **provenance: Fields that describe the source.
     """
     return {
         "format": FORMAT_VERSION,
         **provenance,
         "versions": get_library_versions(),
-        "dtype": DTYPES[next(iter(tensors.values()))[0]].name,
+        "dtype": DTYPES[dtype].name,
+        **({} if quantization is None else {"quantization": asdict(quantization)}),
         "tensors": len(tensors),
         "parameters": sum(math.prod(shape) for _, shape in tensors.values()),
         "sha256": {name: digest for name, digest in sha256.items() if digest is not None},

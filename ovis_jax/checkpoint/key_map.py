@@ -1,18 +1,17 @@
 """Mapping the Hub's tensor keys to parameter paths, and matching a checkpoint with a config."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ovis_jax.checkpoint.checkpoint_problems import CheckpointProblem, CheckpointValidationError
 from ovis_jax.checkpoint.safetensors_reader import DTYPES, TensorInfo
 from ovis_jax.checkpoint.tensor_index import DOWNLOAD_ADVICE, TensorIndex
 from ovis_jax.config import OvisConfig
+from ovis_jax.quantization import Quantization, stored_tensors
 from ovis_jax.sharding import (
     axes_of_param,
     axis_letter_sizes,
-    param_axes,
-    param_shapes,
     shape_from_axes,
     split_axis_letters,
 )
@@ -91,12 +90,16 @@ class KeyMap:
     """The tensor keys that one checkpoint layout has for one config.
 
     Attributes:
-      parameters: Parameter path by key.
+      parameters: Name of the tensor by key: the path of a parameter or, for a quantized matrix, of
+        one of its arrays.
       unused: Reason why the model never uses a tensor, by the tensor's key.
+      tensors: Axes and dtype of every tensor by name, as in `stored_tensors`; None for those of a
+        checkpoint that is not quantized.
     """
 
     parameters: Mapping[str, str]
     unused: Mapping[str, str]
+    tensors: Mapping[str, tuple[str, str | None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class MatchedTensors:
     """A checkpoint whose tensors match a config exactly.
 
     Attributes:
-      sources: Location of each parameter's tensor, by parameter path, in the order of
+      sources: Location of each tensor by the name in `KeyMap.parameters`, in the order of
         `param_shapes`.
       unused_found: Tensors in the files that the model never uses, each with the reason.
       unused_missing: Keys of never-used tensors that are not in the files.
@@ -131,9 +134,10 @@ def make_hub_key_map(config: OvisConfig) -> KeyMap:
     return KeyMap(parameters, {key: reason for key, (_, reason) in UNUSED_HUB_KEYS.items()})
 
 
-def make_converted_key_map(config: OvisConfig) -> KeyMap:
+def make_converted_key_map(config: OvisConfig, quantization: Quantization | None = None) -> KeyMap:
     """Return the key map for a converted folder, whose tensors are named by parameter path."""
-    return KeyMap({path: path for path in param_axes(config)}, {})
+    tensors = stored_tensors(config, quantization)
+    return KeyMap({name: name for name in tensors}, {}, tensors)
 
 
 def unused_tensor_shapes(config: OvisConfig) -> dict[str, tuple[int, ...]]:
@@ -159,8 +163,8 @@ def match_tensors(
         is wrong, or a parameter has no key or several keys. The error lists all faults.
     """
     problems = list(index.problems)
-    shapes = param_shapes(config)
-    problems += _check_key_map(shapes, key_map)
+    tensors = key_map.tensors or stored_tensors(config, None)
+    problems += _check_key_map(tensors, key_map)
 
     def report(file: str, key: str, problem: str, expected: str, found: str) -> None:
         problems.append(CheckpointProblem(file, key, problem, expected, found))
@@ -177,9 +181,9 @@ def match_tensors(
             report(names, key, "in two files", "one tensor", str(len(infos)))
         elif path is not None and indexed_file and info.path != index.folder / indexed_file:
             report(file, key, "index differs", f"the index to name {file}", indexed_file)
-        if path in shapes:
-            axes, sizes = axes_of_param(path), axis_letter_sizes(config, path)
-            problems += find_tensor_problems(info, axes, sizes, stored_dtype)
+        if path is not None and path in tensors:
+            (axes, dtype), sizes = tensors[path], axis_letter_sizes(config, path)
+            problems += find_tensor_problems(info, axes, sizes, dtype or stored_dtype)
         elif key == OUTPUT_KEY and tied:
             axes, sizes = axes_of_param(HUB_KEYS[key]), axis_letter_sizes(config, HUB_KEYS[key])
             problems += find_tensor_problems(info, axes, sizes, None)
@@ -188,8 +192,9 @@ def match_tensors(
             report(file, key, "unknown key", "no such tensor", found)
     known = by_key.keys() | index.unusable_keys
     for key, path in key_map.parameters.items():
-        if key not in known and path in shapes:
-            file, expected = index.weight_map.get(key, "-"), f"{list(shapes[path])} for {path}"
+        if key not in known and path in tensors:
+            shape = shape_from_axes(tensors[path][0], axis_letter_sizes(config, path))
+            file, expected = index.weight_map.get(key, "-"), f"{list(shape)} for {path}"
             report(file, key, "missing key", expected, "no such tensor")
     for key, file in index.weight_map.items():
         if key not in known and key not in key_map.parameters:
@@ -202,24 +207,22 @@ def match_tensors(
     unused = {**key_map.unused, **({OUTPUT_KEY: _TIED_REASON} if tied else {})}.items()
     has_copy = tied and OUTPUT_KEY in by_key
     return MatchedTensors(
-        sources={path: by_key[keys[path]][0] for path in shapes},
+        sources={path: by_key[keys[path]][0] for path in tensors},
         unused_found=tuple((by_key[key][0], reason) for key, reason in unused if key in by_key),
         unused_missing=tuple(key for key in key_map.unused if key not in by_key),
         tied_output=(by_key[OUTPUT_KEY][0], by_key[EMBEDDING_KEY][0]) if has_copy else None,
     )
 
 
-def _check_key_map(
-    shapes: Mapping[str, tuple[int, ...]], key_map: KeyMap
-) -> list[CheckpointProblem]:
+def _check_key_map(tensors: Collection[str], key_map: KeyMap) -> list[CheckpointProblem]:
     """Return the parameters for which the key map has no key or several keys, as faults."""
     keys: defaultdict[str, list[str]] = defaultdict(list)
     for key, path in key_map.parameters.items():
         keys[path].append(key)
     rows = []
-    for path in dict.fromkeys([*shapes, *keys]):
+    for path in dict.fromkeys([*tensors, *keys]):
         sources = ", ".join(keys[path])
-        if path not in shapes:
+        if path not in tensors:
             fault = sources, "no such parameter", "a parameter path", path
         elif not keys[path]:
             fault = path, "parameter without a key", "one key", "none"
@@ -240,7 +243,7 @@ def find_tensor_problems(
       info: The tensor.
       axes: The tensor's expected axes, such as "(N H) D".
       sizes: The size of each letter.
-      stored_dtype: The expected dtype; None accepts any dtype that parameters can have.
+      stored_dtype: The expected dtype; None accepts any floating-point dtype of parameters.
 
     Returns:
       One row for each fault.
@@ -256,7 +259,7 @@ def find_tensor_problems(
                     expected += f", {' * '.join(group)} = {size}"
                     found += f", {' * '.join(group)} = {wrong}"
         rows.append(CheckpointProblem(file, key, "wrong shape", expected, found))
-    if info.dtype not in DTYPES or stored_dtype not in (None, info.dtype):
+    if info.dtype != stored_dtype if stored_dtype else info.dtype not in DTYPES:
         expected = stored_dtype or "one of " + ", ".join(DTYPES)
         rows.append(CheckpointProblem(file, key, "wrong dtype", expected, info.dtype))
     return rows

@@ -1,6 +1,7 @@
 """Loading parameters from a checkpoint folder onto a mesh, and saving them."""
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from ovis_jax.argument_type_checks import check_argument_types
@@ -18,6 +20,7 @@ from ovis_jax.checkpoint.conversion_record import (
     DTYPE_FIELDS,
     is_converted,
     make_conversion_record,
+    read_quantization,
     set_config_dtype,
 )
 from ovis_jax.checkpoint.file_io import add_file_name_to_os_errors, write_json
@@ -46,7 +49,15 @@ from ovis_jax.checkpoint.tensor_index import (
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import ConfigError, OvisError
 from ovis_jax.json_fields import read_json
+from ovis_jax.model.linear import Quantized
 from ovis_jax.model.ovis import Params
+from ovis_jax.quantization import (
+    choose_quantization,
+    quantize_rows,
+    quantized_matrices,
+    scale_path,
+    unpack_int4,
+)
 from ovis_jax.sharding import (
     TENSOR,
     Rules,
@@ -57,6 +68,7 @@ from ovis_jax.sharding import (
 )
 
 _ROWS_PER_COMPARISON = 4096
+_ROWS_PER_BLOCK = 1024
 
 OnRead = Callable[[str, int], None]
 """Called for each slice of a tensor that this process reads, with the key and the slice's size."""
@@ -86,9 +98,12 @@ def match_checkpoint(
         output matrix that differs from the embedding with which config.json ties it.
     """
     stored = None if dtype is not None else read_config_dtype(folder)
-    make_key_map = make_converted_key_map if is_converted(folder) else make_hub_key_map
+    if is_converted(folder):
+        key_map = make_converted_key_map(config, read_quantization(folder))
+    else:
+        key_map = make_hub_key_map(config)
     index = read_tensor_index(folder, read_header)
-    matched = match_tensors(index, config, make_key_map(config), stored)
+    matched = match_tensors(index, config, key_map, stored)
     if matched.tied_output and all(info.path.is_file() for info in matched.tied_output):
         check_tied_output(*matched.tied_output)
     return matched, stored or safetensors_dtype(dtype)
@@ -160,6 +175,7 @@ def load_params(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: Rules = TENSOR,
+    quantization: str | None = None,
     on_read: OnRead | None = None,
 ) -> Params:
     """Read the parameters from a converted folder or a folder in the Hub's layout.
@@ -174,37 +190,101 @@ def load_params(
       mesh: Mesh to shard the parameters over; each device reads only its own slices. None for the
         default device.
       rules: Sharding rules for the mesh.
+      quantization: "int8" or "int4" to quantize the matrices while reading, one matrix at a time.
+        None loads them as they are stored; stored quantized matrices stay quantized.
       on_read: Called for each slice that is read, only once if several devices hold the same slice.
 
     Returns:
-      A nested dict of arrays with the shapes from `param_shapes`. If a shape is padded for the
-      mesh, the padding is zeros.
+      A nested dict of arrays with the shapes from `param_shapes`, and of `Quantized` matrices. If a
+      shape is padded for the mesh, the padding is zeros.
 
     Raises:
       ConfigError: `dtype` is None, and config.json does not state a supported dtype.
       CheckpointError: The files do not contain exactly the parameters of `config`.
-      OvisError: The rules cannot shard the parameters over the mesh.
+      OvisError: The rules cannot shard the parameters over the mesh, the quantization is unknown
+        or does not fit the config, or the checkpoint is quantized differently.
       OSError: A file cannot be read.
     """
+    stored = read_quantization(folder) if is_converted(folder) else None
+    wanted = stored if quantization is None else choose_quantization(config, quantization)
+    if stored is not None and wanted != stored:
+        raise OvisError(
+            f"quantization {quantization!r}: the matrices in {folder} are already {stored.format};"
+            f" leave quantization out, or give the checkpoint that {folder} was made from"
+        )
     matched, target = match_checkpoint(folder, config, dtype)
     shardings = None if mesh is None else param_shardings(config, mesh, rules)
     shapes = param_shapes(config, mesh, rules)
     mapped = {path: map_file(path) for path in {info.path for info in matched.sources.values()}}
+    matrices = {} if wanted is None else quantized_matrices(config)
 
-    def load(path: str, info: TensorInfo) -> jax.Array:
-        view = view_tensor(mapped[info.path], info)
-        sharding = None if shardings is None else shardings[path]
-        on_slice = None if on_read is None else partial(on_read, info.key)
-        return put_on_devices(info.key, view, target, sharding, shapes[path], on_slice)
+    def view(path: str) -> np.ndarray:
+        info = matched.sources[path]
+        return view_tensor(mapped[info.path], info)
 
-    flat = {path: load(path, info) for path, info in matched.sources.items()}
-    return unflatten_dict(flat, sep="/")
+    def callback(path: str) -> Callable[[int], None] | None:
+        return None if on_read is None else partial(on_read, matched.sources[path].key)
+
+    def load(path: str) -> Any:
+        sharding, shape = None if shardings is None else shardings[path], shapes[path]
+        if wanted is None or path not in matrices:
+            key = matched.sources[path].key
+            return put_on_devices(key, view(path), target, sharding, shape, callback(path))
+        group = wanted.group_of(path)
+        if stored is None:
+            q, scale = quantize_matrix(view(path), group)
+        else:
+            q = view(path) if group is None else unpack_int4(view(path), group)
+            scale = view(scale_path(path))
+        on_slices = callback(path), callback(path if stored is None else scale_path(path))
+        return _put_quantized_on_devices(path, q, scale, sharding, shape, on_slices)
+
+    return unflatten_dict({path: load(path) for path in shapes}, sep="/")
+
+
+def quantize_matrix(matrix: np.ndarray, group: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize a matrix as `quantize_rows` does, in blocks of rows that threads share."""
+    starts = range(0, len(matrix), _ROWS_PER_BLOCK)
+    with ThreadPoolExecutor() as threads:
+        blocks = [matrix[start : start + _ROWS_PER_BLOCK] for start in starts]
+        parts = [*threads.map(partial(quantize_rows, group=group), blocks)]
+    return np.concatenate([q for q, _ in parts]), np.concatenate([s for _, s in parts], axis=-1)
+
+
+def _put_quantized_on_devices(
+    path: str,
+    q: np.ndarray,
+    scale: np.ndarray,
+    sharding: NamedSharding | None,
+    shape: tuple[int, ...],
+    on_slices: tuple[Callable[[int], None] | None, Callable[[int], None] | None],
+) -> Quantized:
+    """Put a quantized matrix on devices, with the sharding and the padded shape of the matrix."""
+    rows, groups = shape[0], q.shape[1]
+    q_shape, scale_shape = (rows, *q.shape[1:]), (*scale.shape[:-1], rows)
+    q_sharding = scale_sharding = None
+    if sharding is not None:
+        out_axis, in_axis, *_ = *sharding.spec, None, None
+        q_spec = P(out_axis, in_axis)
+        scale_spec = P(out_axis) if q.ndim == 2 else P(in_axis, out_axis)
+        if in_axis is not None and q.ndim == 3 and groups % sharding.mesh.shape[in_axis]:
+            raise OvisError(
+                f"{path}: mesh axis {in_axis!r} of size {sharding.mesh.shape[in_axis]} would cut"
+                f" one of the {groups} groups of an int4 matrix; use a size that divides {groups},"
+                " other rules, or int8"
+            )
+        q_sharding = NamedSharding(sharding.mesh, q_spec)
+        scale_sharding = NamedSharding(sharding.mesh, scale_spec)
+    return Quantized(
+        put_on_devices(path, q, None, q_sharding, q_shape, on_slices[0]),
+        put_on_devices(scale_path(path), scale, None, scale_sharding, scale_shape, on_slices[1]),
+    )
 
 
 def put_on_devices(
     key: str,
     array: np.ndarray,
-    dtype: str,
+    dtype: str | None,
     sharding: NamedSharding | None,
     shape: tuple[int, ...],
     on_slice: Callable[[int], None] | None = None,
@@ -214,7 +294,7 @@ def put_on_devices(
     Args:
       key: Name of the tensor in error messages.
       array: Host array of any shape.
-      dtype: "F32", "F16" or "BF16".
+      dtype: "F32", "F16" or "BF16"; None for no cast.
       sharding: Sharding of the result; None for the default device.
       shape: Shape of the result if there is a sharding; the part beyond `array` is filled with
         zeros.
@@ -230,7 +310,7 @@ def put_on_devices(
         if on_slice is not None and str(index) not in slices:
             slices.add(str(index))
             on_slice(part.nbytes)
-        return cast_array(key, part, dtype)
+        return part if dtype is None else cast_array(key, part, dtype)
 
     if sharding is None:
         return jax.device_put(cast_slice(None))
@@ -294,7 +374,7 @@ def save_params(
         for name, content in (files or {}).items():
             with add_file_name_to_os_errors(partial / name):
                 (partial / name).write_bytes(content)
-        write_json(partial / CONVERSION_FILE, make_conversion_record(tensors, sha256))
+        write_json(partial / CONVERSION_FILE, make_conversion_record(tensors, sha256, target))
 
 
 def remove_padding(

@@ -36,6 +36,13 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 """Dtypes that parameters can have, by safetensors name."""
 
+INTEGER_DTYPES: Mapping[str, np.dtype] = {
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I32": np.dtype(np.int32),
+}
+"""Dtypes of quantized tensors, by safetensors name."""
+
 ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
     "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -227,7 +234,7 @@ def view_tensor(mapped: mmap.mmap, info: TensorInfo) -> np.ndarray:
     if len(mapped) < info.stop:
         raise _shrunk_file_error(info)
     data = np.frombuffer(mapped, np.uint8, info.stop - info.start, info.start)
-    dtype = DTYPES[info.dtype]
+    dtype = DTYPES.get(info.dtype) or INTEGER_DTYPES[info.dtype]
     if info.start % dtype.itemsize:
         data = data.copy()
     return data.view(dtype).reshape(info.shape)

@@ -224,6 +224,7 @@ def convert_from_hf(
             record = make_conversion_record(
                 plan.tensors,
                 sha256,
+                plan.dtype,
                 source={"name": checkpoint.name, "revision": checkpoint.revision},
                 source_keys=len(sources) + len(plan.matched.unused_found),
                 not_used={info.key: reason for info, reason in plan.matched.unused_found},

@@ -36,7 +36,7 @@ from ovis_jax.errors import OvisError
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.image_processing import IMAGE_SLOT
 from ovis_jax.model.kv_cache import Cache
-from ovis_jax.model.ovis import Ovis, Params
+from ovis_jax.model.ovis import Ovis, Params, activation_dtype
 from ovis_jax.sharding import mesh_axis
 
 
@@ -76,7 +76,7 @@ class ModelRunner:
         self.chunk_size = min(chunk_size, max_model_len)
         self._tokens_per_crop = model.config.visual_tokenizer.tokens_per_crop
         config = model.config.decoder
-        dtype = params["decoder"]["embed"].dtype
+        dtype = activation_dtype(params)
         max_crops = self.max_model_len // self._tokens_per_crop
         visual_rows = max_crops * self._tokens_per_crop + self.chunk_size
         replicated, sharded_cache = _shardings(params, config.num_kv_heads)
@@ -186,7 +186,7 @@ def _compile_once(
 
 def _shardings(params: Params, num_kv_heads: int) -> tuple[Any, Any]:
     """Return the shardings of replicated arrays and of a cache; both are None without a mesh."""
-    sharding = params["decoder"]["embed"].sharding
+    sharding = params["decoder"]["final_norm"].sharding
     if not isinstance(sharding, NamedSharding):
         return None, None
     replicated = NamedSharding(sharding.mesh, P())

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from ovis_jax.argument_type_checks import check_argument_types
 from ovis_jax.errors import RequestError
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.mesh import allow_explicit_mesh
-from ovis_jax.model.linear import linear
-from ovis_jax.model.ovis import Ovis, Params
+from ovis_jax.model.linear import Quantized, linear
+from ovis_jax.model.ovis import Ovis, Params, activation_dtype
 from ovis_jax.model.visual_tokenizer import VisualTokens, scan_visual_tokens, tokenize
 
 
@@ -161,15 +161,22 @@ def nearest_tokens(
     check_argument_types("nearest_tokens", params=(params, Mapping))
     table = params["decoder"]["embed"]
     _check_k(k, table.shape[0], "text tokens")
-    products = linear(embeddings.astype(table.dtype), table, out_dtype=jnp.float32)
-    cosines = products / (_norms(embeddings)[:, None] * _norms(table))
+    if isinstance(table, Quantized):
+        dtype = activation_dtype(params)
+        table_norms = jnp.maximum(_norms(table.q) * table.scale, _MIN_NORM)
+    else:
+        dtype, table_norms = table.dtype, _norms(table)
+    products = linear(embeddings.astype(dtype), table, out_dtype=jnp.float32)
+    cosines = products / (_norms(embeddings)[:, None] * table_norms[None])
     found, ids = jax.lax.top_k(cosines, k)
     return ids, found
 
 
-def _norms(rows: Float[Array, "n D"]) -> Float[Array, "n"]:
-    """Return the norm of each row, at least 1e-15, so that the cosine with a row of zeros is 0."""
-    return jnp.maximum(jnp.linalg.norm(rows.astype(jnp.float32), axis=-1), 1e-15)
+_MIN_NORM = 1e-15  # so that the cosine with a row of zeros is 0
+
+
+def _norms(rows: Shaped[Array, "n D"]) -> Float[Array, "n"]:
+    return jnp.maximum(jnp.linalg.norm(rows.astype(jnp.float32), axis=-1), _MIN_NORM)
 
 
 def _check_k(k: int, maximum: int, what: str) -> None:

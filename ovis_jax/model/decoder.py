@@ -15,7 +15,7 @@ from ovis_jax.model import kv_cache
 from ovis_jax.model.attention_kernels import KernelSetting, prompt_attention
 from ovis_jax.model.kv_cache import Cache, KeyValue
 from ovis_jax.model.layers import apply_rope, gelu, rms_norm, softcap
-from ovis_jax.model.linear import LowRank, init_weight, linear
+from ovis_jax.model.linear import Weight, init_weight, linear, weight_param
 from ovis_jax.model.plain_attention import attend, visible
 
 
@@ -44,8 +44,8 @@ class DecoderAttention(nn.Module):
         B, T, D = x.shape
         N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
 
-        def weight(name: str, *shape: int) -> Array | LowRank:
-            return self.param(name, init_weight, shape, self.param_dtype)
+        def weight(name: str, out_size: int, in_size: int) -> Weight:
+            return weight_param(self, name, (out_size, in_size), self.param_dtype)
 
         q = linear(x, weight("q", N * H, D)).reshape(B, T, N, H)
         k = linear(x, weight("k", K * H, D)).reshape(B, T, K, H)
@@ -84,9 +84,9 @@ class GatedMLP(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply the MLP to each position."""
         D, F = self.config.width, self.config.mlp_width
-        gate = self.param("gate", init_weight, (F, D), self.param_dtype)
-        up = self.param("up", init_weight, (F, D), self.param_dtype)
-        down = self.param("down", init_weight, (D, F), self.param_dtype)
+        gate = weight_param(self, "gate", (F, D), self.param_dtype)
+        up = weight_param(self, "up", (F, D), self.param_dtype)
+        down = weight_param(self, "down", (D, F), self.param_dtype)
         return linear(gelu(linear(x, gate)) * linear(x, up), down)
 
 
@@ -129,7 +129,7 @@ def unembed(
     config: DecoderConfig,
     x: Float[Array, "B T D"],
     norm: Float[Array, "D"],
-    table: Float[Array, "V D"] | LowRank,
+    table: Weight,
 ) -> Float[Array, "B T V"]:
     """Compute float32 logits from the last block's output: final norm, output matrix, soft capping.
 

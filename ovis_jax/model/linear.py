@@ -1,4 +1,4 @@
-"""Weight matrices, and the function that multiplies by them.
+"""Weight matrices, and the functions that multiply by them or look up their rows.
 
 A weight is a matrix [out, in], in the same orientation as in the checkpoint, or one of the types
 defined here. `linear` supports all types of weights, so modules do not need to change for a new
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from ovis_jax.model import cpu
+from ovis_jax.model import cpu, int4_matmul
 from ovis_jax.model.layers import matmul_precision, over_last_axis
 
 init_weight = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
@@ -25,29 +25,79 @@ init_weight = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Quantized:
+    """A matrix of small integers with float32 scales, which stays quantized in `linear`.
+
+    Attributes:
+      q: int8 [o, i], or int4 [o, G, g] in G groups of g consecutive inputs.
+      scale: One scale per row [o] for int8, or one per group and row [G, o] for int4. The matrix is
+        `q * scale`.
+    """
+
+    q: Int[Array, "o i"] | Int[Array, "o G g"]
+    scale: Float[Array, "o"] | Float[Array, "G o"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape [o, i] of the matrix."""
+        return self.q.shape[0], self.q.size // self.q.shape[0]
+
+    def dequantized(self, dtype: DTypeLike) -> Float[Array, "o i"]:
+        """Return the matrix as an array, computed in float32 and rounded to `dtype`."""
+        scale = self.scale.T if self.q.ndim == 3 else self.scale
+        return (self.q.astype(jnp.float32) * scale[..., None]).astype(dtype).reshape(self.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class LowRank:
     """A matrix with a LoRA adapter (Hu et al. 2021), equivalent to the matrix w + b a."""
 
-    w: Float[Array, "o i"]
+    w: Float[Array, "o i"] | Quantized
     a: Float[Array, "R i"]
     b: Float[Array, "o R"]
 
     def merged(self) -> Float[Array, "o i"]:
-        """Return the matrix w + b a, computed in float32 and rounded to the dtype of `w`."""
+        """Return the matrix w + b a, computed in float32 and rounded to the dtype of `w`.
+
+        The dtype for a quantized `w` is that of the adapter.
+        """
         product = jnp.matmul(
             self.b.astype(jnp.float32), self.a.astype(jnp.float32), precision="highest"
         )
+        if isinstance(self.w, Quantized):
+            return (self.w.dequantized(jnp.float32) + product).astype(self.a.dtype)
         return (self.w.astype(jnp.float32) + product).astype(self.w.dtype)
+
+
+Weight = Array | Quantized | LowRank
+"""A matrix that `linear` multiplies by."""
+
+
+def weight_param(module: nn.Module, name: str, shape: tuple[int, int], dtype: DTypeLike) -> Weight:
+    """Return a module's weight, or create it in `init`.
+
+    Unlike `nn.Module.param`, this accepts a weight whose arrays do not have the matrix's shape.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init_weight, shape, dtype)
 
 
 def linear(
     x: Float[Array, "*rows i"],
-    w: Float[Array, "o i"] | LowRank,
+    w: Float[Array, "o i"] | Quantized | LowRank,
     bias: Float[Array, "o"] | None = None,
     *,
     out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "*rows o"]:
     """Compute x w^T + bias, with accumulation in float32.
+
+    On a CPU, a product with an int8 matrix rounds the activations to int8, too, with one scale per
+    row (Dettmers et al. 2022). Other platforms round only the matrix.
+
+    A quantized matrix is a constant: the derivative with respect to it is zero, and the derivative
+    with respect to `x` is that of the product with the dequantized matrix.
 
     Args:
       x: Activations.
@@ -59,7 +109,8 @@ def linear(
     if isinstance(w, LowRank):
         y = linear(x, w.w, bias, out_dtype=out_dtype)
         return y + linear(linear(x, w.a), w.b, out_dtype=out_dtype)
-    y = _matmul(x, w, np.dtype(out_dtype))
+    multiply = _quantized_matmul if isinstance(w, Quantized) else _matmul
+    y = multiply(x, w, np.dtype(out_dtype))
     return y if bias is None else y + over_last_axis(bias.astype(out_dtype), y)
 
 
@@ -78,3 +129,56 @@ def _matmul(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
 
     cpu_product = partial(cpu.multiply_by_weight, out_dtype=out_dtype)
     return jax.lax.platform_dependent(x, w, cpu=cpu_product, default=matmul)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _multiply_quantized(x: Array, w: Quantized, out_dtype: DTypeLike) -> Array:
+    rows = x.reshape(-1, x.shape[-1])
+    if w.q.ndim == 3:
+        y = int4_matmul.multiply_by_int4(rows, w.q, w.scale)
+    else:
+        y = jax.lax.platform_dependent(
+            rows, w.q, w.scale, cpu=cpu.multiply_by_int8, default=_multiply_by_int8
+        )
+    return y.reshape(*x.shape[:-1], w.shape[0]).astype(out_dtype)
+
+
+@_multiply_quantized.defjvp
+def _derivative_of_x(out_dtype: DTypeLike, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x, w = primals
+    dy = _matmul(tangents[0], w.dequantized(x.dtype), out_dtype)
+    return _multiply_quantized(x, w, out_dtype), dy
+
+
+_quantized_matmul = jax.jit(_multiply_quantized, static_argnums=2, inline=True)
+
+
+def _multiply_by_int8(x: Array, q: Array, scale: Array) -> Array:
+    # The compilers for TPUs and GPUs convert the integers inside of the product, without a copy.
+    return cpu.float32_product("ri,oi->ro", x, q.astype(x.dtype)) * scale[None]
+
+
+def lookup(
+    table: Float[Array, "n D"] | Quantized,
+    rows: Int[Array, "*shape"],
+    dtype: DTypeLike,
+    *,
+    in_loop: bool = False,
+) -> Float[Array, "*shape D"]:
+    """Return rows of a table.
+
+    Args:
+      table: The table; int8 if it is quantized.
+      rows: The rows' numbers.
+      dtype: Dtype of the rows from a quantized table; other tables keep their dtype.
+      in_loop: Whether this is the body of a loop, where XLA's CPU backend needs a workaround.
+    """
+    if not isinstance(table, Quantized):
+        return cpu.lookup_rows(table, rows) if in_loop else table[rows]
+    flat = rows.reshape(-1)
+    if flat.size == 1:
+        # On a TPU, XLA copies the whole table into another layout to read a single row.
+        flat = jnp.broadcast_to(flat, (2,))
+    q, scale = (x.at[flat].get(mode="clip") for x in (table.q, table.scale))
+    found = (q.astype(jnp.float32) * scale[:, None]).astype(dtype)
+    return found[: rows.size].reshape(*rows.shape, -1)

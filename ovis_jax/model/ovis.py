@@ -19,9 +19,9 @@ from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.image_processing import IMAGE_SLOT, IMAGE_START
 from ovis_jax.mesh import allow_explicit_mesh
 from ovis_jax.model.attention_kernels import AttentionKernel, KernelSetting, Platform, choose_kernel
-from ovis_jax.model.cpu import lookup_rows
 from ovis_jax.model.decoder import Decoder
 from ovis_jax.model.kv_cache import Cache
+from ovis_jax.model.linear import lookup
 from ovis_jax.model.vision import VisionEncoder
 from ovis_jax.model.visual_tokenizer import (
     VisualTokenizer,
@@ -62,6 +62,11 @@ class ForwardStates(NamedTuple):
     images: ImageStates | None
     inputs_embeds: Float[Array, "B T D"]
     hidden: tuple[Float[Array, "B T D"], ...]
+
+
+def activation_dtype(params: Mapping[str, Any]) -> jnp.dtype:
+    """Return the dtype in which the model computes: that of its norms, which are not quantized."""
+    return params["decoder"]["final_norm"].dtype
 
 
 def apply(module: nn.Module, params: Params, *arguments: Any) -> Any:
@@ -174,10 +179,12 @@ class Ovis:
           visual: Embeddings of the visual tokens, in order of appearance in the batch.
         """
         text, table = params["decoder"]["embed"], params["visual_embedding"]
-        x = text[jnp.maximum(tokens, 0)]  # [B, T, D]
+        dtype = activation_dtype(params)
+        x = lookup(text, jnp.maximum(tokens, 0), dtype)  # [B, T, D]
         # The ids -301 to -305 are the last five rows of the unpadded table, in this order.
         row = self.config.visual_tokenizer.num_words + (IMAGE_START - tokens)
-        x = jnp.where((tokens <= IMAGE_START)[..., None], table[jnp.maximum(row, 0)], x)
+        indicators = lookup(table, jnp.maximum(row, 0), dtype)
+        x = jnp.where((tokens <= IMAGE_START)[..., None], indicators, x)
         if visual is None:
             return x
         slots = tokens == IMAGE_SLOT
@@ -261,7 +268,8 @@ class Ovis:
         self, params: Params, tokens: Int[Array, "B"], cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Read one text token per row; return float32 logits for the next token, and the cache."""
-        x = lookup_rows(params["decoder"]["embed"], tokens)[:, None]  # [B, 1, D]
+        table = params["decoder"]["embed"]
+        x = lookup(table, tokens, activation_dtype(params), in_loop=True)[:, None]  # [B, 1, D]
         positions = cache.lengths[:, None]  # [B, 1]
         out = apply(self.decoder(), params["decoder"], x, positions, cache)
         return out.logits[:, 0], Cache(out.key_values, cache.lengths + 1)

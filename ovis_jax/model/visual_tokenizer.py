@@ -19,8 +19,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Key
 
 from ovis_jax.config import TokenizeFunction, VisualTokenizerConfig
-from ovis_jax.model.layers import LayerNorm, matmul_precision
-from ovis_jax.model.linear import init_weight, linear
+from ovis_jax.model.cpu import float32_product
+from ovis_jax.model.layers import LayerNorm
+from ovis_jax.model.linear import Quantized, init_weight, linear
 
 VISUAL_TOKENS_PER_CHUNK = 512
 """Number of visual tokens whose distributions are in memory at a time in `scan_visual_tokens`.
@@ -113,21 +114,19 @@ _straight_through.defjvps(None, lambda tangent, *_: tangent)
 
 
 def embed_words(
-    probabilities: Float[Array, "I M W"], table: Float[Array, "U D"]
+    probabilities: Float[Array, "I M W"], table: Float[Array, "U D"] | Quantized
 ) -> Float[Array, "I M D"]:
     """Compute the mean of the table's rows, weighted by each distribution.
 
     The distributions are padded to the number of rows in the table, because slicing the table would
-    copy it.
+    copy it. The scales of a quantized table are multiplied into the distributions.
     """
-    missing = table.shape[0] - probabilities.shape[-1]
-    return jnp.einsum(
-        "IMW,WD->IMD",
-        jnp.pad(probabilities, ((0, 0), (0, 0), (0, missing))),
-        table,
-        precision=matmul_precision(probabilities),
-        preferred_element_type=jnp.float32,
-    ).astype(probabilities.dtype)
+    dtype, missing = probabilities.dtype, table.shape[0] - probabilities.shape[-1]
+    weights = jnp.pad(probabilities, ((0, 0), (0, 0), (0, missing)))
+    if isinstance(table, Quantized):
+        weights = (weights.astype(jnp.float32) * table.scale[None, None]).astype(dtype)
+        table = table.q.astype(dtype)
+    return float32_product("IMW,WD->IMD", weights, table).astype(dtype)
 
 
 class VisualTokenizer(nn.Module):
@@ -151,7 +150,7 @@ class VisualTokenizer(nn.Module):
         c = self.config
         rows = c.num_words
         if self.has_variable("params", "head"):
-            # The head may be padded, and it may be a LowRank, whose first leaf is the matrix.
+            # The head may be padded. The first leaf of a LowRank or Quantized is the matrix.
             rows = max(rows, jax.tree.leaves(self.get_variable("params", "head"))[0].shape[0])
         head = self.param("head", init_weight, (rows, c.merged_width), self.param_dtype)
         norm = LayerNorm(c.norm_eps, self.param_dtype, c.num_words, name="norm")

@@ -23,6 +23,8 @@ from ovis_jax.inputs.image_processing import choose_grid
 from ovis_jax.inputs.open_image import open_image
 from ovis_jax.loading import LoadedOvis, load
 from ovis_jax.mesh import tensor_parallel_mesh
+from ovis_jax.model.linear import lookup
+from ovis_jax.model.ovis import activation_dtype
 from ovis_jax.words.crop_regions import CropRegion, crop_regions
 
 
@@ -109,7 +111,8 @@ def _print_words(
 ) -> None:
     """Print the most frequent visual words of an image, or those that two images share."""
     shared = shared_words(jnp.asarray(probabilities[0]), jnp.asarray(probabilities[-1]), k=top)
-    rows = ovis.params["visual_embedding"][jnp.asarray(shared.words)]
+    table, dtype = ovis.params["visual_embedding"], activation_dtype(ovis.params)
+    rows = lookup(table, jnp.asarray(shared.words), dtype)
     ids, _ = nearest_tokens(ovis.params, rows)
     texts = [
         " ".join(repr(ovis.processor.tokenizer.decode([i], skip_special_tokens=False)) for i in row)

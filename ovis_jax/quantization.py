@@ -1,0 +1,165 @@
+"""The quantization of a checkpoint: which matrices have integers, in which groups, how to round.
+
+int8 has one scale per row of a matrix, which is one output. int4 has one scale per row and group of
+consecutive inputs, and only applies to the seven matrices of each decoder block; the other matrices
+are int8. Norms, biases, the patch embedding and the position embedding are not quantized.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import ml_dtypes
+import numpy as np
+
+from ovis_jax.config import OvisConfig
+from ovis_jax.errors import OvisError
+from ovis_jax.sharding import (
+    axis_letter_sizes,
+    param_axes,
+    shape_from_axes,
+    split_dimensions,
+    supports_adapter,
+)
+
+QuantizationFormat = Literal["int8", "int4"]
+
+_GROUP_SIZES = (128, 64, 32, 16, 8)
+"""Group sizes in order of preference; the first that divides all inputs is used."""
+
+_INT4_MATRICES = re.compile(r"decoder/block_\d+/(attn/[qkvo]|mlp/(gate|up|down))")
+_TABLES = ("visual_embedding", "decoder/embed")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The quantization of all matrices of a checkpoint.
+
+    Attributes:
+      format: "int8" or "int4".
+      group_size: Number of inputs per scale of an int4 matrix; None for "int8".
+    """
+
+    format: QuantizationFormat
+    group_size: int | None = None
+
+    def group_of(self, path: str) -> int | None:
+        """Return the group size of a matrix; None if the matrix is int8."""
+        return self.group_size if _INT4_MATRICES.fullmatch(path) else None
+
+
+def choose_quantization(config: OvisConfig, quantization: str) -> Quantization:
+    """Return the quantization with a format; int4 has the largest usual groups that divide.
+
+    Raises:
+      OvisError: The format is unknown, or no group size divides the inputs of every matrix.
+    """
+    if quantization not in get_args(QuantizationFormat):
+        known = " or ".join(get_args(QuantizationFormat))
+        raise OvisError(f"quantization {quantization!r}: expected {known}")
+    if quantization == "int8":
+        return Quantization("int8")
+    for group_size in _GROUP_SIZES:
+        found = Quantization("int4", group_size)
+        if not find_undivided(config, found):
+            return found
+    path, inputs = find_undivided(config, Quantization("int4", _GROUP_SIZES[-1]))[0]
+    raise OvisError(
+        f"quantization int4: {path} has {inputs} inputs, which groups of {_GROUP_SIZES[-1]} do not"
+        " divide; use int8"
+    )
+
+
+def find_undivided(config: OvisConfig, quantization: Quantization) -> list[tuple[str, int]]:
+    """Return the path and the inputs of every matrix that the groups do not divide."""
+    inputs = {path: shape[1] for path, shape in quantized_matrices(config).items()}
+    return [(p, n) for p, n in inputs.items() if n % (quantization.group_of(p) or 1)]
+
+
+def quantized_matrices(config: OvisConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape [o, i] of every matrix that is quantized, by path."""
+    return {
+        path: shape_from_axes(axes, axis_letter_sizes(config, path))
+        for path, axes in param_axes(config).items()
+        if supports_adapter(path) or path in _TABLES
+    }
+
+
+def stored_tensors(
+    config: OvisConfig, quantization: Quantization | None
+) -> dict[str, tuple[str, str | None]]:
+    """Return the axes and the dtype of every tensor in a converted folder, by name.
+
+    A quantized matrix has two tensors. `path` is I8 [o, i], or U8 [o, i / 2] with two int4 numbers
+    per byte, the first in the lower four bits. `path/scale` is F32 [o], or F32 [G, o].
+
+    Args:
+      config: Config of the model.
+      quantization: The quantization; None for a folder that is not quantized.
+
+    Returns:
+      Axes as in `param_axes`, and the safetensors name of the dtype; None for the dtype of the
+      checkpoint.
+    """
+    matrices = {} if quantization is None else quantized_matrices(config)
+    tensors: dict[str, tuple[str, str | None]] = {}
+    for path, axes in param_axes(config).items():
+        if quantization is None or path not in matrices:
+            tensors[path] = axes, None
+            continue
+        rows, _ = split_dimensions(axes)
+        inputs, group = matrices[path][1], quantization.group_of(path)
+        if group is None:
+            tensors |= {path: (axes, "I8"), scale_path(path): (rows, "F32")}
+        else:
+            tensors[path] = f"{rows} {inputs // 2}", "U8"
+            tensors[scale_path(path)] = f"{inputs // group} {rows}", "F32"
+    return tensors
+
+
+def scale_path(path: str) -> str:
+    """Return the name of the tensor with the scales of a matrix."""
+    return f"{path}/scale"
+
+
+def quantize_rows(rows: np.ndarray, group: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize rows of a matrix to the nearest numbers.
+
+    An int8 row uses -127 to 127. The int4 number of largest magnitude in a group becomes -8, so the
+    scale may be negative: this uses all 16 numbers, as ggml's Q4_0 does.
+
+    Args:
+      rows: Floating-point rows [n, i].
+      group: Number of inputs per int4 scale; None for int8.
+
+    Returns:
+      int8 [n, i] and float32 scales [n]; or int4 [n, G, g] and float32 scales [G, n].
+    """
+    x = rows.astype(np.float32)
+    if group is not None:
+        x = x.reshape(len(x), -1, group)
+    largest = np.abs(x).argmax(axis=-1, keepdims=True)
+    extreme = np.take_along_axis(x, largest, axis=-1)[..., 0]
+    scale = np.abs(extreme) / np.float32(127) if group is None else extreme / np.float32(-8)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    inverse = np.where(np.isfinite(inverse), inverse, np.float32(0))
+    q = np.rint(x * inverse[..., None])
+    if group is None:
+        return q.astype(np.int8), np.where(inverse == 0, np.float32(0), scale)
+    q = np.minimum(q, 7).astype(np.int8).astype(ml_dtypes.int4)
+    return q, np.where(inverse == 0, np.float32(0), scale).T
+
+
+def pack_int4(q: np.ndarray) -> np.ndarray:
+    """Return int4 [n, G, g] as uint8 [n, G g / 2], the first of two numbers in the lower bits."""
+    pairs = q.astype(np.int8).reshape(len(q), -1, 2).view(np.uint8)
+    return (pairs[..., 0] & 15) | (pairs[..., 1] << 4)
+
+
+def unpack_int4(packed: np.ndarray, group: int) -> np.ndarray:
+    """Return the int4 [n, G, g] that `pack_int4` packed."""
+    packed = packed.view(np.int8)
+    low, high = (packed << 4) >> 4, packed >> 4  # arithmetic shifts keep the sign
+    q = np.stack([low, high], axis=-1).astype(ml_dtypes.int4)
+    return q.reshape(len(packed), -1, group)
