@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import ml_dtypes
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import OvisError
@@ -122,6 +123,32 @@ def scale_path(path: str) -> str:
     return f"{path}/scale"
 
 
+def quantized_shardings(
+    path: str, sharding: NamedSharding, num_groups: int | None
+) -> tuple[NamedSharding, NamedSharding]:
+    """Return the shardings of a quantized matrix's numbers and scales.
+
+    Args:
+      path: Path of the matrix.
+      sharding: Sharding of the matrix [o, i], as in `param_shardings`.
+      num_groups: G, the number of groups of an int4 matrix; None for int8.
+
+    Raises:
+      OvisError: The mesh would cut a group.
+    """
+    mesh, (rows, inputs, *_) = sharding.mesh, (*sharding.spec, None, None)
+    if num_groups is None:
+        return sharding, NamedSharding(mesh, PartitionSpec(rows))
+    if inputs is not None and num_groups % mesh.shape[inputs]:
+        raise OvisError(
+            f"{path}: mesh axis {inputs!r} of size {mesh.shape[inputs]} would cut one of the"
+            f" {num_groups} groups of an int4 matrix; use a size that divides {num_groups}, rules"
+            " that do not shard the inputs, or int8"
+        )
+    groups_and_rows = NamedSharding(mesh, PartitionSpec(inputs, rows))
+    return groups_and_rows, groups_and_rows
+
+
 def quantize_rows(rows: np.ndarray, group: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Quantize rows of a matrix to the nearest numbers.
 
@@ -133,11 +160,11 @@ def quantize_rows(rows: np.ndarray, group: int | None) -> tuple[np.ndarray, np.n
       group: Number of inputs per int4 scale; None for int8.
 
     Returns:
-      int8 [n, i] and float32 scales [n]; or int4 [n, G, g] and float32 scales [G, n].
+      int8 [n, i] and float32 scales [n]; or int4 [G, n, g] and float32 scales [G, n].
     """
     x = rows.astype(np.float32)
     if group is not None:
-        x = x.reshape(len(x), -1, group)
+        x = x.reshape(len(x), -1, group).swapaxes(0, 1)
     largest = np.abs(x).argmax(axis=-1, keepdims=True)
     extreme = np.take_along_axis(x, largest, axis=-1)[..., 0]
     scale = np.abs(extreme) / np.float32(127) if group is None else extreme / np.float32(-8)
@@ -148,18 +175,18 @@ def quantize_rows(rows: np.ndarray, group: int | None) -> tuple[np.ndarray, np.n
     if group is None:
         return q.astype(np.int8), np.where(inverse == 0, np.float32(0), scale)
     q = np.minimum(q, 7).astype(np.int8).astype(ml_dtypes.int4)
-    return q, np.where(inverse == 0, np.float32(0), scale).T
+    return q, np.where(inverse == 0, np.float32(0), scale)
 
 
 def pack_int4(q: np.ndarray) -> np.ndarray:
-    """Return int4 [n, G, g] as uint8 [n, G g / 2], the first of two numbers in the lower bits."""
-    pairs = q.astype(np.int8).reshape(len(q), -1, 2).view(np.uint8)
+    """Return int4 [G, n, g] as uint8 [n, G g / 2], the first of two numbers in the lower bits."""
+    pairs = q.astype(np.int8).swapaxes(0, 1).reshape(q.shape[1], -1, 2).view(np.uint8)
     return (pairs[..., 0] & 15) | (pairs[..., 1] << 4)
 
 
 def unpack_int4(packed: np.ndarray, group: int) -> np.ndarray:
-    """Return the int4 [n, G, g] that `pack_int4` packed."""
+    """Return the int4 [G, n, g] that `pack_int4` packed."""
     packed = packed.view(np.int8)
     low, high = (packed << 4) >> 4, packed >> 4  # arithmetic shifts keep the sign
     q = np.stack([low, high], axis=-1).astype(ml_dtypes.int4)
-    return q.reshape(len(packed), -1, group)
+    return q.reshape(len(packed), -1, group).swapaxes(0, 1)

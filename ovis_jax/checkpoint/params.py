@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from ovis_jax.argument_type_checks import check_argument_types
@@ -55,6 +54,7 @@ from ovis_jax.quantization import (
     choose_quantization,
     quantize_rows,
     quantized_matrices,
+    quantized_shardings,
     scale_path,
     unpack_int4,
 )
@@ -248,7 +248,8 @@ def quantize_matrix(matrix: np.ndarray, group: int | None) -> tuple[np.ndarray, 
     with ThreadPoolExecutor() as threads:
         blocks = [matrix[start : start + _ROWS_PER_BLOCK] for start in starts]
         parts = [*threads.map(partial(quantize_rows, group=group), blocks)]
-    return np.concatenate([q for q, _ in parts]), np.concatenate([s for _, s in parts], axis=-1)
+    q, scale = zip(*parts, strict=True)
+    return np.concatenate(q, axis=-2), np.concatenate(scale, axis=-1)
 
 
 def _put_quantized_on_devices(
@@ -260,21 +261,12 @@ def _put_quantized_on_devices(
     on_slices: tuple[Callable[[int], None] | None, Callable[[int], None] | None],
 ) -> Quantized:
     """Put a quantized matrix on devices, with the sharding and the padded shape of the matrix."""
-    rows, groups = shape[0], q.shape[1]
-    q_shape, scale_shape = (rows, *q.shape[1:]), (*scale.shape[:-1], rows)
+    rows = shape[0]
+    q_shape, scale_shape = (*q.shape[:-2], rows, q.shape[-1]), (*scale.shape[:-1], rows)
     q_sharding = scale_sharding = None
     if sharding is not None:
-        out_axis, in_axis, *_ = *sharding.spec, None, None
-        q_spec = P(out_axis, in_axis)
-        scale_spec = P(out_axis) if q.ndim == 2 else P(in_axis, out_axis)
-        if in_axis is not None and q.ndim == 3 and groups % sharding.mesh.shape[in_axis]:
-            raise OvisError(
-                f"{path}: mesh axis {in_axis!r} of size {sharding.mesh.shape[in_axis]} would cut"
-                f" one of the {groups} groups of an int4 matrix; use a size that divides {groups},"
-                " other rules, or int8"
-            )
-        q_sharding = NamedSharding(sharding.mesh, q_spec)
-        scale_sharding = NamedSharding(sharding.mesh, scale_spec)
+        num_groups = len(q) if q.ndim == 3 else None
+        q_sharding, scale_sharding = quantized_shardings(path, sharding, num_groups)
     return Quantized(
         put_on_devices(path, q, None, q_sharding, q_shape, on_slices[0]),
         put_on_devices(scale_path(path), scale, None, scale_sharding, scale_shape, on_slices[1]),

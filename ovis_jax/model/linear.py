@@ -29,23 +29,23 @@ class Quantized:
     """A matrix of small integers with float32 scales, which stays quantized in `linear`.
 
     Attributes:
-      q: int8 [o, i], or int4 [o, G, g] in G groups of g consecutive inputs.
-      scale: One scale per row [o] for int8, or one per group and row [G, o] for int4. The matrix is
-        `q * scale`.
+      q: int8 [o, i], or int4 [G, o, g] in G groups of g consecutive inputs.
+      scale: float32, one scale per row [o] for int8, or one per group and row [G, o] for int4.
     """
 
-    q: Int[Array, "o i"] | Int[Array, "o G g"]
+    q: Int[Array, "o i"] | Int[Array, "G o g"]
     scale: Float[Array, "o"] | Float[Array, "G o"]
 
     @property
     def shape(self) -> tuple[int, int]:
         """The shape [o, i] of the matrix."""
-        return self.q.shape[0], self.q.size // self.q.shape[0]
+        rows = self.q.shape[-2]
+        return rows, self.q.size // rows
 
     def dequantized(self, dtype: DTypeLike) -> Float[Array, "o i"]:
         """Return the matrix as an array, computed in float32 and rounded to `dtype`."""
-        scale = self.scale.T if self.q.ndim == 3 else self.scale
-        return (self.q.astype(jnp.float32) * scale[..., None]).astype(dtype).reshape(self.shape)
+        w = (self.q.astype(jnp.float32) * self.scale[..., None]).astype(dtype)
+        return w if w.ndim == 2 else w.swapaxes(0, 1).reshape(self.shape)
 
 
 @jax.tree_util.register_dataclass

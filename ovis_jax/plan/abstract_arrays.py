@@ -8,19 +8,36 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model.kv_cache import Cache, num_slots
+from ovis_jax.model.linear import Quantized
 from ovis_jax.plan.workload import Workload
+from ovis_jax.quantization import choose_quantization, quantized_matrices, quantized_shardings
 from ovis_jax.sharding import TENSOR, param_shapes, param_shardings
 
 
-def abstract_params(
-    workload: Workload, mesh: Mesh | AbstractMesh
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Describe the array of every parameter, by path."""
-    shardings = param_shardings(workload.config, mesh, TENSOR)
-    shapes = param_shapes(workload.config, mesh, TENSOR)
+def abstract_params(workload: Workload, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
+    """Describe every parameter by path: its array, or the two arrays of a `Quantized` matrix."""
+    config, quantization = workload.config, workload.quantization
+    shardings = param_shardings(config, mesh, TENSOR)
+    matrices = {} if quantization is None else quantized_matrices(config)
+    chosen = quantization and choose_quantization(config, quantization)
+
+    def describe(path: str, shape: tuple[int, ...]) -> Any:
+        if chosen is None or path not in matrices:
+            return jax.ShapeDtypeStruct(shape, workload.dtype, sharding=shardings[path])
+        (rows, inputs), group = shape, chosen.group_of(path)
+        groups = None if group is None else inputs // group
+        q, scale = quantized_shardings(path, shardings[path], groups)
+        if groups is None:
+            shapes = (rows, inputs), (rows,)
+        else:
+            shapes = (groups, rows, group), (groups, rows)
+        return Quantized(
+            jax.ShapeDtypeStruct(shapes[0], jnp.int8 if group is None else jnp.int4, sharding=q),
+            jax.ShapeDtypeStruct(shapes[1], jnp.float32, sharding=scale),
+        )
+
     return {
-        path: jax.ShapeDtypeStruct(shape, workload.dtype, sharding=shardings[path])
-        for path, shape in shapes.items()
+        path: describe(path, shape) for path, shape in param_shapes(config, mesh, TENSOR).items()
     }
 
 
@@ -66,5 +83,6 @@ def decoder_matrix_shapes(workload: Workload) -> list[tuple[int, ...]]:
     found = []
     for path, x in abstract_params(workload, workload.abstract_mesh).items():
         if path.startswith("decoder/") and len(x.shape) == 2:
+            x = x.q if isinstance(x, Quantized) else x
             found += [x.shape, x.sharding.shard_shape(x.shape)]
     return found

@@ -27,6 +27,8 @@ class Workload:
     """Maximum number of cells that an image is cut into."""
     dtype: str = "bfloat16"
     """Dtype of the weights and the KV cache."""
+    quantization: str | None = None
+    """Quantization of the matrices: "int8" or "int4"; None for none."""
 
     @property
     def abstract_mesh(self) -> AbstractMesh:
