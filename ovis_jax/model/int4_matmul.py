@@ -107,7 +107,7 @@ def multiply_in_kernel(x: Array, q: Array, scale: Array, interpret: bool = False
             y = jnp.zeros_like(total)
             for x_ref, q in ((even_ref, low), (odd_ref, high)):
                 part = pltriton.load(x_ref.at[:, columns])
-                y += pl.dot(part, q.astype(part.dtype), trans_b=True)
+                y += pltriton.dot(part, q.astype(part.dtype), trans_b=True)
             return total + y * pltriton.load(scale_ref.at[pl.ds(group, 1), :])
 
         zeros = jnp.zeros(out_ref.shape, jnp.float32)
