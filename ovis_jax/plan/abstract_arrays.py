@@ -1,38 +1,100 @@
 """Shapes, dtypes and shardings of the arrays in a workload, without their values."""
 
-from typing import Any
+import math
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from ovis_jax.errors import OvisError
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model.kv_cache import Cache, num_slots
 from ovis_jax.plan.workload import Workload
-from ovis_jax.sharding import TENSOR, param_shapes, param_shardings
+from ovis_jax.sharding import TENSOR, param_shapes, param_shardings, supports_adapter
+
+_INT4_GROUP = 128
+"""Number of consecutive inputs that share a scale in an int4 matrix."""
+
+_INT4_MATRIX = re.compile(r"decoder/block_\d+/(attn/[qkvo]|mlp/(gate|up|down))")
+_QUANTIZED_TABLES = ("visual_embedding", "decoder/embed")
+
+
+class Quantized(NamedTuple):
+    """The integers and the float32 scales of a quantized matrix or cache."""
+
+    q: jax.ShapeDtypeStruct
+    scale: jax.ShapeDtypeStruct
 
 
 def abstract_params(
     workload: Workload, mesh: Mesh | AbstractMesh
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Describe the array of every parameter, by path."""
+) -> dict[str, jax.ShapeDtypeStruct | Quantized]:
+    """Describe every parameter by path.
+
+    Raises:
+      OvisError: The mesh cannot shard a parameter, or would cut a group of an int4 matrix.
+    """
     shardings = param_shardings(workload.config, mesh, TENSOR)
     shapes = param_shapes(workload.config, mesh, TENSOR)
-    return {
-        path: jax.ShapeDtypeStruct(shape, workload.dtype, sharding=shardings[path])
-        for path, shape in shapes.items()
-    }
+    return {path: _param(workload, path, shapes[path], shardings[path]) for path in shapes}
+
+
+def _param(
+    workload: Workload, path: str, shape: tuple[int, ...], sharding: NamedSharding
+) -> jax.ShapeDtypeStruct | Quantized:
+    """Describe a parameter: int8 [o, i] with scales [o], or int4 [o, G, g] with scales [G, o]."""
+    quantized = supports_adapter(path) or path in _QUANTIZED_TABLES
+    if workload.quantization is None or not quantized:
+        return jax.ShapeDtypeStruct(shape, workload.dtype, sharding=sharding)
+    (rows, inputs), (row_axis, input_axis) = shape, (*sharding.spec, None)[:2]
+    scale_shape, scale_axes, dtype = (rows,), (row_axis,), jnp.int8
+    if workload.quantization == "int4" and _INT4_MATRIX.fullmatch(path):
+        groups = -(-inputs // _INT4_GROUP)
+        shape, dtype = (rows, groups, inputs // groups), jnp.int4
+        scale_shape, scale_axes = (groups, rows), (input_axis, row_axis)
+        if groups % (parts := sharding.mesh.shape.get(input_axis, 1)):
+            raise OvisError(
+                f"{path}: mesh axis {input_axis!r} of size {parts} would cut one of the {groups}"
+                f" groups of an int4 matrix; use a size that divides {groups}, or int8"
+            )
+    scale_sharding = NamedSharding(sharding.mesh, PartitionSpec(*scale_axes))
+    return Quantized(
+        jax.ShapeDtypeStruct(shape, dtype, sharding=sharding),
+        jax.ShapeDtypeStruct(scale_shape, jnp.float32, sharding=scale_sharding),
+    )
+
+
+def weights_per_device(params: Iterable[jax.ShapeDtypeStruct | Quantized]) -> int:
+    """Count the weights on each device, without scales."""
+    arrays = (x.q if isinstance(x, Quantized) else x for x in params)
+    return sum(math.prod(shape_per_device(x)) for x in arrays)
+
+
+def shape_per_device(x: Any) -> tuple[int, ...]:
+    """Return the shape of the part of an array that is on each device."""
+    return x.sharding.shard_shape(x.shape)
 
 
 def abstract_cache(workload: Workload, mesh: Mesh | AbstractMesh) -> Cache:
-    """Describe the KV cache; rows are sharded over "data" and key/value heads over "model"."""
+    """Describe the KV cache; rows are sharded over "data" and key/value heads over "model".
+
+    An int8 cache has one scale per position and head.
+    """
     c = workload.config.decoder
     sharding = NamedSharding(mesh, PartitionSpec(TENSOR["B"], TENSOR["K"]))
 
     def keys_or_values(block: int) -> Any:
         slots = num_slots(c, block, workload.max_length)
         shape = (workload.batch_size, c.num_kv_heads, slots, c.head_dim)
-        return jax.ShapeDtypeStruct(shape, workload.dtype, sharding=sharding)
+        if workload.kv_cache_dtype == "auto":
+            return jax.ShapeDtypeStruct(shape, workload.dtype, sharding=sharding)
+        return Quantized(
+            jax.ShapeDtypeStruct(shape, jnp.int8, sharding=sharding),
+            jax.ShapeDtypeStruct(shape[:-1], jnp.float32, sharding=sharding),
+        )
 
     blocks = tuple((keys_or_values(i), keys_or_values(i)) for i in range(c.depth))
     return Cache(blocks, abstract_token_ids(mesh, (workload.batch_size,)))
@@ -65,6 +127,7 @@ def decoder_matrix_shapes(workload: Workload) -> list[tuple[int, ...]]:
     """Return the full and the per-device shapes of the decoder's matrices."""
     found = []
     for path, x in abstract_params(workload, workload.abstract_mesh).items():
-        if path.startswith("decoder/") and len(x.shape) == 2:
-            found += [x.shape, x.sharding.shard_shape(x.shape)]
+        weights = x.q if isinstance(x, Quantized) else x
+        if path.startswith("decoder/") and len(weights.shape) > 1:
+            found += [weights.shape, shape_per_device(weights)]
     return found
