@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from ovis_jax.errors import OvisError
 from ovis_jax.json_fields import (
     JsonObject,
     is_int,
@@ -185,6 +186,11 @@ class DecoderConfig:
     norm_eps: float
     tie_embeddings: bool = True
 
+    @property
+    def supports_float16(self) -> bool:
+        """Whether activations stay in the range of float16; those of Gemma2 exceed it."""
+        return False
+
     def window(self, block: int) -> int | None:
         """Return the sliding window of a block in positions; None for a global block."""
         return self.sliding_window if block % 2 == 0 else None
@@ -283,6 +289,18 @@ class OvisConfig:
     def vision(self) -> VisionConfig:
         """The config of the vision encoder."""
         return self.visual_tokenizer.vision
+
+    def check_compute_dtype(self, dtype: str) -> None:
+        """Check that the model can compute in a dtype, such as "bfloat16".
+
+        Raises:
+          OvisError: The dtype is float16, and the activations of the decoder exceed its range.
+        """
+        if dtype == "float16" and not self.decoder.supports_float16:
+            raise OvisError(
+                "dtype float16: the activations of Gemma2 exceed its range, which ends at 65504;"
+                " use bfloat16 or float32"
+            )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any]) -> Self:

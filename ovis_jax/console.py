@@ -31,7 +31,11 @@ ModelOption = Annotated[
     ),
 ]
 DtypeOption = Annotated[
-    Dtype | None, typer.Option(help="Dtype of the computation; by default, the checkpoint's dtype.")
+    Dtype | None,
+    typer.Option(
+        help="Dtype of the computation; by default, the checkpoint's dtype. Gemma2 rejects float16;"
+        " its float16 checkpoints run in bfloat16."
+    ),
 ]
 AdaptersOption = Annotated[
     Path | None, typer.Option(help="Folder of LoRA adapters to attach, from ovis-jax or PEFT.")

@@ -7,6 +7,7 @@ type.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
@@ -23,6 +24,12 @@ init_weight = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
 """Initializer for matrices [out, in]."""
 
 
+if TYPE_CHECKING:
+    _AnyArray = Array
+else:  # `ovis_jax.plan` describes matrices without their values
+    _AnyArray = Array | jax.ShapeDtypeStruct
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantized:
@@ -33,8 +40,8 @@ class Quantized:
       scale: float32, one scale per row [o] for int8, or one per group and row [G, o] for int4.
     """
 
-    q: Int[Array, "o i"] | Int[Array, "G o g"]
-    scale: Float[Array, "o"] | Float[Array, "G o"]
+    q: Int[_AnyArray, "o i"] | Int[_AnyArray, "G o g"]
+    scale: Float[_AnyArray, "o"] | Float[_AnyArray, "G o"]
 
     @property
     def shape(self) -> tuple[int, int]:
