@@ -37,10 +37,11 @@ def abstract_params(workload: Workload, mesh: Mesh | AbstractMesh) -> dict[str, 
             shapes = (rows, inputs), (rows,)
         else:
             shapes = (groups, rows, group), (groups, rows)
-        return Quantized(
+        arrays: Any = (
             jax.ShapeDtypeStruct(shapes[0], jnp.int8 if group is None else jnp.int4, sharding=q),
             jax.ShapeDtypeStruct(shapes[1], jnp.float32, sharding=scale),
         )
+        return Quantized(*arrays)
 
     return {
         path: describe(path, shape) for path, shape in param_shapes(config, mesh, TENSOR).items()
