@@ -15,7 +15,11 @@ from ovis_jax.plan.report import plan_summary_line, print_plan
 from ovis_jax.plan.topologies import parse_mesh_sizes, parse_topology
 from ovis_jax.plan.workload import Workload, default_mesh_sizes
 
-PUBLISHED_CONFIGS = {"9b": presets.ovis1_6_gemma2_9b, "27b": presets.ovis1_6_gemma2_27b}
+PUBLISHED_CONFIGS = {
+    "9b": presets.ovis1_6_gemma2_9b,
+    "27b": presets.ovis1_6_gemma2_27b,
+    "3b": presets.ovis1_6_llama3_2_3b,
+}
 """The configs of the published models, by short name."""
 
 
