@@ -98,8 +98,8 @@ class LoadedOvis:
         devices = set().union(*(x.devices() for x in leaves))
         kinds = Counter(device.device_kind for device in devices)
         return (
-            f"LoadedOvis({self.name}: Ovis1.6-Gemma2 with {num_params:,} parameters in {dtypes} on "
-            f"{', '.join(f'{number} x {kind}' for kind, number in kinds.items())}; "
+            f"LoadedOvis({self.name}: {self.config.family} with {num_params:,} parameters in "
+            f"{dtypes} on {', '.join(f'{number} x {kind}' for kind, number in kinds.items())}; "
             f"vision encoder of {vision.depth} blocks and width {vision.width}, "
             f"{self.config.visual_tokenizer.num_words:,} visual words, "
             f"decoder of {decoder.depth} blocks and width {decoder.width})"

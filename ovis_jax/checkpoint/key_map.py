@@ -61,6 +61,11 @@ HUB_KEYS: Mapping[str, str] = {
 }
 """Patterns of parameter paths, by pattern of keys on the Hub."""
 
+LLAMA_HUB_KEYS: Mapping[str, str] = {
+    f"{_LLM_BLOCK}.post_attention_layernorm.weight": "decoder/block_*/pre_mlp_norm",
+}
+"""Keys that name a different norm in Llama, whose blocks only have norms before their parts."""
+
 OUTPUT_KEY, EMBEDDING_KEY = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
 
 _TIED_REASON = f"the decoder's embeddings are tied, so this is a copy of {EMBEDDING_KEY}"
@@ -124,8 +129,11 @@ class MatchedTensors:
 
 def make_hub_key_map(config: OvisConfig) -> KeyMap:
     """Return the key map for a folder in the Hub's layout."""
-    parameters = {}
-    for key, path in HUB_KEYS.items():
+    patterns, parameters = HUB_KEYS, {}
+    if not config.decoder.post_norms:
+        patterns = {**HUB_KEYS, **LLAMA_HUB_KEYS}
+        patterns = {key: x for key, x in patterns.items() if "feedforward_layernorm" not in key}
+    for key, path in patterns.items():
         depth = (config.vision if path.startswith("vision/") else config.decoder).depth
         for block in range(depth) if "*" in key else [0]:
             parameters[key.replace("*", str(block))] = path.replace("*", str(block))

@@ -321,7 +321,7 @@ def convert(
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
     ] = False,
 ) -> None:
-    """Convert an Ovis1.6-Gemma2 checkpoint from the Hub's layout to that of ovis_jax."""
+    """Convert an Ovis1.6 checkpoint from the Hub's layout to that of ovis_jax."""
     if dry_run:
         require_empty(dst)
         plan = plan_conversion(src, revision=revision, dtype=dtype)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ovis_jax.checkpoint.resolve import resolve_checkpoint
+from ovis_jax.config import OvisConfig
 from ovis_jax.console import (
     AdaptersOption,
     BatchSizeOption,
@@ -27,6 +28,7 @@ from ovis_jax.evaluation.results_file import (
     fingerprint_model,
     fingerprint_questions,
 )
+from ovis_jax.inputs.conversation import CHAT_FORMATS
 from ovis_jax.loading import load
 from ovis_jax.mesh import tensor_parallel_mesh
 
@@ -74,7 +76,11 @@ def eval_(
 ) -> None:
     """Measure a model's accuracy on question files, and compare it with published scores."""
     mesh = tensor_parallel_mesh(tensor_parallel)
-    asked = read_questions(questions, raw_prompts=raw_prompts, images=images)
+    config = OvisConfig.from_folder(resolve_checkpoint(model, weights=False).folder)
+    system_turns = CHAT_FORMATS[config.decoder.model_type].has_system_turns
+    asked = read_questions(
+        questions, raw_prompts=raw_prompts, images=images, system_turns=system_turns
+    )
     folders = [resolve_checkpoint(model).folder, *([adapters] if adapters else [])]
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

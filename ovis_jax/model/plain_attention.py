@@ -64,7 +64,7 @@ def attend(
     scores = jnp.einsum(
         "BKQH,BKSH->BKQS", grouped, k, precision=precision, preferred_element_type=jnp.float32
     )
-    scores = scores * scale if cap is None else softcap(scores * scale, cap)
+    scores = softcap(scores * scale, cap)
     if mask is not None:
         scores = scores.reshape(B, K, N // K, T, -1)
         scores = jnp.where(mask[:, None, None], scores, MASKED_SCORE)

@@ -20,7 +20,11 @@ from ovis_jax.plan.workload import (
 )
 from ovis_jax.quantization import QuantizationFormat
 
-PUBLISHED_CONFIGS = {"9b": presets.ovis1_6_gemma2_9b, "27b": presets.ovis1_6_gemma2_27b}
+PUBLISHED_CONFIGS = {
+    "9b": presets.ovis1_6_gemma2_9b,
+    "27b": presets.ovis1_6_gemma2_27b,
+    "3b": presets.ovis1_6_llama3_2_3b,
+}
 """The configs of the published models, by short name."""
 
 

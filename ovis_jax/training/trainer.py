@@ -4,6 +4,7 @@ import math
 import signal
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,11 +72,13 @@ class Trainer:
     def __init__(self, config: TrainConfig, console: Console):
         self._config, self._console = config, console
         self._mesh = mesh = None if config.mesh is None else _make_mesh(config)
-        self._train_set = _read_rows(config, config.data.train_files)
-        self._validation_set = _read_rows(config, config.data.validation_files, validation=True)
+        folder = resolve_checkpoint(config.model, weights=False).folder
+        ovis_config = OvisConfig.from_folder(folder)
+        self._processor = Processor.from_folder(folder, ovis_config)
+        read_rows = partial(_read_rows, config, self._processor.chat_format.has_system_turns)
+        self._train_set = read_rows(config.data.train_files)
+        self._validation_set = read_rows(config.data.validation_files, validation=True)
         self._source = resolve_checkpoint(config.model).folder
-        ovis_config = OvisConfig.from_folder(self._source)
-        self._processor = Processor.from_folder(self._source, ovis_config)
         self._model = Ovis(ovis_config, remat=config.run.remat)
         rules = RULES_BY_NAME[config.mesh.rules] if config.mesh else TENSOR
         params = load_params(self._source, ovis_config, mesh=mesh, rules=rules)
@@ -330,11 +333,13 @@ def _make_mesh(config: TrainConfig) -> Mesh:
     return mesh
 
 
-def _read_rows(config: TrainConfig, paths: Sequence[Path], *, validation: bool = False) -> Dataset:
+def _read_rows(
+    config: TrainConfig, system_turns: bool, paths: Sequence[Path], *, validation: bool = False
+) -> Dataset:
     """Read dataset files. Invalid rows are an error unless the config skips them."""
     if not paths:
         return Dataset((), ())
-    dataset = read_dataset(paths, config.data.images)
+    dataset = read_dataset(paths, config.data.images, system_turns=system_turns)
     if validation:
         dataset = _check_validation_rows(dataset)
     if dataset.errors and config.data.invalid_rows == "error":

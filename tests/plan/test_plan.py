@@ -408,7 +408,9 @@ def test_a_gpu_without_bfloat16_units():
 
 def test_configs(tmp_path):
     assert load_config("ovis-tiny").decoder.width == 128
-    with pytest.raises(OvisError, match="8b is not a folder; give 9b, 27b, ovis-tiny, or a folder"):
+    with pytest.raises(
+        OvisError, match="8b is not a folder; give 9b, 27b, 3b, ovis-tiny, or a folder"
+    ):
         load_config("8b")
     with pytest.raises(OvisError, match=r"config\.json"):
         load_config(str(tmp_path))
