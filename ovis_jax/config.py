@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from ovis_jax.errors import OvisError
 from ovis_jax.json_fields import (
     JsonObject,
     is_int,
@@ -185,6 +186,11 @@ class DecoderConfig:
     norm_eps: float
     tie_embeddings: bool = True
 
+    @property
+    def supports_float16(self) -> bool:
+        """Whether activations stay in the range of float16; those of Gemma2 exceed it."""
+        return False
+
     def window(self, block: int) -> int | None:
         """Return the sliding window of a block in positions; None for a global block."""
         return self.sliding_window if block % 2 == 0 else None
@@ -284,6 +290,18 @@ class OvisConfig:
         """The config of the vision encoder."""
         return self.visual_tokenizer.vision
 
+    def check_compute_dtype(self, dtype: str) -> None:
+        """Check that the model can compute in a dtype, such as "bfloat16".
+
+        Raises:
+          OvisError: The dtype is float16, and the activations of the decoder exceed its range.
+        """
+        if dtype == "float16" and not self.decoder.supports_float16:
+            raise OvisError(
+                "dtype float16: the activations of Gemma2 exceed its range, which ends at 65504;"
+                " use bfloat16 or float32"
+            )
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any]) -> Self:
         """Create the config from the parsed config.json and generation_config.json of a Hub folder.
@@ -296,9 +314,17 @@ class OvisConfig:
         top.require_value("conversation_formatter_class", "GemmaConversationFormatter")
         llm = top.get_object("llm_config")
         vision = top.get_object("visual_tokenizer_config")
-        for part in (top, llm, vision, vision.get_object("backbone_config")):
-            for key in ("quantization_config", "compression_config"):
+        parts = (llm, vision, vision.get_object("backbone_config"))
+        for key in ("quantization_config", "compression_config"):
+            for part in parts:
                 part.require_absent(key, "none: give a checkpoint whose weights are not quantized")
+        expected = "none, or that of GPTQ: give a checkpoint whose weights are not quantized"
+        top.require_absent("compression_config", expected)
+        settings = top.get_optional("quantization_config", None)
+        if isinstance(settings, Mapping) and settings.get("quant_method") == "gptq":
+            read_gptq_group_size(top.get_object("quantization_config"))
+        else:
+            top.require_absent("quantization_config", expected)
         stops = JsonObject(generation, "generation_config.json")
         eos = stops.get("eos_token_id")
         eos_ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
@@ -350,3 +376,36 @@ class OvisConfig:
         """
         names = ("config.json", "generation_config.json")
         return cls.from_hf(*(read_json(folder / name) for name in names))
+
+
+_GPTQ_SETTINGS: Mapping[str, tuple[Any, bool]] = {
+    "quant_method": ("gptq", False),
+    "bits": (4, True),
+    "sym": (True, True),
+    "desc_act": (False, True),
+    "checkpoint_format": ("gptq", False),
+    "is_marlin_format": (False, False),
+    "lm_head": (False, False),
+    "dynamic": (None, False),
+}
+"""The only supported values of settings of GPTQ, and whether a setting is required."""
+
+
+def read_gptq_group_size(settings: JsonObject) -> int:
+    """Check the settings of GPTQ, and return the number of inputs per group.
+
+    Args:
+      settings: `quantization_config` in config.json, or the content of quantize_config.json.
+
+    Raises:
+      ConfigError: A setting is missing or not supported.
+    """
+    advice = "; give a checkpoint with this setting, or one that is not quantized"
+    for key, (supported, required) in _GPTQ_SETTINGS.items():
+        found = settings.get(key) if required else settings.get_optional(key, supported)
+        if found != supported:
+            raise settings.error(key, found, f"{supported!r}{advice}")
+    group_size = settings.get("group_size")
+    if not is_int(group_size) or group_size <= 0 or group_size % 8:
+        raise settings.error("group_size", group_size, f"a multiple of 8{advice}")
+    return group_size

@@ -15,8 +15,14 @@ from jax.typing import DTypeLike
 
 from ovis_jax.argument_type_checks import check_argument_types
 from ovis_jax.checkpoint.adapters import load_adapters
-from ovis_jax.checkpoint.params import OnRead, load_params
+from ovis_jax.checkpoint.params import (
+    OnRead,
+    load_params,
+    read_stored_dtype,
+    safetensors_dtype,
+)
 from ovis_jax.checkpoint.resolve import resolve_checkpoint
+from ovis_jax.checkpoint.safetensors_reader import DTYPES
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import OvisError, RequestError
 from ovis_jax.inference.generate import Generation, stream
@@ -226,7 +232,8 @@ def load(
       path: A converted folder, a folder in the Hub's layout, a repo id (which is downloaded), or
         "ovis-tiny", the small checkpoint that ships with the library.
       dtype: Dtype of parameters and activations: float32, bfloat16 or float16; None for the
-        checkpoint's dtype.
+        checkpoint's dtype. Gemma2 does not support float16: None loads a float16 checkpoint of
+        Gemma2 in bfloat16, as in vLLM.
       mesh: Mesh to shard the parameters over; None for the default device. Every device reads only
         its own slices, and every process reads only the slices for its devices.
       rules: Sharding rules, which map axis letters to mesh axes: `TENSOR`, `FSDP`, `TENSOR_FSDP`,
@@ -241,9 +248,9 @@ def load(
       ConfigError: A config or tokenizer file is missing or has an unsupported value.
       CheckpointError: The weights or adapters do not match the config; the error lists all
         problems.
-      OvisError: The checkpoint or the folder of adapters does not exist, the rules are invalid or
-        cannot shard the parameters over the mesh, or rules other than `TENSOR` are given without a
-        mesh.
+      OvisError: The checkpoint or the folder of adapters does not exist, the model does not support
+        the dtype, the rules are invalid or cannot shard the parameters over the mesh, or rules
+        other than `TENSOR` are given without a mesh.
       OSError: The Hub cannot be reached, or a file cannot be read.
       TypeError: `mesh` or `rules` has the wrong type.
     """
@@ -256,6 +263,7 @@ def load(
     checkpoint = resolve_checkpoint(path)
     folder = checkpoint.folder
     config = OvisConfig.from_folder(folder)
+    dtype = _compute_dtype(folder, config, dtype)
     processor = Processor.from_folder(folder, config)
     # Adapters are read first, because they are small and may belong to a different model.
     lora = None if adapters is None else load_adapters(adapters, config, mesh=mesh, rules=rules)
@@ -272,3 +280,12 @@ def load(
         weights = {path: x.astype(activation_dtype(params)) for path, x in lora.weights.items()}
         params = attach_adapters(params, weights, lora.scale)
     return LoadedOvis(config, Ovis(config), params, processor, checkpoint.name)
+
+
+def _compute_dtype(folder: Path, config: OvisConfig, dtype: DTypeLike | None) -> DTypeLike | None:
+    """Return the dtype to cast the parameters to; None for the checkpoint's dtype."""
+    if dtype is not None:
+        config.check_compute_dtype(DTYPES[safetensors_dtype(dtype)].name)
+    elif read_stored_dtype(folder) == "F16" and not config.decoder.supports_float16:
+        return "bfloat16"
+    return dtype
