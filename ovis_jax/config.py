@@ -435,9 +435,17 @@ class OvisConfig:
         top.require_value("model_type", "ovis")
         llm = top.get_object("llm_config")
         vision = top.get_object("visual_tokenizer_config")
-        for part in (top, llm, vision, vision.get_object("backbone_config")):
-            for key in ("quantization_config", "compression_config"):
+        parts = (llm, vision, vision.get_object("backbone_config"))
+        for key in ("quantization_config", "compression_config"):
+            for part in parts:
                 part.require_absent(key, "none: give a checkpoint whose weights are not quantized")
+        expected = "none, or that of GPTQ: give a checkpoint whose weights are not quantized"
+        top.require_absent("compression_config", expected)
+        settings = top.get_optional("quantization_config", None)
+        if isinstance(settings, Mapping) and settings.get("quant_method") == "gptq":
+            read_gptq_group_size(top.get_object("quantization_config"))
+        else:
+            top.require_absent("quantization_config", expected)
         untied = bool(top.get_optional("disable_tie_weight", False))
         decoder = DecoderConfig.from_hf(llm, disable_tie_weight=untied)
         top.require_value("conversation_formatter_class", _FORMATTERS[decoder.model_type])
@@ -513,3 +521,36 @@ def _read_pad_id(folder: Path) -> int:
         if entry["content"] == text:
             return int(i)
     raise config.error("pad_token", token, "one of the added tokens of the tokenizer")
+
+
+_GPTQ_SETTINGS: Mapping[str, tuple[Any, bool]] = {
+    "quant_method": ("gptq", False),
+    "bits": (4, True),
+    "sym": (True, True),
+    "desc_act": (False, True),
+    "checkpoint_format": ("gptq", False),
+    "is_marlin_format": (False, False),
+    "lm_head": (False, False),
+    "dynamic": (None, False),
+}
+"""The only supported values of settings of GPTQ, and whether a setting is required."""
+
+
+def read_gptq_group_size(settings: JsonObject) -> int:
+    """Check the settings of GPTQ, and return the number of inputs per group.
+
+    Args:
+      settings: `quantization_config` in config.json, or the content of quantize_config.json.
+
+    Raises:
+      ConfigError: A setting is missing or not supported.
+    """
+    advice = "; give a checkpoint with this setting, or one that is not quantized"
+    for key, (supported, required) in _GPTQ_SETTINGS.items():
+        found = settings.get(key) if required else settings.get_optional(key, supported)
+        if found != supported:
+            raise settings.error(key, found, f"{supported!r}{advice}")
+    group_size = settings.get("group_size")
+    if not is_int(group_size) or group_size <= 0 or group_size % 8:
+        raise settings.error("group_size", group_size, f"a multiple of 8{advice}")
+    return group_size

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ovis_jax.checkpoint.checkpoint_problems import CheckpointValidationError, escape_unprintable
 from ovis_jax.errors import CheckpointError, ConfigError, OvisError, install_command
+from ovis_jax.quantization import QuantizationFormat
 
 INTERRUPTED = 4
 """Exit code of a command that was interrupted and can be resumed by running it again."""
@@ -36,6 +37,10 @@ DtypeOption = Annotated[
         help="Dtype of the computation; by default, the checkpoint's dtype. Gemma2 rejects float16;"
         " its float16 checkpoints run in bfloat16."
     ),
+]
+QuantizationOption = Annotated[
+    QuantizationFormat | None,
+    typer.Option(help="Format to quantize the matrices to; by default, they stay as stored."),
 ]
 AdaptersOption = Annotated[
     Path | None, typer.Option(help="Folder of LoRA adapters to attach, from ovis-jax or PEFT.")
@@ -139,6 +144,11 @@ def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequenc
     for row in rows:
         # Keys come from files, so they must not be parsed as markup.
         table.add_row(*(Text(escape_unprintable(cell)) for cell in row))
+    print_unwrapped(console, table)
+
+
+def print_unwrapped(console: Console, table: Table) -> None:
+    """Print a table. If the output is not a terminal, the lines are not wrapped."""
     if not console.is_terminal:  # a file or pipe has no width that a table must fit
         widest = console.options.update(max_width=10_000)
         width = Measurement.get(console, widest, table).maximum

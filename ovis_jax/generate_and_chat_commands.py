@@ -17,6 +17,7 @@ from ovis_jax.console import (
     MaxNewTokensOption,
     MaxPartitionOption,
     ModelOption,
+    QuantizationOption,
     TensorParallelOption,
     parse_image_path,
     print_error,
@@ -66,6 +67,7 @@ def generate_command(
     seed: SeedOption = 0,
     max_partition: MaxPartitionOption = 9,
     dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
     as_json: Annotated[
@@ -76,7 +78,13 @@ def generate_command(
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     sampling.check()
     images = [open_image(path) for path in image or []]
-    ovis = load(model, dtype=dtype, adapters=adapters, mesh=tensor_parallel_mesh(tensor_parallel))
+    ovis = load(
+        model,
+        dtype=dtype,
+        quantization=quantization,
+        adapters=adapters,
+        mesh=tensor_parallel_mesh(tensor_parallel),
+    )
     steps = ovis.stream_answer(
         prompt,
         images,
@@ -104,13 +112,20 @@ def chat_command(
     seed: SeedOption = 0,
     max_partition: MaxPartitionOption = 9,
     dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
 ) -> None:
     """Chat with a model about images in the terminal."""
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     sampling.check()
-    ovis = load(model, dtype=dtype, adapters=adapters, mesh=tensor_parallel_mesh(tensor_parallel))
+    ovis = load(
+        model,
+        dtype=dtype,
+        quantization=quantization,
+        adapters=adapters,
+        mesh=tensor_parallel_mesh(tensor_parallel),
+    )
     answer = partial(
         ovis.stream_answer,
         sampling=sampling,

@@ -18,7 +18,7 @@ from ovis_jax.checkpoint.adapters import load_adapters
 from ovis_jax.checkpoint.params import (
     OnRead,
     load_params,
-    read_config_dtype,
+    read_stored_dtype,
     safetensors_dtype,
 )
 from ovis_jax.checkpoint.resolve import resolve_checkpoint
@@ -286,6 +286,6 @@ def _compute_dtype(folder: Path, config: OvisConfig, dtype: DTypeLike | None) ->
     """Return the dtype to cast the parameters to; None for the checkpoint's dtype."""
     if dtype is not None:
         config.check_compute_dtype(DTYPES[safetensors_dtype(dtype)].name)
-    elif read_config_dtype(folder) == "F16" and not config.decoder.supports_float16:
+    elif read_stored_dtype(folder) == "F16" and not config.decoder.supports_float16:
         return "bfloat16"
     return dtype

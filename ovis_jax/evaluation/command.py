@@ -16,6 +16,7 @@ from ovis_jax.console import (
     MaxNewTokensOption,
     MaxPartitionOption,
     ModelOption,
+    QuantizationOption,
     TensorParallelOption,
 )
 from ovis_jax.errors import count_noun
@@ -54,6 +55,7 @@ def eval_(
         ),
     ] = None,
     dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
     choose_by: Annotated[
@@ -93,6 +95,7 @@ def eval_(
         "questions": fingerprint_questions(asked),
         **settings,
         "dtype": dtype,
+        "quantization": quantization,
     }
     notes = Console(stderr=True, highlight=False)
     with ResultsFile(output, header) as file:
@@ -102,7 +105,7 @@ def eval_(
             total = count_noun(len(asked), "question")
             notes.print(f"{len(answered)} of {total} already answered in {output}")
         if rest:
-            ovis = load(model, dtype=dtype, adapters=adapters, mesh=mesh)
+            ovis = load(model, dtype=dtype, quantization=quantization, adapters=adapters, mesh=mesh)
             results = evaluate_questions(ovis, rest, batch_size=batch_size, **settings)
             hidden = not notes.is_terminal
             for result in track(results, "answering", len(rest), console=notes, disable=hidden):

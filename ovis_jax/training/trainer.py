@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import grain
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
@@ -31,6 +32,7 @@ from ovis_jax.inputs.dataset import Dataset, read_dataset
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.loading import LoadedOvis
 from ovis_jax.mesh import data_model_mesh
+from ovis_jax.model.linear import Quantized
 from ovis_jax.model.lora import init_adapters
 from ovis_jax.model.ovis import Ovis
 from ovis_jax.sharding import RULES_BY_NAME, TENSOR, adapter_shapes, adapter_shardings, param_shapes
@@ -45,7 +47,7 @@ from ovis_jax.training.train_step import (
     reference_log_probs,
     train_step,
 )
-from ovis_jax.training.trainable import FlatParams, join_params, split_params
+from ovis_jax.training.trainable import FrozenParams, cast_params, join_params, split_params
 
 MODEL_FOLDER = "model"
 ADAPTERS_FOLDER = "adapters"
@@ -66,7 +68,7 @@ class Trainer:
       DataError: A dataset file is invalid, or a row is invalid and the config does not skip invalid
         rows.
       CheckpointError: The model cannot be loaded.
-      OvisError: The mesh needs more devices than JAX has.
+      OvisError: The mesh needs more devices than JAX has, or a trainable part is quantized.
     """
 
     def __init__(self, config: TrainConfig, console: Console):
@@ -81,7 +83,9 @@ class Trainer:
         self._source = resolve_checkpoint(config.model).folder
         self._model = Ovis(ovis_config, remat=config.run.remat)
         rules = RULES_BY_NAME[config.mesh.rules] if config.mesh else TENSOR
-        params = load_params(self._source, ovis_config, mesh=mesh, rules=rules)
+        params = load_params(
+            self._source, ovis_config, mesh=mesh, rules=rules, quantization=config.quantization
+        )
         if config.lora is None:
             trainable, frozen = split_params(params, config.trainable)
         else:
@@ -91,7 +95,7 @@ class Trainer:
                 rank=config.lora.rank,
                 target_modules=config.lora.target_modules,
             )
-            frozen = cast(FlatParams, flatten_dict(params, sep="/"))
+            frozen = cast(FrozenParams, flatten_dict(params, sep="/"))
             if mesh is not None:
                 shardings = adapter_shardings(ovis_config, mesh, rules)
                 trainable = {
@@ -248,9 +252,8 @@ class Trainer:
         accuracies = accuracy_by_kind(outcomes)
         return {kind: accuracy.fraction for kind, accuracy in accuracies.items()}
 
-    def _cast(self, params: FlatParams) -> FlatParams:
-        dtype = self._config.training.compute_dtype
-        return {path: x.astype(dtype) for path, x in params.items()}
+    def _cast(self, params: Mapping[str, Array | Quantized]) -> FrozenParams:
+        return cast_params(params, self._config.training.compute_dtype)
 
     def _place(self, arrays: Any, *axes: str | None) -> Any:
         """Shard arrays over the given mesh axes; without a mesh, return them unchanged."""

@@ -10,6 +10,7 @@ from ovis_jax.console import (
     AdaptersOption,
     DtypeOption,
     ModelOption,
+    QuantizationOption,
     TensorParallelOption,
     model_display_name,
 )
@@ -49,6 +50,7 @@ def ui(
         ),
     ] = None,
     dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
 ) -> None:
@@ -63,7 +65,7 @@ def ui(
     notes = Console(stderr=True, highlight=False)
     notes.print(f"loading {model}")
     mesh = tensor_parallel_mesh(tensor_parallel)
-    ovis = load(model, dtype=dtype, adapters=adapters, mesh=mesh)
+    ovis = load(model, dtype=dtype, quantization=quantization, adapters=adapters, mesh=mesh)
     max_model_len = max_model_len or ovis.config.multimodal_max_length + max(MAX_TOKENS_CHOICES)
     notes.print(f"compiling for {max_num_seqs} sequences of {max_model_len} positions")
     with (
