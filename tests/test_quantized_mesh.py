@@ -31,9 +31,11 @@ def one_device(request, shallow_checkpoint, inputs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantization, "_GROUP_SIZES", (8,))
         patch.setattr(cpu, "multiply_by_int8", linear._multiply_by_int8)
+        jax.clear_caches()  # other tests have traced products with the original function
         ovis = load(shallow_checkpoint, quantization=request.param)
         logits = np.asarray(forward(ovis.model, ovis.params, inputs))
         yield request.param, flatten_dict(ovis.params, sep="/"), logits
+    jax.clear_caches()
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
 A conversion renames tensors and never reshapes them, so it can process them as a stream, without
 holding a whole tensor in memory. With `--quantization`, it reads each matrix twice, block by block:
 once for the scales and once for the numbers. The int4 matrices of GPTQ are transposed, one at a
-time. The result is written to DST.partial. If the conversion is
-interrupted, running the same command again keeps the finished shards and converts the others.
+time. The result is written to DST.partial. If the conversion is interrupted, running the same
+command again keeps the finished shards and converts the others.
 
 If SRC is a repo id, the configs and the headers of all shards are read first. The headers contain
 shapes and dtypes, which the index file lacks, so all faults are known before anything is written.
