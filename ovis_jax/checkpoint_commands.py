@@ -92,8 +92,7 @@ def _measure_parts(folder: Path, config: OvisConfig) -> dict[str, _PartSize]:
     """Return the size of each part of a checkpoint by name, from the headers."""
     matched, _ = match_checkpoint(folder, config)
     quantization = read_stored_quantization(folder)
-    decoder_only = quantization is not None and quantization.decoder_only
-    matrices = quantized_matrices(config, decoder_only=decoder_only) if quantization else {}
+    matrices = quantized_matrices(config, quantization)
     shapes, parts = param_shapes(config), defaultdict[str, _PartSize](_PartSize)
 
     def add(part: str, info: TensorInfo, parameters: int, formats: dict[str, None]) -> None:

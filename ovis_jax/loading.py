@@ -233,7 +233,7 @@ def load(
         "ovis-tiny", the small checkpoint that ships with the library.
       dtype: Dtype of parameters and activations: float32, bfloat16 or float16; None for the
         checkpoint's dtype. Gemma2 does not support float16: None loads a float16 checkpoint of
-        Gemma2 in bfloat16, as in vLLM.
+        Gemma2 in bfloat16.
       mesh: Mesh to shard the parameters over; None for the default device. Every device reads only
         its own slices, and every process reads only the slices for its devices.
       rules: Sharding rules, which map axis letters to mesh axes: `TENSOR`, `FSDP`, `TENSOR_FSDP`,

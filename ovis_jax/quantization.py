@@ -94,25 +94,21 @@ def choose_quantization(config: OvisConfig, quantization: str) -> Quantization:
 
 def find_undivided(config: OvisConfig, quantization: Quantization) -> list[tuple[str, int]]:
     """Return the path and the inputs of every matrix that the groups do not divide."""
-    matrices = quantized_matrices(config, decoder_only=quantization.decoder_only)
-    inputs = {path: shape[1] for path, shape in matrices.items()}
+    inputs = {path: shape[1] for path, shape in quantized_matrices(config, quantization).items()}
     return [(p, n) for p, n in inputs.items() if n % (quantization.group_of(p) or 1)]
 
 
 def quantized_matrices(
-    config: OvisConfig, *, decoder_only: bool = False
+    config: OvisConfig, quantization: Quantization | None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape [o, i] of every matrix that is quantized, by path.
-
-    Args:
-      config: Config of the model.
-      decoder_only: Whether only the matrices of the decoder's blocks are quantized.
-    """
+    """Return the shape [o, i] of every matrix that is quantized, by path; none without one."""
+    if quantization is None:
+        return {}
     return {
         path: shape_from_axes(axes, axis_letter_sizes(config, path))
         for path, axes in param_axes(config).items()
         if _INT4_MATRICES.fullmatch(path)
-        or not decoder_only
+        or not quantization.decoder_only
         and (supports_adapter(path) or path in _TABLES)
     }
 
@@ -133,9 +129,7 @@ def stored_tensors(
       Axes as in `param_axes`, and the safetensors name of the dtype; None for the dtype of the
       checkpoint.
     """
-    matrices = {}
-    if quantization is not None:
-        matrices = quantized_matrices(config, decoder_only=quantization.decoder_only)
+    matrices = quantized_matrices(config, quantization)
     tensors: dict[str, tuple[str, str | None]] = {}
     for path, axes in param_axes(config).items():
         if quantization is None or path not in matrices:

@@ -76,7 +76,7 @@ def make_gptq_key_map(config: OvisConfig, quantization: Quantization) -> KeyMap:
     """Return the key map for a folder that AutoGPTQ quantized."""
     hub, group = make_hub_key_map(config), quantization.group_size or 0
     keys = {path: key for key, path in hub.parameters.items()}
-    matrices = quantized_matrices(config, decoder_only=True)
+    matrices = quantized_matrices(config, quantization)
     parameters: dict[str, str] = {}
     tensors: dict[str, tuple[str, str | None]] = {}
     unused = dict(hub.unused)

@@ -323,9 +323,7 @@ def load_params(
     shardings = None if mesh is None else param_shardings(config, mesh, rules)
     shapes = param_shapes(config, mesh, rules)
     mapped = {path: map_file(path) for path in {info.path for info in matched.sources.values()}}
-    matrices = {}
-    if wanted is not None:
-        matrices = quantized_matrices(config, decoder_only=wanted.decoder_only)
+    matrices = quantized_matrices(config, wanted)
 
     def view(path: str) -> np.ndarray:
         info = matched.sources[path]

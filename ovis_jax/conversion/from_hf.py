@@ -72,7 +72,13 @@ from ovis_jax.conversion.tensor_chunks import (
     read_scale_chunks,
 )
 from ovis_jax.errors import OvisError, count_noun
-from ovis_jax.quantization import Quantization, describe_formats, stored_specs, stored_tensors
+from ovis_jax.quantization import (
+    Quantization,
+    describe_formats,
+    scale_path,
+    stored_specs,
+    stored_tensors,
+)
 from ovis_jax.sharding import param_shapes
 
 
@@ -187,10 +193,9 @@ def plan_conversion(
         return header
 
     matched, target = match_checkpoint(folder, config, dtype, read_header)
-    names = {
-        name: name if name in matched.sources else name.removesuffix("/scale")
-        for name in stored_tensors(config, wanted)
-    }
+    sources = {scale_path(path): path for path in matched.sources}
+    sources |= {path: path for path in matched.sources}
+    names = {name: sources[name] for name in stored_tensors(config, wanted)}
     ordered = dict(sorted(names.items(), key=lambda item: matched.sources[item[1]].path))
     return ConversionPlan(
         checkpoint,

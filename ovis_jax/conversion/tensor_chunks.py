@@ -10,10 +10,11 @@ from ovis_jax.checkpoint.gptq import repack_gptq
 from ovis_jax.checkpoint.safetensors_reader import (
     CHUNK_BYTES,
     DTYPES,
-    INTEGER_DTYPES,
     ITEM_BYTES,
     TensorInfo,
+    map_file,
     read_chunks,
+    view_tensor,
 )
 from ovis_jax.checkpoint.safetensors_writer import cast_array, split_array
 from ovis_jax.model.linear import LowRank
@@ -80,8 +81,7 @@ def read_repacked_chunks(info: TensorInfo) -> Iterator[memoryview]:
     Raises:
       CheckpointError, OSError: The matrix cannot be read, as in `read_cast_chunks`.
     """
-    words = np.frombuffer(b"".join(map(bytes, read_chunks(info))), INTEGER_DTYPES[info.dtype])
-    return split_array(repack_gptq(words.reshape(info.shape)))
+    return split_array(repack_gptq(view_tensor(map_file(info.path), info)))
 
 
 def read_merged_chunks(

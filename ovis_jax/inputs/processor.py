@@ -116,8 +116,8 @@ class Processor:
           prompts: One prompt, or a list of B prompts. A prompt is a string or a list of turns
             `{"role": "user" | "assistant", "content": CONTENT}`, where CONTENT is a string or a
             list of OpenAI content parts, which may contain images. With Llama, a turn before the
-            last may also have the role "system". "<image>" in a text marks the
-            place of an image; if no text contains "<image>", the images come first.
+            last may also have the role "system". "<image>" in a text marks the place of an image;
+            if no text contains "<image>", the images come first.
           images: For one prompt, an image or a list of images; for B prompts, a list with one such
             entry per prompt. `open_image` lists the forms that an image may have.
           max_partition: Maximum number of cells that an image is cut into; one number for all

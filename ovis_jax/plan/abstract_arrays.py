@@ -22,15 +22,16 @@ def abstract_params(workload: Workload, mesh: Mesh | AbstractMesh) -> dict[str, 
     Raises:
       OvisError: The mesh cannot shard a parameter, or would cut a group of an int4 matrix.
     """
-    config, quantization = workload.config, workload.quantization
+    config, quantization = workload.config, None
+    if workload.quantization is not None:
+        quantization = choose_quantization(config, workload.quantization)
     shardings = param_shardings(config, mesh, TENSOR)
-    matrices = {} if quantization is None else quantized_matrices(config)
-    chosen = quantization and choose_quantization(config, quantization)
+    matrices = quantized_matrices(config, quantization)
 
     def describe(path: str, shape: tuple[int, ...]) -> Any:
-        if chosen is None or path not in matrices:
+        if quantization is None or path not in matrices:
             return jax.ShapeDtypeStruct(shape, workload.dtype, sharding=shardings[path])
-        (rows, inputs), group = shape, chosen.group_of(path)
+        (rows, inputs), group = shape, quantization.group_of(path)
         groups = None if group is None else inputs // group
         q, scale = quantized_shardings(path, shardings[path], groups)
         if groups is None:

@@ -13,11 +13,7 @@ from ovis_jax.console import BatchSizeOption, Dtype, MaxPartitionOption, print_e
 from ovis_jax.plan.make_plan import Method, make_plan
 from ovis_jax.plan.report import plan_summary_line, print_plan
 from ovis_jax.plan.topologies import parse_mesh_sizes, parse_topology
-from ovis_jax.plan.workload import (
-    KvCacheDtype,
-    Workload,
-    default_mesh_sizes,
-)
+from ovis_jax.plan.workload import KvCacheDtype, Workload, default_mesh_sizes
 from ovis_jax.quantization import QuantizationFormat
 
 PUBLISHED_CONFIGS = {
@@ -89,7 +85,7 @@ def plan(
         ),
     ],
     config: Annotated[
-        str, typer.Option(help="Model: 9b, 27b, ovis-tiny, or a folder with config.json.")
+        str, typer.Option(help="Model: 9b, 27b, 3b, ovis-tiny, or a folder with config.json.")
     ] = "9b",
     batch_size: BatchSizeOption = 1,
     max_model_len: Annotated[

@@ -139,7 +139,7 @@ def test_size_of_the_published_9b():
         item_bytes[dtype] * math.prod(shape_from_axes(axes, axis_letter_sizes(config, name)))
         for name, (axes, dtype) in keys.tensors.items()
     )
-    matrices = quantized_matrices(config, decoder_only=True)
+    matrices = quantized_matrices(config, Quantization("int4", 128, decoder_only=True))
     total += 2 * sum(rows for rows, _ in matrices.values())
     total += 2 * sum(map(math.prod, unused_tensor_shapes(config).values()))
     total += 2 * math.prod(param_shapes(config)["decoder/embed"])
