@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 import ovis_jax
 from ovis_jax.cli import app
-from ovis_jax.console import exit_on_error
+from ovis_jax.console import exit_on_error, interrupt_on_sigterm
 from ovis_jax.errors import OvisError
 
 ROOT = Path(__file__).parents[1]
@@ -263,3 +264,10 @@ def test_quantization_reaches_load(name, monkeypatch, tmp_path):
     assert str(result.exception) == "loaded in int4", result.output
     result = CliRunner().invoke(app, [*command[:-1], "int3"])
     assert result.exit_code == 2 and "int3" in result.output
+
+
+def test_sigterm_is_handled_like_ctrl_c_only_inside_the_block():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), interrupt_on_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,6 +1,5 @@
 """Output of a conversion: a progress bar, and a note when it is interrupted."""
 
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.progress import (
 )
 
 from ovis_jax.checkpoint.safetensors_writer import ChunkReader
-from ovis_jax.console import INTERRUPTED, print_error
+from ovis_jax.console import INTERRUPTED, interrupt_on_sigterm, print_error
 
 ProgressCallback = Callable[[str, int, int], None]
 """A function that is called with the current tensor's name, the bytes written, and the total."""
@@ -29,9 +28,9 @@ def exit_on_interrupt(destination: Path) -> Iterator[None]:
     Args:
       destination: Output folder of the command.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield
+        with interrupt_on_sigterm():
+            yield
     except KeyboardInterrupt:
         message = f"interrupted; {destination} was not written; the same command resumes"
         print_error(Console(stderr=True), message)

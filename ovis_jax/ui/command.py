@@ -1,6 +1,5 @@
 """The command `ovis-jax ui`."""
 
-import signal
 from typing import Annotated
 
 import typer
@@ -12,6 +11,7 @@ from ovis_jax.console import (
     ModelOption,
     QuantizationOption,
     TensorParallelOption,
+    interrupt_on_sigterm,
     model_display_name,
 )
 from ovis_jax.engine.scheduler import run_engine
@@ -60,8 +60,6 @@ def ui(
         from ovis_jax.ui.page import MAX_TOKENS_CHOICES, create_page, launch_page_in_thread
     with bind_sockets(host.strip("[]"), port or 0):
         pass  # checks the port before the model is loaded; Gradio binds it again later
-    # SIGTERM must exit in the same way as Ctrl-C, so that the private folder is removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     notes = Console(stderr=True, highlight=False)
     notes.print(f"loading {model}")
     mesh = tensor_parallel_mesh(tensor_parallel)
@@ -69,6 +67,7 @@ def ui(
     max_model_len = max_model_len or ovis.config.multimodal_max_length + max(MAX_TOKENS_CHOICES)
     notes.print(f"compiling for {max_num_seqs} sequences of {max_model_len} positions")
     with (
+        interrupt_on_sigterm(),  # so that the private folder is removed
         run_engine(ovis, max_num_seqs=max_num_seqs, max_model_len=max_model_len) as scheduler,
         # This comes after loading, because the user's paths are relative to the original working
         # folder.
