@@ -12,7 +12,6 @@ from golden_copies import CHECKPOINTS, GOLDEN, read_files
 from hub_server import Hub, hub_server
 
 from ovis_jax import cli
-from ovis_jax.conversion import progress
 from ovis_jax.conversion.from_hf import convert_from_hf
 
 ROOT = Path(__file__).parents[2]
@@ -30,9 +29,8 @@ def converted(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def export(tmp_path, monkeypatch, capfd) -> Callable[..., SimpleNamespace]:
-    """Run `ovis-jax export` in this process, without its signal handler."""
+    """Run `ovis-jax export` in this process."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(progress.signal, "signal", lambda *_: None)
 
     def export(*arguments: object) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["ovis-jax", "export", *map(str, arguments)])
