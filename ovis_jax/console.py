@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ovis_jax.checkpoint.checkpoint_problems import CheckpointValidationError, escape_unprintable
 from ovis_jax.errors import CheckpointError, ConfigError, OvisError, install_command
+from ovis_jax.model.kv_cache import KVCacheDtype
 
 INTERRUPTED = 4
 """Exit code of a command that was interrupted and can be resumed by running it again."""
@@ -32,6 +33,13 @@ ModelOption = Annotated[
 ]
 DtypeOption = Annotated[
     Dtype | None, typer.Option(help="Dtype of the computation; by default, the checkpoint's dtype.")
+]
+KVCacheDtypeOption = Annotated[
+    KVCacheDtype,
+    typer.Option(
+        help='Dtype of the KV cache: "auto" for that of the computation, or "int8" for half the'
+        " size of bfloat16."
+    ),
 ]
 AdaptersOption = Annotated[
     Path | None, typer.Option(help="Folder of LoRA adapters to attach, from ovis-jax or PEFT.")

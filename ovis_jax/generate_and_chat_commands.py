@@ -14,6 +14,7 @@ from rich.console import Console
 from ovis_jax.console import (
     AdaptersOption,
     DtypeOption,
+    KVCacheDtypeOption,
     MaxNewTokensOption,
     MaxPartitionOption,
     ModelOption,
@@ -66,6 +67,7 @@ def generate_command(
     seed: SeedOption = 0,
     max_partition: MaxPartitionOption = 9,
     dtype: DtypeOption = None,
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
     as_json: Annotated[
@@ -76,7 +78,13 @@ def generate_command(
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     sampling.check()
     images = [open_image(path) for path in image or []]
-    ovis = load(model, dtype=dtype, adapters=adapters, mesh=tensor_parallel_mesh(tensor_parallel))
+    ovis = load(
+        model,
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        adapters=adapters,
+        mesh=tensor_parallel_mesh(tensor_parallel),
+    )
     steps = ovis.stream_answer(
         prompt,
         images,
@@ -104,13 +112,20 @@ def chat_command(
     seed: SeedOption = 0,
     max_partition: MaxPartitionOption = 9,
     dtype: DtypeOption = None,
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
 ) -> None:
     """Chat with a model about images in the terminal."""
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     sampling.check()
-    ovis = load(model, dtype=dtype, adapters=adapters, mesh=tensor_parallel_mesh(tensor_parallel))
+    ovis = load(
+        model,
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        adapters=adapters,
+        mesh=tensor_parallel_mesh(tensor_parallel),
+    )
     answer = partial(
         ovis.stream_answer,
         sampling=sampling,

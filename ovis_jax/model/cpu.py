@@ -14,7 +14,7 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 
 from ovis_jax.model.layers import matmul_precision
 
@@ -149,8 +149,8 @@ def lookup_rows(
 
 
 def write_slot(
-    row: Float[Array, "K S H"], value: Float[Array, "K 1 H"], slot: Int[Array, ""]
-) -> Float[Array, "K S H"]:
+    row: Real[Array, "K S H"], value: Real[Array, "K 1 H"], slot: Int[Array, ""]
+) -> Real[Array, "K S H"]:
     """Write the key or value of one position into a row of a cache.
 
     On a CPU, XLA would convert a whole bfloat16 row to float32 to update it. This function instead
@@ -181,5 +181,6 @@ def squeeze_single_row(cache: Any) -> Any:
 
 def unsqueeze_single_row(cache: Any) -> Any:
     """Undo `squeeze_single_row`: add the batch axis, so that [K, S, H] becomes [1, K, S, H]."""
-    blocks = jax.tree.map(lambda x: x[None] if x.ndim == 3 else x, cache.blocks)
+    is_single = cache.lengths.shape[0] == 1
+    blocks = jax.tree.map(lambda x: x[None] if is_single else x, cache.blocks)
     return cache._replace(blocks=blocks)
