@@ -66,8 +66,8 @@ class DecoderAttention(nn.Module):
             # buffer's old slots.
             past = kv_cache.slot_positions(positions[:, 0], kv_cache.length(cache))
             mask = visible(positions, jnp.concatenate([past, positions], axis=1), self.window)
-            joined = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), cache, key_value)
-            out = attend(q, *joined, mask, **options)  # [B, T, N, H]
+            keys, values = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), cache, key_value)
+            out = attend(q, keys, values, mask, **options)  # [B, T, N, H]
             key_value = kv_cache.append_chunk(cache, key_value, positions)
         else:
             key_value = kv_cache.append_token(cache, key_value, positions[:, 0])

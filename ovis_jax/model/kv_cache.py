@@ -170,7 +170,8 @@ def _write_tiles(
 
     def write_row(row: Array, tiles: Array) -> Array:
         tile, offset = jnp.divmod(slots[row], INT8_TILE)
-        index, value = (row, 0, tile, 0, 0), values[row][None, :, None]
+        index = tuple(jnp.int32(x) for x in (row, 0, tile, 0, 0))
+        value = values[row][None, :, None]
         old = jax.lax.dynamic_slice(tiles, index, (1, K, 1, INT8_TILE, H))
         is_written = jnp.arange(INT8_TILE)[None, None, None, :, None] == offset
         return jax.lax.dynamic_update_slice(tiles, jnp.where(is_written, value, old), index)

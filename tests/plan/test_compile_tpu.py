@@ -31,6 +31,7 @@ import jax, jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from ovis_jax import Ovis, presets
 from ovis_jax.plan.aot_compile import compile_only_devices
+from ovis_jax.plan.hlo_analysis import bytes_per_device, compiled_memory
 from ovis_jax.plan.topologies import parse_topology
 device = SingleDeviceSharding(compile_only_devices(parse_topology(sys.argv[1]))[0])
 config = presets.ovis1_6_gemma2_9b()
@@ -46,8 +47,8 @@ for rows in (1, 8, 12):
     cache = on_device(lambda: model.empty_cache(rows, 4096, jnp.bfloat16))
     tokens = on_device(lambda: jnp.zeros(rows, jnp.int32))
     program = jax.jit(model.decode, donate_argnums=2).lower(params, tokens, cache).compile()
-    memory, size = program.memory_analysis(), sum(x.nbytes for x in jax.tree.leaves(cache))
-    print(size, memory.alias_size_in_bytes, memory.temp_size_in_bytes)
+    memory = compiled_memory(program)
+    print(bytes_per_device(cache), memory["aliased"], memory["temp"])
 """
 
 
