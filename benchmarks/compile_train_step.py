@@ -36,7 +36,7 @@ from ovis_jax.sharding import RULES_BY_NAME, adapter_shardings, pad_params, para
 from ovis_jax.training.config import StepConfig
 from ovis_jax.training.losses import TrainBatch
 from ovis_jax.training.train_step import TrainState, init_train_state, train_step
-from ovis_jax.training.trainable import TRAINABLE_PARTS, FlatParams, split_params
+from ovis_jax.training.trainable import TRAINABLE_PARTS, FrozenParams, split_params
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,21 @@ class TrainingWorkload:
 
 def abstract_step_arguments(
     config: OvisConfig, step_config: StepConfig, mesh: Mesh, workload: TrainingWorkload
-) -> tuple[TrainState, FlatParams, TrainBatch]:
+) -> tuple[TrainState, FrozenParams, TrainBatch]:
     """Return the state, the frozen parameters and the batch of a step as sharded shapes."""
     rules = RULES_BY_NAME[workload.rules]
     shardings = param_shardings(config, mesh, rules)
     if workload.adapters:
         shardings |= adapter_shardings(config, mesh, rules)
 
-    def init() -> tuple[TrainState, FlatParams]:
+    def init() -> tuple[TrainState, FrozenParams]:
         params = Ovis(config).init(jax.random.key(0))
         params = pad_params(params, config, mesh, rules)
         if not workload.adapters:
             trainable, frozen = split_params(params, list(TRAINABLE_PARTS))
             return init_train_state(step_config, trainable), frozen
         adapters = init_adapters(params, jax.random.key(0), rank=workload.rank)
-        frozen = cast(FlatParams, flatten_dict(params, sep="/"))
+        frozen = cast(FrozenParams, flatten_dict(params, sep="/"))
         return init_train_state(step_config, adapters), frozen
 
     state, frozen = jax.eval_shape(init)
@@ -84,7 +84,7 @@ def abstract_step_arguments(
     }
     return (
         jax.tree_util.tree_map_with_path(shard_like_parameter, state),
-        cast(FlatParams, bfloat16_frozen),
+        cast(FrozenParams, bfloat16_frozen),
         abstract_batch(config, mesh, workload),
     )
 

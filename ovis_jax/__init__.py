@@ -1,4 +1,4 @@
-"""Ovis1.6-Gemma2 in pure JAX."""
+"""Ovis1.6 in pure JAX: the models with Gemma2 and with Llama 3.2."""
 
 import tomllib
 from importlib import metadata

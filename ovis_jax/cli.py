@@ -48,7 +48,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Run, serve, train and convert Ovis1.6-Gemma2 vision-language models in JAX."""
+    """Run, serve, train and convert Ovis1.6 vision-language models in JAX."""
 
 
 def main() -> None:

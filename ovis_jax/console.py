@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from rich.text import Text
 from ovis_jax.checkpoint.checkpoint_problems import CheckpointValidationError, escape_unprintable
 from ovis_jax.errors import CheckpointError, ConfigError, OvisError, install_command
 from ovis_jax.model.kv_cache import KVCacheDtype
+from ovis_jax.quantization import QuantizationFormat
 
 INTERRUPTED = 4
 """Exit code of a command that was interrupted and can be resumed by running it again."""
@@ -32,7 +34,15 @@ ModelOption = Annotated[
     ),
 ]
 DtypeOption = Annotated[
-    Dtype | None, typer.Option(help="Dtype of the computation; by default, the checkpoint's dtype.")
+    Dtype | None,
+    typer.Option(
+        help="Dtype of the computation; by default, the checkpoint's dtype. Gemma2 rejects float16;"
+        " its float16 checkpoints run in bfloat16."
+    ),
+]
+QuantizationOption = Annotated[
+    QuantizationFormat | None,
+    typer.Option(help="Format to quantize the matrices to; by default, they stay as stored."),
 ]
 KVCacheDtypeOption = Annotated[
     KVCacheDtype,
@@ -54,6 +64,16 @@ MaxNewTokensOption = Annotated[
     int, typer.Option(min=1, help="Maximum number of tokens per answer.")
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Number of rows per batch.")]
+
+
+@contextmanager
+def interrupt_on_sigterm() -> Iterator[None]:
+    """Handle SIGTERM like Ctrl-C while the block runs, so that the block can clean up."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def parse_image_path(text: str) -> str:
@@ -143,6 +163,11 @@ def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequenc
     for row in rows:
         # Keys come from files, so they must not be parsed as markup.
         table.add_row(*(Text(escape_unprintable(cell)) for cell in row))
+    print_unwrapped(console, table)
+
+
+def print_unwrapped(console: Console, table: Table) -> None:
+    """Print a table. If the output is not a terminal, the lines are not wrapped."""
     if not console.is_terminal:  # a file or pipe has no width that a table must fit
         widest = console.options.update(max_width=10_000)
         width = Measurement.get(console, widest, table).maximum

@@ -15,8 +15,14 @@ from jax.typing import DTypeLike
 
 from ovis_jax.argument_type_checks import check_argument_types
 from ovis_jax.checkpoint.adapters import load_adapters
-from ovis_jax.checkpoint.params import OnRead, load_params
+from ovis_jax.checkpoint.params import (
+    OnRead,
+    load_params,
+    read_stored_dtype,
+    safetensors_dtype,
+)
 from ovis_jax.checkpoint.resolve import resolve_checkpoint
+from ovis_jax.checkpoint.safetensors_reader import DTYPES
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import OvisError, RequestError
 from ovis_jax.inference.generate import Generation, stream
@@ -93,8 +99,8 @@ class LoadedOvis:
         devices = set().union(*(x.devices() for x in leaves))
         kinds = Counter(device.device_kind for device in devices)
         return (
-            f"LoadedOvis({self.name}: Ovis1.6-Gemma2 with {num_params:,} parameters in {dtypes} on "
-            f"{', '.join(f'{number} x {kind}' for kind, number in kinds.items())}; "
+            f"LoadedOvis({self.name}: {self.config.family} with {num_params:,} parameters in "
+            f"{dtypes} on {', '.join(f'{number} x {kind}' for kind, number in kinds.items())}; "
             f"vision encoder of {vision.depth} blocks and width {vision.width}, "
             f"{self.config.visual_tokenizer.num_words:,} visual words, "
             f"decoder of {decoder.depth} blocks and width {decoder.width})"
@@ -228,7 +234,8 @@ def load(
       path: A converted folder, a folder in the Hub's layout, a repo id (which is downloaded), or
         "ovis-tiny", the small checkpoint that ships with the library.
       dtype: Dtype of parameters and activations: float32, bfloat16 or float16; None for the
-        checkpoint's dtype.
+        checkpoint's dtype. Gemma2 does not support float16: None loads a float16 checkpoint of
+        Gemma2 in bfloat16.
       mesh: Mesh to shard the parameters over; None for the default device. Every device reads only
         its own slices, and every process reads only the slices for its devices.
       rules: Sharding rules, which map axis letters to mesh axes: `TENSOR`, `FSDP`, `TENSOR_FSDP`,
@@ -245,9 +252,9 @@ def load(
       ConfigError: A config or tokenizer file is missing or has an unsupported value.
       CheckpointError: The weights or adapters do not match the config; the error lists all
         problems.
-      OvisError: The checkpoint or the folder of adapters does not exist, the rules are invalid or
-        cannot shard the parameters over the mesh, or rules other than `TENSOR` are given without a
-        mesh.
+      OvisError: The checkpoint or the folder of adapters does not exist, the model does not support
+        the dtype, the rules are invalid or cannot shard the parameters over the mesh, or rules
+        other than `TENSOR` are given without a mesh.
       OSError: The Hub cannot be reached, or a file cannot be read.
       RequestError: The dtype of the KV cache is unknown.
       TypeError: `mesh` or `rules` has the wrong type.
@@ -261,6 +268,7 @@ def load(
     checkpoint = resolve_checkpoint(path)
     folder = checkpoint.folder
     config = OvisConfig.from_folder(folder)
+    dtype = _compute_dtype(folder, config, dtype)
     model = Ovis(config, kv_cache_dtype=kv_cache_dtype)
     processor = Processor.from_folder(folder, config)
     # Adapters are read first, because they are small and may belong to a different model.
@@ -278,3 +286,12 @@ def load(
         weights = {path: x.astype(activation_dtype(params)) for path, x in lora.weights.items()}
         params = attach_adapters(params, weights, lora.scale)
     return LoadedOvis(config, model, params, processor, checkpoint.name)
+
+
+def _compute_dtype(folder: Path, config: OvisConfig, dtype: DTypeLike | None) -> DTypeLike | None:
+    """Return the dtype to cast the parameters to; None for the checkpoint's dtype."""
+    if dtype is not None:
+        config.check_compute_dtype(DTYPES[safetensors_dtype(dtype)].name)
+    elif read_stored_dtype(folder) == "F16" and not config.decoder.supports_float16:
+        return "bfloat16"
+    return dtype

@@ -2,7 +2,14 @@
 
 from typing import Any
 
-from ovis_jax.config import DecoderConfig, OvisConfig, VisionConfig, VisualTokenizerConfig
+from ovis_jax.config import (
+    LLAMA_FIELDS,
+    DecoderConfig,
+    OvisConfig,
+    RopeScaling,
+    VisionConfig,
+    VisualTokenizerConfig,
+)
 
 _GEMMA2: dict[str, Any] = {
     "sliding_window": 4096,
@@ -40,6 +47,32 @@ def ovis1_6_gemma2_27b() -> OvisConfig:
     )
 
 
+def ovis1_6_llama3_2_3b() -> OvisConfig:
+    """Return the config of AIDC-AI/Ovis1.6-Llama3.2-3B, which has 4.1 billion parameters."""
+    decoder = DecoderConfig(
+        vocab_size=128256,
+        width=3072,
+        depth=28,
+        num_heads=24,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_width=8192,
+        query_pre_attn_scalar=128,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+        norm_eps=1e-5,
+        **LLAMA_FIELDS,
+    )
+    return OvisConfig(
+        VisualTokenizerConfig(_siglip(depth=27), 65536, 2, "softmax"),
+        decoder,
+        multimodal_max_length=8192,
+        eos_ids=(128001, 128008, 128009),
+        bos_id=128000,
+        pad_id=128001,
+    )
+
+
 def tiny() -> OvisConfig:
     """Return the config of a tiny model for tests."""
     vision = VisionConfig(
@@ -70,6 +103,32 @@ def tiny() -> OvisConfig:
     return _ovis(VisualTokenizerConfig(vision, 69, 2, "softmax"), decoder)
 
 
+def tiny_llama() -> OvisConfig:
+    """Return the config of a tiny model with a Llama decoder for tests."""
+    decoder = DecoderConfig(
+        vocab_size=512,
+        width=48,
+        depth=4,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_width=96,
+        query_pre_attn_scalar=16,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling(32.0, 1.0, 4.0, 64),
+        norm_eps=1e-5,
+        **LLAMA_FIELDS,
+    )
+    return OvisConfig(
+        tiny().visual_tokenizer,
+        decoder,
+        multimodal_max_length=8192,
+        eos_ids=(481, 488, 489),
+        bos_id=480,
+        pad_id=481,
+    )
+
+
 def benchmark() -> OvisConfig:
     """Return the config of a model for benchmarks on small machines, with 410 million parameters.
 
@@ -92,7 +151,7 @@ def benchmark() -> OvisConfig:
 
 
 def _published(**decoder: Any) -> OvisConfig:
-    """Return the config of a published model, given the sizes of its decoder."""
+    """Return the config of a published model with Gemma2, given the sizes of its decoder."""
     return _ovis(
         VisualTokenizerConfig(_siglip(depth=27), 65536, 2, "softmax"),
         DecoderConfig(vocab_size=256000, **_GEMMA2, **decoder),

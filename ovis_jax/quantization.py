@@ -2,7 +2,8 @@
 
 int8 has one scale per row of a matrix, which is one output. int4 has one scale per row and group of
 consecutive inputs, and only applies to the seven matrices of each decoder block; the other matrices
-are int8. Norms, biases, the patch embedding and the position embedding are not quantized.
+are int8, or not quantized in a checkpoint that GPTQ has quantized. Norms, biases, the patch
+embedding and the position embedding are not quantized.
 """
 
 import re
@@ -11,6 +12,7 @@ from typing import Literal, get_args
 
 import ml_dtypes
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import OvisError
@@ -38,14 +40,34 @@ class Quantization:
     Attributes:
       format: "int8" or "int4".
       group_size: Number of inputs per scale of an int4 matrix; None for "int8".
+      decoder_only: Whether only the int4 matrices of the decoder's blocks are quantized, as by
+        GPTQ. Otherwise, all other matrices are int8.
     """
 
     format: QuantizationFormat
     group_size: int | None = None
+    decoder_only: bool = False
+
+    def __str__(self) -> str:
+        groups = "" if self.group_size is None else f" in groups of {self.group_size}"
+        return f"{self.format}{groups}"
 
     def group_of(self, path: str) -> int | None:
         """Return the group size of a matrix; None if the matrix is int8."""
         return self.group_size if _INT4_MATRICES.fullmatch(path) else None
+
+
+def describe_formats(quantization: Quantization | None, dtype: str) -> str:
+    """Return the formats of all tensors, such as "int8 and bfloat16".
+
+    Args:
+      quantization: The quantization; None for a checkpoint that is not quantized.
+      dtype: Name of the dtype of the tensors that are not quantized.
+    """
+    if quantization is None:
+        return dtype
+    others = "" if quantization.format == "int8" or quantization.decoder_only else ", int8"
+    return f"{quantization}{others} and {dtype}"
 
 
 def choose_quantization(config: OvisConfig, quantization: str) -> Quantization:
@@ -72,16 +94,22 @@ def choose_quantization(config: OvisConfig, quantization: str) -> Quantization:
 
 def find_undivided(config: OvisConfig, quantization: Quantization) -> list[tuple[str, int]]:
     """Return the path and the inputs of every matrix that the groups do not divide."""
-    inputs = {path: shape[1] for path, shape in quantized_matrices(config).items()}
+    inputs = {path: shape[1] for path, shape in quantized_matrices(config, quantization).items()}
     return [(p, n) for p, n in inputs.items() if n % (quantization.group_of(p) or 1)]
 
 
-def quantized_matrices(config: OvisConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape [o, i] of every matrix that is quantized, by path."""
+def quantized_matrices(
+    config: OvisConfig, quantization: Quantization | None
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape [o, i] of every matrix that is quantized, by path; none without one."""
+    if quantization is None:
+        return {}
     return {
         path: shape_from_axes(axes, axis_letter_sizes(config, path))
         for path, axes in param_axes(config).items()
-        if supports_adapter(path) or path in _TABLES
+        if _INT4_MATRICES.fullmatch(path)
+        or not quantization.decoder_only
+        and (supports_adapter(path) or path in _TABLES)
     }
 
 
@@ -101,7 +129,7 @@ def stored_tensors(
       Axes as in `param_axes`, and the safetensors name of the dtype; None for the dtype of the
       checkpoint.
     """
-    matrices = {} if quantization is None else quantized_matrices(config)
+    matrices = quantized_matrices(config, quantization)
     tensors: dict[str, tuple[str, str | None]] = {}
     for path, axes in param_axes(config).items():
         if quantization is None or path not in matrices:
@@ -117,9 +145,51 @@ def stored_tensors(
     return tensors
 
 
+def stored_specs(
+    config: OvisConfig, quantization: Quantization | None, dtype: str
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the dtype and the shape of every tensor in a converted folder, by name.
+
+    Args:
+      config: Config of the model.
+      quantization: The quantization, as for `stored_tensors`.
+      dtype: Safetensors name of the dtype of the tensors that are not quantized.
+    """
+    return {
+        name: (own_dtype or dtype, shape_from_axes(axes, axis_letter_sizes(config, name)))
+        for name, (axes, own_dtype) in stored_tensors(config, quantization).items()
+    }
+
+
 def scale_path(path: str) -> str:
     """Return the name of the tensor with the scales of a matrix."""
     return f"{path}/scale"
+
+
+def quantized_shardings(
+    path: str, sharding: NamedSharding, num_groups: int | None
+) -> tuple[NamedSharding, NamedSharding]:
+    """Return the shardings of a quantized matrix's numbers and scales.
+
+    Args:
+      path: Path of the matrix.
+      sharding: Sharding of the matrix [o, i], as in `param_shardings`.
+      num_groups: G, the number of groups of an int4 matrix; None for int8.
+
+    Raises:
+      OvisError: The mesh would cut a group.
+    """
+    mesh, (rows, inputs, *_) = sharding.mesh, (*sharding.spec, None, None)
+    if num_groups is None:
+        return sharding, NamedSharding(mesh, PartitionSpec(rows))
+    if inputs is not None and num_groups % mesh.shape[inputs]:
+        raise OvisError(
+            f"{path}: mesh axis {inputs!r} of size {mesh.shape[inputs]} would cut one of the"
+            f" {num_groups} groups of an int4 matrix; use a size that divides {num_groups}, rules"
+            " that do not shard the inputs, or int8"
+        )
+    groups_and_rows = NamedSharding(mesh, PartitionSpec(inputs, rows))
+    return groups_and_rows, groups_and_rows
 
 
 def quantize_rows(rows: np.ndarray, group: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -133,33 +203,55 @@ def quantize_rows(rows: np.ndarray, group: int | None) -> tuple[np.ndarray, np.n
       group: Number of inputs per int4 scale; None for int8.
 
     Returns:
-      int8 [n, i] and float32 scales [n]; or int4 [n, G, g] and float32 scales [G, n].
+      int8 [n, i] and float32 scales [n]; or int4 [G, n, g] and float32 scales [G, n].
     """
+    x = _split_groups(rows, group)
+    scale, inverse = _scales_and_inverses(x)
+    with np.errstate(invalid="ignore"):
+        np.multiply(x, inverse[..., None], out=x)
+        np.rint(x, out=x)
+        np.minimum(x, 127 if group is None else 7, out=x)
+        q = x.astype(np.int8)
+    return q if group is None else q.astype(ml_dtypes.int4), scale
+
+
+def row_scales(rows: np.ndarray, group: int | None) -> np.ndarray:
+    """Return only the scales of `quantize_rows`, float32 [n] or [G, n]."""
+    return _scales_and_inverses(_split_groups(rows, group))[0]
+
+
+def _split_groups(rows: np.ndarray, group: int | None) -> np.ndarray:
+    """Return a float32 copy of rows [n, i], as [G, n, g] if there are groups."""
     x = rows.astype(np.float32)
-    if group is not None:
-        x = x.reshape(len(x), -1, group)
-    largest = np.abs(x).argmax(axis=-1, keepdims=True)
-    extreme = np.take_along_axis(x, largest, axis=-1)[..., 0]
-    scale = np.abs(extreme) / np.float32(127) if group is None else extreme / np.float32(-8)
+    return x if group is None else x.reshape(len(x), -1, group).swapaxes(0, 1)
+
+
+def _scales_and_inverses(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scale of each row [n, i], or of each row of a group [G, n, g], and its inverse.
+
+    Both are 0 if all numbers are too small. The scale is not finite if a number is not.
+    """
+    high, low = x.max(axis=-1), x.min(axis=-1)
     with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
-    inverse = np.where(np.isfinite(inverse), inverse, np.float32(0))
-    q = np.rint(x * inverse[..., None])
-    if group is None:
-        return q.astype(np.int8), np.where(inverse == 0, np.float32(0), scale)
-    q = np.minimum(q, 7).astype(np.int8).astype(ml_dtypes.int4)
-    return q, np.where(inverse == 0, np.float32(0), scale).T
+        if x.ndim == 2:
+            scale = np.maximum(high, -low) / np.float32(127)
+        else:
+            scale = np.where(high > -low, high, low) / np.float32(-8)
+        inverse = np.float32(1) / scale
+    too_small = np.isinf(inverse)
+    scale[too_small] = inverse[too_small] = 0
+    return scale, inverse
 
 
 def pack_int4(q: np.ndarray) -> np.ndarray:
-    """Return int4 [n, G, g] as uint8 [n, G g / 2], the first of two numbers in the lower bits."""
-    pairs = q.astype(np.int8).reshape(len(q), -1, 2).view(np.uint8)
+    """Return int4 [G, n, g] as uint8 [n, G g / 2], the first of two numbers in the lower bits."""
+    pairs = q.astype(np.int8).swapaxes(0, 1).reshape(q.shape[1], -1, 2).view(np.uint8)
     return (pairs[..., 0] & 15) | (pairs[..., 1] << 4)
 
 
 def unpack_int4(packed: np.ndarray, group: int) -> np.ndarray:
-    """Return the int4 [n, G, g] that `pack_int4` packed."""
+    """Return the int4 [G, n, g] that `pack_int4` packed."""
     packed = packed.view(np.int8)
     low, high = (packed << 4) >> 4, packed >> 4  # arithmetic shifts keep the sign
     q = np.stack([low, high], axis=-1).astype(ml_dtypes.int4)
-    return q.reshape(len(packed), -1, group)
+    return q.reshape(len(packed), -1, group).swapaxes(0, 1)

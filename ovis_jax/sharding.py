@@ -61,6 +61,9 @@ PARAM_AXES: Mapping[str, str] = {
     "decoder/unembed": "V D",
 }
 
+POST_NORMS = "/post_attn_norm", "/post_mlp_norm"
+"""Ends of the paths of norms that only blocks with `DecoderConfig.post_norms` have."""
+
 _LOOKUP_TABLES = {"vision/position", "visual_embedding", "decoder/embed"}
 """Two-dimensional parameters that are not multiplied by in `linear`."""
 
@@ -119,6 +122,8 @@ def param_axes(config: OvisConfig) -> dict[str, str]:
                 axes[pattern.replace("*", str(block))] = PARAM_AXES[pattern]
     if config.decoder.tie_embeddings:
         del axes["decoder/unembed"]
+    if not config.decoder.post_norms:
+        axes = {path: x for path, x in axes.items() if not path.endswith(POST_NORMS)}
     return axes
 
 

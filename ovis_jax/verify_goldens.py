@@ -258,7 +258,7 @@ def _compare_stages(ovis: LoadedOvis, inputs: Inputs, golden: GoldenFile) -> Ite
         length = len(golden["merged_mask"])
         x = ovis.model.embed_inputs(params, jnp.asarray(inputs.tokens), stored("visual_embeds"))
         yield stage("input embeddings", x[0, :length], golden["inputs_embeds"], 0)
-    x = decoder.scale_embeddings(stored("inputs_embeds")[None])
+    x = decoder.scale_embeddings(c.decoder, stored("inputs_embeds")[None])
     positions = jnp.asarray(golden["position_ids"], jnp.int32)[None]
     blocks = stored("llm_blocks")
     for i in range(c.decoder.depth):
@@ -276,7 +276,9 @@ def _process(processor: Processor, golden: GoldenFile) -> Inputs:
     meta = golden.meta
     paths = [_find_image(name, golden.path) for name in meta["images"]]
     images = [open_image(path, exact=True) for path in paths]
-    text = meta["text"] if isinstance(meta["text"], str) else turns_from_sharegpt(meta["text"])
+    text = meta["text"]
+    if not isinstance(text, str):
+        text = turns_from_sharegpt(text, processor.chat_format)
     return processor([text], [images], max_partition=meta["max_partition"])
 
 

@@ -1,6 +1,7 @@
 """Set before JAX is imported: eight CPU devices, and checks of every annotated shape."""
 
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -16,6 +17,7 @@ from hypothesis import settings
 ROOT = Path(__file__).parents[1]
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+gc.set_threshold(50_000, 20, 50)  # tracing makes many objects, few of them garbage
 # Compiling is most of the work; workers, commands under test and the next run share what was done.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
@@ -43,11 +45,15 @@ MISSING = {"torch": not HAS_TORCH, "browser": bool(MISSING_FOR_BROWSER), "client
 def pytest_configure(config: pytest.Config) -> None:
     """Compile in a third of the time, unless tests run that are marked `optimized`.
 
-    XLA reads the flag once per process, and knows it only in the oldest JAX that is supported.
+    XLA reads the flags once per process, and knows them only in the oldest JAX that is supported.
     """
     excludes_optimized = "not optimized" in config.getoption("markexpr")
     if excludes_optimized and importlib.metadata.version("jaxlib").startswith("0.10."):
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] += (
+            " --xla_cpu_use_fusion_emitters=false"
+            " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+            " --xla_cpu_parallel_codegen_split_count=1"
+        )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_LLAMA = Path(__file__).parent / "golden-llama"
 CHECKPOINTS = ("tiny-f32", "tiny-bf16-sharded")
 DTYPES = {
     "F32": np.dtype(np.float32),

@@ -1,8 +1,10 @@
 """The command line as users run it: as a separate process, in another folder."""
 
+import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,12 @@ import numpy as np
 import pytest
 from golden_copies import GOLDEN, copy_golden
 from PIL import Image
+from typer.testing import CliRunner
 
 import ovis_jax
-from ovis_jax.console import exit_on_error
+from ovis_jax.cli import app
+from ovis_jax.console import exit_on_error, interrupt_on_sigterm
+from ovis_jax.errors import OvisError
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(GOLDEN / "tiny-f32")
@@ -100,7 +105,7 @@ def test_inspect(tmp_path):
     result = run("inspect", GOLDEN / "tiny-bf16-sharded", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = [line.split("│")[1:-1] for line in result.stdout.splitlines() if "│" in line]
-    table = {row[0].strip(): [int(cell.replace(",", "")) for cell in row[1:-1]] for row in rows}
+    table = {row[0].strip(): [int(cell.replace(",", "")) for cell in row[1:4]] for row in rows}
     index = json.loads((GOLDEN / "tiny-bf16-sharded/model.safetensors.index.json").read_text())
     assert table["all"][0] == len(index["weight_map"])
     assert table["all"][2] == index["metadata"]["total_size"] == 2 * table["all"][1]
@@ -229,3 +234,40 @@ def test_all_problems_of_a_checkpoint_are_in_one_table(tmp_path):
         assert result.returncode == 1 and "Traceback" not in result.stderr
         assert result.stderr.startswith("error: ")
         assert "missing file" in result.stderr and "two checkpoints" in result.stderr
+
+
+LOADING_COMMANDS = {
+    "generate": ("generate_and_chat_commands", ["--prompt", "Who?"]),
+    "chat": ("generate_and_chat_commands", []),
+    "serve": ("server.command", ["--port", "0"]),
+    "ui": ("ui.command", []),
+    "eval": ("evaluation.command", ["questions.jsonl"]),
+    "words": ("words.command", ["--image", WIDE, "--heatmap", "words.png"]),
+    "verify": ("checkpoint_commands", [MODEL, GOLDEN / "cases/tiny-f32/wide.npz"]),
+}
+"""Command -> the module whose `load` it calls, and its required arguments."""
+
+
+@pytest.mark.parametrize("name", LOADING_COMMANDS)
+def test_quantization_reaches_load(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    question = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "A"}]}
+    Path("questions.jsonl").write_text(json.dumps(question))
+    module, arguments = LOADING_COMMANDS[name]
+
+    def load(*_, quantization, **__):
+        raise OvisError(f"loaded in {quantization}")
+
+    monkeypatch.setattr(importlib.import_module(f"ovis_jax.{module}"), "load", load)
+    command = [name, *map(str, arguments), "--quantization", "int4"]
+    result = CliRunner().invoke(app, command)
+    assert str(result.exception) == "loaded in int4", result.output
+    result = CliRunner().invoke(app, [*command[:-1], "int3"])
+    assert result.exit_code == 2 and "int3" in result.output
+
+
+def test_sigterm_is_handled_like_ctrl_c_only_inside_the_block():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), interrupt_on_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before

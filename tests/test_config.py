@@ -2,8 +2,10 @@
 
 import copy
 import json
+import shutil
 
 import pytest
+from golden_copies import GOLDEN_LLAMA
 
 from ovis_jax import presets
 from ovis_jax.config import OvisConfig
@@ -11,6 +13,7 @@ from ovis_jax.errors import ConfigError
 from ovis_jax.json_fields import read_json
 
 PRESETS = [presets.tiny, presets.benchmark, presets.ovis1_6_gemma2_9b, presets.ovis1_6_gemma2_27b]
+PRESETS += [presets.tiny_llama, presets.ovis1_6_llama3_2_3b]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -24,6 +27,92 @@ def test_the_golden_configs_are_the_tiny_preset(golden, name):
     assert OvisConfig.from_folder(golden / name) == presets.tiny()
 
 
+def test_the_golden_llama_is_the_tiny_llama_preset(tmp_path):
+    """The pad id is only in the files of the tokenizer."""
+    assert OvisConfig.from_folder(GOLDEN_LLAMA / "tiny-f32") == presets.tiny_llama()
+    for name in ("config", "generation_config", "tokenizer", "tokenizer_config"):
+        shutil.copyfile(GOLDEN_LLAMA / "tiny-f32" / f"{name}.json", tmp_path / f"{name}.json")
+    path = tmp_path / "tokenizer_config.json"
+    tokenizer = read_json(path)
+    del tokenizer["added_tokens_decoder"]  # as transformers 5 writes it
+    path.write_text(json.dumps(tokenizer))
+    assert OvisConfig.from_folder(tmp_path) == presets.tiny_llama()
+    path.write_text(json.dumps(tokenizer | {"pad_token": "<pad>"}))
+    with pytest.raises(ConfigError, match="tokenizer_config.json: pad_token is '<pad>', expected"):
+        OvisConfig.from_folder(tmp_path)
+
+
+def llama(**changes) -> tuple[dict, dict]:
+    """The config of the tiny Llama with changed fields in llm_config; ... removes a field."""
+    config, generation = copy.deepcopy(presets.tiny_llama().to_hf())
+    fields = {**config["llm_config"], **changes}
+    config["llm_config"] = {key: value for key, value in fields.items() if value is not ...}
+    return config, generation
+
+
+ROPE = {
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"head_dim": ...}, "head_dim is missing"),
+        ({"tie_word_embeddings": ...}, "tie_word_embeddings is missing"),
+        ({"rope_theta": ...}, "rope_theta is missing"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn', expected"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "type is 'linear', expected 'llama3"),
+        ({"rope_scaling": {**ROPE, "rope_type": "default"}}, "factor is 32.0, .* 'default'"),
+        ({"rope_scaling": {**ROPE, "rope_type": "llama3", "mscale": 1.0}}, "mscale is 1.0"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, "low_freq_factor is missing"),
+        (
+            {"rope_scaling": {**ROPE, "rope_type": "llama3", "high_freq_factor": 1.0}},
+            "high_freq_factor is 1.0, expected more than low_freq_factor 1.0",
+        ),
+        (
+            {"rope_parameters": {**ROPE, "rope_type": "llama3", "factor": 8.0}},
+            "rope_parameters is .*, expected the scaling in config.json: llm_config: rope_scaling",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config is"),
+    ],
+)
+def test_an_unsupported_llama_is_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        OvisConfig.from_hf(*llama(**changes))
+
+
+def test_each_decoder_has_its_conversations_and_rope_types():
+    config, generation = llama()
+    config["conversation_formatter_class"] = "GemmaConversationFormatter"
+    with pytest.raises(ConfigError, match="expected 'Llama3ConversationFormatter'"):
+        OvisConfig.from_hf(config, generation)
+    config, generation = copy.deepcopy(presets.tiny().to_hf())
+    config["llm_config"]["rope_scaling"] = {**ROPE, "rope_type": "llama3"}
+    with pytest.raises(ConfigError, match="rope_type is 'llama3', expected 'default'"):
+        OvisConfig.from_hf(config, generation)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_both_spellings_of_llama3_rope(scaled):
+    rope = {**ROPE, "rope_type": "llama3"} if scaled else {"rope_type": "default"}
+    spellings = [
+        llama(rope_scaling=rope),
+        llama(rope_scaling=..., rope_theta=..., rope_parameters={**rope, "rope_theta": 500000.0}),
+    ]
+    expected = presets.tiny_llama().decoder.rope_scaling if scaled else None
+    for config, generation in spellings:
+        decoder = OvisConfig.from_hf(config, generation).decoder
+        assert (decoder.rope_theta, decoder.rope_scaling) == (500000.0, expected)
+
+
 def test_sizes_that_follow():
     config = presets.ovis1_6_gemma2_9b()
     assert config.vision.num_patches == 729
@@ -31,6 +120,7 @@ def test_sizes_that_follow():
     assert config.visual_tokenizer.merged_width == 4608
     assert config.visual_tokenizer.num_words == 65531
     assert [config.decoder.window(i) for i in range(4)] == [4096, None, 4096, None]
+    assert [presets.tiny_llama().decoder.window(i) for i in range(2)] == [None, None]
     assert presets.tiny().visual_tokenizer.tokens_per_crop == 9
 
 

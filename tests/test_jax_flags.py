@@ -1,6 +1,6 @@
 """Every entry point under each of JAX's global settings that research programs switch on."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -22,20 +22,35 @@ from ovis_jax.training.trainable import split_params
 
 pytestmark = pytest.mark.slow
 
+CHECKS = (
+    partial(jax.numpy_dtype_promotion, "strict"),
+    partial(jax.numpy_rank_promotion, "raise"),
+    partial(jax.transfer_guard, "disallow"),
+    partial(jax.debug_nans, True),
+    partial(jax.debug_infs, True),
+    partial(jax.debug_key_reuse, True),
+    jax.checking_leaks,
+)
+"""Settings that change no result and raise errors. They need not be tested one by one."""
+
+
+@contextmanager
+def all_checks():
+    """Switch on all checks."""
+    with ExitStack() as stack:
+        for check in CHECKS:
+            stack.enter_context(check())
+        yield
+
+
 SETTINGS = {
     "default": nullcontext,
+    "checks": all_checks,
     "jax_enable_x64": partial(jax.enable_x64, True),
-    "jax_numpy_dtype_promotion": partial(jax.numpy_dtype_promotion, "strict"),
-    "jax_numpy_rank_promotion": partial(jax.numpy_rank_promotion, "raise"),
-    "jax_transfer_guard": partial(jax.transfer_guard, "disallow"),
-    "jax_debug_nans": partial(jax.debug_nans, True),
-    "jax_debug_infs": partial(jax.debug_infs, True),
-    "jax_debug_key_reuse": partial(jax.debug_key_reuse, True),
-    "jax_check_tracer_leaks": jax.checking_leaks,
     "jax_default_matmul_precision": partial(jax.default_matmul_precision, "bfloat16"),
     "jax_disable_jit": jax.disable_jit,
 }
-"""Setting -> a context in which it is switched on."""
+"""Settings -> a context in which they are switched on."""
 
 NEW_TOKENS = 3
 

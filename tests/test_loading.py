@@ -13,6 +13,7 @@ from PIL import Image
 
 import ovis_jax
 from ovis_jax import Sampling
+from ovis_jax.conversion.from_hf import convert_from_hf
 from ovis_jax.errors import ImageError, OvisError, PromptError, RequestError
 
 WIDE = GOLDEN / "images" / "wide.png"
@@ -115,6 +116,18 @@ def test_rules_by_name():
 def test_invalid_rules(rules, message):
     with pytest.raises(OvisError, match=message):
         ovis_jax.load("ovis-tiny", rules=rules)
+
+
+def test_gemma2_does_not_compute_in_float16(tmp_path):
+    """A float16 file can be read; its parameters become bfloat16 unless another dtype is given."""
+    message = "dtype float16: the activations of Gemma2 .* use bfloat16 or float32"
+    for dtype in ("float16", np.float16):
+        with pytest.raises(OvisError, match=message):
+            ovis_jax.load(GOLDEN / "tiny-f32", dtype=dtype)
+    convert_from_hf(GOLDEN / "tiny-f32", tmp_path / "f16", dtype="float16")
+    for dtype, expected in ((None, "bfloat16"), ("float32", "float32")):
+        params = ovis_jax.load(tmp_path / "f16", dtype=dtype).params
+        assert {str(x.dtype) for x in jax.tree.leaves(params)} == {expected}
 
 
 def test_repr_is_one_short_paragraph():

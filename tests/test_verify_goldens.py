@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_copies import GOLDEN
+from golden_copies import GOLDEN, GOLDEN_LLAMA
 from measured import record
 
 from ovis_jax.errors import RequestError
@@ -14,7 +14,12 @@ from ovis_jax.verify_goldens import GoldenFile, compare_with_golden
 
 pytestmark = pytest.mark.optimized
 
-CASES = sorted(path.relative_to(GOLDEN / "cases") for path in (GOLDEN / "cases").glob("*/*.npz"))
+TESTS = Path(__file__).parent
+CASES = sorted(
+    path.relative_to(TESTS)
+    for folder in (GOLDEN, GOLDEN_LLAMA)
+    for path in (folder / "cases").glob("*/*.npz")
+)
 
 
 @pytest.fixture
@@ -29,9 +34,10 @@ def compare(ovis, path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_golden_file(case: Path, load_golden):
-    golden = GoldenFile(GOLDEN / "cases" / case)
+    golden = GoldenFile(TESTS / case)
     dtype = golden.dtype
-    stages = compare_with_golden(load_golden(case.parent.name, dtype), golden)
+    checkpoint = TESTS / case.parts[0] / case.parent.name
+    stages = compare_with_golden(load_golden(checkpoint, dtype), golden)
     for stage in stages:
         record(f"golden {dtype}: {stage.name}", stage.difference, stage.tolerance)
     assert not [f"{s.name}: {s.difference:.2g} > {s.tolerance}" for s in stages if not s.passed]
@@ -41,12 +47,12 @@ def test_golden_file(case: Path, load_golden):
         assert {"token ids", "block 0", "block 1", "block 2", "block 3"} <= names
     if dtype == "float32":
         assert any("greedy tokens" in name for name in names)
-        if case.stem.partition(".")[0] not in ("text_only", "batch_leftpad"):
+        if case.stem.partition(".")[0] not in ("text_only", "unicode", "batch_leftpad"):
             assert {"vision features", "visual logits", "visual embeddings"} <= names
 
 
 def test_number_of_golden_files():
-    assert len(CASES) == 20
+    assert len(CASES) == 20 + 8
 
 
 @pytest.mark.slow

@@ -9,9 +9,11 @@ from typing import Any
 
 from ovis_jax.checkpoint.safetensors_reader import DTYPES
 from ovis_jax.checkpoint.safetensors_writer import TensorSpecs
+from ovis_jax.config import OvisConfig
 from ovis_jax.errors import CheckpointError
 from ovis_jax.json_fields import read_json
 from ovis_jax.quantization import Quantization
+from ovis_jax.sharding import param_shapes
 
 CONVERSION_FILE = "conversion.json"
 FORMAT_VERSION = 1
@@ -51,17 +53,22 @@ def read_quantization(folder: Path) -> Quantization | None:
     if fields is None:
         return None
     match fields:
-        case {"format": "int8", "group_size": None}:
+        case {"format": "int8", "group_size": None, "decoder_only": False}:
             return Quantization("int8")
-        case {"format": "int4", "group_size": int(group_size)} if group_size > 0:
-            return Quantization("int4", group_size)
+        case {
+            "format": "int4",
+            "group_size": int(group_size),
+            "decoder_only": bool(decoder_only),
+        } if group_size > 0:
+            return Quantization("int4", group_size, decoder_only)
     raise CheckpointError(
-        f"{path}: quantization is {fields!r}, expected the format int8 or int4 with a group_size;"
-        " convert the checkpoint again"
+        f"{path}: quantization is {fields!r}, expected the format int8, or int4 with a group_size,"
+        " and decoder_only; convert the checkpoint again"
     )
 
 
 def make_conversion_record(
+    config: OvisConfig,
     tensors: TensorSpecs,
     sha256: Mapping[str, str | None],
     dtype: str,
@@ -71,6 +78,7 @@ def make_conversion_record(
     """Return the content of conversion.json.
 
     Args:
+      config: Config of the model.
       tensors: Dtypes and shapes of the written tensors.
       sha256: SHA-256 by file name.
       dtype: Dtype of the tensors that are not quantized: "F32", "F16" or "BF16".
@@ -84,7 +92,7 @@ def make_conversion_record(
         "dtype": DTYPES[dtype].name,
         **({} if quantization is None else {"quantization": asdict(quantization)}),
         "tensors": len(tensors),
-        "parameters": sum(math.prod(shape) for _, shape in tensors.values()),
+        "parameters": sum(map(math.prod, param_shapes(config).values())),
         "sha256": {name: digest for name, digest in sha256.items() if digest is not None},
     }
 
@@ -97,7 +105,8 @@ def get_library_versions() -> dict[str, str]:
 def set_config_dtype(config_json: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Return a parsed config.json with a new dtype, both at the top level and for the decoder.
 
-    The field is called `torch_dtype` in transformers 4 and `dtype` in transformers 5.
+    The field is called `torch_dtype` in transformers 4 and `dtype` in transformers 5. The settings
+    of GPTQ, which describe tensors in another layout, are left out.
 
     Args:
       config_json: The parsed config.json.
@@ -108,7 +117,8 @@ def set_config_dtype(config_json: Mapping[str, Any], dtype: str) -> dict[str, An
         names = [name for name in DTYPE_FIELDS if name in fields] or DTYPE_FIELDS[:1]
         return {**fields, **dict.fromkeys(names, DTYPES[dtype].name)}
 
-    return {**with_dtype(config_json), "llm_config": with_dtype(config_json["llm_config"])}
+    kept = {name: value for name, value in config_json.items() if name != "quantization_config"}
+    return {**with_dtype(kept), "llm_config": with_dtype(config_json["llm_config"])}
 
 
 def _get_version(package: str) -> str:

@@ -61,6 +61,11 @@ HUB_KEYS: Mapping[str, str] = {
 }
 """Patterns of parameter paths, by pattern of keys on the Hub."""
 
+LLAMA_HUB_KEYS: Mapping[str, str] = {
+    f"{_LLM_BLOCK}.post_attention_layernorm.weight": "decoder/block_*/pre_mlp_norm",
+}
+"""Keys that name a different norm in Llama, whose blocks only have norms before their parts."""
+
 OUTPUT_KEY, EMBEDDING_KEY = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
 
 _TIED_REASON = f"the decoder's embeddings are tied, so this is a copy of {EMBEDDING_KEY}"
@@ -93,8 +98,8 @@ class KeyMap:
       parameters: Name of the tensor by key: the path of a parameter or, for a quantized matrix, of
         one of its arrays.
       unused: Reason why the model never uses a tensor, by the tensor's key.
-      tensors: Axes and dtype of every tensor by name, as in `stored_tensors`; None for those of a
-        checkpoint that is not quantized.
+      tensors: Axes and dtype of every tensor by name, as in `stored_tensors`; several dtypes have
+        spaces between them. None for the tensors of a checkpoint that is not quantized.
     """
 
     parameters: Mapping[str, str]
@@ -124,8 +129,11 @@ class MatchedTensors:
 
 def make_hub_key_map(config: OvisConfig) -> KeyMap:
     """Return the key map for a folder in the Hub's layout."""
-    parameters = {}
-    for key, path in HUB_KEYS.items():
+    patterns, parameters = HUB_KEYS, {}
+    if not config.decoder.post_norms:
+        patterns = {**HUB_KEYS, **LLAMA_HUB_KEYS}
+        patterns = {key: x for key, x in patterns.items() if "feedforward_layernorm" not in key}
+    for key, path in patterns.items():
         depth = (config.vision if path.startswith("vision/") else config.decoder).depth
         for block in range(depth) if "*" in key else [0]:
             parameters[key.replace("*", str(block))] = path.replace("*", str(block))
@@ -243,7 +251,8 @@ def find_tensor_problems(
       info: The tensor.
       axes: The tensor's expected axes, such as "(N H) D".
       sizes: The size of each letter.
-      stored_dtype: The expected dtype; None accepts any floating-point dtype of parameters.
+      stored_dtype: The expected dtype, or several dtypes with spaces between them; None accepts any
+        floating-point dtype of parameters.
 
     Returns:
       One row for each fault.
@@ -259,7 +268,8 @@ def find_tensor_problems(
                     expected += f", {' * '.join(group)} = {size}"
                     found += f", {' * '.join(group)} = {wrong}"
         rows.append(CheckpointProblem(file, key, "wrong shape", expected, found))
-    if info.dtype != stored_dtype if stored_dtype else info.dtype not in DTYPES:
-        expected = stored_dtype or "one of " + ", ".join(DTYPES)
+    dtypes = stored_dtype.split() if stored_dtype else list(DTYPES)
+    if info.dtype not in dtypes:
+        expected = dtypes[0] if len(dtypes) == 1 else "one of " + ", ".join(dtypes)
         rows.append(CheckpointProblem(file, key, "wrong dtype", expected, info.dtype))
     return rows

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from ovis_jax.argument_type_checks import check_argument_types
@@ -24,14 +24,29 @@ from ovis_jax.checkpoint.conversion_record import (
     set_config_dtype,
 )
 from ovis_jax.checkpoint.file_io import add_file_name_to_os_errors, write_json
+from ovis_jax.checkpoint.gptq import (
+    check_gptq_constants,
+    gptq_constants,
+    gptq_weights_file,
+    make_gptq_key_map,
+    read_gptq_quantization,
+    repack_gptq,
+)
 from ovis_jax.checkpoint.key_map import (
+    EMBEDDING_KEY,
     MatchedTensors,
     make_converted_key_map,
     make_hub_key_map,
     match_tensors,
 )
 from ovis_jax.checkpoint.output_dirs import atomic_dir, check_disk_space
-from ovis_jax.checkpoint.safetensors_reader import DTYPES, TensorInfo, map_file, view_tensor
+from ovis_jax.checkpoint.safetensors_reader import (
+    DTYPES,
+    INTEGER_DTYPES,
+    TensorInfo,
+    map_file,
+    view_tensor,
+)
 from ovis_jax.checkpoint.safetensors_writer import (
     MAX_SHARD_BYTES,
     cast_array,
@@ -41,27 +56,34 @@ from ovis_jax.checkpoint.safetensors_writer import (
     write_shards,
 )
 from ovis_jax.checkpoint.tensor_index import (
+    DOWNLOAD_ADVICE,
+    SINGLE_FILE,
     HeaderReader,
     TensorIndex,
     read_header_if_present,
     read_tensor_index,
 )
 from ovis_jax.config import OvisConfig
-from ovis_jax.errors import ConfigError, OvisError
+from ovis_jax.errors import CheckpointError, ConfigError, OvisError
 from ovis_jax.json_fields import read_json
 from ovis_jax.model.linear import Quantized
 from ovis_jax.model.ovis import Params
 from ovis_jax.quantization import (
+    Quantization,
     choose_quantization,
+    find_undivided,
+    pack_int4,
     quantize_rows,
     quantized_matrices,
+    quantized_shardings,
     scale_path,
+    stored_specs,
+    stored_tensors,
     unpack_int4,
 )
 from ovis_jax.sharding import (
     TENSOR,
     Rules,
-    param_axes,
     param_shapes,
     param_shardings,
     unpadded_rows,
@@ -86,7 +108,8 @@ def match_checkpoint(
       folder: A converted folder, or a folder in the Hub's layout.
       config: Config that determines the expected parameters.
       dtype: Dtype that parameters will be cast to, whatever their stored dtype; None for the dtype
-        in config.json, in which every parameter must then be stored.
+        in config.json, in which every parameter must then be stored. If GPTQ quantized the folder,
+        None is for the dtype of the text embedding.
       read_header: Function that reads a header, as in `read_tensor_index`.
 
     Returns:
@@ -94,19 +117,108 @@ def match_checkpoint(
 
     Raises:
       ConfigError: `dtype` is None, and config.json does not state a supported dtype.
-      CheckpointError: The folder does not contain exactly the parameters of `config`, or it has an
-        output matrix that differs from the embedding with which config.json ties it.
+      CheckpointError: The folder does not contain exactly the parameters of `config`, it has an
+        output matrix that differs from the embedding with which config.json ties it, or its
+        quantization is not supported.
     """
-    stored = None if dtype is not None else read_config_dtype(folder)
+    quantization = read_stored_quantization(folder)
+    if quantization is not None and (undivided := find_undivided(config, quantization)):
+        path, inputs = undivided[0]
+        raise CheckpointError(
+            f"{folder}: the groups of {quantization.group_size} inputs do not divide the {inputs}"
+            f" inputs of {path}; {DOWNLOAD_ADVICE}"
+        )
+    weights_file = SINGLE_FILE
     if is_converted(folder):
-        key_map = make_converted_key_map(config, read_quantization(folder))
-    else:
+        key_map = make_converted_key_map(config, quantization)
+    elif quantization is None:
         key_map = make_hub_key_map(config)
-    index = read_tensor_index(folder, read_header)
+    else:
+        key_map = make_gptq_key_map(config, quantization)
+        weights_file = gptq_weights_file(quantization)
+    stored = None if dtype is not None else read_stored_dtype(folder, read_header)
+    index = read_tensor_index(folder, read_header, weights_file)
     matched = match_tensors(index, config, key_map, stored)
-    if matched.tied_output and all(info.path.is_file() for info in matched.tied_output):
-        check_tied_output(*matched.tied_output)
+    if all(path.is_file() for path in files_with_checked_values(matched)):
+        check_values(matched)
     return matched, stored or safetensors_dtype(dtype)
+
+
+def read_stored_quantization(folder: Path) -> Quantization | None:
+    """Read how the matrices in a folder are quantized; None if they are not.
+
+    Args:
+      folder: A converted folder, or a folder in the Hub's layout, which GPTQ may have quantized.
+
+    Raises:
+      CheckpointError: The quantization is not known.
+      ConfigError: A setting of GPTQ is not supported, or a file cannot be read.
+    """
+    return read_quantization(folder) if is_converted(folder) else read_gptq_quantization(folder)
+
+
+def read_stored_dtype(folder: Path, read_header: HeaderReader = read_header_if_present) -> str:
+    """Read the dtype of the tensors that are not quantized: "F32", "F16" or "BF16".
+
+    It is the dtype in config.json. If GPTQ quantized the folder, config.json may still state the
+    dtype from before, so it is the dtype of the text embedding.
+
+    Raises:
+      ConfigError: The dtype is not supported, or a setting of GPTQ is not supported.
+      CheckpointError: The quantization is not known.
+      OSError: A file cannot be read.
+    """
+    quantization = read_stored_quantization(folder)
+    if quantization is not None and not is_converted(folder):
+        header = read_header(folder / gptq_weights_file(quantization))
+        dtypes = {} if header is None else {info.key: info.dtype for info in header.tensors}
+        if (found := dtypes.get(EMBEDDING_KEY)) in DTYPES:
+            return str(found)
+    return read_config_dtype(folder)
+
+
+def resolve_quantization(
+    folder: Path, config: OvisConfig, quantization: str | None
+) -> tuple[Quantization | None, Quantization | None]:
+    """Return how the matrices in a folder are quantized, and how they are after reading.
+
+    Args:
+      folder: A converted folder or a folder in the Hub's layout.
+      config: The checkpoint's config.
+      quantization: "int8" or "int4" to quantize while reading; None to keep what is stored.
+
+    Raises:
+      CheckpointError, ConfigError: As in `read_stored_quantization`.
+      OvisError: The quantization is unknown or does not fit the config, or the matrices are
+        quantized differently.
+    """
+    stored = read_stored_quantization(folder)
+    wanted = stored if quantization is None else choose_quantization(config, quantization)
+    if stored is not None and wanted != stored:
+        raise OvisError(
+            f"quantization {quantization!r}: the matrices in {folder} are already {stored}; leave"
+            " quantization out, or give a checkpoint that is not quantized"
+        )
+    return stored, wanted
+
+
+def files_with_checked_values(matched: MatchedTensors) -> list[Path]:
+    """Return the files with tensors whose numbers `check_values` compares."""
+    infos = [*(matched.tied_output or ()), *(info for info, _, _ in gptq_constants(matched))]
+    return sorted({info.path for info in infos})
+
+
+def check_values(matched: MatchedTensors) -> None:
+    """Check the tensors whose numbers are known: copies and the constants of GPTQ.
+
+    Raises:
+      CheckpointValidationError: A number is another.
+      CheckpointError: A file has become shorter since its header was read.
+      OSError: A file cannot be read.
+    """
+    if matched.tied_output:
+        check_tied_output(*matched.tied_output)
+    check_gptq_constants(matched)
 
 
 def check_tied_output(output: TensorInfo, embedding: TensorInfo) -> None:
@@ -205,18 +317,13 @@ def load_params(
         or does not fit the config, or the checkpoint is quantized differently.
       OSError: A file cannot be read.
     """
-    stored = read_quantization(folder) if is_converted(folder) else None
-    wanted = stored if quantization is None else choose_quantization(config, quantization)
-    if stored is not None and wanted != stored:
-        raise OvisError(
-            f"quantization {quantization!r}: the matrices in {folder} are already {stored.format};"
-            f" leave quantization out, or give the checkpoint that {folder} was made from"
-        )
+    stored, wanted = resolve_quantization(folder, config, quantization)
+    is_gptq = stored is not None and not is_converted(folder)
     matched, target = match_checkpoint(folder, config, dtype)
     shardings = None if mesh is None else param_shardings(config, mesh, rules)
     shapes = param_shapes(config, mesh, rules)
     mapped = {path: map_file(path) for path in {info.path for info in matched.sources.values()}}
-    matrices = {} if wanted is None else quantized_matrices(config)
+    matrices = quantized_matrices(config, wanted)
 
     def view(path: str) -> np.ndarray:
         info = matched.sources[path]
@@ -234,8 +341,9 @@ def load_params(
         if stored is None:
             q, scale = quantize_matrix(view(path), group)
         else:
-            q = view(path) if group is None else unpack_int4(view(path), group)
-            scale = view(scale_path(path))
+            q, scale = view(path), view(scale_path(path)).astype(np.float32, copy=False)
+            if group is not None:
+                q = unpack_int4(repack_gptq(q) if is_gptq else q, group)
         on_slices = callback(path), callback(path if stored is None else scale_path(path))
         return _put_quantized_on_devices(path, q, scale, sharding, shape, on_slices)
 
@@ -248,7 +356,8 @@ def quantize_matrix(matrix: np.ndarray, group: int | None) -> tuple[np.ndarray, 
     with ThreadPoolExecutor() as threads:
         blocks = [matrix[start : start + _ROWS_PER_BLOCK] for start in starts]
         parts = [*threads.map(partial(quantize_rows, group=group), blocks)]
-    return np.concatenate([q for q, _ in parts]), np.concatenate([s for _, s in parts], axis=-1)
+    q, scale = zip(*parts, strict=True)
+    return np.concatenate(q, axis=-2), np.concatenate(scale, axis=-1)
 
 
 def _put_quantized_on_devices(
@@ -260,21 +369,12 @@ def _put_quantized_on_devices(
     on_slices: tuple[Callable[[int], None] | None, Callable[[int], None] | None],
 ) -> Quantized:
     """Put a quantized matrix on devices, with the sharding and the padded shape of the matrix."""
-    rows, groups = shape[0], q.shape[1]
-    q_shape, scale_shape = (rows, *q.shape[1:]), (*scale.shape[:-1], rows)
+    rows = shape[0]
+    q_shape, scale_shape = (*q.shape[:-2], rows, q.shape[-1]), (*scale.shape[:-1], rows)
     q_sharding = scale_sharding = None
     if sharding is not None:
-        out_axis, in_axis, *_ = *sharding.spec, None, None
-        q_spec = P(out_axis, in_axis)
-        scale_spec = P(out_axis) if q.ndim == 2 else P(in_axis, out_axis)
-        if in_axis is not None and q.ndim == 3 and groups % sharding.mesh.shape[in_axis]:
-            raise OvisError(
-                f"{path}: mesh axis {in_axis!r} of size {sharding.mesh.shape[in_axis]} would cut"
-                f" one of the {groups} groups of an int4 matrix; use a size that divides {groups},"
-                " other rules, or int8"
-            )
-        q_sharding = NamedSharding(sharding.mesh, q_spec)
-        scale_sharding = NamedSharding(sharding.mesh, scale_spec)
+        num_groups = len(q) if q.ndim == 3 else None
+        q_sharding, scale_sharding = quantized_shardings(path, sharding, num_groups)
     return Quantized(
         put_on_devices(path, q, None, q_sharding, q_shape, on_slices[0]),
         put_on_devices(scale_path(path), scale, None, scale_sharding, scale_shape, on_slices[1]),
@@ -339,9 +439,11 @@ def save_params(
 
     Args:
       folder: Folder to create; it must either not exist or be empty.
-      params: Nested dict of arrays, all of one dtype unless `dtype` is given.
+      params: Nested dict of arrays, all of one dtype unless `dtype` is given, and of `Quantized`
+        matrices.
       config: Config of the model.
-      dtype: Dtype to cast to: float32, float16 or bfloat16; None for no cast.
+      dtype: Dtype to cast the arrays to: float32, float16 or bfloat16; None for no cast.
+        `Quantized` matrices stay as they are.
       files: Content of additional files by file name, such as tokenizer files.
       max_shard_bytes: Maximum size of the tensors in one file, in bytes.
 
@@ -352,17 +454,31 @@ def save_params(
       TypeError: `params` or `config` has the wrong type.
     """
     check_argument_types("save_params", params=(params, Mapping), config=(config, OvisConfig))
-    folder = Path(folder)
-    arrays = remove_padding(flatten_dict(params, sep="/"), param_axes(config), config)
+    folder, flat = Path(folder), flatten_dict(params, sep="/")
+    quantization = find_quantization(flat)
+    arrays: dict[str, Any] = {}
+    for path, x in flat.items():
+        arrays |= {path: x.q, scale_path(path): x.scale} if isinstance(x, Quantized) else {path: x}
+    key_map = make_converted_key_map(config, quantization)
+    own_tensors = stored_tensors(config, quantization)
+    axes = {name: letters for name, (letters, _) in own_tensors.items()}
+    arrays = remove_padding(arrays, axes, config)
     index = index_arrays("params", arrays)
-    known = (info.dtype for info in index.tensors if info.dtype in DTYPES)
+    known = (
+        info.dtype
+        for info in index.tensors
+        if info.dtype in DTYPES and own_tensors.get(info.key, ("", None))[1] is None
+    )
     stored = None if dtype is not None else next(known, None)
-    match_tensors(index, config, make_converted_key_map(config), stored)
+    match_tensors(index, config, key_map, stored)
     target = stored or safetensors_dtype(dtype)
-    tensors = {path: (target, shape) for path, shape in param_shapes(config).items()}
+    tensors = stored_specs(config, quantization, target)
 
-    def read_tensor(path: str) -> Iterator[memoryview]:
-        return split_array(cast_array(path, np.asarray(arrays[path]), target))
+    def read_tensor(name: str) -> Iterator[memoryview]:
+        array, own_dtype = np.asarray(arrays[name]), own_tensors[name][1]
+        if own_dtype is None:
+            array = cast_array(name, array, target)
+        return split_array(pack_int4(array) if own_dtype == "U8" else array)
 
     check_disk_space(folder, total_bytes(tensors))
     with atomic_dir(folder) as partial:
@@ -374,7 +490,18 @@ def save_params(
         for name, content in (files or {}).items():
             with add_file_name_to_os_errors(partial / name):
                 (partial / name).write_bytes(content)
-        write_json(partial / CONVERSION_FILE, make_conversion_record(tensors, sha256, target))
+        record = make_conversion_record(config, tensors, sha256, target, quantization)
+        write_json(partial / CONVERSION_FILE, record)
+
+
+def find_quantization(params: Mapping[str, Any]) -> Quantization | None:
+    """Return the quantization of parameters by path, as their first int4 or int8 matrix has it."""
+    matrices = {path: x for path, x in params.items() if isinstance(x, Quantized)}
+    groups = (x.q.shape[-1] for x in matrices.values() if x.q.ndim == 3)
+    if (group_size := next(groups, None)) is not None:
+        decoder_only = all(x.q.ndim == 3 for x in matrices.values())
+        return Quantization("int4", group_size, decoder_only)
+    return Quantization("int8") if matrices else None
 
 
 def remove_padding(
@@ -404,6 +531,8 @@ def remove_padding(
 def index_arrays(name: str, arrays: Mapping[str, Any]) -> TensorIndex:
     """Return a tensor index of arrays in memory, so that they can be checked like files.
 
+    An int4 array is indexed with the dtype and the shape that it has in files.
+
     Args:
       name: Name of the arrays in messages.
       arrays: Arrays by key; a value that is not an array becomes a problem in the index.
@@ -411,7 +540,8 @@ def index_arrays(name: str, arrays: Mapping[str, Any]) -> TensorIndex:
     Raises:
       OvisError: An array is not entirely on the devices of this host.
     """
-    dtype_names = {dtype: dtype_name for dtype_name, dtype in DTYPES.items()}
+    known = {**DTYPES, **INTEGER_DTYPES}
+    dtype_names = {dtype: dtype_name for dtype_name, dtype in known.items()}
     infos, problems = [], []
     for key, array in arrays.items():
         if not isinstance(array, jax.Array | np.ndarray):
@@ -420,7 +550,10 @@ def index_arrays(name: str, arrays: Mapping[str, Any]) -> TensorIndex:
         elif isinstance(array, jax.Array) and not array.is_fully_addressable:
             raise OvisError(f"{key}: parts are on devices of other hosts; gather it to save it")
         else:
-            dtype = dtype_names.get(array.dtype, str(array.dtype))
-            infos.append(TensorInfo(Path(name), key, dtype, array.shape, 0, array.nbytes))
+            dtype, shape = dtype_names.get(array.dtype, str(array.dtype)), array.shape
+            if array.dtype == ml_dtypes.int4 and array.ndim == 3:
+                groups, rows, group = shape
+                dtype, shape = "U8", (rows, groups * group // 2)
+            infos.append(TensorInfo(Path(name), key, dtype, shape, 0, array.nbytes))
     unusable = frozenset(row.key for row in problems)
     return TensorIndex(Path(name), tuple(infos), {}, unusable, tuple(problems))

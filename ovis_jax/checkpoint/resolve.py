@@ -15,6 +15,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
+GPTQ_CONFIG_FILE = "quantize_config.json"
 ADAPTER_CONFIG_FILE = "adapters.json"
 PEFT_CONFIG_FILE = "adapter_config.json"
 
@@ -110,9 +111,9 @@ def _download_checkpoint(
     # Imported here because it is slow to import and most checkpoints are folders.
     from ovis_jax.checkpoint.hub import download_files
 
-    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, INDEX_FILE, PEFT_CONFIG_FILE]
+    patterns = [*CONFIG_FILES, *TOKENIZER_FILES, INDEX_FILE, GPTQ_CONFIG_FILE, PEFT_CONFIG_FILE]
     if weights:
-        patterns += [SINGLE_FILE, "model-*.safetensors"]
+        patterns += [SINGLE_FILE, "model-*.safetensors", "gptq_model-*.safetensors"]
     folder = download_files(repo_id, revision, patterns)
     _reject_adapters(folder, repo_id, model_files=("config.json",))
     return ResolvedCheckpoint(folder, repo_id, folder.name, repo_id)

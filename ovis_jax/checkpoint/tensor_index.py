@@ -48,23 +48,27 @@ def read_header_if_present(path: Path) -> SafetensorsHeader | None:
 
 
 def read_tensor_index(
-    folder: Path, read_header: HeaderReader = read_header_if_present
+    folder: Path,
+    read_header: HeaderReader = read_header_if_present,
+    single_file: str = SINGLE_FILE,
 ) -> TensorIndex:
     """Read the index file and all headers in a folder, but no tensors.
 
     Args:
-      folder: A folder with model.safetensors, or with model.safetensors.index.json and shards.
+      folder: A folder with a single file of weights, or with model.safetensors.index.json and
+        shards.
       read_header: Function that reads a header. It may fetch the headers of remote files from the
         Hub.
+      single_file: Name of the single file.
 
     Raises:
       CheckpointError: The folder has no weights, the index file is invalid, or the header of a
         single file cannot be parsed. All other faults are listed in `problems`.
       OSError: A file cannot be opened or read.
     """
-    single, index_path = folder / SINGLE_FILE, folder / INDEX_FILE
+    single, index_path = folder / single_file, folder / INDEX_FILE
     weight_map = _read_weight_map(index_path) if index_path.exists() else {}
-    names = sorted(set(weight_map.values())) or [SINGLE_FILE]
+    names = sorted(set(weight_map.values())) or [single_file]
     tensors: list[TensorInfo] = []
     problems: list[CheckpointProblem] = []
     unusable: set[str] = set()
@@ -72,9 +76,9 @@ def read_tensor_index(
     def report(file: str, problem: str, expected: str, found: str) -> None:
         problems.append(CheckpointProblem(file, "", problem, expected, found))
 
-    if weight_map and SINGLE_FILE not in names and single.exists():
+    if weight_map and single_file not in names and single.exists():
         found = f"also {INDEX_FILE}, which names other files"
-        report(SINGLE_FILE, "two checkpoints", "one of the two", found)
+        report(single_file, "two checkpoints", "one of the two", found)
     for name in names:
         path = path_inside_folder(folder, name)
         if path is None:
@@ -82,7 +86,7 @@ def read_tensor_index(
         elif (header := read_header(path)) is None:
             if not weight_map:
                 raise CheckpointError(
-                    f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} exists;"
+                    f"{folder}: neither {single_file} nor {INDEX_FILE} exists;"
                     f" {_explain_missing_weights(folder)}"
                 )
             report(name, "missing file", "a file", describe_missing_file(path))
@@ -112,6 +116,11 @@ def path_inside_folder(folder: Path, name: str) -> Path | None:
 def _explain_missing_weights(folder: Path) -> str:
     """Return what a folder without an index contains instead, and what to do."""
     if shards := sorted(path.name for path in folder.glob("*.safetensors")):
+        if shards[0].startswith("gptq_model-"):
+            return (
+                f"it contains {shards[0]}; copy quantize_config.json of the same checkpoint, which"
+                " states the group_size in that name"
+            )
         return f"it contains {shards[0]}; copy {INDEX_FILE}, which names the shards"
     for pattern in ("pytorch_model*.bin", "model*.bin", "consolidated*.pth"):
         for path in sorted(folder.glob(pattern)):

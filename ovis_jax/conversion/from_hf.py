@@ -1,8 +1,10 @@
 """Converting a checkpoint from the Hub's layout: `ovis-jax convert SRC DST`.
 
 A conversion renames tensors and never reshapes them, so it can process them as a stream, without
-holding a whole tensor in memory. The result is written to DST.partial. If the conversion is
-interrupted, running the same command again keeps the finished shards and converts the others.
+holding a whole tensor in memory. With `--quantization`, it reads each matrix twice, block by block:
+once for the scales and once for the numbers. The int4 matrices of GPTQ are transposed, one at a
+time. The result is written to DST.partial. If the conversion is interrupted, running the same
+command again keeps the finished shards and converts the others.
 
 If SRC is a repo id, the configs and the headers of all shards are read first. The headers contain
 shapes and dtypes, which the index file lacks, so all faults are known before anything is written.
@@ -13,9 +15,10 @@ next one is needed.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -25,18 +28,25 @@ from ovis_jax.checkpoint.conversion_record import (
     CONVERSION_FILE,
     is_converted,
     make_conversion_record,
+    read_quantization,
 )
 from ovis_jax.checkpoint.file_io import write_json
+from ovis_jax.checkpoint.gptq import CONSTANT_REASON
 from ovis_jax.checkpoint.key_map import MatchedTensors
 from ovis_jax.checkpoint.output_dirs import check_disk_space, require_empty, resumable_dir
-from ovis_jax.checkpoint.params import check_tied_output, match_checkpoint
+from ovis_jax.checkpoint.params import (
+    check_values,
+    files_with_checked_values,
+    match_checkpoint,
+    resolve_quantization,
+)
 from ovis_jax.checkpoint.resolve import (
     BUNDLED,
     ResolvedCheckpoint,
     find_processor_files,
     resolve_checkpoint,
 )
-from ovis_jax.checkpoint.safetensors_reader import SafetensorsHeader, TensorInfo
+from ovis_jax.checkpoint.safetensors_reader import DTYPES, SafetensorsHeader, TensorInfo
 from ovis_jax.checkpoint.safetensors_writer import (
     MAX_SHARD_BYTES,
     TensorSpecs,
@@ -47,17 +57,29 @@ from ovis_jax.checkpoint.safetensors_writer import (
 )
 from ovis_jax.checkpoint.tensor_index import read_header_if_present
 from ovis_jax.config import OvisConfig
-from ovis_jax.console import Dtype
+from ovis_jax.console import Dtype, QuantizationOption, print_table
 from ovis_jax.conversion.input_fingerprint import check_unchanged, copy_small_files, describe_inputs
 from ovis_jax.conversion.progress import (
     ProgressCallback,
     exit_on_interrupt,
-    print_conversion_plan,
     progress_bar,
     report_progress,
 )
-from ovis_jax.conversion.tensor_chunks import read_cast_chunks
+from ovis_jax.conversion.tensor_chunks import (
+    read_cast_chunks,
+    read_quantized_chunks,
+    read_repacked_chunks,
+    read_scale_chunks,
+)
 from ovis_jax.errors import OvisError, count_noun
+from ovis_jax.quantization import (
+    Quantization,
+    describe_formats,
+    scale_path,
+    stored_specs,
+    stored_tensors,
+)
+from ovis_jax.sharding import param_shapes
 
 
 @dataclass(frozen=True)
@@ -66,32 +88,66 @@ class ConversionPlan:
 
     Attributes:
       checkpoint: The source checkpoint.
+      config: Config of the model.
       headers: Headers of the source files, by path.
       matched: The source tensors, each matched with a parameter.
-      source_files: Source file by parameter path, in file order.
-      dtype: Dtype of the result: "F32", "F16" or "BF16".
+      source_names: Name of the source tensor in `matched` by name in the result, in file order. The
+        numbers and the scales of a matrix that is quantized have the same source.
+      dtype: Dtype of the tensors of the result that are not quantized: "F32", "F16" or "BF16".
+      stored: The quantization of the source, by GPTQ; None if it is not quantized.
+      quantization: The quantization of the result; None if it is not quantized.
       processor_files: Names of the files to copy.
     """
 
     checkpoint: ResolvedCheckpoint
+    config: OvisConfig
     headers: Mapping[Path, SafetensorsHeader]
     matched: MatchedTensors
-    source_files: Mapping[str, Path]
+    source_names: Mapping[str, str]
     dtype: str
+    stored: Quantization | None
+    quantization: Quantization | None
     processor_files: tuple[str, ...]
 
-    @property
+    @cached_property
     def tensors(self) -> TensorSpecs:
         """Dtypes and shapes of the result, in the order of the source files."""
-        return {path: (self.dtype, self.matched.sources[path].shape) for path in self.source_files}
+        specs = stored_specs(self.config, self.quantization, self.dtype)
+        return {name: specs[name] for name in self.source_names}
+
+    @property
+    def unused(self) -> list[tuple[TensorInfo, str]]:
+        """The source tensors that have no place in the result, each with the reason."""
+        used = {*self.source_names.values()}
+        constants = [info for name, info in self.matched.sources.items() if name not in used]
+        return [*((info, CONSTANT_REASON) for info in constants), *self.matched.unused_found]
+
+    def source_of(self, name: str) -> TensorInfo:
+        """Return the source tensor of a tensor of the result."""
+        return self.matched.sources[self.source_names[name]]
+
+    def read_tensor(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor of the result in chunks."""
+        info, path, (dtype, _) = self.source_of(name), self.source_names[name], self.tensors[name]
+        if dtype in DTYPES and path == name:
+            return read_cast_chunks(info, dtype)
+        if self.stored is not None:
+            return read_repacked_chunks(info)
+        read = read_quantized_chunks if path == name else read_scale_chunks
+        return read(info, cast(Quantization, self.quantization).group_of(path))
 
     def plan_shards(self, max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:
         """Return the parameter paths in each output file."""
-        return plan_shards(self.tensors, max_shard_bytes, self.source_files)
+        source_files = {name: self.source_of(name).path for name in self.source_names}
+        return plan_shards(self.tensors, max_shard_bytes, source_files)
 
 
 def plan_conversion(
-    src: str | Path, *, revision: str | None = None, dtype: str | None = None
+    src: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
 ) -> ConversionPlan:
     """Read the configs and headers of a source and match all tensors; nothing is written.
 
@@ -101,11 +157,13 @@ def plan_conversion(
       src: A folder in the Hub's layout, the name of a bundled checkpoint, or a repo id.
       revision: Branch, tag or commit of a repo id.
       dtype: Dtype to cast to: "float32", "bfloat16" or "float16"; None for no cast.
+      quantization: "int8" or "int4" to quantize the matrices; None to keep them as they are stored.
 
     Raises:
       ConfigError: A config or tokenizer file is missing or not supported.
       CheckpointError: The tensors do not match the config; the error lists all faults.
-      OvisError: The source does not exist, it is already converted, or `dtype` is not supported.
+      OvisError: The source does not exist, it is already converted or quantized, or `dtype` or
+        `quantization` is not supported.
       OSError: A file cannot be read or downloaded.
     """
     checkpoint = resolve_checkpoint(src, revision, weights=False)
@@ -113,11 +171,14 @@ def plan_conversion(
     config = OvisConfig.from_folder(folder)
     processor_files = find_processor_files(folder)
     if is_converted(folder):
+        found = read_quantization(folder)
+        quantized = "" if found is None else f" and quantized to {found}"
         hidden = f"; it hides the bundled checkpoint {src}" if str(src) in BUNDLED else ""
         raise OvisError(
-            f"the folder {folder} is already converted; give the checkpoint that it was made"
-            f" from{hidden}"
+            f"the folder {folder} is already converted{quantized}; give the checkpoint that it was"
+            f" made from{hidden}"
         )
+    stored, wanted = resolve_quantization(folder, config, quantization)
     headers: dict[Path, SafetensorsHeader] = {}
 
     def read_header(path: Path) -> SafetensorsHeader | None:
@@ -132,9 +193,21 @@ def plan_conversion(
         return header
 
     matched, target = match_checkpoint(folder, config, dtype, read_header)
-    files = {path: info.path for path, info in matched.sources.items()}
-    ordered = dict(sorted(files.items(), key=lambda item: item[1]))
-    return ConversionPlan(checkpoint, headers, matched, ordered, target, tuple(processor_files))
+    sources = {scale_path(path): path for path in matched.sources}
+    sources |= {path: path for path in matched.sources}
+    names = {name: sources[name] for name in stored_tensors(config, wanted)}
+    ordered = dict(sorted(names.items(), key=lambda item: matched.sources[item[1]].path))
+    return ConversionPlan(
+        checkpoint,
+        config,
+        headers,
+        matched,
+        ordered,
+        target,
+        stored,
+        wanted,
+        tuple(processor_files),
+    )
 
 
 def convert_from_hf(
@@ -143,6 +216,7 @@ def convert_from_hf(
     *,
     revision: str | None = None,
     dtype: str | None = None,
+    quantization: str | None = None,
     progress: ProgressCallback | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     checksums: bool = True,
@@ -157,6 +231,8 @@ def convert_from_hf(
         `dst`.partial is resumed.
       revision: Branch, tag or commit of a repo id.
       dtype: Dtype to cast every tensor to: "float32", "bfloat16" or "float16"; None for no cast.
+        Matrices are quantized from their stored numbers.
+      quantization: "int8" or "int4" to quantize the matrices; None to keep them as they are stored.
       progress: Called after every chunk with the progress.
       max_shard_bytes: Maximum size of the tensors in one file, in bytes.
       checksums: Whether to record the SHA-256 of every shard in conversion.json.
@@ -186,10 +262,10 @@ def convert_from_hf(
             f"--delete-source-shards is for a repo id: {src} is {kind}, from which nothing is"
             " deleted; leave it out"
         )
-    plan = plan_conversion(src, revision=revision, dtype=dtype)
+    plan = plan_conversion(src, revision=revision, dtype=dtype, quantization=quantization)
     checkpoint, sources = plan.checkpoint, plan.matched.sources
-    if plan.matched.tied_output and checkpoint.revision is not None:
-        _download_and_check_tied_output(checkpoint, *plan.matched.tied_output)
+    if checkpoint.revision is not None:
+        _download_and_check_values(checkpoint, plan.matched)
     published = get_published_sha256(checkpoint) if verify else None
     if published is not None and checkpoint.revision is None:
         verify_sha256(checkpoint.folder, published)
@@ -198,7 +274,8 @@ def convert_from_hf(
         # Finished shards are not checked again, so --verify must not be added when resuming.
         given = "given" if verify else "left out"
         origin = {"repo": checkpoint.name, "revision": checkpoint.revision, "--verify": given}
-    inputs = describe_inputs(sources, plan.tensors, max_shard_bytes, checksums, origin=origin)
+    options = max_shard_bytes, checksums, plan.quantization and asdict(plan.quantization)
+    inputs = describe_inputs(sources, plan.tensors, *options, origin=origin)
     shards = plan.plan_shards(max_shard_bytes)
     with resumable_dir(dst, inputs) as output:
         unfinished = select_unfinished(plan.tensors, shards, output.finished)
@@ -206,9 +283,9 @@ def convert_from_hf(
             plan, dst, unfinished, published, delete_used=delete_source_shards
         ) as wait_for_shard:
 
-            def read_tensor(path: str) -> Iterator[memoryview]:
-                wait_for_shard(sources[path].path)
-                return read_cast_chunks(sources[path], plan.dtype)
+            def read_tensor(name: str) -> Iterator[memoryview]:
+                wait_for_shard(plan.source_of(name).path)
+                return plan.read_tensor(name)
 
             total = total_bytes(plan.tensors)
             sha256 = write_shards(
@@ -219,15 +296,17 @@ def convert_from_hf(
                 checksums=checksums,
                 resumable=output,
             )
-            dtype_change = None if dtype is None else plan.dtype
+            dtype_change = None if dtype is None and plan.stored is None else plan.dtype
             copy_small_files(checkpoint.folder, output.path, plan.processor_files, dtype_change)
             record = make_conversion_record(
+                plan.config,
                 plan.tensors,
                 sha256,
                 plan.dtype,
+                plan.quantization,
                 source={"name": checkpoint.name, "revision": checkpoint.revision},
                 source_keys=len(sources) + len(plan.matched.unused_found),
-                not_used={info.key: reason for info, reason in plan.matched.unused_found},
+                not_used={info.key: reason for info, reason in plan.unused},
                 not_used_and_absent=list(plan.matched.unused_missing),
             )
             write_json(output.path / CONVERSION_FILE, record)
@@ -237,20 +316,18 @@ def convert_from_hf(
     return record
 
 
-def _download_and_check_tied_output(
-    checkpoint: ResolvedCheckpoint, output: TensorInfo, embedding: TensorInfo
-) -> None:
-    """Check the output matrix of a repo id, whose shards `match_checkpoint` has not seen.
+def _download_and_check_values(checkpoint: ResolvedCheckpoint, matched: MatchedTensors) -> None:
+    """Check known numbers in the shards of a repo id, which `match_checkpoint` has not seen.
 
     Raises:
-      CheckpointError, OvisError, OSError: As in `check_tied_output` and `download_file`.
+      CheckpointError, OvisError, OSError: As in `check_values` and `download_file`.
     """
     from ovis_jax.checkpoint.hub import download_file
 
-    for info in (output, embedding):
-        name = info.path.relative_to(checkpoint.folder).as_posix()
+    for path in files_with_checked_values(matched):
+        name = path.relative_to(checkpoint.folder).as_posix()
         download_file(checkpoint.name, str(checkpoint.revision), name)
-    check_tied_output(output, embedding)
+    check_values(matched)
 
 
 def _is_local(src: str | Path) -> bool:
@@ -278,7 +355,7 @@ def _provide_shards(
     from ovis_jax.checkpoint.hub import delete_from_cache
     from ovis_jax.conversion.shard_downloads import ShardDownloader, check_download_space
 
-    needed = list(dict.fromkeys(plan.source_files[path] for path in unfinished))
+    needed = list(dict.fromkeys(plan.source_of(name).path for name in unfinished))
     if delete_used:
         for path in plan.headers.keys() - {*needed}:
             delete_from_cache(path)
@@ -293,6 +370,28 @@ def _provide_shards(
     )
 
 
+def print_conversion_plan(console: Console, plan: ConversionPlan) -> None:
+    """Print each source tensor with its parameter, or with why it is not used, and the totals."""
+    tensors, unused = plan.tensors, plan.unused
+    used = {path: plan.matched.sources[path] for path in plan.source_names.values()}
+    quantized = {"I8": " as int8", "U8": " as int4"}
+    rows = [(info, path + quantized.get(tensors[path][0], "")) for path, info in used.items()]
+    rows += [(info, f"not used: {reason}") for info, reason in unused]
+    table = [(info.key, str(list(info.shape)), info.dtype, target) for info, target in rows]
+    absent = [
+        (key, "", "", "not used, and not in the files") for key in plan.matched.unused_missing
+    ]
+    print_table(console, ["source key", "shape", "dtype", "parameter"], table + absent)
+    formats = describe_formats(plan.quantization, DTYPES[plan.dtype].name)
+    console.print(
+        f"{count_noun(len(rows), 'source key')}, {len(unused)} of them not used;"
+        f" {count_noun(len(param_shapes(plan.config)), 'parameter')},"
+        f" {total_bytes(tensors):,} bytes as {formats} in"
+        f" {count_noun(len(plan.plan_shards()), 'shard')}; dry run: nothing was written",
+        soft_wrap=True,
+    )
+
+
 def convert(
     src: Annotated[
         str, typer.Argument(help="Folder in the Hub's layout, a repo id, or ovis-tiny.")
@@ -300,6 +399,7 @@ def convert(
     dst: Annotated[Path, typer.Argument(help="Folder to create; if it exists, it must be empty.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repo.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype to cast every tensor to.")] = None,
+    quantization: QuantizationOption = None,
     checksums: Annotated[
         bool, typer.Option(help="Record the SHA-256 of every shard in conversion.json.")
     ] = True,
@@ -321,11 +421,11 @@ def convert(
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
     ] = False,
 ) -> None:
-    """Convert an Ovis1.6-Gemma2 checkpoint from the Hub's layout to that of ovis_jax."""
+    """Convert an Ovis1.6 checkpoint from the Hub's layout to that of ovis_jax."""
     if dry_run:
         require_empty(dst)
-        plan = plan_conversion(src, revision=revision, dtype=dtype)
-        print_conversion_plan(Console(), plan.matched, plan.tensors, plan.plan_shards())
+        plan = plan_conversion(src, revision=revision, dtype=dtype, quantization=quantization)
+        print_conversion_plan(Console(), plan)
         return
     # For a repo id, huggingface_hub shows progress bars for the downloads, which take longer.
     with exit_on_interrupt(dst), progress_bar("converting", visible=_is_local(src)) as progress:
@@ -334,14 +434,16 @@ def convert(
             dst,
             revision=revision,
             dtype=dtype,
+            quantization=quantization,
             progress=progress,
             checksums=checksums,
             verify=verify,
             delete_source_shards=delete_source_shards,
         )
     shards = count_noun(len(list(dst.glob("*.safetensors"))), "shard")
+    formats = describe_formats(read_quantization(dst), record["dtype"])
     Console().print(
         f"{dst}: {count_noun(record['source_keys'], 'source key')}, {record['parameters']:,}"
-        f" parameters as {record['dtype']} in {shards}",
+        f" parameters as {formats} in {shards}",
         soft_wrap=True,
     )

@@ -1,7 +1,6 @@
-"""Output of a conversion: the plan in a dry run, a progress bar, and a note when interrupted."""
+"""Output of a conversion: a progress bar, and a note when it is interrupted."""
 
-import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,38 +14,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from ovis_jax.checkpoint.key_map import MatchedTensors
-from ovis_jax.checkpoint.safetensors_reader import DTYPES
-from ovis_jax.checkpoint.safetensors_writer import ChunkReader, TensorSpecs, total_bytes
-from ovis_jax.console import INTERRUPTED, print_error, print_table
-from ovis_jax.errors import count_noun
+from ovis_jax.checkpoint.safetensors_writer import ChunkReader
+from ovis_jax.console import INTERRUPTED, interrupt_on_sigterm, print_error
 
 ProgressCallback = Callable[[str, int, int], None]
 """A function that is called with the current tensor's name, the bytes written, and the total."""
-
-
-def print_conversion_plan(
-    console: Console,
-    matched: MatchedTensors,
-    tensors: TensorSpecs,
-    shards: Mapping[str, list[str]],
-) -> None:
-    """Print each source tensor with its parameter, or with why it is not used, and the totals."""
-    parameters = [(info, path) for path, info in matched.sources.items()]
-    unused = [(info, f"not used: {reason}") for info, reason in matched.unused_found]
-    rows = [
-        (info.key, str(list(info.shape)), info.dtype, target)
-        for info, target in [*parameters, *unused]
-    ]
-    rows += [(key, "", "", "not used, and not in the files") for key in matched.unused_missing]
-    print_table(console, ["source key", "shape", "dtype", "parameter"], rows)
-    dtype = DTYPES[next(iter(tensors.values()))[0]].name
-    console.print(
-        f"{count_noun(len(parameters) + len(unused), 'source key')}, {len(unused)} of them not"
-        f" used; {count_noun(len(tensors), 'parameter')}, {total_bytes(tensors):,} bytes as {dtype}"
-        f" in {count_noun(len(shards), 'shard')}; dry run: nothing was written",
-        soft_wrap=True,
-    )
 
 
 @contextmanager
@@ -56,9 +28,9 @@ def exit_on_interrupt(destination: Path) -> Iterator[None]:
     Args:
       destination: Output folder of the command.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield
+        with interrupt_on_sigterm():
+            yield
     except KeyboardInterrupt:
         message = f"interrupted; {destination} was not written; the same command resumes"
         print_error(Console(stderr=True), message)

@@ -1,4 +1,4 @@
-"""Reading tensors in chunks for conversion and export, either cast or with LoRA adapters merged."""
+"""Reading tensors in chunks for conversion and export: cast, quantized, or with adapters merged."""
 
 from collections.abc import Iterator
 
@@ -6,9 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ovis_jax.checkpoint.safetensors_reader import CHUNK_BYTES, DTYPES, TensorInfo, read_chunks
+from ovis_jax.checkpoint.gptq import repack_gptq
+from ovis_jax.checkpoint.safetensors_reader import (
+    CHUNK_BYTES,
+    DTYPES,
+    ITEM_BYTES,
+    TensorInfo,
+    map_file,
+    read_chunks,
+    view_tensor,
+)
 from ovis_jax.checkpoint.safetensors_writer import cast_array, split_array
 from ovis_jax.model.linear import LowRank
+from ovis_jax.quantization import pack_int4, quantize_rows, row_scales
 
 
 def read_cast_chunks(info: TensorInfo, dtype: str) -> Iterator[memoryview]:
@@ -28,6 +38,50 @@ def read_cast_chunks(info: TensorInfo, dtype: str) -> Iterator[memoryview]:
             array = np.frombuffer(chunk, DTYPES[info.dtype])
             chunk = cast_array(info.key, array, dtype).view(np.uint8).data
         yield chunk
+
+
+def read_quantized_chunks(info: TensorInfo, group: int | None) -> Iterator[memoryview]:
+    """Yield the numbers of a matrix in chunks as they are stored, quantized by `quantize_rows`.
+
+    Args:
+      info: The matrix [o, i].
+      group: Number of inputs per int4 scale; None for int8.
+
+    Raises:
+      CheckpointError, OSError: The matrix cannot be read, as in `read_cast_chunks`.
+    """
+    for rows in _read_rows(info):
+        q, _ = quantize_rows(rows, group)
+        yield from split_array(q if group is None else pack_int4(q))
+
+
+def read_scale_chunks(info: TensorInfo, group: int | None) -> Iterator[memoryview]:
+    """Yield the scales of a matrix in chunks; the arguments are those of `read_quantized_chunks`.
+
+    Raises:
+      CheckpointError, OSError: The matrix cannot be read, as in `read_cast_chunks`.
+    """
+    scales = [row_scales(rows, group) for rows in _read_rows(info)]
+    return split_array(np.concatenate(scales, axis=-1))
+
+
+def _read_rows(info: TensorInfo) -> Iterator[np.ndarray]:
+    """Yield the rows of a matrix in blocks of about the size of a chunk."""
+    row_bytes = info.shape[1] * ITEM_BYTES[info.dtype]
+    for chunk in read_chunks(info, size=max(1, CHUNK_BYTES // row_bytes) * row_bytes):
+        yield np.frombuffer(chunk, DTYPES[info.dtype]).reshape(-1, info.shape[1])
+
+
+def read_repacked_chunks(info: TensorInfo) -> Iterator[memoryview]:
+    """Yield an int4 matrix of GPTQ in chunks as `pack_int4` packs it.
+
+    Args:
+      info: The tensor `qweight` int32 [i / 8, o].
+
+    Raises:
+      CheckpointError, OSError: The matrix cannot be read, as in `read_cast_chunks`.
+    """
+    return split_array(repack_gptq(view_tensor(map_file(info.path), info)))
 
 
 def read_merged_chunks(

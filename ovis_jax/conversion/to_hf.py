@@ -23,7 +23,7 @@ from ovis_jax.checkpoint.key_map import (
     unused_tensor_shapes,
 )
 from ovis_jax.checkpoint.output_dirs import check_disk_space, require_empty, resumable_dir
-from ovis_jax.checkpoint.params import match_checkpoint
+from ovis_jax.checkpoint.params import match_checkpoint, read_stored_quantization
 from ovis_jax.checkpoint.resolve import (
     TOKENIZER_FILES,
     ResolvedCheckpoint,
@@ -124,9 +124,9 @@ def export_to_hf(
       CheckpointError: The tensors in `src` do not match its config, a never-used tensor is missing
         from `source`, or the adapters belong to a model with a different config. The error lists
         all faults.
-      OvisError: `src` is not a converted folder, `merge` contains no adapters, `source` is not in
-        the Hub's layout, `dtype` is not supported, `dst` is not empty, another process is writing
-        it, or `dst`.partial was started with different inputs.
+      OvisError: `src` is not a converted folder, or it is quantized, `merge` contains no adapters,
+        `source` is not in the Hub's layout, `dtype` is not supported, `dst` is not empty, another
+        process is writing it, or `dst`.partial was started with different inputs.
       OSError: A file cannot be read or written, or the disk has too little space.
     """
     dst = Path(dst)
@@ -170,6 +170,13 @@ def _plan_export(
             f"{checkpoint.label} has no {CONVERSION_FILE}, so it is not a converted folder: one in"
             " the Hub's layout needs no export; give a folder that ovis-jax convert or save_params"
             " has written"
+        )
+    if (quantization := read_stored_quantization(src)) is not None:
+        merging = ", or keep the adapters separate" if merge is not None else ""
+        raise OvisError(
+            f"{checkpoint.label} is quantized to {quantization}: the numbers from before the"
+            " rounding cannot be restored; give the checkpoint that it was made from, or one that"
+            f" was converted without --quantization{merging}"
         )
     config = OvisConfig.from_folder(src)
     files = _find_small_files(src)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ovis_jax.checkpoint.resolve import resolve_checkpoint
+from ovis_jax.config import OvisConfig
 from ovis_jax.console import (
     AdaptersOption,
     BatchSizeOption,
@@ -16,6 +17,7 @@ from ovis_jax.console import (
     MaxNewTokensOption,
     MaxPartitionOption,
     ModelOption,
+    QuantizationOption,
     TensorParallelOption,
 )
 from ovis_jax.errors import count_noun
@@ -28,6 +30,7 @@ from ovis_jax.evaluation.results_file import (
     fingerprint_model,
     fingerprint_questions,
 )
+from ovis_jax.inputs.conversation import CHAT_FORMATS
 from ovis_jax.loading import load
 from ovis_jax.mesh import tensor_parallel_mesh
 
@@ -53,6 +56,7 @@ def eval_(
         ),
     ] = None,
     dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
     kv_cache_dtype: KVCacheDtypeOption = "auto",
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
@@ -76,7 +80,11 @@ def eval_(
 ) -> None:
     """Measure a model's accuracy on question files, and compare it with published scores."""
     mesh = tensor_parallel_mesh(tensor_parallel)
-    asked = read_questions(questions, raw_prompts=raw_prompts, images=images)
+    config = OvisConfig.from_folder(resolve_checkpoint(model, weights=False).folder)
+    system_turns = CHAT_FORMATS[config.decoder.model_type].has_system_turns
+    asked = read_questions(
+        questions, raw_prompts=raw_prompts, images=images, system_turns=system_turns
+    )
     folders = [resolve_checkpoint(model).folder, *([adapters] if adapters else [])]
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -89,6 +97,7 @@ def eval_(
         "questions": fingerprint_questions(asked),
         **settings,
         "dtype": dtype,
+        "quantization": quantization,
         "kv_cache_dtype": kv_cache_dtype,
     }
     notes = Console(stderr=True, highlight=False)
@@ -100,7 +109,12 @@ def eval_(
             notes.print(f"{len(answered)} of {total} already answered in {output}")
         if rest:
             ovis = load(
-                model, dtype=dtype, kv_cache_dtype=kv_cache_dtype, adapters=adapters, mesh=mesh
+                model,
+                dtype=dtype,
+                quantization=quantization,
+                kv_cache_dtype=kv_cache_dtype,
+                adapters=adapters,
+                mesh=mesh,
             )
             results = evaluate_questions(ovis, rest, batch_size=batch_size, **settings)
             hidden = not notes.is_terminal

@@ -87,7 +87,11 @@ class EvalQuestion:
 
 
 def read_questions(
-    path: Path, *, raw_prompts: bool = False, images: Path | None = None
+    path: Path,
+    *,
+    raw_prompts: bool = False,
+    images: Path | None = None,
+    system_turns: bool = False,
 ) -> list[EvalQuestion]:
     """Read a question file, or every .jsonl file in a folder.
 
@@ -95,6 +99,7 @@ def read_questions(
       path: The file or folder.
       raw_prompts: Whether to use the questions as prompts without the published prompt templates.
       images: The folder that image paths are relative to; by default, the folder of each file.
+      system_turns: Whether the model's conversations have system turns.
 
     Raises:
       DataError: There are no questions, or a row is invalid. The error names the file, row and
@@ -112,7 +117,8 @@ def read_questions(
             try:
                 if isinstance(value, DataError):
                     raise value
-                question = _parse_question(value, name, images or file.parent, raw_prompts)
+                folder = images or file.parent
+                question = _parse_question(value, name, folder, raw_prompts, system_turns)
                 question_id = value.get("id")
                 question = replace(
                     question,
@@ -137,11 +143,13 @@ def read_questions(
     return questions
 
 
-def _parse_question(value: Any, name: str, folder: Path, raw_prompts: bool) -> EvalQuestion:
+def _parse_question(
+    value: Any, name: str, folder: Path, raw_prompts: bool, system_turns: bool
+) -> EvalQuestion:
     """Parse a row, except for its id and the default of its kind."""
     keys = value.keys() if isinstance(value, Mapping) else ()
     if "question" not in keys and any(key in keys for key in CONVERSATION_KEYS):
-        row = parse_row(value, name, folder)
+        row = parse_row(value, name, folder, system_turns=system_turns)
         if row.turns[-1]["role"] != "assistant":
             raise DataError("the conversation does not end with an answer from gpt")
         return EvalQuestion("", row)

@@ -64,6 +64,7 @@ def encode_answers(
             ids = encode_turn_content(
                 [text.strip() if strip else text],
                 processor.tokenizer,
+                chat_format=processor.chat_format,
                 add_end_of_turn=add_end_of_turn,
                 parse_special_tokens=parse_special_tokens,
             )

@@ -1,15 +1,23 @@
 """Encoding conversations as token ids, with one IMAGE_TOKEN_ID per image, and labels.
 
-Source: `GemmaConversationFormatter` in ovis/model/conversation_formatter.py of AIDC-AI/Ovis, commit
-d248e34.
+Source: `GemmaConversationFormatter` and `Llama3ConversationFormatter` in
+ovis/model/conversation_formatter.py of AIDC-AI/Ovis, commit d248e34.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 from ovis_jax.errors import PromptError
 from ovis_jax.inputs.open_image import IMAGE_TYPES, ImageSource, is_data_url
-from ovis_jax.inputs.tokenizer import TURN_END, TURN_START, Tokenizer
+from ovis_jax.inputs.tokenizer import (
+    EOT,
+    HEADER_END,
+    HEADER_START,
+    TURN_END,
+    TURN_START,
+    Tokenizer,
+)
 
 IMAGE_PLACEHOLDER = "<image>"
 """The string that marks the place of an image in a text."""
@@ -20,6 +28,8 @@ IGNORE_INDEX = -100
 
 Turn = Mapping[str, Any]
 """`{"role": "user" | "assistant", "content": CONTENT}`; CONTENT is a string or a list of parts.
+
+With Llama, the role may also be "system", in any turn but the last.
 
 A part is one of the following; `{"type": "image"}` stands for the next of the images that are
 passed separately.
@@ -34,10 +44,58 @@ An assistant turn with `"loss": False` does not become labels in training.
 Prompt = str | Sequence[Turn]
 """The user's text, or a conversation that ends with a user turn."""
 
-OPENINGS = {"user": f"{TURN_START}user\n", "assistant": f"{TURN_START}model\n"}
-CLOSING = f"{TURN_END}\n"
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """The text around the turns of a conversation.
+
+    Attributes:
+      model: Name of the language model in error messages.
+      bos: The token that starts every prompt.
+      pad: The token of padding. In a text, it is masked.
+      openings: The beginning of a turn, by role. A role that is missing is not supported.
+      end_of_turn: The token after a turn's text, which the model learns in its own turns.
+      separator: Text after `end_of_turn`, which the model does not learn.
+      default_system: Text of the system turn that is put before a conversation without one; None if
+        there is none.
+    """
+
+    model: str
+    bos: str
+    pad: str
+    openings: Mapping[str, str]
+    end_of_turn: str
+    separator: str = ""
+    default_system: str | None = None
+
+    @property
+    def has_system_turns(self) -> bool:
+        """Whether a conversation may have system turns."""
+        return "system" in self.openings
+
+
+GEMMA2 = ChatFormat(
+    model="Gemma2",
+    bos="<bos>",
+    pad="<pad>",
+    openings={"user": f"{TURN_START}user\n", "assistant": f"{TURN_START}model\n"},
+    end_of_turn=TURN_END,
+    separator="\n",
+)
+LLAMA3 = ChatFormat(
+    model="Llama",
+    bos="<|begin_of_text|>",
+    pad="<|end_of_text|>",
+    openings={
+        role: f"{HEADER_START}{role}{HEADER_END}\n\n" for role in ("system", "user", "assistant")
+    },
+    end_of_turn=EOT,
+    default_system="You are a helpful and honest multimodal assistant.",
+)
+CHAT_FORMATS: Mapping[str, ChatFormat] = {"gemma2": GEMMA2, "llama": LLAMA3}
+"""The format of conversations, by the decoder's model type."""
 
 
 class ParsedTurn(NamedTuple):
@@ -62,6 +120,7 @@ def parse_prompt(
     images: Sequence[ImageSource] = (),
     name: str = "the prompt",
     *,
+    chat_format: ChatFormat = GEMMA2,
     parse_image_placeholders: bool = True,
 ) -> tuple[list[ParsedTurn], list[ImageSource]]:
     """Check a prompt, and match the images with their places.
@@ -72,6 +131,7 @@ def parse_prompt(
         prompt has neither, the images are placed at the beginning of the first user turn, one per
         line. Images in content parts are not included here.
       name: Name of the prompt in error messages.
+      chat_format: Format that determines the supported roles.
       parse_image_placeholders: Whether "<image>" in a text marks the place of an image, as in the
         original. Otherwise it is ordinary text.
 
@@ -95,6 +155,7 @@ def parse_prompt(
         texts, found = _read_turn(
             turn,
             name if isinstance(prompt, str) else f"turn {number} of {name}",
+            chat_format,
             parse_image_placeholders,
         )
         turns.append(ParsedTurn(turn["role"], tuple(texts), turn.get("loss", True)))
@@ -123,6 +184,7 @@ def encode_prompt(
     tokenizer: Tokenizer,
     assistant_prefix: str = "",
     *,
+    chat_format: ChatFormat = GEMMA2,
     parse_special_tokens: bool = True,
     parse_image_placeholders: bool = True,
     name: str = "the prompt",
@@ -133,6 +195,7 @@ def encode_prompt(
       turns: The turns that `parse_prompt` returns.
       tokenizer: The model's tokenizer.
       assistant_prefix: Text that the answer begins with.
+      chat_format: The model's format.
       parse_special_tokens: Whether special tokens spelled out in a text become their ids.
       parse_image_placeholders: Whether "<image>" marks the place of an image; a prefix may then not
         contain it.
@@ -142,16 +205,19 @@ def encode_prompt(
       PromptError: The last turn is not a user turn, or the prefix contains the place of an image.
     """
     if turns[-1].role != "user":
+        role = "the assistant's" if turns[-1].role == "assistant" else "a system turn"
         raise PromptError(
-            f"the last turn of {name} is the assistant's, so there is nothing to answer; end with "
+            f"the last turn of {name} is {role}, so there is nothing to answer; end with "
             "a user turn, and pass the beginning of an answer as assistant_prefix"
         )
     if parse_image_placeholders and IMAGE_PLACEHOLDER in assistant_prefix:
         raise PromptError(
             f"the assistant_prefix of {name} contains {IMAGE_PLACEHOLDER}; put images into turns"
         )
-    prompt = encode_conversation(turns, tokenizer, parse_special_tokens=parse_special_tokens)
-    opening = tokenizer.encode(OPENINGS["assistant"])
+    prompt = encode_conversation(
+        turns, tokenizer, chat_format=chat_format, parse_special_tokens=parse_special_tokens
+    )
+    opening = tokenizer.encode(chat_format.openings["assistant"])
     prefix = tokenizer.encode(assistant_prefix.strip(), parse_special_tokens=parse_special_tokens)
     return EncodedConversation(
         [*prompt.ids, *opening, *prefix], [*prompt.labels, *[IGNORE_INDEX] * len(opening), *prefix]
@@ -159,24 +225,35 @@ def encode_prompt(
 
 
 def encode_conversation(
-    turns: Sequence[ParsedTurn], tokenizer: Tokenizer, *, parse_special_tokens: bool = True
+    turns: Sequence[ParsedTurn],
+    tokenizer: Tokenizer,
+    *,
+    chat_format: ChatFormat = GEMMA2,
+    parse_special_tokens: bool = True,
 ) -> EncodedConversation:
-    """Encode a conversation for training; assistant texts and end-of-turn tokens become labels."""
-    ids = [tokenizer.token_to_id("<bos>")]
+    """Encode a conversation for training; assistant texts and end-of-turn tokens become labels.
+
+    If the format has a default system turn and the first turn is no system turn, it comes first.
+    """
+    if chat_format.default_system is not None and turns[0].role != "system":
+        turns = [ParsedTurn("system", (chat_format.default_system,)), *turns]
+    ids = [tokenizer.token_to_id(chat_format.bos)]
     labels = [IGNORE_INDEX]
-    *_, newline = tokenizer.encode(CLOSING)
+    separator = tokenizer.encode(chat_format.separator)
     for turn in turns:
-        opening = tokenizer.encode(OPENINGS[turn.role])
+        opening = tokenizer.encode(chat_format.openings[turn.role])
         *texts, last = turn.texts
         texts = [*texts, last.rstrip()]
         texts[0] = texts[0].lstrip()
-        content = encode_turn_content(texts, tokenizer, parse_special_tokens=parse_special_tokens)
-        ids += [*opening, *content, newline]
+        content = encode_turn_content(
+            texts, tokenizer, chat_format=chat_format, parse_special_tokens=parse_special_tokens
+        )
+        ids += [*opening, *content, *separator]
         learned = turn.role == "assistant" and turn.loss
         labels += [IGNORE_INDEX] * len(opening)
         # An image in an answer does not contribute to the loss.
         labels += [i if learned and i != IMAGE_TOKEN_ID else IGNORE_INDEX for i in content]
-        labels.append(IGNORE_INDEX)
+        labels += [IGNORE_INDEX] * len(separator)
     return EncodedConversation(ids, labels)
 
 
@@ -184,6 +261,7 @@ def encode_turn_content(
     texts: Sequence[str],
     tokenizer: Tokenizer,
     *,
+    chat_format: ChatFormat = GEMMA2,
     add_end_of_turn: bool = True,
     parse_special_tokens: bool = True,
 ) -> list[int]:
@@ -195,8 +273,7 @@ def encode_turn_content(
     for number, text in enumerate(texts):
         ids += [IMAGE_TOKEN_ID] if number else []
         ids += tokenizer.encode(text, parse_special_tokens=parse_special_tokens)
-    *end_of_turn, _ = tokenizer.encode(CLOSING)
-    return [*ids, *end_of_turn] if add_end_of_turn else ids
+    return [*ids, *tokenizer.encode(chat_format.end_of_turn)] if add_end_of_turn else ids
 
 
 def insert_image_placeholders(
@@ -213,8 +290,12 @@ def insert_image_placeholders(
     return EncodedConversation(ids, labels)
 
 
-def turns_from_sharegpt(conversations: Sequence[Mapping[str, str]]) -> list[Turn]:
+def turns_from_sharegpt(
+    conversations: Sequence[Mapping[str, str]], chat_format: ChatFormat = GEMMA2
+) -> list[Turn]:
     """Convert turns from `{"from": "human" | "gpt", "value": str}`, the original's data format.
+
+    With Llama's format, a turn may also be from "system".
 
     Raises:
       PromptError: A turn lacks a key or has an unknown role.
@@ -223,12 +304,15 @@ def turns_from_sharegpt(conversations: Sequence[Mapping[str, str]]) -> list[Turn
     for number, turn in enumerate(conversations, 1):
         if not {"from", "value"} <= turn.keys():
             raise PromptError(f"turn {number} has the keys {sorted(turn)}, expected from and value")
-        if turn["from"] not in SHAREGPT_ROLES:
+        role = SHAREGPT_ROLES.get(turn["from"])
+        if role not in chat_format.openings:
+            known = "system, human or gpt" if chat_format.has_system_turns else "human or gpt"
             raise PromptError(
-                f"turn {number} is from {turn['from']!r}, expected human or gpt: "
-                "Gemma2 has no other roles and no system turn"
+                f"turn {number} is from {turn['from']!r}, expected {known}: "
+                f"{chat_format.model} has no other roles"
+                f"{'' if chat_format.has_system_turns else ' and no system turn'}"
             )
-        converted.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
+        converted.append({"role": role, "content": turn["value"]})
     return converted
 
 
@@ -240,20 +324,23 @@ def _type_error(value: object, name: str, expected: str) -> PromptError:
 
 
 def _read_turn(
-    turn: Turn, name: str, parse_image_placeholders: bool
+    turn: Turn, name: str, chat_format: ChatFormat, parse_image_placeholders: bool
 ) -> tuple[list[str], list[ImageSource | None]]:
     """Check a turn, and return its texts and its images, with None for each image still unknown."""
     if not isinstance(turn, Mapping):
         raise _type_error(turn, name, "a dict with role and content")
     if not {"role", "content"} <= turn.keys():
         raise PromptError(f"{name} has the keys {sorted(turn)}, expected role and content")
-    if turn["role"] == "system":
+    if turn["role"] == "system" and not chat_format.has_system_turns:
         raise PromptError(
-            f"{name} is a system turn, which Gemma2 does not have; "
+            f"{name} is a system turn, which {chat_format.model} does not have; "
             "put its text at the beginning of the first user turn"
         )
-    if turn["role"] not in OPENINGS:
-        raise PromptError(f"{name} has the role {turn['role']!r}, expected user or assistant")
+    if turn["role"] not in chat_format.openings:
+        roles = " or ".join(chat_format.openings).replace(
+            " or ", ", ", len(chat_format.openings) - 2
+        )
+        raise PromptError(f"{name} has the role {turn['role']!r}, expected {roles}")
     content = turn["content"]
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]

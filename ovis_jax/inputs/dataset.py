@@ -14,7 +14,7 @@ A file is a JSON list, a JSON lines file or a parquet file of rows in one of two
   `detail` of such an image has no effect. If there is only one text, its images come before it, as
   in the server.
 - The text of a system turn, or of the key `system`, is prepended to the text of the next user turn,
-  as in the server, because Gemma2 has no system turn.
+  as in the server, because Gemma2 has no system turn. For Llama, it stays a system turn.
 - An assistant turn with `loss`, `train` or `weight` false or 0 does not contribute to the loss.
 - PROMPT is a text, or turns that end with a user turn; the key may also be `conversations` or
   `messages`. ANSWER is a text or one assistant turn.
@@ -139,12 +139,15 @@ class Dataset:
     errors: tuple[str, ...]
 
 
-def read_dataset(paths: Sequence[Path], images: Path | None = None) -> Dataset:
+def read_dataset(
+    paths: Sequence[Path], images: Path | None = None, *, system_turns: bool = False
+) -> Dataset:
     """Read dataset files without opening their images.
 
     Args:
       paths: The files.
       images: The folder that image paths are relative to; by default, the folder of each file.
+      system_turns: Whether the model's conversations have system turns.
 
     Raises:
       DataError: A file cannot be read, is neither JSON nor parquet, or has no rows.
@@ -158,7 +161,8 @@ def read_dataset(paths: Sequence[Path], images: Path | None = None) -> Dataset:
                 errors.append(f"{name}: {value}")
                 continue
             try:
-                rows.append(parse_row(value, name, images or path.parent))
+                folder = images or path.parent
+                rows.append(parse_row(value, name, folder, system_turns=system_turns))
             except OvisError as error:
                 errors.append(f"{name}: {error}")
     if not rows and not errors:
@@ -201,13 +205,15 @@ def _parse_line(line: str) -> Any:
         return DataError(f"not JSON: {error}")
 
 
-def parse_row(value: Any, name: str, folder: Path) -> DatasetRow:
+def parse_row(value: Any, name: str, folder: Path, *, system_turns: bool = False) -> DatasetRow:
     """Parse one row of a dataset file.
 
     Args:
       value: The row, as `read_rows_or_errors` returns it.
       name: Name of the row in messages.
       folder: The folder that image paths are relative to.
+      system_turns: Whether the model's conversations have system turns. Otherwise, their texts are
+        prepended to user turns.
 
     Raises:
       OvisError: The row is neither a valid conversation nor a valid preference pair.
@@ -225,7 +231,7 @@ def parse_row(value: Any, name: str, folder: Path) -> DatasetRow:
     if field == "prompt" and not isinstance(turns, list):
         turns = [{"role": "user", "content": require_text(row, "prompt")}]
     system = require_text(row, "system") if row.get("system") else ""
-    turns, images = _parse_turns(turns, field, system, images, folder)
+    turns, images = _parse_turns(turns, field, system, images, folder, system_turns)
     if is_pair:
         if turns[-1]["role"] != "user":
             raise DataError(f"the last turn of {field} is from gpt, expected one from human")
@@ -331,7 +337,12 @@ def _parse_answer(row: Mapping[str, Any], field: str) -> str:
 
 
 def _parse_turns(
-    value: Any, field: str, system: str, images: tuple[RowImage, ...], folder: Path
+    value: Any,
+    field: str,
+    system: str,
+    images: tuple[RowImage, ...],
+    folder: Path,
+    system_turns: bool,
 ) -> tuple[list[Turn], tuple[RowImage, ...]]:
     """Return the turns with "<image>" marks, and all images in order of appearance."""
     if not isinstance(value, list) or not value:
@@ -344,8 +355,11 @@ def _parse_turns(
     marks = "" if places else f"{IMAGE_PLACEHOLDER}\n" * len(images)
     turns: list[Turn] = []
     systems = [system] if system else []
+    if system_turns and system:
+        turns.append({"role": "system", "content": system})
+        systems = []
     for turn, _ in parsed:
-        if turn["role"] == "system":
+        if turn["role"] == "system" and not system_turns:
             systems.append(turn["content"].strip())
             continue
         if turn["role"] == "user":

@@ -14,7 +14,9 @@ from ovis_jax.errors import ConfigError, ImageError, PromptError, PromptTooLongE
 from ovis_jax.inputs.batch import Example, Inputs, pad_batch, truncate_left, truncate_right
 from ovis_jax.inputs.buckets import Bucket
 from ovis_jax.inputs.conversation import (
+    CHAT_FORMATS,
     IGNORE_INDEX,
+    ChatFormat,
     EncodedConversation,
     Prompt,
     Turn,
@@ -74,7 +76,8 @@ class Processor:
                 f"{folder}: the tokenizer has {len(tokenizer.pieces)} pieces, more than vocab_size "
                 f"{config.decoder.vocab_size} of config.json; use the tokenizer of this checkpoint"
             )
-        for piece, i in [("<bos>", config.bos_id), ("<pad>", config.pad_id)]:
+        chat_format = CHAT_FORMATS[config.decoder.model_type]
+        for piece, i in [(chat_format.bos, config.bos_id), (chat_format.pad, config.pad_id)]:
             if tokenizer.token_to_id(piece) != i:
                 raise ConfigError(
                     f"{folder}: the tokenizer gives {piece} the id {tokenizer.token_to_id(piece)}, "
@@ -82,6 +85,11 @@ class Processor:
                 )
         image_config = ImageProcessorConfig.from_folder(folder, config.vision.image_size)
         return cls(config, tokenizer, image_config)
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """The format of the model's conversations."""
+        return CHAT_FORMATS[self.config.decoder.model_type]
 
     def __repr__(self) -> str:
         size, tokens = self.image_config.crop_size, self.config.visual_tokenizer.tokens_per_crop
@@ -107,8 +115,9 @@ class Processor:
         Args:
           prompts: One prompt, or a list of B prompts. A prompt is a string or a list of turns
             `{"role": "user" | "assistant", "content": CONTENT}`, where CONTENT is a string or a
-            list of OpenAI content parts, which may contain images. "<image>" in a text marks the
-            place of an image; if no text contains "<image>", the images come first.
+            list of OpenAI content parts, which may contain images. With Llama, a turn before the
+            last may also have the role "system". "<image>" in a text marks the place of an image;
+            if no text contains "<image>", the images come first.
           images: For one prompt, an image or a list of images; for B prompts, a list with one such
             entry per prompt. `open_image` lists the forms that an image may have.
           max_partition: Maximum number of cells that an image is cut into; one number for all
@@ -210,12 +219,14 @@ class Processor:
             prompt,
             list_images(images, name),
             name,
+            chat_format=self.chat_format,
             parse_image_placeholders=parse_image_placeholders,
         )
         encoded = encode_prompt(
             turns,
             self.tokenizer,
             assistant_prefix,
+            chat_format=self.chat_format,
             parse_special_tokens=parse_special_tokens,
             parse_image_placeholders=parse_image_placeholders,
             name=name,
@@ -255,9 +266,15 @@ class Processor:
           ImageError: An image cannot be read, decoded or cut into crops.
         """
         name = "the conversation"
-        parsed, sources = parse_prompt(turns, list_images(images, name), name)
+        chat_format = self.chat_format
+        parsed, sources = parse_prompt(
+            turns, list_images(images, name), name, chat_format=chat_format
+        )
         encoded = encode_conversation(
-            parsed, self.tokenizer, parse_special_tokens=parse_special_tokens
+            parsed,
+            self.tokenizer,
+            chat_format=chat_format,
+            parse_special_tokens=parse_special_tokens,
         )
         if all(label == IGNORE_INDEX for label in encoded.labels):
             raise PromptError(
@@ -366,8 +383,9 @@ class Processor:
         def place_images(layouts: Sequence[ImageLayout]) -> tuple[np.ndarray, np.ndarray]:
             placed = insert_image_placeholders(encoded, [x.placeholder_ids for x in layouts])
             ids, labels = np.array(placed)
-            # Pad ids come from "<pad>" in a text. The original only masks them: they take places in
-            # the sliding window and, outside of `generate`, positions (README.md).
+            # Pad ids come from the pad token spelled out in a text. The original only masks them:
+            # they take places in the sliding window and, outside of `generate`, positions
+            # (README.md).
             kept = ids != self.config.pad_id
             ids, labels = ids[kept], labels[kept]
             tokens, labels = self._expand(ids, ids), self._expand(labels, ids)

@@ -5,8 +5,12 @@ tokens (special tokens, runs of newlines and others), then encodes the ordinary 
 byte pair encoding. SentencePiece encodes ordinary text in the same way, but it never recognizes
 special tokens, and it splits differently at a literal U+2581. Therefore, this module splits the
 text for both backends, and the backends only see ordinary text. Decoding only needs the vocabulary.
+
+Gemma's pieces are text, with byte pieces for characters that are not in the vocabulary. Llama's
+pieces are bytes, each written as one character.
 """
 
+import codecs
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +25,9 @@ from ovis_jax.user_files import GIT_LFS_POINTER, is_git_lfs_pointer, read_text
 
 TURN_START = "<start_of_turn>"
 TURN_END = "<end_of_turn>"
+HEADER_START = "<|start_header_id|>"
+HEADER_END = "<|end_header_id|>"
+EOT = "<|eot_id|>"
 
 SPACE = "▁"
 """The character that stands for a space in a piece."""
@@ -36,7 +43,22 @@ DECODER = {
         {"type": "Fuse"},
     ],
 }
-"""The decoder that `IncrementalDetokenizer` implements; tokenizer.json must specify it."""
+"""The decoder of Gemma's tokenizer.json."""
+
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_OTHER = [byte for byte in range(256) if byte not in _PRINTABLE]
+
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + number): byte for number, byte in enumerate(_OTHER)
+}
+"""The byte that each character of a byte-level piece stands for (GPT-2's table)."""
+
+SPACE_CLEAN_UPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+"""The strings from which transformers' clean-up of spaces removes the spaces, one after another."""
+
+_UNDECIDED = re.compile(r"(?:(?:'?n|[vr]'?|')? )*")
+"""Matches, in a reversed text, the end that further text may change in the clean-up of spaces: runs
+of spaces, and beginnings of the words in `SPACE_CLEAN_UPS` after them."""
 
 
 class Tokenizer:
@@ -47,6 +69,8 @@ class Tokenizer:
       added_tokens: The id of each added token, by text. A text is first split at these tokens.
       special_tokens: The added tokens that decoding can skip.
       encode_ordinary: Function that encodes text without added tokens.
+      byte_level: Whether each character of a piece stands for a byte.
+      clean_up_spaces: Whether decoding removes spaces as `clean_up_spaces` does.
     """
 
     def __init__(
@@ -55,8 +79,13 @@ class Tokenizer:
         added_tokens: Mapping[str, int],
         special_tokens: Collection[str],
         encode_ordinary: Callable[[str], list[int]],
+        *,
+        byte_level: bool = False,
+        clean_up_spaces: bool = False,
     ):
         self.pieces = pieces
+        self.byte_level = byte_level
+        self.clean_up_spaces = clean_up_spaces
         self.special_ids = frozenset(added_tokens[piece] for piece in special_tokens)
         self._ids = {piece: i for i, piece in enumerate(pieces)}
         self._added_tokens = added_tokens
@@ -64,7 +93,7 @@ class Tokenizer:
         self._splitter = _split_pattern(added_tokens, broken=())
         # The turn markers are always special tokens here, even if the tokenizer's file does not
         # mark them as special.
-        turn_markers = {TURN_START, TURN_END} & added_tokens.keys()
+        turn_markers = {TURN_START, TURN_END, HEADER_START, HEADER_END, EOT} & added_tokens.keys()
         self._safe_splitter = _split_pattern(added_tokens, broken={*special_tokens, *turn_markers})
 
     @classmethod
@@ -111,7 +140,12 @@ class Tokenizer:
         # pieces.
         pieces = ["\t" if piece == "<0x09>" else piece for piece in pieces]
         entries = [(i, listed.get_object(i)) for i in listed.values]
-        return cls(pieces, *_read_added_tokens(entries, pieces), processor.encode)
+        return cls(
+            pieces,
+            *_read_added_tokens(entries, pieces),
+            processor.encode,
+            clean_up_spaces=_read_clean_up(folder),
+        )
 
     @classmethod
     def from_json(cls, folder: Path) -> Self:
@@ -122,7 +156,10 @@ class Tokenizer:
         """
         path = folder / "tokenizer.json"
         fields = JsonObject(read_json(path), "tokenizer.json")
-        fields.require_value("decoder", DECODER)
+        decoder = fields.get("decoder")
+        byte_level = isinstance(decoder, Mapping) and decoder.get("type") == "ByteLevel"
+        if not byte_level and decoder != DECODER:
+            raise fields.error("decoder", decoder, f"{DECODER} (Gemma) or ByteLevel (Llama)")
         try:
             backend = tokenizers.Tokenizer.from_str(read_text(path))
         # The library raises plain Exception.
@@ -140,6 +177,8 @@ class Tokenizer:
             pieces,
             *_read_added_tokens(entries, pieces),
             lambda text: backend.encode(text, add_special_tokens=False).ids,
+            byte_level=byte_level,
+            clean_up_spaces=_read_clean_up(folder),
         )
 
     def encode(self, text: str, *, parse_special_tokens: bool = True) -> list[int]:
@@ -175,8 +214,20 @@ class Tokenizer:
         Raises:
           PromptError: A number is not a token id.
         """
-        detokenizer = IncrementalDetokenizer(self, skip_special_tokens=skip_special_tokens)
-        return "".join([*map(detokenizer.push, ids), detokenizer.finish()])
+        detokenizer = IncrementalDetokenizer(
+            self, skip_special_tokens=skip_special_tokens, keep_spaces=True
+        )
+        text = "".join([*map(detokenizer.push, ids), detokenizer.finish()])
+        return clean_up_spaces(text) if self.clean_up_spaces else text
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of the text of a token id, which may be part of a character."""
+        piece = self.pieces[token]
+        if self.byte_level and all(x in BYTE_OF_CHARACTER for x in piece):
+            return bytes(BYTE_OF_CHARACTER[x] for x in piece)
+        if self.byte_level:
+            return piece.encode()
+        return bytes([BYTES[piece]]) if piece in BYTES else piece.replace(SPACE, " ").encode()
 
     def token_to_id(self, piece: str) -> int:
         """Return the token id of a piece.
@@ -186,7 +237,7 @@ class Tokenizer:
         """
         if piece not in self._ids:
             raise ConfigError(
-                f"the tokenizer has no piece {piece!r}; use the tokenizer of an Ovis1.6-Gemma2"
+                f"the tokenizer has no piece {piece!r}; use the tokenizer of this checkpoint"
             )
         return self._ids[piece]
 
@@ -194,14 +245,24 @@ class Tokenizer:
 class IncrementalDetokenizer:
     """Decodes ids one by one; joined together, the texts equal the result of `Tokenizer.decode`.
 
-    Byte pieces are held back until their run ends, so an incomplete character is never returned. At
-    the end, `finish` returns the text that is still held back.
+    An incomplete character is held back until its last byte, and so is a space that the tokenizer's
+    clean-up may remove. At the end, `finish` returns the text that is still held back.
+
+    Args:
+      tokenizer: The tokenizer.
+      skip_special_tokens: Whether special tokens have no text.
+      keep_spaces: Whether to omit the tokenizer's clean-up of spaces.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, keep_spaces: bool = False
+    ):
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._bytes = bytearray()
+        self._cleans_up = tokenizer.clean_up_spaces and not keep_spaces
+        self._bytes = bytearray()  # of a run of byte pieces
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # of byte-level pieces
+        self._held = ""  # text whose spaces the clean-up may still remove
 
     def push(self, token: int) -> str:
         """Add an id, and return the text that can be output now, which is often empty.
@@ -216,19 +277,50 @@ class IncrementalDetokenizer:
             )
         if token in self._skipped:
             return ""
-        piece = pieces[token]
-        if piece in BYTES:
-            self._bytes.append(BYTES[piece])
-            return ""
-        return self.finish() + piece.replace(SPACE, " ")
+        text = self._held + self._decode(token)
+        if not self._cleans_up:
+            return text
+        undecided = _UNDECIDED.match(text[::-1])
+        end = len(text) - (undecided.end() if undecided else 0)
+        text, self._held = text[:end], text[end:]
+        return clean_up_spaces(text)
 
     def finish(self) -> str:
-        """Return the text of the held-back bytes; invalid UTF-8 becomes one U+FFFD per byte."""
+        """Return the text that is still held back; bytes that are not UTF-8 become U+FFFD."""
+        text = self._held + self._end_byte_run() + self._utf8.decode(b"", final=True)
+        self._held = ""
+        return clean_up_spaces(text) if self._cleans_up else text
+
+    def _decode(self, token: int) -> str:
+        """Return the text up to the last complete character."""
+        data = self._tokenizer.token_bytes(token)
+        if self._tokenizer.byte_level:
+            return self._utf8.decode(data)
+        if self._tokenizer.pieces[token] in BYTES:
+            self._bytes += data
+            return ""
+        return self._end_byte_run() + data.decode()
+
+    def _end_byte_run(self) -> str:
+        """Return the text of a run of byte pieces; invalid UTF-8 becomes one U+FFFD per byte."""
         run, self._bytes = self._bytes, bytearray()
         try:
             return run.decode()
         except UnicodeDecodeError:
             return "\ufffd" * len(run)
+
+
+def clean_up_spaces(text: str) -> str:
+    """Remove spaces before punctuation and contractions, as transformers does after decoding."""
+    for pattern in SPACE_CLEAN_UPS:
+        text = text.replace(pattern, pattern.strip(" "))
+    return text
+
+
+def _read_clean_up(folder: Path) -> bool:
+    """Return whether tokenizer_config.json asks for the clean-up of spaces."""
+    path = folder / "tokenizer_config.json"
+    return path.exists() and bool(read_json(path).get("clean_up_tokenization_spaces", False))
 
 
 def _split_pattern(added_tokens: Collection[str], broken: Collection[str]) -> re.Pattern[str]:

@@ -1,4 +1,9 @@
-"""The Gemma2 decoder (Gemma Team 2024), from input embeddings to logits over text tokens."""
+"""The decoder, from input embeddings to logits over text tokens.
+
+It is Gemma2 (Gemma Team 2024) or Llama 3 (Llama Team 2024). The fields of `DecoderConfig` say how
+the two differ: norms, activation, soft caps, sliding windows, and the scaling of embeddings and of
+rotary frequencies.
+"""
 
 import math
 from typing import NamedTuple
@@ -14,7 +19,7 @@ from ovis_jax.config import DecoderConfig
 from ovis_jax.model import kv_cache
 from ovis_jax.model.attention_kernels import KernelSetting, prompt_attention
 from ovis_jax.model.kv_cache import Cache, KeyValue, KVCacheDtype
-from ovis_jax.model.layers import apply_rope, gelu, rms_norm, softcap
+from ovis_jax.model.layers import ACTIVATIONS, apply_rope, rms_norm, softcap
 from ovis_jax.model.linear import Weight, init_weight, linear, weight_param
 from ovis_jax.model.plain_attention import attend, visible
 from ovis_jax.model.quantized_kv import quantize_kv
@@ -52,7 +57,7 @@ class DecoderAttention(nn.Module):
         q = linear(x, weight("q", N * H, D)).reshape(B, T, N, H)
         k = linear(x, weight("k", K * H, D)).reshape(B, T, K, H)
         v = linear(x, weight("v", K * H, D)).reshape(B, T, K, H)
-        q, k = apply_rope(q, positions, c.rope_theta), apply_rope(k, positions, c.rope_theta)
+        q, k = (apply_rope(x, positions, c.rope_theta, c.rope_scaling) for x in (q, k))
         key_value = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
         if self.int8_cache:
             key_value = quantize_kv(key_value[0]), quantize_kv(key_value[1])
@@ -80,7 +85,7 @@ class DecoderAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """Gemma2's gated MLP: the GELU of one projection is multiplied by another projection."""
+    """A gated MLP: the activation of one projection is multiplied by another projection."""
 
     config: DecoderConfig
     param_dtype: DTypeLike
@@ -89,14 +94,15 @@ class GatedMLP(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply the MLP to each position."""
         D, F = self.config.width, self.config.mlp_width
+        activation = ACTIVATIONS[self.config.activation]
         gate = weight_param(self, "gate", (F, D), self.param_dtype)
         up = weight_param(self, "up", (F, D), self.param_dtype)
         down = weight_param(self, "down", (D, F), self.param_dtype)
-        return linear(gelu(linear(x, gate)) * linear(x, up), down)
+        return linear(activation(linear(x, gate)) * linear(x, up), down)
 
 
 class DecoderBlock(nn.Module):
-    """A transformer block with norms before and after both attention and the MLP."""
+    """A transformer block with norms before and, in Gemma2, after both attention and the MLP."""
 
     config: DecoderConfig
     window: int | None
@@ -115,22 +121,27 @@ class DecoderBlock(nn.Module):
         c = self.config
 
         def norm(name: str, x: Array) -> Array:
-            scale = self.param(name, nn.initializers.zeros, (c.width,), self.param_dtype)
-            return rms_norm(x, scale, c.norm_eps)
+            scale = self.param(name, _init_norm(c), (c.width,), self.param_dtype)
+            return rms_norm(x, scale, c.norm_eps, c.norm_offset)
 
         attn = DecoderAttention(
             c, self.window, self.param_dtype, self.kernel_setting, self.int8_cache, name="attn"
         )
         y, key_value = attn(norm("pre_attn_norm", x), positions, cache)
-        x += norm("post_attn_norm", y)
+        x += norm("post_attn_norm", y) if c.post_norms else y
         y = GatedMLP(c, self.param_dtype, name="mlp")(norm("pre_mlp_norm", x))
-        x += norm("post_mlp_norm", y)
+        x += norm("post_mlp_norm", y) if c.post_norms else y
         return x, key_value
 
 
-def scale_embeddings(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Multiply embeddings by sqrt(D), rounded to the dtype of `x` as in the original."""
-    return x * jnp.asarray(math.sqrt(x.shape[-1]), x.dtype)
+def _init_norm(config: DecoderConfig) -> nn.initializers.Initializer:
+    """Return the initializer of a norm's scale, with which the norm multiplies by 1."""
+    return nn.initializers.constant(1 - config.norm_offset)
+
+
+def scale_embeddings(config: DecoderConfig, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Multiply embeddings by sqrt(D), rounded to the dtype of `x`, if the config says so."""
+    return x * jnp.asarray(math.sqrt(x.shape[-1]), x.dtype) if config.scale_embeddings else x
 
 
 def unembed(
@@ -142,12 +153,12 @@ def unembed(
     """Compute float32 logits from the last block's output: final norm, output matrix, soft capping.
 
     Args:
-      config: Config with the norm's epsilon and the soft cap.
+      config: Config of the norm and the soft cap.
       x: Output of the last block.
       norm: Scale of the final norm.
       table: The output matrix, one row per token.
     """
-    x = rms_norm(x, norm, config.norm_eps)
+    x = rms_norm(x, norm, config.norm_eps, config.norm_offset)
     return softcap(linear(x, table, out_dtype=jnp.float32), config.final_softcap)
 
 
@@ -166,7 +177,7 @@ class DecoderOutput(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """The Gemma2 decoder, which takes input embeddings. It computes in the dtype of its input.
+    """The decoder, which takes input embeddings. It computes in the dtype of its input.
 
     Attributes:
       config: Config of the decoder.
@@ -195,7 +206,7 @@ class Decoder(nn.Module):
         """Run all blocks.
 
         Args:
-          x: Input embeddings, before scaling by sqrt(D).
+          x: Input embeddings, before any scaling by sqrt(D).
           positions: Positions, from 0 in each row; -1 at padding. With a cache, they continue each
             row, and padding must be on the right.
           cache: KV cache of the positions read so far; None for full prompts.
@@ -210,7 +221,7 @@ class Decoder(nn.Module):
         c = self.config
         V, D = c.vocab_size, c.width
         embed = self.param("embed", nn.initializers.normal(D**-0.5), (V, D), self.param_dtype)
-        x = scale_embeddings(x)
+        x = scale_embeddings(c, x)
         make_block = nn.remat(DecoderBlock) if self.remat else DecoderBlock
         has_cache = cache is not None or max_length is not None
         int8_cache = has_cache and self.kv_cache_dtype == "int8"
@@ -230,7 +241,7 @@ class Decoder(nn.Module):
             hidden_states.append(x)
         if columns is not None:
             x = jnp.take_along_axis(x, columns[:, None, None], axis=1)  # [B, 1, D]
-        norm = self.param("final_norm", nn.initializers.zeros, (D,), self.param_dtype)
+        norm = self.param("final_norm", _init_norm(c), (D,), self.param_dtype)
         table = embed
         if not c.tie_embeddings:
             table = self.param("unembed", init_weight, (V, D), self.param_dtype)

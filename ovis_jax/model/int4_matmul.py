@@ -29,7 +29,7 @@ _MIN_KERNEL_GROUP = 32
 
 
 def multiply_by_int4(
-    x: Float[Array, "rows i"], q: Int[Array, "o G g"], scale: Float[Array, "G o"]
+    x: Float[Array, "rows i"], q: Int[Array, "G o g"], scale: Float[Array, "G o"]
 ) -> Float[Array, "rows o"]:
     """Multiply rows by the transpose of an int4 matrix; the result is float32.
 
@@ -38,7 +38,7 @@ def multiply_by_int4(
       q: The matrix in G groups of g consecutive inputs.
       scale: Scales of the groups.
     """
-    O, _, g = q.shape  # noqa: E741
+    _, O, g = q.shape  # noqa: E741
     on_gpu = _multiply_tiles
     # The compiler cannot shard a kernel, and the kernel's products are those of bfloat16.
     on_one_device = jax.typeof(q).sharding.mesh.size <= 1
@@ -51,33 +51,35 @@ def multiply_by_int4(
 
 def _multiply_groups(x: Array, q: Array, scale: Array) -> Array:
     """Multiply each group separately; XLA fuses the scales and the sum into the product."""
-    rows, (_, G, g) = x.shape[0], q.shape
+    rows, (G, _, g) = x.shape[0], q.shape
     if rows < _MIN_TPU_ROWS:
         x = jnp.pad(x, ((0, _MIN_TPU_ROWS - rows), (0, 0)))
     groups = x.reshape(x.shape[0], G, g)
-    y = float32_product("rGg,oGg->Gro", groups, q.astype(x.dtype))
+    y = float32_product("rGg,Gog->Gro", groups, q.astype(x.dtype))
     return (y * scale[:, None]).sum(0)[:rows]
 
 
 def _multiply_tiles(x: Array, q: Array, scale: Array) -> Array:
     """Dequantize one tile of outputs at a time; on a mesh, each device's part is one tile."""
-    rows, (O, G, g) = x.shape[0], q.shape  # noqa: E741
+    rows, (G, O, g) = x.shape[0], q.shape  # noqa: E741
     if rows == 1:
         x = jnp.broadcast_to(x, (2, G * g))  # a single bfloat16 row is slow on a CPU
 
-    def multiply_tile(tile: tuple[Array, Array]) -> Array:
-        q, scale = tile  # [t, G, g], [t, G]
+    def multiply_tile(q: Array, scale: Array) -> Array:
         w = (q.astype(jnp.float32) * scale[..., None]).astype(x.dtype)
-        return float32_product("ri,oi->ro", x, w.reshape(-1, G * g))
+        return float32_product("ri,oi->ro", x, w.swapaxes(0, 1).reshape(-1, G * g))
+
+    def multiply_tile_at(start: Array) -> Array:
+        parts = (jax.lax.dynamic_slice_in_dim(y, start, O // tiles, axis=1) for y in (q, scale))
+        return multiply_tile(*parts)
 
     tiles = 1
     if jax.typeof(q).sharding.mesh.size <= 1:
         tiles = next(n for n in range(1, O + 1) if O % n == 0 and O * G * g // n <= _MAX_TILE_SIZE)
     if tiles == 1:
-        return multiply_tile((q, scale.T))[:rows]
-    parts = q.reshape(tiles, -1, G, g), scale.T.reshape(tiles, -1, G)
-    y = jax.lax.map(multiply_tile, parts)  # [tiles, rows, t]
-    return y.swapaxes(0, 1).reshape(-1, O)[:rows]
+        return multiply_tile(q, scale)[:rows]
+    y = jax.lax.map(multiply_tile_at, jnp.arange(0, O, O // tiles, dtype=jnp.int32))
+    return y.swapaxes(0, 1).reshape(-1, O)[:rows]  # [tiles, rows, o] -> [rows, O]
 
 
 def multiply_in_kernel(x: Array, q: Array, scale: Array, interpret: bool = False) -> Array:
@@ -85,14 +87,14 @@ def multiply_in_kernel(x: Array, q: Array, scale: Array, interpret: bool = False
 
     Args:
       x: bfloat16 activations [rows, i].
-      q: int4 [o, G, g]; o is a multiple of 64, g is at least 32.
+      q: int4 [G, o, g]; o is a multiple of 64, g is at least 32.
       scale: Scales [G, o].
       interpret: Whether to run the kernel in Pallas's interpret mode, on any platform.
     """
-    rows, (O, G, g) = x.shape[0], q.shape  # noqa: E741
+    rows, (G, O, g) = x.shape[0], q.shape  # noqa: E741
     half = g // 2
     # An int4 array has the first of two numbers in the lower four bits, so this copies nothing.
-    pairs = jax.lax.bitcast_convert_type(q.reshape(O, G * half, 2), jnp.int8)
+    pairs = jax.lax.bitcast_convert_type(q.reshape(G, O, half, 2), jnp.int8)
     row_tile = 16 if rows <= 16 else 64
     padded = -(-rows // row_tile) * row_tile
     x = jnp.pad(x, ((0, padded - rows), (0, 0))).reshape(padded, G * half, 2)
@@ -100,12 +102,12 @@ def multiply_in_kernel(x: Array, q: Array, scale: Array, interpret: bool = False
     def kernel(even_ref: Any, odd_ref: Any, pairs_ref: Any, scale_ref: Any, out_ref: Any) -> None:
         def add_group(group: Any, total: Array) -> Array:
             columns = pl.ds(group * half, half)
-            pair = pltriton.load(pairs_ref.at[:, columns])
+            pair = pltriton.load(pairs_ref.at[group])
             low, high = (pair << 4) >> 4, pair >> 4  # arithmetic shifts keep the sign
             y = jnp.zeros_like(total)
             for x_ref, q in ((even_ref, low), (odd_ref, high)):
                 part = pltriton.load(x_ref.at[:, columns])
-                y += pl.dot(part, q.astype(part.dtype), trans_b=True)
+                y += pltriton.dot(part, q.astype(part.dtype), trans_b=True)
             return total + y * pltriton.load(scale_ref.at[pl.ds(group, 1), :])
 
         zeros = jnp.zeros(out_ref.shape, jnp.float32)
@@ -118,7 +120,7 @@ def multiply_in_kernel(x: Array, q: Array, scale: Array, interpret: bool = False
         in_specs=[
             x_spec,
             x_spec,
-            pl.BlockSpec((_OUT_TILE, G * half), lambda r, o: (o, 0)),
+            pl.BlockSpec((G, _OUT_TILE, half), lambda r, o: (0, o, 0)),
             pl.BlockSpec((G, _OUT_TILE), lambda r, o: (0, o)),
         ],
         out_specs=pl.BlockSpec((row_tile, _OUT_TILE), lambda r, o: (r, o)),

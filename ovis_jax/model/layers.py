@@ -1,9 +1,10 @@
-"""Norms, rotary position embedding, soft capping and GELU.
+"""Norms, rotary position embedding, soft capping and activations.
 
 Norm statistics, rotary angles and soft capping are computed in float32 for every activation dtype.
 Each function returns the dtype of its input unless its docstring says otherwise.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import flax.linen as nn
@@ -12,10 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Float32, Int, Shaped
+
+from ovis_jax.config import RopeScaling
 
 gelu = partial(jax.nn.gelu, approximate=True)
 """GELU in the tanh approximation, which both SigLIP and Gemma2 use."""
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {"gelu": gelu, "silu": jax.nn.silu}
+"""The activations of decoders, by their name in `DecoderConfig`."""
 
 
 def matmul_precision(x: Array) -> jax.lax.Precision | None:
@@ -29,12 +35,18 @@ def over_last_axis(vector: Shaped[Array, "channels"], x: Array) -> Shaped[Array,
 
 
 def rms_norm(
-    x: Float[Array, "*rows D"], scale: Float[Array, "D"], eps: float
+    x: Float[Array, "*rows D"], scale: Float[Array, "D"], eps: float, offset: int = 1
 ) -> Float[Array, "*rows D"]:
-    """Apply Gemma2's RMSNorm to the last axis; the result is multiplied by 1 + `scale`."""
+    """Apply RMSNorm to the last axis, as in Gemma2 (`offset` 1) or in Llama (`offset` 0).
+
+    Gemma2 multiplies by 1 + `scale` in float32 and rounds the result. Llama rounds first, and then
+    multiplies by `scale`.
+    """
     y = x.astype(jnp.float32)
     y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * over_last_axis(1.0 + scale.astype(jnp.float32), y)).astype(x.dtype)
+    if offset == 0:
+        return y.astype(x.dtype) * over_last_axis(scale.astype(x.dtype), y)
+    return (y * over_last_axis(offset + scale.astype(jnp.float32), y)).astype(x.dtype)
 
 
 def layer_norm(
@@ -72,7 +84,10 @@ class LayerNorm(nn.Module):
 
 
 def apply_rope(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float
+    x: Float[Array, "B T N H"],
+    positions: Int[Array, "B T"],
+    theta: float,
+    scaling: RopeScaling | None = None,
 ) -> Float[Array, "B T N H"]:
     """Apply rotary position embedding (Su et al. 2021) to the channel pairs h and h + H/2.
 
@@ -82,14 +97,10 @@ def apply_rope(
       x: Queries or keys.
       positions: Absolute positions, starting at 0.
       theta: Base of the frequencies.
+      scaling: Scaling of the frequencies; None for no scaling.
     """
-    H = x.shape[-1]
-    half = H // 2
-    # The powers are computed in float64 on the host. On some processors, the last bit of a float32
-    # power is wrong, and the angle multiplies this error by the position, which can be 8000.
-    exponents = np.arange(0, H, 2, dtype=np.float32) / np.float32(H)
-    powers = np.float64(theta) ** exponents.astype(np.float64)
-    frequencies = np.float32(1) / powers.astype(np.float32)  # [H/2]
+    half = x.shape[-1] // 2
+    frequencies = rope_frequencies(x.shape[-1], theta, scaling)  # [H/2]
     angles = positions.astype(jnp.float32)[:, :, None, None]
     angles = angles * frequencies[None, None, None]  # [B, T, 1, H/2]
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
@@ -97,6 +108,32 @@ def apply_rope(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def softcap(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
-    """Apply soft capping to float32 values: cap * tanh(x / cap), which is in (-cap, cap)."""
-    return cap * jnp.tanh(x / cap)
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> Float32[np.ndarray, "half"]:
+    """Return the rotary frequencies in radians per position, on the host.
+
+    With a scaling, frequencies with a wavelength above `original / low_freq_factor` are divided by
+    `factor`. Those with a wavelength below `original / high_freq_factor` are kept. Those between
+    are interpolated between both results.
+    """
+    # The powers are computed in float64 on the host. On some processors, the last bit of a float32
+    # power is wrong, and the angle multiplies this error by the position, which can be 8000.
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    powers = np.float64(theta) ** exponents.astype(np.float64)
+    frequencies = np.float32(1) / powers.astype(np.float32)
+    if scaling is None:
+        return frequencies
+    low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
+    original = np.float32(scaling.original_max_position_embeddings)
+    wavelengths = np.float32(2 * np.pi) / frequencies
+    weight = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    return (1 - weight) * frequencies / np.float32(scaling.factor) + weight * frequencies
+
+
+def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
+    """Apply soft capping to float32 values: cap * tanh(x / cap), which is in (-cap, cap).
+
+    If the cap is None, the values are returned unchanged.
+    """
+    return x if cap is None else cap * jnp.tanh(x / cap)

@@ -7,6 +7,7 @@ type.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
@@ -23,29 +24,35 @@ init_weight = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
 """Initializer for matrices [out, in]."""
 
 
+if TYPE_CHECKING:
+    _AnyArray = Array
+else:  # `ovis_jax.plan` describes matrices without their values
+    _AnyArray = Array | jax.ShapeDtypeStruct
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantized:
     """A matrix of small integers with float32 scales, which stays quantized in `linear`.
 
     Attributes:
-      q: int8 [o, i], or int4 [o, G, g] in G groups of g consecutive inputs.
-      scale: One scale per row [o] for int8, or one per group and row [G, o] for int4. The matrix is
-        `q * scale`.
+      q: int8 [o, i], or int4 [G, o, g] in G groups of g consecutive inputs.
+      scale: float32, one scale per row [o] for int8, or one per group and row [G, o] for int4.
     """
 
-    q: Int[Array, "o i"] | Int[Array, "o G g"]
-    scale: Float[Array, "o"] | Float[Array, "G o"]
+    q: Int[_AnyArray, "o i"] | Int[_AnyArray, "G o g"]
+    scale: Float[_AnyArray, "o"] | Float[_AnyArray, "G o"]
 
     @property
     def shape(self) -> tuple[int, int]:
         """The shape [o, i] of the matrix."""
-        return self.q.shape[0], self.q.size // self.q.shape[0]
+        rows = self.q.shape[-2]
+        return rows, self.q.size // rows
 
     def dequantized(self, dtype: DTypeLike) -> Float[Array, "o i"]:
         """Return the matrix as an array, computed in float32 and rounded to `dtype`."""
-        scale = self.scale.T if self.q.ndim == 3 else self.scale
-        return (self.q.astype(jnp.float32) * scale[..., None]).astype(dtype).reshape(self.shape)
+        w = (self.q.astype(jnp.float32) * self.scale[..., None]).astype(dtype)
+        return w if w.ndim == 2 else w.swapaxes(0, 1).reshape(self.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -109,8 +116,10 @@ def linear(
     if isinstance(w, LowRank):
         y = linear(x, w.w, bias, out_dtype=out_dtype)
         return y + linear(linear(x, w.a), w.b, out_dtype=out_dtype)
-    multiply = _quantized_matmul if isinstance(w, Quantized) else _matmul
-    y = multiply(x, w, np.dtype(out_dtype))
+    if isinstance(w, Quantized):
+        y = _quantized_matmul(x, w.q, w.scale, np.dtype(out_dtype))
+    else:
+        y = _matmul(x, w, np.dtype(out_dtype))
     return y if bias is None else y + over_last_axis(bias.astype(out_dtype), y)
 
 
@@ -131,26 +140,26 @@ def _matmul(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
     return jax.lax.platform_dependent(x, w, cpu=cpu_product, default=matmul)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _multiply_quantized(x: Array, w: Quantized, out_dtype: DTypeLike) -> Array:
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _multiply_quantized(x: Array, q: Array, scale: Array, out_dtype: DTypeLike) -> Array:
     rows = x.reshape(-1, x.shape[-1])
-    if w.q.ndim == 3:
-        y = int4_matmul.multiply_by_int4(rows, w.q, w.scale)
+    if q.ndim == 3:
+        y = int4_matmul.multiply_by_int4(rows, q, scale)
     else:
         y = jax.lax.platform_dependent(
-            rows, w.q, w.scale, cpu=cpu.multiply_by_int8, default=_multiply_by_int8
+            rows, q, scale, cpu=cpu.multiply_by_int8, default=_multiply_by_int8
         )
-    return y.reshape(*x.shape[:-1], w.shape[0]).astype(out_dtype)
+    return y.reshape(*x.shape[:-1], q.shape[-2]).astype(out_dtype)
 
 
 @_multiply_quantized.defjvp
 def _derivative_of_x(out_dtype: DTypeLike, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    x, w = primals
-    dy = _matmul(tangents[0], w.dequantized(x.dtype), out_dtype)
-    return _multiply_quantized(x, w, out_dtype), dy
+    x, q, scale = primals
+    dy = _matmul(tangents[0], Quantized(q, scale).dequantized(x.dtype), out_dtype)
+    return _multiply_quantized(x, q, scale, out_dtype), dy
 
 
-_quantized_matmul = jax.jit(_multiply_quantized, static_argnums=2, inline=True)
+_quantized_matmul = jax.jit(_multiply_quantized, static_argnums=3, inline=True)
 
 
 def _multiply_by_int8(x: Array, q: Array, scale: Array) -> Array:

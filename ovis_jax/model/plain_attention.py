@@ -71,7 +71,7 @@ def attend(
     )
     if k_scale is not None:
         scores *= k_scale[:, :, None]
-    scores = scores * scale if cap is None else softcap(scores * scale, cap)
+    scores = softcap(scores * scale, cap)
     if mask is not None:
         scores = scores.reshape(B, K, N // K, T, -1)
         scores = jnp.where(mask[:, None, None], scores, MASKED_SCORE)

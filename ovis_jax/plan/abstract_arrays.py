@@ -1,6 +1,8 @@
 """Shapes, dtypes and shardings of the arrays in a workload, without their values."""
 
-from typing import Any
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,31 +10,80 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model.kv_cache import Cache, num_slots
+from ovis_jax.model.linear import Quantized
 from ovis_jax.plan.workload import Workload
+from ovis_jax.quantization import choose_quantization, quantized_matrices, quantized_shardings
 from ovis_jax.sharding import TENSOR, param_shapes, param_shardings
 
 
-def abstract_params(
-    workload: Workload, mesh: Mesh | AbstractMesh
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Describe the array of every parameter, by path."""
-    shardings = param_shardings(workload.config, mesh, TENSOR)
-    shapes = param_shapes(workload.config, mesh, TENSOR)
+def abstract_params(workload: Workload, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
+    """Describe every parameter by path: its array, or the two arrays of a `Quantized` matrix.
+
+    Raises:
+      OvisError: The mesh cannot shard a parameter, or would cut a group of an int4 matrix.
+    """
+    config, quantization = workload.config, None
+    if workload.quantization is not None:
+        quantization = choose_quantization(config, workload.quantization)
+    shardings = param_shardings(config, mesh, TENSOR)
+    matrices = quantized_matrices(config, quantization)
+
+    def describe(path: str, shape: tuple[int, ...]) -> Any:
+        if quantization is None or path not in matrices:
+            return jax.ShapeDtypeStruct(shape, workload.dtype, sharding=shardings[path])
+        (rows, inputs), group = shape, quantization.group_of(path)
+        groups = None if group is None else inputs // group
+        q, scale = quantized_shardings(path, shardings[path], groups)
+        if groups is None:
+            shapes = (rows, inputs), (rows,)
+        else:
+            shapes = (groups, rows, group), (groups, rows)
+        arrays: Any = (
+            jax.ShapeDtypeStruct(shapes[0], jnp.int8 if group is None else jnp.int4, sharding=q),
+            jax.ShapeDtypeStruct(shapes[1], jnp.float32, sharding=scale),
+        )
+        return Quantized(*arrays)
+
     return {
-        path: jax.ShapeDtypeStruct(shape, workload.dtype, sharding=shardings[path])
-        for path, shape in shapes.items()
+        path: describe(path, shape) for path, shape in param_shapes(config, mesh, TENSOR).items()
     }
 
 
+class QuantizedCache(NamedTuple):
+    """The integers and the float32 scales of the keys or the values in an int8 cache."""
+
+    q: jax.ShapeDtypeStruct
+    scale: jax.ShapeDtypeStruct
+
+
+def weights_per_device(params: Iterable[jax.ShapeDtypeStruct | Quantized]) -> int:
+    """Count the weights on each device, without scales."""
+    arrays = (x.q if isinstance(x, Quantized) else x for x in params)
+    return sum(math.prod(shape_per_device(x)) for x in arrays)
+
+
+def shape_per_device(x: Any) -> tuple[int, ...]:
+    """Return the shape of the part of an array that is on each device."""
+    return x.sharding.shard_shape(x.shape)
+
+
 def abstract_cache(workload: Workload, mesh: Mesh | AbstractMesh) -> Cache:
-    """Describe the KV cache; rows are sharded over "data" and key/value heads over "model"."""
+    """Describe the KV cache; rows are sharded over "data" and key/value heads over "model".
+
+    An int8 cache has one scale per position and head.
+    """
     c = workload.config.decoder
     sharding = NamedSharding(mesh, PartitionSpec(TENSOR["B"], TENSOR["K"]))
 
     def keys_or_values(block: int) -> Any:
         slots = num_slots(c, block, workload.max_length)
         shape = (workload.batch_size, c.num_kv_heads, slots, c.head_dim)
-        return jax.ShapeDtypeStruct(shape, workload.dtype, sharding=sharding)
+        if workload.kv_cache_dtype == "auto":
+            return jax.ShapeDtypeStruct(shape, workload.dtype, sharding=sharding)
+        return QuantizedCache(
+            jax.ShapeDtypeStruct(shape, jnp.int8, sharding=sharding),
+            jax.ShapeDtypeStruct(shape[:-1], jnp.float32, sharding=sharding),
+        )
 
     blocks = tuple((keys_or_values(i), keys_or_values(i)) for i in range(c.depth))
     return Cache(blocks, abstract_token_ids(mesh, (workload.batch_size,)))
@@ -65,6 +116,7 @@ def decoder_matrix_shapes(workload: Workload) -> list[tuple[int, ...]]:
     """Return the full and the per-device shapes of the decoder's matrices."""
     found = []
     for path, x in abstract_params(workload, workload.abstract_mesh).items():
-        if path.startswith("decoder/") and len(x.shape) == 2:
-            found += [x.shape, x.sharding.shard_shape(x.shape)]
+        weights = x.q if isinstance(x, Quantized) else x
+        if path.startswith("decoder/") and len(weights.shape) > 1:
+            found += [weights.shape, shape_per_device(weights)]
     return found

@@ -114,8 +114,11 @@ def compile_only_devices(topology: Topology) -> list[Any]:
 
 
 def gpu_target_config(topology: Topology) -> str:
-    """Return the GpuTargetConfigProto for a GPU in text format."""
-    gpu = dict(_GPU_PROPERTIES[topology.kind])
+    """Return the GpuTargetConfigProto for a GPU in text format.
+
+    It has the memory size of the GPU, and otherwise the properties of `DeviceSpec.gpu_target`.
+    """
+    gpu = dict(_GPU_PROPERTIES[topology.device.gpu_target or topology.kind])
     name, capability = gpu.pop("name"), gpu.pop("capability")
     gpu["device_memory_size"] = topology.device.memory_bytes
     properties = " ".join(f"{key}: {value}" for key, value in gpu.items())

@@ -13,9 +13,14 @@ from ovis_jax.console import BatchSizeOption, Dtype, MaxPartitionOption, print_e
 from ovis_jax.plan.make_plan import Method, make_plan
 from ovis_jax.plan.report import plan_summary_line, print_plan
 from ovis_jax.plan.topologies import parse_mesh_sizes, parse_topology
-from ovis_jax.plan.workload import Workload, default_mesh_sizes
+from ovis_jax.plan.workload import KvCacheDtype, Workload, default_mesh_sizes
+from ovis_jax.quantization import QuantizationFormat
 
-PUBLISHED_CONFIGS = {"9b": presets.ovis1_6_gemma2_9b, "27b": presets.ovis1_6_gemma2_27b}
+PUBLISHED_CONFIGS = {
+    "9b": presets.ovis1_6_gemma2_9b,
+    "27b": presets.ovis1_6_gemma2_27b,
+    "3b": presets.ovis1_6_llama3_2_3b,
+}
 """The configs of the published models, by short name."""
 
 
@@ -44,6 +49,8 @@ def make_workload(
     images_per_row: int = 0,
     max_partition: int = 9,
     dtype: str = "bfloat16",
+    quantization: QuantizationFormat | None = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
 ) -> Workload:
     """Build a workload from the names of a topology and a mesh.
 
@@ -56,14 +63,29 @@ def make_workload(
     else:
         mesh_sizes = parse_mesh_sizes(mesh)
     return Workload(
-        config, parsed, mesh_sizes, batch_size, max_length, images_per_row, max_partition, dtype
+        config,
+        parsed,
+        mesh_sizes,
+        batch_size,
+        max_length,
+        images_per_row,
+        max_partition,
+        dtype,
+        quantization,
+        kv_cache_dtype,
     )
 
 
 def plan(
-    topology: Annotated[str, typer.Option(help="Devices, such as v5e:2x4 or h100:8.")],
+    topology: Annotated[
+        str,
+        typer.Option(
+            help="Devices: a TPU topology such as v5e:2x4, its name in Google Cloud such as"
+            " v5litepod-8, or GPUs with their number such as rtx4090:1 or h100:8."
+        ),
+    ],
     config: Annotated[
-        str, typer.Option(help="Model: 9b, 27b, ovis-tiny, or a folder with config.json.")
+        str, typer.Option(help="Model: 9b, 27b, 3b, ovis-tiny, or a folder with config.json.")
     ] = "9b",
     batch_size: BatchSizeOption = 1,
     max_model_len: Annotated[
@@ -79,7 +101,19 @@ def plan(
             " as the dimensions of the model allow."
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of weights and KV cache.")] = "bfloat16",
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            help="Dtype of activations, weights and KV cache. Gemma2 does not support float16."
+        ),
+    ] = "bfloat16",
+    quantization: Annotated[
+        QuantizationFormat | None,
+        typer.Option(help="Quantization of the weights; by default, they are not quantized."),
+    ] = None,
+    kv_cache_dtype: Annotated[
+        KvCacheDtype, typer.Option(help='Dtype of the KV cache; "auto" is the value of --dtype.')
+    ] = "auto",
     method: Annotated[
         Method,
         typer.Option(
@@ -100,6 +134,8 @@ def plan(
         images_per_row=images,
         max_partition=max_partition,
         dtype=dtype,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
     )
     result = make_plan(workload, method, Console(stderr=True, highlight=False).print)
     if as_json:

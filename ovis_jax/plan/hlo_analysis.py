@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+from jax.dtypes import itemsize_bits
 
 HLO_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
@@ -26,7 +27,8 @@ _KERNEL = re.compile(
 def bytes_per_device(tree: Any) -> int:
     """Sum the bytes that sharded arrays or shapes take on one device, without tile padding."""
     leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    sizes = (math.prod(x.sharding.shard_shape(x.shape)) * itemsize_bits(x.dtype) for x in leaves)
+    return sum(bits // 8 for bits in sizes)
 
 
 def compiled_memory(compiled: Any) -> dict[str, int]:

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 
 from ovis_jax.model.kv_cache import num_slots
+from ovis_jax.plan.abstract_arrays import abstract_params, weights_per_device
+from ovis_jax.plan.hlo_analysis import bytes_per_device
 from ovis_jax.plan.memory_estimate import MemoryEstimate
 from ovis_jax.plan.workload import Workload
 from ovis_jax.sharding import axis_letter_sizes
@@ -35,24 +37,29 @@ def latency_bounds(workload: Workload, memory: MemoryEstimate) -> LatencyBounds:
     in a separate table are negligible. Each block has two all-reduces over "model". With n devices,
     each device sends 2 (n - 1) / n times the size of the result in each all-reduce.
     """
-    device, n = workload.topology.device, axis_letter_sizes(workload.config, "decoder/")
+    device, peak_flops = workload.topology.device, workload.peak_flops
+    n = axis_letter_sizes(workload.config, "decoder/")
     data, model = workload.mesh_sizes
-    weights = memory.weights["decoder"]
+    weights = {
+        path: x
+        for path, x in abstract_params(workload, workload.abstract_mesh).items()
+        if path.startswith("decoder/")
+    }
     if not workload.config.decoder.tie_embeddings:
-        weights -= n["V"] * n["D"] * workload.bytes_per_weight // model
-    bytes_read = weights + memory.cache
+        del weights["decoder/embed"]
+    bytes_read = bytes_per_device(weights) + memory.cache
     rows = workload.batch_size // data
-    flops = 2 * rows * weights / workload.bytes_per_weight
-    summed = all_reduces_per_decode_step(workload) * rows * n["D"] * workload.bytes_per_weight
+    flops = 2 * rows * weights_per_device(weights.values())
+    summed = all_reduces_per_decode_step(workload) * rows * n["D"] * workload.bytes_per_activation
     bytes_sent = int(2 * (model - 1) / model * summed)
     prefill = total_prefill_flops(workload) / workload.topology.num_devices
     return LatencyBounds(
         decode_bytes_read=bytes_read,
-        decode_seconds=max(bytes_read / device.memory_bandwidth, flops / device.peak_flops),
+        decode_seconds=max(bytes_read / device.memory_bandwidth, flops / peak_flops),
         decode_bytes_sent=bytes_sent,
         decode_link_seconds=bytes_sent / device.link_bandwidth,
         prefill_flops=prefill,
-        prefill_seconds=prefill / device.peak_flops,
+        prefill_seconds=prefill / peak_flops,
     )
 
 

@@ -38,7 +38,7 @@ def make_plan(
 
     Raises:
       OvisError: The workload is invalid (see `Workload.validate`), or `method` is "compiler" but
-        the compiler is not installed.
+        the compiler is not installed or cannot compile for the workload.
     """
     workload.validate()
     memory = estimate_memory(workload)
@@ -63,7 +63,10 @@ def make_plan(
         "max_length": workload.max_length,
         "crops": workload.num_crops,
         "dtype": workload.dtype,
+        "quantization": workload.quantization,
+        "kv_cache_dtype": workload.kv_cache_dtype,
         "source": source,
+        "notes": _notes(workload),
         "weights": memory.weights,
         "bytes": {
             "weights": sum(memory.weights.values()),
@@ -102,13 +105,18 @@ def _compile(
     programs: Sequence[aot_compile.Program],
 ) -> tuple[str, dict[str, Any]]:
     """Return the source of the figures, and the analysis of each compiled program."""
-    platform = workload.topology.device.platform
+    platform, target = workload.topology.device.platform, workload.topology.device.gpu_target
+    not_compiled = _why_not_compiled(workload)
     install = install_command(*aot_compile.COMPILER_EXTRAS[platform])
     compiler = aot_compile.installed_compiler(platform)
+    if method == "compiler" and not_compiled:
+        raise OvisError(f"{not_compiled}; use --method arithmetic")
     if method == "compiler" and compiler is None:
         raise OvisError(f"no compiler for {platform} is installed; install one: {install}")
     if method == "arithmetic":
         return "arithmetic, as requested", {}
+    if not_compiled:
+        return f"arithmetic; {not_compiled}", {}
     if compiler is None:
         return f"arithmetic; to use the compiler: {install}", {}
     if method == "auto" and memory.peak - memory.activations > usable_bytes(workload):
@@ -120,7 +128,29 @@ def _compile(
             " this may take minutes"
         )
         compiled[program] = aot_compile.analyze_program(workload, program)
+    if target not in (None, workload.topology.kind):
+        return f"{compiler}, for the architecture of {target}, the nearest known one", compiled
     return compiler, compiled
+
+
+def _why_not_compiled(workload: Workload) -> str | None:
+    """Return why the programs of a workload cannot be compiled, or None if they can."""
+    device = workload.topology.device
+    if device.platform == "cuda" and device.gpu_target is None:
+        return f"no compiler target is close to {workload.topology.kind}"
+    if workload.kv_cache_dtype != "auto":
+        return "programs with an int8 KV cache are not compiled yet"
+    return None
+
+
+def _notes(workload: Workload) -> list[str]:
+    """Return what a reader of the plan must know about the devices."""
+    if workload.topology.device.has_bfloat16 or workload.dtype != "bfloat16":
+        return []
+    return [
+        f"{workload.topology.kind} has no bfloat16 units: products are computed in float32 at an"
+        " eighth of the speed, and temporary float32 copies of weights are not counted"
+    ]
 
 
 def _peak_with_unread_weights(

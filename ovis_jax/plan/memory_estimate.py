@@ -92,7 +92,7 @@ def prefill_temp_bytes(workload: Workload) -> int:
     """
     n = axis_letter_sizes(workload.config, "decoder/")
     data, model = workload.mesh_sizes
-    rows, s = workload.batch_size // data, workload.bytes_per_weight
+    rows, s = workload.batch_size // data, workload.bytes_per_activation
     sharded = 3 * max(n["F"], (n["N"] + n["K"]) * n["H"])
     replicated = (3 + (model > 1)) * n["D"]
     decoder = s * rows * workload.max_length * (replicated + sharded // model)
@@ -112,7 +112,8 @@ def vision_temp_bytes(workload: Workload) -> int:
     time: R W/m (4 + s).
     """
     tokenizer, vision = workload.config.visual_tokenizer, workload.config.vision
-    s, m, crops = workload.bytes_per_weight, workload.mesh_sizes.model, crops_per_device(workload)
+    s, m = workload.bytes_per_activation, workload.mesh_sizes.model
+    crops = crops_per_device(workload)
     E, P = vision.width, vision.num_patches
     block = crops * P * ((3 * s + FLOAT32_BYTES) * E + s * (4 * E + 2 * vision.mlp_width) // m)
     block += _score_bytes(workload, "vision", crops, vision.num_heads, P)
@@ -132,6 +133,8 @@ def _score_bytes(
     """
     platform = "tpu" if workload.topology.device.platform == "tpu" else "gpu"
     kernel = choose_kernel("auto", call, length, dtype=workload.dtype, platform=platform)
+    if kernel == "tokamax" and not workload.topology.device.has_bfloat16:
+        kernel = "blockwise"  # tokamax needs Ampere or newer
     if kernel in ("splash", "tokamax"):
         return 0
     queries = min(length, 2 * BLOCK_SIZE) if kernel == "blockwise" else length

@@ -35,11 +35,14 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     mesh = ",".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
     console.print(
         f"{plan['topology']} ({count_noun(plan['devices'], 'device')}), mesh {mesh},"
-        f" {plan['dtype']}, batch {plan['batch']} x {count_noun(plan['max_length'], 'position')},"
+        f" {_format_dtypes(plan)},"
+        f" batch {plan['batch']} x {count_noun(plan['max_length'], 'position')},"
         f" {count_noun(plan['crops'], 'crop')}",
         soft_wrap=True,
     )
     console.print(f"source of figures: {plan['source']}", markup=False, soft_wrap=True)
+    for note in plan["notes"]:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     sizes = plan["bytes"]
     rows = [(f"weights: {part}", _gib(size)) for part, size in plan["weights"].items()]
     rows += [(name, _gib(sizes[name])) for name in ("cache", "activations", "peak")]
@@ -51,6 +54,13 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         per_block = plan["arithmetic"]["all_reduces_per_block"]
         console.print(f"all-reduces per decoder block: {per_block}")
     console.print(_latency_line(plan), soft_wrap=True)
+
+
+def _format_dtypes(plan: dict[str, Any]) -> str:
+    quantization = plan["quantization"]
+    weights = "" if quantization is None else f" with {quantization} weights"
+    cache = "" if plan["kv_cache_dtype"] == "auto" else f", {plan['kv_cache_dtype']} KV cache"
+    return f"{plan['dtype']}{weights}{cache}"
 
 
 def _program_rows(programs: dict[str, Any]) -> list[tuple[str, ...]]:

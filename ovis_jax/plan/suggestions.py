@@ -7,7 +7,20 @@ from dataclasses import replace
 from ovis_jax.errors import OvisError
 from ovis_jax.plan.memory_estimate import estimate_memory, usable_bytes
 from ovis_jax.plan.topologies import MeshSizes
-from ovis_jax.plan.workload import Workload, default_mesh_sizes
+from ovis_jax.plan.workload import KvCacheDtype, Workload, default_mesh_sizes
+from ovis_jax.quantization import QuantizationFormat
+
+_QUANTIZATIONS: tuple[tuple[QuantizationFormat | None, KvCacheDtype], ...] = (
+    (None, "auto"),
+    ("int8", "auto"),
+    (None, "int8"),
+    ("int8", "int8"),
+    ("int4", "auto"),
+    ("int4", "int8"),
+)
+"""Quantizations of the weights and the KV cache, in the order in which they are tried."""
+
+_FORMATS = (None, "int8", "int4")
 
 LENGTH_STEP = 128
 """Step size in the search over max-model-len, in positions."""
@@ -22,9 +35,10 @@ def fits_in_memory(workload: Workload, bytes_above_estimate: int = 0) -> bool:
     """
     try:
         workload.validate()
+        peak = estimate_memory(workload).peak
     except OvisError:
         return False
-    return estimate_memory(workload).peak + bytes_above_estimate <= usable_bytes(workload)
+    return peak + bytes_above_estimate <= usable_bytes(workload)
 
 
 def smallest_fitting_change(
@@ -32,8 +46,9 @@ def smallest_fitting_change(
 ) -> tuple[str, Workload] | None:
     """Find a change that makes a workload fit.
 
-    These changes are tried in order: a larger "model" axis, a smaller batch, a smaller
-    max-model-len, and a larger topology of the same kind.
+    These changes are tried in order: a larger "model" axis, a stronger quantization, a smaller
+    batch, a smaller max-model-len, and a larger topology of the same kind, alone and with a
+    stronger quantization.
 
     Args:
       workload: A workload that does not fit.
@@ -50,6 +65,10 @@ def smallest_fitting_change(
         changed = replace(workload, mesh_sizes=MeshSizes(data, model))
         if not rest and fits_in_memory(changed, bytes_above_estimate):
             return f"--mesh data={data},model={model}", changed
+
+    for options, changed in _stronger_quantizations(workload):
+        if fits_in_memory(changed, bytes_above_estimate):
+            return options, changed
 
     def fits_with(**changes: int) -> bool:
         return fits_in_memory(replace(workload, **changes), bytes_above_estimate)
@@ -69,10 +88,28 @@ def smallest_fitting_change(
         return f"--max-model-len {length}", replace(workload, max_length=length)
     for topology in workload.topology.larger():
         mesh_sizes = default_mesh_sizes(workload.config, topology.num_devices)
-        changed = replace(workload, topology=topology, mesh_sizes=mesh_sizes)
-        if fits_in_memory(changed, bytes_above_estimate):
-            return f"--topology {topology.name}", changed
+        larger = replace(workload, topology=topology, mesh_sizes=mesh_sizes)
+        for options, changed in [("", larger), *_stronger_quantizations(larger)]:
+            if fits_in_memory(changed, bytes_above_estimate):
+                return f"--topology {topology.name} {options}".strip(), changed
     return None
+
+
+def _stronger_quantizations(workload: Workload) -> list[tuple[str, Workload]]:
+    """Return workloads with fewer bits, the smallest change first, and their options."""
+    found = []
+    for quantization, kv_cache_dtype in _QUANTIZATIONS:
+        options = []
+        if quantization != workload.quantization:
+            options.append(f"--quantization {quantization}")
+        if kv_cache_dtype != workload.kv_cache_dtype:
+            options.append(f"--kv-cache-dtype {kv_cache_dtype}")
+        weaker = _FORMATS.index(quantization) < _FORMATS.index(workload.quantization)
+        weaker |= kv_cache_dtype == "auto" != workload.kv_cache_dtype
+        if options and not weaker:
+            changed = replace(workload, quantization=quantization, kv_cache_dtype=kv_cache_dtype)
+            found.append((" ".join(options), changed))
+    return found
 
 
 def _largest_multiple(low: int, high: int, step: int, accepts: Callable[[int], bool]) -> int:

@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Literal, NamedTuple
 
 from ovis_jax.errors import OvisError
@@ -21,32 +22,65 @@ class DeviceSpec:
     memory_bandwidth: float
     """Bandwidth of the device memory, in bytes per second."""
     peak_flops: float
-    """Peak rate of dense bfloat16 floating point operations, per second."""
+    """Peak rate of dense 16-bit floating point operations, per second."""
     link_bandwidth: float
     """Total bandwidth to all neighboring devices, in bytes per second in one direction."""
     shapes: tuple[str, ...]
     """The shapes of the known topologies, smallest first."""
     devices_per_chip: int = 1
+    gpu_target: Literal["h100", "a100"] | None = None
+    """The GPU whose architecture programs are compiled for; None for TPUs, and if none is close."""
+    emulated_bfloat16_flops: float | None = None
+    """Peak rate of bfloat16 operations if they are computed in float32; None if not."""
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether the device has units for bfloat16, as GPUs have since Ampere."""
+        return self.emulated_bfloat16_flops is None
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8")
 _CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4")
 _COUNTS = tuple(str(n) for n in range(1, 9))
 
+_PCIE3, _PCIE4, _PCIE5 = 16e9, 32e9, 64e9
+"""Bandwidth of 16 PCIe lanes, in bytes per second in one direction."""
+
 # TPU memory is the capacity that libtpu 0.0.42 reports when a program exceeds it. All other TPU
 # figures are from docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x. Those pages list
 # figures per chip, and links in both directions; the figures below are per JAX device and for one
-# direction. GPU memory and bandwidth are from OpenXLA's target specs h100_sxm and a100_sxm_80. GPU
-# FLOPS and links (NVLink, 900 and 600 GB/s in both directions) are from NVIDIA's H100 and A100 data
-# sheets (SXM, 80 GB).
+# direction.
+#
+# GPU memory is what CUDA reports, which is less than advertised. For h100, b200, a100 and a6000,
+# memory and bandwidth are from OpenXLA's target specs h100_sxm, b200, a100_sxm_80 and a6000. For
+# other GPUs, memory is from PyTorch's out-of-memory messages and from deviceQuery (rtx3090). Other
+# figures are from NVIDIA's data sheets (SXM modules, HGX B200, and the A10G of AWS) and its white
+# papers on GA102, Ada and RTX Blackwell (rtx3090, rtx4090, rtx5090). FLOPS are without sparsity and
+# with float32 accumulation. Links are NVLink or PCIe; NVLink bridges between pairs of rtx3090 or
+# a6000 are not counted.
+_COMPILED_AS_H100 = partial(DeviceSpec, "cuda", shapes=_COUNTS, gpu_target="h100")
+_COMPILED_AS_A100 = partial(DeviceSpec, "cuda", shapes=_COUNTS, gpu_target="a100")
+
 DEVICES = {
     "v4": DeviceSpec("tpu", int(30.75 * GIB), 1.2e12, 275e12, 150e9, _CUBES),
     "v5e": DeviceSpec("tpu", int(15.75 * GIB), 0.819e12, 197e12, 200e9, _FLAT),
     "v5p": DeviceSpec("tpu", int(95.74 * GIB), 2.765e12, 459e12, 600e9, _CUBES),
     "v6e": DeviceSpec("tpu", int(31.25 * GIB), 1.638e12, 918e12, 400e9, _FLAT),
     "tpu7x": DeviceSpec("tpu", int(94.75 * GIB), 3.69e12, 1153.5e12, 300e9, _CUBES, 2),
-    "h100": DeviceSpec("cuda", 84942979072, 3.352e12, 989e12, 450e9, _COUNTS),
-    "a100": DeviceSpec("cuda", 85100068864, 2.039e12, 312e12, 300e9, _COUNTS),
+    "h100": _COMPILED_AS_H100(84942979072, 3.352e12, 989e12, 450e9),
+    "h200": _COMPILED_AS_H100(int(139.8 * GIB), 4.8e12, 989e12, 450e9),
+    "b200": _COMPILED_AS_H100(191514411008, 7.672e12, 2250e12, 900e9),
+    "a100": _COMPILED_AS_A100(85100068864, 2.039e12, 312e12, 300e9),
+    "rtx3090": _COMPILED_AS_A100(25447170048, 936e9, 71e12, _PCIE4),
+    "rtx4090": _COMPILED_AS_A100(int(23.64 * GIB), 1008e9, 165.2e12, _PCIE4),
+    "rtx5090": _COMPILED_AS_A100(int(31.36 * GIB), 1792e9, 209.5e12, _PCIE5),
+    "l4": _COMPILED_AS_A100(int(22.03 * GIB), 300e9, 121e12, _PCIE4),
+    "a10g": _COMPILED_AS_A100(int(22.03 * GIB), 600e9, 70e12, _PCIE4),
+    "l40s": _COMPILED_AS_A100(int(44.39 * GIB), 864e9, 362e12, _PCIE4),
+    "a6000": _COMPILED_AS_A100(51041271808, 768e9, 154.8e12, _PCIE4),
+    "t4": DeviceSpec(
+        "cuda", int(14.56 * GIB), 320e9, 65e12, _PCIE3, _COUNTS, emulated_bfloat16_flops=8.1e12
+    ),
 }
 
 
@@ -80,14 +114,43 @@ class Topology:
         return [Topology(self.kind, shape) for shape in shapes[shapes.index(self.shape) + 1 :]]
 
 
+_CLOUD_VERSIONS = {
+    "v5litepod": ("v5e", 1),
+    "v5e": ("v5e", 1),
+    "v6e": ("v6e", 1),
+    "v5p": ("v5p", 2),
+    "v4": ("v4", 2),
+}
+"""The kind, and how much Google Cloud counts per chip: 2 for TensorCores, by version in a name."""
+
+CLOUD_TOPOLOGIES = {
+    f"{version}-{topology.num_devices * per_chip}": topology
+    for version, (kind, per_chip) in _CLOUD_VERSIONS.items()
+    for topology in (Topology(kind, shape) for shape in DEVICES[kind].shapes)
+    if per_chip == 1 or topology.num_devices >= 4
+}
+"""Topologies by the names that Google Cloud calls accelerator types, such as v5p-8."""
+
+
 def parse_topology(name: str) -> Topology:
-    """Parse a topology name such as v5e:2x4 or h100:8.
+    """Parse a topology such as v5e:2x4 or h100:8, or a name of Google Cloud such as v5litepod-8.
 
     Raises:
       OvisError: The name is unknown. The message suggests the closest topology and lists all
-        topologies.
+        topologies; for a name of Google Cloud, it lists the known numbers.
     """
-    kind, _, shape = name.strip().lower().partition(":")
+    normalized = name.strip().lower()
+    if normalized in CLOUD_TOPOLOGIES:
+        return CLOUD_TOPOLOGIES[normalized]
+    version, dash, _ = normalized.partition("-")
+    if dash and version in _CLOUD_VERSIONS:
+        known = [one for one in CLOUD_TOPOLOGIES if one.startswith(f"{version}-")]
+        counted = "chips" if _CLOUD_VERSIONS[version][1] == 1 else "TensorCores, two per chip"
+        raise OvisError(
+            f"topology {name!r} is unknown; known names of {version}, whose number counts"
+            f" {counted}: {', '.join(known)}"
+        )
+    kind, _, shape = normalized.partition(":")
     if kind not in DEVICES or shape not in DEVICES[kind].shapes:
         raise OvisError(
             f"topology {name!r} is unknown; the closest known one is {_closest_topology(name)}."
@@ -97,16 +160,21 @@ def parse_topology(name: str) -> Topology:
 
 
 def known_topologies() -> str:
-    """Return a line that lists all topologies, such as "v5e:1x1, 2x2, 2x4; h100:1, 2"."""
-    return "; ".join(f"{kind}:{', '.join(one.shapes)}" for kind, one in DEVICES.items())
+    """Return a line that lists all topologies, such as "v5e:1x1, 2x2, 2x4; h100:1 to 8"."""
+    texts = []
+    for kind, device in DEVICES.items():
+        counts = device.platform == "cuda"
+        shapes = f"1 to {device.shapes[-1]}" if counts else ", ".join(device.shapes)
+        texts.append(f"{kind}:{shapes}")
+    return f"{'; '.join(texts)}; names of Google Cloud, such as v5litepod-8 or v5p-8"
 
 
 def _closest_topology(name: str) -> str:
     """Return the topology with the most similar kind and the next larger number of devices."""
-    kind, *shape = re.split("[:-]", name.strip().lower(), maxsplit=1)
+    kind, _, shape = name.strip().lower().partition(":")
     kinds = get_close_matches(kind, DEVICES, n=1, cutoff=0.4) or list(DEVICES)
     topologies = [Topology(kind, shape) for kind in kinds for shape in DEVICES[kind].shapes]
-    wanted = math.prod(map(int, re.findall(r"\d+", "".join(shape))))
+    wanted = math.prod(map(int, re.findall(r"\d+", shape)))
     large_enough = [topology for topology in topologies if topology.num_devices >= wanted]
     if large_enough:
         return min(large_enough, key=lambda topology: topology.num_devices).name

@@ -1,6 +1,7 @@
 """The workload of a plan: a model, the devices, and the largest batch of requests."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
@@ -9,7 +10,10 @@ from ovis_jax.config import OvisConfig
 from ovis_jax.errors import OvisError, count_noun
 from ovis_jax.inputs.buckets import CROP_BUCKET, bucket_size
 from ovis_jax.plan.topologies import MeshSizes, Topology
+from ovis_jax.quantization import QuantizationFormat
 from ovis_jax.sharding import TENSOR, param_shardings
+
+KvCacheDtype = Literal["auto", "int8"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,11 @@ class Workload:
     max_partition: int = 9
     """Maximum number of cells that an image is cut into."""
     dtype: str = "bfloat16"
-    """Dtype of the weights and the KV cache."""
+    """Dtype of activations, of weights that are not quantized, and of the KV cache."""
+    quantization: QuantizationFormat | None = None
+    """Quantization of the weights; None for none."""
+    kv_cache_dtype: KvCacheDtype = "auto"
+    """Dtype of the KV cache; "auto" is `dtype`."""
 
     @property
     def abstract_mesh(self) -> AbstractMesh:
@@ -49,18 +57,25 @@ class Workload:
         return self.crops_per_row * self.config.visual_tokenizer.tokens_per_crop
 
     @property
-    def bytes_per_weight(self) -> int:
-        """Number of bytes per weight."""
+    def bytes_per_activation(self) -> int:
+        """Number of bytes per activation."""
         return jnp.dtype(self.dtype).itemsize
+
+    @property
+    def peak_flops(self) -> float:
+        """Peak rate of floating point operations in `dtype` on one device, per second."""
+        device = self.topology.device
+        return (self.dtype != "float16" and device.emulated_bfloat16_flops) or device.peak_flops
 
     def validate(self) -> None:
         """Check that the mesh can shard the arrays, and that the images fit into the rows.
 
         Raises:
-          OvisError: The product of the mesh sizes is not the number of devices, a mesh axis does
-            not divide a dimension (the message names the letter, the size and the axis), or the
-            images alone exceed `max_length`.
+          OvisError: The model does not support the dtype, the product of the mesh sizes is not the
+            number of devices, a mesh axis does not divide a dimension (the message names the
+            letter, the size and the axis), or the images alone exceed `max_length`.
         """
+        self.config.check_compute_dtype(self.dtype)
         data, model = self.mesh_sizes
         devices = self.topology.num_devices
         if data * model != devices:

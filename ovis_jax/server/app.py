@@ -151,7 +151,7 @@ class ChatService:
         elif body.prompt is not None and body.messages is None:
             ids = await preprocessor.encode_text(body.prompt)
             if body.add_special_tokens is not False:
-                ids = [tokenizer.token_to_id("<bos>"), *ids]
+                ids = [preprocessor.processor.config.bos_id, *ids]
         else:
             raise bad_request("messages", "expected either messages or prompt")
         pieces = None

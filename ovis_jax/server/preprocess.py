@@ -124,7 +124,11 @@ class Preprocessor:
         """
         limits = self.limits
         body.check_messages(messages)
-        turns, images, prefix = convert_messages(messages, interleave=bool(body.interleave))
+        turns, images, prefix = convert_messages(
+            messages,
+            interleave=bool(body.interleave),
+            system_turns=self.processor.chat_format.has_system_turns,
+        )
         partitions = self._max_partitions(body, images)
         if len(images) > limits.max_images:
             message = f"{len(images)} images, but the maximum is {limits.max_images}"
@@ -239,16 +243,18 @@ class Preprocessor:
 
 
 def convert_messages(
-    messages: Sequence[ChatMessage], *, interleave: bool = False
+    messages: Sequence[ChatMessage], *, interleave: bool = False, system_turns: bool = False
 ) -> tuple[list[Turn], list[tuple[ImageUrl, str]], str]:
-    """Convert messages to the turns of a Gemma2 conversation.
+    """Convert messages to the turns of a conversation.
 
     If a message has only one text, its images come before the text, as in the model's training
-    data. System and developer messages are prepended to the text of the next user turn.
+    data. System and developer messages become system turns or, if the model has none, they are
+    prepended to the text of the next user turn.
 
     Args:
       messages: The messages.
       interleave: Whether images and texts always keep their order.
+      system_turns: Whether the model's conversations have system turns.
 
     Returns:
       The turns, with a part `{"type": "image"}` for each image; the images, each with the path of
@@ -290,6 +296,8 @@ def convert_messages(
         text = "\n".join(message.texts)
         if message.role == "assistant":
             turns.append({"role": "assistant", "content": text})
+        elif system_turns:
+            turns.append({"role": "system", "content": text})
         elif text.strip():
             system.append(text.strip())
     prefix = ""

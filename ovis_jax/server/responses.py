@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ovis_jax.engine.request import Delta, Logprob, Request, TokenLogprobs
-from ovis_jax.inputs.tokenizer import BYTES, SPACE, Tokenizer
+from ovis_jax.inputs.tokenizer import BYTES, Tokenizer
 
 MIN_LOGPROB = -9999.0
 """OpenAI's value for log-probabilities that are too small, because JSON has no infinity."""
@@ -109,13 +109,15 @@ class ResponseFormatter:
 def token_text(tokenizer: Tokenizer, token_id: int) -> tuple[str, bytes]:
     r"""Return the text of a token in the form of OpenAI's API, and its bytes.
 
-    A token that is one byte of a longer character has no text, so it is written as bytes:\xNN.
+    A token that is a part of a longer character has no text, so it is written as bytes:\xNN.
     """
-    piece = tokenizer.pieces[token_id]
-    if piece in BYTES:
-        return f"bytes:\\x{BYTES[piece]:02x}", bytes([BYTES[piece]])
-    text = piece.replace(SPACE, " ")
-    return text, text.encode()
+    data = tokenizer.token_bytes(token_id)
+    try:
+        if tokenizer.pieces[token_id] not in BYTES:
+            return data.decode(), data
+    except UnicodeDecodeError:  # a byte-level piece
+        pass
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data
 
 
 def _choice(index: int, delta: dict[str, Any], **fields: Any) -> dict[str, Any]:

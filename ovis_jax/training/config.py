@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from ovis_jax.errors import TrainingError
 from ovis_jax.model.lora import ATTENTION_MATRICES
+from ovis_jax.quantization import QuantizationFormat
 from ovis_jax.training.trainable import TrainablePart
 from ovis_jax.user_files import read_text
 
@@ -167,6 +168,9 @@ class TrainConfig(ConfigTable):
 
     model: str = Field(examples=["ovis-tiny"])
     """A converted folder, or a folder or repo id in the Hub's layout."""
+    quantization: QuantizationFormat | None = None
+    """Format to quantize the matrices of the model to while it is loaded. Adapters can be trained
+    on quantized matrices (QLoRA, Dettmers et al. 2023), which stay as they are."""
     output_dir: Path = Field(examples=["runs/first"])
     """Output folder for checkpoints, metrics and the result."""
     trainable: Parts = Field(default=(), examples=[["llm"]])

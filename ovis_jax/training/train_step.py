@@ -22,7 +22,7 @@ from ovis_jax.training.losses import (
     cross_entropy_sum_and_count,
     dpo_losses,
 )
-from ovis_jax.training.trainable import FlatParams, join_params
+from ovis_jax.training.trainable import FlatParams, FrozenParams, cast_params, join_params
 
 
 class TrainState(NamedTuple):
@@ -99,7 +99,7 @@ def train_step(
     model: Ovis,
     config: StepConfig,
     state: TrainState,
-    frozen: FlatParams,
+    frozen: FrozenParams,
     batches: TrainBatch | PreferenceBatch,
     lora_scale: float = 1.0,
     key: Key[Array, ""] | None = None,
@@ -110,7 +110,7 @@ def train_step(
       model: The model; static. With `remat`, its blocks are recomputed in the backward pass.
       config: Config of the step; static.
       state: The current state; donated.
-      frozen: Frozen parameters by path, in any dtype.
+      frozen: Frozen parameters by path, in any dtype or quantized.
       batches: The micro-batches, stacked by `stack_micro_batches`.
       lora_scale: Factor by which the adapters' products are multiplied; static.
       key: Random key of the run, only needed if the model samples visual words ("gumbel_argmax").
@@ -155,13 +155,13 @@ def _summed_loss(
     config: StepConfig,
     lora_scale: float,
     trainable: FlatParams,
-    frozen: FlatParams,
+    frozen: FrozenParams,
     batch: TrainBatch | PreferenceBatch,
     key: Key[Array, ""] | None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return a micro-batch's loss, summed over tokens or pairs, and the number of these."""
-    cast_all = partial(jax.tree.map, lambda x: x.astype(config.compute_dtype))
-    params = join_params(cast_all(trainable), cast_all(frozen), lora_scale)
+    dtype = config.compute_dtype
+    params = join_params(cast_params(trainable, dtype), cast_params(frozen, dtype), lora_scale)
     if isinstance(batch, TrainBatch):
         logits, _ = model.forward(params, batch.inputs, key)
         return cross_entropy_sum_and_count(logits, batch.labels)

@@ -5,8 +5,10 @@ from typing import Any, Literal, get_args
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jax.typing import DTypeLike
 
 from ovis_jax.errors import RequestError
+from ovis_jax.model.linear import Quantized
 from ovis_jax.model.lora import attach_adapters
 from ovis_jax.model.ovis import Params
 
@@ -26,8 +28,11 @@ PART_BY_PREFIX: Mapping[str, TrainablePart] = {
 FlatParams = dict[str, Array]
 """Parameters by path; a path is, for example, "decoder/block_0/attn/q"."""
 
+FrozenParams = dict[str, Array | Quantized]
+"""Parameters by path, which may include quantized matrices."""
 
-def split_params(params: Params, parts: Sequence[str]) -> tuple[FlatParams, FlatParams]:
+
+def split_params(params: Params, parts: Sequence[str]) -> tuple[FlatParams, FrozenParams]:
     """Split parameters into trainable and frozen parameters.
 
     Args:
@@ -35,7 +40,7 @@ def split_params(params: Params, parts: Sequence[str]) -> tuple[FlatParams, Flat
       parts: The trainable parts, which are names in `TRAINABLE_PARTS`.
 
     Raises:
-      RequestError: `parts` is empty or contains an unknown part.
+      RequestError: `parts` is empty or contains an unknown part, or one with a quantized matrix.
     """
     unknown = [part for part in parts if part not in TRAINABLE_PARTS]
     if unknown or not parts:
@@ -44,13 +49,27 @@ def split_params(params: Params, parts: Sequence[str]) -> tuple[FlatParams, Flat
         )
     trainable, frozen = {}, {}
     for path, x in flatten_dict(params, sep="/").items():
-        is_trainable = PART_BY_PREFIX[path.partition("/")[0]] in parts
-        (trainable if is_trainable else frozen)[path] = x
+        part = PART_BY_PREFIX[path.partition("/")[0]]
+        if part in parts and isinstance(x, Quantized):
+            raise RequestError(
+                f"trainable part {part}: {path} is quantized, so its numbers cannot be trained;"
+                " train LoRA adapters on it, or load the model without quantization"
+            )
+        (trainable if part in parts else frozen)[path] = x
     return trainable, frozen
 
 
+def cast_params(
+    params: Mapping[str, Array | Quantized], dtype: DTypeLike
+) -> dict[str, Array | Quantized]:
+    """Cast parameters by path to a dtype; quantized matrices stay as they are."""
+    return {path: x if isinstance(x, Quantized) else x.astype(dtype) for path, x in params.items()}
+
+
 def join_params(
-    trainable: Mapping[str, Array], frozen: Mapping[str, Array], lora_scale: float = 1.0
+    trainable: Mapping[str, Array | Quantized],
+    frozen: Mapping[str, Array | Quantized],
+    lora_scale: float = 1.0,
 ) -> Params:
     """Combine trainable and frozen parameters into the parameters of the whole model.
 
@@ -59,7 +78,9 @@ def join_params(
       frozen: All other parameters by path.
       lora_scale: Factor by which the adapters' products are multiplied.
     """
-    adapters = {path: x for path, x in trainable.items() if path.rpartition("/")[0] in frozen}
+    adapters: dict[str, Any] = {
+        path: x for path, x in trainable.items() if path.rpartition("/")[0] in frozen
+    }
     flat: dict[str, Any] = {
         **frozen,
         **{path: x for path, x in trainable.items() if path not in adapters},

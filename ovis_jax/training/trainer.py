@@ -2,8 +2,9 @@
 
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import grain
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
@@ -30,6 +32,7 @@ from ovis_jax.inputs.dataset import Dataset, read_dataset
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.loading import LoadedOvis
 from ovis_jax.mesh import data_model_mesh
+from ovis_jax.model.linear import Quantized
 from ovis_jax.model.lora import init_adapters
 from ovis_jax.model.ovis import Ovis
 from ovis_jax.sharding import RULES_BY_NAME, TENSOR, adapter_shapes, adapter_shardings, param_shapes
@@ -44,7 +47,7 @@ from ovis_jax.training.train_step import (
     reference_log_probs,
     train_step,
 )
-from ovis_jax.training.trainable import FlatParams, join_params, split_params
+from ovis_jax.training.trainable import FrozenParams, cast_params, join_params, split_params
 
 MODEL_FOLDER = "model"
 ADAPTERS_FOLDER = "adapters"
@@ -65,20 +68,24 @@ class Trainer:
       DataError: A dataset file is invalid, or a row is invalid and the config does not skip invalid
         rows.
       CheckpointError: The model cannot be loaded.
-      OvisError: The mesh needs more devices than JAX has.
+      OvisError: The mesh needs more devices than JAX has, or a trainable part is quantized.
     """
 
     def __init__(self, config: TrainConfig, console: Console):
         self._config, self._console = config, console
         self._mesh = mesh = None if config.mesh is None else _make_mesh(config)
-        self._train_set = _read_rows(config, config.data.train_files)
-        self._validation_set = _read_rows(config, config.data.validation_files, validation=True)
+        folder = resolve_checkpoint(config.model, weights=False).folder
+        ovis_config = OvisConfig.from_folder(folder)
+        self._processor = Processor.from_folder(folder, ovis_config)
+        read_rows = partial(_read_rows, config, self._processor.chat_format.has_system_turns)
+        self._train_set = read_rows(config.data.train_files)
+        self._validation_set = read_rows(config.data.validation_files, validation=True)
         self._source = resolve_checkpoint(config.model).folder
-        ovis_config = OvisConfig.from_folder(self._source)
-        self._processor = Processor.from_folder(self._source, ovis_config)
         self._model = Ovis(ovis_config, remat=config.run.remat)
         rules = RULES_BY_NAME[config.mesh.rules] if config.mesh else TENSOR
-        params = load_params(self._source, ovis_config, mesh=mesh, rules=rules)
+        params = load_params(
+            self._source, ovis_config, mesh=mesh, rules=rules, quantization=config.quantization
+        )
         if config.lora is None:
             trainable, frozen = split_params(params, config.trainable)
         else:
@@ -88,7 +95,7 @@ class Trainer:
                 rank=config.lora.rank,
                 target_modules=config.lora.target_modules,
             )
-            frozen = cast(FlatParams, flatten_dict(params, sep="/"))
+            frozen = cast(FrozenParams, flatten_dict(params, sep="/"))
             if mesh is not None:
                 shardings = adapter_shardings(ovis_config, mesh, rules)
                 trainable = {
@@ -245,9 +252,8 @@ class Trainer:
         accuracies = accuracy_by_kind(outcomes)
         return {kind: accuracy.fraction for kind, accuracy in accuracies.items()}
 
-    def _cast(self, params: FlatParams) -> FlatParams:
-        dtype = self._config.training.compute_dtype
-        return {path: x.astype(dtype) for path, x in params.items()}
+    def _cast(self, params: Mapping[str, Array | Quantized]) -> FrozenParams:
+        return cast_params(params, self._config.training.compute_dtype)
 
     def _place(self, arrays: Any, *axes: str | None) -> Any:
         """Shard arrays over the given mesh axes; without a mesh, return them unchanged."""
@@ -330,11 +336,13 @@ def _make_mesh(config: TrainConfig) -> Mesh:
     return mesh
 
 
-def _read_rows(config: TrainConfig, paths: Sequence[Path], *, validation: bool = False) -> Dataset:
+def _read_rows(
+    config: TrainConfig, system_turns: bool, paths: Sequence[Path], *, validation: bool = False
+) -> Dataset:
     """Read dataset files. Invalid rows are an error unless the config skips them."""
     if not paths:
         return Dataset((), ())
-    dataset = read_dataset(paths, config.data.images)
+    dataset = read_dataset(paths, config.data.images, system_turns=system_turns)
     if validation:
         dataset = _check_validation_rows(dataset)
     if dataset.errors and config.data.invalid_rows == "error":

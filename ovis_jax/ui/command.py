@@ -1,6 +1,5 @@
 """The command `ovis-jax ui`."""
 
-import signal
 from typing import Annotated
 
 import typer
@@ -11,7 +10,9 @@ from ovis_jax.console import (
     DtypeOption,
     KVCacheDtypeOption,
     ModelOption,
+    QuantizationOption,
     TensorParallelOption,
+    interrupt_on_sigterm,
     model_display_name,
 )
 from ovis_jax.engine.scheduler import run_engine
@@ -50,6 +51,7 @@ def ui(
         ),
     ] = None,
     dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
     kv_cache_dtype: KVCacheDtypeOption = "auto",
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
@@ -60,15 +62,21 @@ def ui(
         from ovis_jax.ui.page import MAX_TOKENS_CHOICES, create_page, launch_page_in_thread
     with bind_sockets(host.strip("[]"), port or 0):
         pass  # checks the port before the model is loaded; Gradio binds it again later
-    # SIGTERM must exit in the same way as Ctrl-C, so that the private folder is removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     notes = Console(stderr=True, highlight=False)
     notes.print(f"loading {model}")
     mesh = tensor_parallel_mesh(tensor_parallel)
-    ovis = load(model, dtype=dtype, kv_cache_dtype=kv_cache_dtype, adapters=adapters, mesh=mesh)
+    ovis = load(
+        model,
+        dtype=dtype,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        adapters=adapters,
+        mesh=mesh,
+    )
     max_model_len = max_model_len or ovis.config.multimodal_max_length + max(MAX_TOKENS_CHOICES)
     notes.print(f"compiling for {max_num_seqs} sequences of {max_model_len} positions")
     with (
+        interrupt_on_sigterm(),  # so that the private folder is removed
         run_engine(ovis, max_num_seqs=max_num_seqs, max_model_len=max_model_len) as scheduler,
         # This comes after loading, because the user's paths are relative to the original working
         # folder.

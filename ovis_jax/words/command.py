@@ -13,6 +13,7 @@ from rich.console import Console
 from ovis_jax.console import (
     MaxPartitionOption,
     ModelOption,
+    QuantizationOption,
     TensorParallelOption,
     parse_image_path,
     print_table,
@@ -43,6 +44,7 @@ def draw_visual_words(
     model: ModelOption = "ovis-tiny",
     top: Annotated[int, typer.Option(help="Number of visual words to list.")] = 8,
     max_partition: MaxPartitionOption = 9,
+    quantization: QuantizationOption = None,
     tensor_parallel: TensorParallelOption = 1,
 ) -> None:
     """Draw an entropy heat map of an image's visual tokens, and list its most frequent words."""
@@ -57,7 +59,7 @@ def draw_visual_words(
             f" {', '.join(formats)}"
         )
     images = [open_image(path) for path in image]
-    ovis = load(model, mesh=tensor_parallel_mesh(tensor_parallel))
+    ovis = load(model, quantization=quantization, mesh=tensor_parallel_mesh(tensor_parallel))
     usages = [_measure_usage(ovis, one, max_partition) for one in images]
     names = [Path(path).name for path in image]
     console = Console(highlight=False)

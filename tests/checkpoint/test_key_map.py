@@ -2,13 +2,16 @@ import dataclasses
 import math
 from pathlib import Path
 
+import jax
 import pytest
+from flax.traverse_util import flatten_dict
 from golden_copies import CHECKPOINTS, GOLDEN
 
-from ovis_jax import presets
+from ovis_jax import Ovis, presets
 from ovis_jax.checkpoint.checkpoint_problems import CheckpointValidationError
 from ovis_jax.checkpoint.key_map import (
     HUB_KEYS,
+    LLAMA_HUB_KEYS,
     UNUSED_HUB_KEYS,
     KeyMap,
     make_converted_key_map,
@@ -44,21 +47,36 @@ def problems(folder, keys=None, stored_dtype: str | None = "F32"):
     return error.value.problems
 
 
-def test_published_9b_counts():
-    config = presets.ovis1_6_gemma2_9b()
+@pytest.mark.parametrize(
+    "preset, num_keys, num_params",
+    [
+        (presets.ovis1_6_gemma2_9b, 916, 10_206_910_518),
+        (presets.ovis1_6_llama3_2_3b, 706, 4_144_399_926),
+    ],
+)
+def test_published_counts(preset, num_keys, num_params):
+    config = preset()
     keys, shapes, unused = (
         make_hub_key_map(config),
         param_shapes(config),
         unused_tensor_shapes(config),
     )
-    assert len(keys.parameters) + len(keys.unused) == 916
+    assert len(keys.parameters) + len(keys.unused) == num_keys
     assert keys.unused.keys() == unused.keys()
     total = sum(math.prod(shapes[path]) for path in keys.parameters.values())
-    assert total + sum(map(math.prod, unused.values())) == 10_206_910_518
+    assert total + sum(map(math.prod, unused.values())) == num_params
+    tree = jax.eval_shape(Ovis(config).init, jax.random.key(0))
+    assert {path: x.shape for path, x in flatten_dict(tree, sep="/").items()} == shapes
 
 
 @pytest.mark.parametrize(
-    "config", [presets.tiny(), presets.ovis1_6_gemma2_9b(), presets.ovis1_6_gemma2_27b()]
+    "config",
+    [
+        presets.tiny(),
+        presets.tiny_llama(),
+        presets.ovis1_6_gemma2_9b(),
+        presets.ovis1_6_gemma2_27b(),
+    ],
 )
 def test_keys_and_parameters_are_one_to_one(config):
     paths = list(make_hub_key_map(config).parameters.values())
@@ -69,6 +87,7 @@ def test_keys_and_parameters_are_one_to_one(config):
 def test_tables_cover_each_other():
     assert set(HUB_KEYS.values()) == PARAM_AXES.keys()
     assert not HUB_KEYS.keys() & UNUSED_HUB_KEYS.keys()
+    assert LLAMA_HUB_KEYS.keys() <= HUB_KEYS.keys()
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

@@ -2,7 +2,8 @@
 
 `python -m tests.conversion.kill_conversions SRC FOLDER` prints a JSON object with the counts. It
 forks because starting a process takes seconds. The moments are seeded: a number of bytes written,
-or a number of operations on files, before or after which the process is killed.
+or a number of operations on files, before or after which the process is killed. Every other
+conversion quantizes.
 """
 
 import json
@@ -11,6 +12,7 @@ import random
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +53,7 @@ def kill_at_operation(number: int, *, after: bool) -> None:
         wrap(name)
 
 
-def attempt(source: Path, result: Path, rng: random.Random) -> bool:
+def attempt(convert: Callable[..., object], result: Path, rng: random.Random) -> bool:
     """Convert in a fork that is killed at a random moment; return whether it finished before."""
     kill_at_bytes = rng.random() < 0.5
     share, operation, after = rng.random(), rng.randint(1, 150), rng.random() < 0.5
@@ -65,7 +67,7 @@ def attempt(source: Path, result: Path, rng: random.Random) -> bool:
         if not kill_at_bytes:
             kill_at_operation(operation, after=after)
         try:
-            convert_from_hf(source, result, max_shard_bytes=SHARD_BYTES, progress=progress)
+            convert(result, progress=progress)
             os._exit(0)
         finally:
             os._exit(1)
@@ -93,14 +95,20 @@ def main() -> None:
     source, folder = Path(sys.argv[1]), Path(sys.argv[2])
     warnings.simplefilter("ignore")  # JAX warns about forks; nothing here computes
     tensor_chunks.read_chunks = partial(safetensors_reader.read_chunks, size=4096)
-    convert_from_hf(source, folder / "expected", max_shard_bytes=SHARD_BYTES)
-    expected, rng = read_files(folder / "expected"), random.Random(0)
+    conversions = []
+    for quantization in (None, "int4"):
+        options = {"max_shard_bytes": SHARD_BYTES, "quantization": quantization}
+        convert, result = partial(convert_from_hf, source, **options), folder / str(quantization)
+        convert(result)
+        conversions.append((convert, read_files(result)))
+    rng = random.Random(0)
     counts = dict.fromkeys(("killed", "results", "equal results", "kept", "converted again"), 0)
     while counts["killed"] < KILLS:
+        convert, expected = conversions[counts["results"] % 2]
         result = folder / f"result{counts['results']}"
         finished: dict[str, tuple[int, int]] = {}
         while not result.exists():
-            counts["killed"] += not attempt(source, result, rng)
+            counts["killed"] += not attempt(convert, result, rng)
             finished = find_finished(folder / f"{result.name}.partial") | finished
         counts["results"] += 1
         counts["equal results"] += read_files(result) == expected

@@ -122,6 +122,7 @@ def test_memory_is_less_than_one_tensor(tmp_path):
     tracemalloc.start()
     convert_from_hf(folder, tmp_path / "same")
     convert_from_hf(folder, tmp_path / "cast", dtype="bfloat16")
+    convert_from_hf(folder, tmp_path / "int4", quantization="int4")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert size > 70_000_000

@@ -3,6 +3,7 @@ import os
 import tracemalloc
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from golden_copies import (
     CHECKPOINTS,
     GOLDEN,
+    GOLDEN_LLAMA,
     copy_golden,
     read_tensors,
     rewrite_shard,
@@ -66,6 +68,19 @@ def test_round_trip_is_bit_equal(name, converted, tmp_path):
     }
     assert all((out / file).read_bytes() == content for file, content in small.items())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_llama_round_trip_is_bit_equal(tmp_path):
+    source = GOLDEN_LLAMA / "tiny-f32"
+    convert_from_hf(source, tmp_path / "converted")
+    converted, original = load(tmp_path / "converted"), load(source)
+    assert converted.config == original.config
+    jax.tree.map(np.testing.assert_array_equal, converted.params, original.params)
+    out = tmp_path / "out"
+    assert export_to_hf(tmp_path / "converted", out, source=source) == (90, 13)
+    assert_same_tensors(out, read_tensors(source))
+    for path in source.glob("*.json"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
 
 
 def test_without_a_source_never_used_tensors_are_zero(converted, tmp_path):

@@ -51,15 +51,40 @@ class Letters(Tokenizer):
 
     pieces = ("<eos>", *"abcdef", "<0xC3>", "<0xA4>", "▁g")
     special_ids = frozenset({0})
+    byte_level = clean_up_spaces = False
 
 
-def generate(ids: list[int], **options) -> tuple[list[Delta], str | None, Request]:
+class Llama(Letters):
+    """A tokenizer of words, whose spaces are cleaned up."""
+
+    pieces = ("<eos>", "do", "Ġn", "'t", "Ġgo", "Ġ", ".", "ot")
+    byte_level = clean_up_spaces = True
+
+
+def test_stop_strings_of_a_text_whose_spaces_are_cleaned_up():
+    ids = [1, 2, 3, 4, 5, 6, 2, 7, 5]
+    deltas, reason, _ = generate(ids, tokenizer=Llama(), max_new_tokens=len(ids))
+    assert "".join(delta.text for delta in deltas) == "don't go. not "
+    assert [delta.text for delta in deltas] == ["do", "n't", " go", ".", " not", " "]
+    assert reason == "length"
+    for stop, end in (("o.", 6), ("n't", 3), ("don't", 3)):
+        deltas, reason, _ = generate(ids[:end], tokenizer=Llama(), stop=(stop,))
+        assert "".join(delta.text for delta in deltas) == "don't go. not ".partition(stop)[0]
+        assert reason == "stop"
+    # " ." does not exist after the clean-up.
+    _, reason, _ = generate(ids, tokenizer=Llama(), stop=(" .",), max_new_tokens=len(ids))
+    assert reason == "length"
+
+
+def generate(
+    ids: list[int], *, tokenizer: Tokenizer | None = None, **options
+) -> tuple[list[Delta], str | None, Request]:
     """Feed ids to a sequence that ends at id 0."""
     deltas = []
     defaults = {"max_new_tokens": 99, "sampling": Sampling(), "seed": 0, "deadline": 0.0}
     tokens, pixels = np.zeros(3, np.int32), np.zeros((0, 4, 4, 3), np.float32)
     request = Request(tokens, pixels, on_event=deltas.append, **(defaults | options))
-    sequence, reason = Sequence(request, 0, Letters(), (0,)), None
+    sequence, reason = Sequence(request, 0, tokenizer or Letters(), (0,)), None
     for i in ids:
         assert reason is None
         reason = sequence.append(TokenLogprobs(Logprob(i, -i), ()))

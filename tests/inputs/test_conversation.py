@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from ovis_jax.errors import PromptError
 from ovis_jax.inputs.conversation import (
+    GEMMA2,
     IMAGE_TOKEN_ID,
+    LLAMA3,
     ParsedTurn,
     encode_conversation,
     encode_prompt,
@@ -22,12 +24,14 @@ from ovis_jax.inputs.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted((GOLDEN / "cases" / "tiny-f32").glob("*.npz"))
+LLAMA = GOLDEN.with_name("golden-llama")
+CASES += sorted((LLAMA / "cases" / "tiny-f32").glob("*.npz"))
 CASES = [path for path in CASES if path.stem != "batch_leftpad"]
 
 
 @functools.cache
-def tokenizer():
-    return Tokenizer.from_folder(GOLDEN / "tiny-f32")
+def tokenizer(folder=GOLDEN):
+    return Tokenizer.from_folder(folder / "tiny-f32")
 
 
 def user(content):
@@ -49,10 +53,13 @@ def marked(turns):
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_ids_and_labels_are_the_original_s(path):
-    golden = np.load(path)
+    golden, folder = np.load(path), path.parents[2]
+    chat_format = {"chat_format": LLAMA3 if folder == LLAMA else GEMMA2}
     meta = json.loads(str(golden["meta"]))
-    prompt = meta["text"] if isinstance(meta["text"], str) else turns_from_sharegpt(meta["text"])
-    encoded = encode_prompt(parse(prompt, len(golden["grids"])), tokenizer())
+    prompt = meta["text"]
+    prompt = prompt if isinstance(prompt, str) else turns_from_sharegpt(prompt, **chat_format)
+    turns = parse(prompt, len(golden["grids"]), **chat_format)
+    encoded = encode_prompt(turns, tokenizer(folder), **chat_format)
     assert encoded.ids == golden["raw_input_ids"].tolist()
     placeholders = [image_placeholder_ids(tuple(grid)) for grid in golden["grids"]]
     expanded = insert_image_placeholders(encoded, placeholders)
@@ -72,6 +79,41 @@ def test_a_conversation_id_by_id():
     prompt = encode_prompt(turns, tokenizer(), " Hi ")
     assert prompt.ids == [*head, *answer, *tail, 106, 441, 108, 558, 535]
     assert prompt.labels[-5:] == [-100, -100, -100, 558, 535]
+
+
+def test_a_llama_conversation():
+    """A default system turn comes first, and the caller's list does not change."""
+    encode = functools.partial(Tokenizer.encode, tokenizer(LLAMA))
+    turns = [user("Hi"), assistant("Yes"), {"role": "system", "content": "Be brief."}, user("Why?")]
+    given = [dict(turn) for turn in turns]
+    parsed = parse(turns, chat_format=LLAMA3)
+    encoded = encode_conversation(parsed, tokenizer(LLAMA), chat_format=LLAMA3)
+    assert turns == given and len(parsed) == 4
+    default = "You are a helpful and honest multimodal assistant."
+    text = "<|begin_of_text|>"
+    for role, content in [("system", default), ("user", "Hi"), ("assistant", "Yes")]:
+        text += f"<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
+    learned = len(encode(text))
+    text += "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    text += "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+    assert encoded.ids == encode(text)
+    answer = encode("Yes<|eot_id|>")
+    expected = [-100] * len(encoded.ids)
+    expected[learned - len(answer) : learned] = answer
+    assert encoded.labels == expected
+    own = [{"role": "system", "content": "Be kind."}, user("Hi")]
+    ids = encode_prompt(parse(own, chat_format=LLAMA3), tokenizer(LLAMA), chat_format=LLAMA3).ids
+    assert ids == encode(
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    with pytest.raises(PromptError, match="the last turn of the prompt is a system turn"):
+        encode_prompt(
+            parse([user("Hi"), own[0]], chat_format=LLAMA3), tokenizer(LLAMA), chat_format=LLAMA3
+        )
+    with pytest.raises(PromptError, match="role 'tool', expected system, user or assistant"):
+        parse([{"role": "tool", "content": "a"}], chat_format=LLAMA3)
 
 
 contents = st.lists(

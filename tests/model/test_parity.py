@@ -17,6 +17,7 @@ from jax import Array
 from measured import record
 from reference.ovis_torch import OvisTorch, params_of
 from torch import Tensor, nn
+from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
@@ -25,12 +26,20 @@ from transformers.models.gemma2.modeling_gemma2 import (
     Gemma2RotaryEmbedding,
     apply_rotary_pos_emb,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from ovis_jax import presets
 from ovis_jax.config import OvisConfig
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model import decoder, vision
-from ovis_jax.model.layers import apply_rope, gelu, layer_norm, rms_norm, softcap
+from ovis_jax.model.layers import (
+    apply_rope,
+    gelu,
+    layer_norm,
+    rms_norm,
+    rope_frequencies,
+    softcap,
+)
 from ovis_jax.model.ovis import Ovis, Params
 from ovis_jax.model.visual_tokenizer import VisualTokenizer, embed_words, merge_patches
 
@@ -75,6 +84,10 @@ CONFIGS = {
         {"width": 48, "num_kv_heads": 1, "head_dim": 32, "query_pre_attn_scalar": 32, "depth": 5}
         | {"attn_softcap": 5.0, "final_softcap": 12.0, "rope_theta": 500.0, "sliding_window": 11},
     ),
+    # Heads of 16 make 96, not 48; no caps, windows or scaling of embeddings.
+    "llama": replace(
+        presets.tiny_llama(), decoder=replace(presets.tiny_llama().decoder, norm_eps=0.05)
+    ),
 }
 LENGTH = 23
 """Positions per row, more than any window above."""
@@ -112,7 +125,7 @@ class Sides:
         return normal(2, self.config.vision.num_patches, self.config.vision.width)
 
     def rows(self) -> Array:
-        """Input of a Gemma2 module."""
+        """Input of a decoder module."""
         return normal(2, LENGTH, self.config.decoder.width, scale=2.0)
 
     def pixels(self) -> Array:
@@ -161,6 +174,9 @@ def random_norm(module: nn.Module, seed: int = 0) -> Any:
 def test_rms_norm(width: int, scale: float):
     x, norm = normal(2, 7, width, scale=scale), random_norm(Gemma2RMSNorm(width, eps=1e-6))
     check(rms_norm(x, jnp.array(norm.weight), 1e-6), norm(tensor(x)), MODULE_TOLERANCE)
+    norm = random_norm(LlamaRMSNorm(width, eps=1e-5))
+    got = rms_norm(x, jnp.array(norm.weight), 1e-5, offset=0)
+    check(got, norm(tensor(x)), MODULE_TOLERANCE)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 3.0, 300.0])
@@ -197,6 +213,28 @@ def test_rope(head_dim: int):
     expected = apply_rotary_pos_emb(tensor(q), tensor(k), cos, sin, unsqueeze_dim=2)
     for x, turned in zip((q, k), expected, strict=True):
         check(apply_rope(x, positions, 10_000.0), turned, MODULE_TOLERANCE)
+
+
+def test_llama_norm_rounds_before_it_multiplies():
+    """The last bit of bfloat16 shows the order."""
+    x, norm = normal(2, 7, 64), random_norm(LlamaRMSNorm(64, eps=1e-5)).bfloat16()
+    weight = jnp.array(norm.weight.float()).astype(jnp.bfloat16)
+    got = rms_norm(x.astype(jnp.bfloat16), weight, 1e-5, offset=0)
+    expected = norm(tensor(x).bfloat16())
+    np.testing.assert_array_equal(got.astype(jnp.float32), expected.float())
+
+
+@pytest.mark.parametrize("preset", [presets.tiny_llama, presets.ovis1_6_llama3_2_3b])
+def test_llama3_rope_frequencies(preset: Callable[[], OvisConfig]):
+    """Kept, blended and divided frequencies; float32 powers may differ by the last bits."""
+    c = preset().decoder
+    config = LlamaConfig(**c.to_hf())
+    expected = np.asarray(LlamaRotaryEmbedding(config).inv_freq)
+    found = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+    np.testing.assert_allclose(found, expected, rtol=5e-7)
+    ratios = found / rope_frequencies(c.head_dim, c.rope_theta)
+    assert ratios[0] == 1 and ratios[-1] == np.float32(1 / 32)
+    assert np.any((ratios < 1) & (ratios > 1.01 / 32))
 
 
 # ----- modules: (sides) -> our output, PyTorch's output
@@ -254,7 +292,7 @@ def visual_embedding(both: Sides) -> tuple[Any, Any]:
 
 
 def decoder_part(part: str, index: int) -> Module:
-    """A module of a Gemma2 block, or the block; blocks 0, 2, ... are local."""
+    """A module of a decoder block, or the block; Gemma2's blocks 0, 2, ... are local."""
 
     def run(both: Sides) -> tuple[Any, Any]:
         c, x, model = both.config.decoder, both.rows(), both.torch.llm.model
@@ -270,7 +308,8 @@ def decoder_part(part: str, index: int) -> Module:
         }[part]
         ours = build(c, c.window(index), jnp.float32)
         got, _ = jax.jit(ours.apply)({"params": params}, x, positions, None)
-        make_mask = create_causal_mask if index % 2 else create_sliding_window_causal_mask
+        window = c.window(index)
+        make_mask = create_causal_mask if window is None else create_sliding_window_causal_mask
         # The fourth argument is the cache, whose name differs between versions.
         mask = make_mask(model.config, tensor(x), None, None)
         angles = model.rotary_emb(tensor(x), tensor(positions))
@@ -286,8 +325,8 @@ def final_logits(both: Sides) -> tuple[Any, Any]:
     positions = count(*x.shape[:2])
     ours = decoder.Decoder(replace(c, depth=0))
     got = jax.jit(ours.apply)({"params": both.params["decoder"]}, x, positions).logits
-    logits = model.lm_head(model.model.norm(tensor(x) * c.width**0.5))
-    return got, torch.tanh(logits / cap) * cap
+    logits = model.lm_head(model.model.norm(tensor(x) * both.torch.embedding_scale))
+    return got, logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 MODULES: dict[str, Module] = {
@@ -299,11 +338,11 @@ MODULES: dict[str, Module] = {
     "visual head and LayerNorm": lambda both: head(both, "logits"),
     "visual softmax": lambda both: head(both, "probabilities"),
     "visual embedding": visual_embedding,
-    "Gemma2 attention, local": decoder_part("attention", 2),
-    "Gemma2 attention, global": decoder_part("attention", 1),
-    "Gemma2 MLP": decoder_part("mlp", 1),
-    "Gemma2 block, local": decoder_part("block", 2),
-    "Gemma2 block, global": decoder_part("block", 3),
+    "decoder attention, even block": decoder_part("attention", 2),
+    "decoder attention, odd block": decoder_part("attention", 1),
+    "decoder MLP": decoder_part("mlp", 1),
+    "decoder block, even": decoder_part("block", 2),
+    "decoder block, odd": decoder_part("block", 3),
     "final norm, logits, cap": final_logits,
 }
 

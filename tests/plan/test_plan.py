@@ -81,6 +81,9 @@ def test_latency_bounds():
     assert bounds.decode_bytes_sent == 85 * 8 * 3584 * 2 * 7 // 4
     single = workload_9b("h100:1", 1)
     assert latency_bounds(single, estimate_memory(single)).decode_bytes_sent == 0
+    int8 = replace(single, quantization="int8", kv_cache_dtype="int8")
+    decode_seconds = latency_bounds(int8, estimate_memory(int8)).decode_seconds
+    assert decode_seconds == pytest.approx(9.613 * GIB / 3.352e12, rel=1e-3)
     # Two FLOPs per weight of a block and position, plus attention. Images add to that.
     blocks = 42 * (2 * 24 * 256 * 3584 + 3 * 14336 * 3584)
     assert 1 < total_prefill_flops(single) / (2 * 8192 * blocks) < 1.2
@@ -92,6 +95,34 @@ def test_a_large_batch_is_compute_bound():
     memory = estimate_memory(workload)
     seconds = latency_bounds(workload, memory).decode_seconds
     assert seconds > memory.weights["decoder"] / 2.765e12
+
+
+def test_int8_arguments_equal_those_of_the_compiler():
+    """XLA's argument bytes of the int8 decode step for v5e:1x1 are 9.93 GiB."""
+    memory = estimate_memory(workload_9b("v5e:1x1", 1, 4096, quantization="int8"))
+    assert (memory.weights["decoder"] + memory.cache) / GIB == pytest.approx(9.93, abs=5e-3)
+
+
+@pytest.mark.parametrize("mesh", ["data=1,model=1", "data=1,model=8"])
+def test_quantized_bytes(mesh):
+    """All matrices but those of the decoder's blocks are int8 in both formats."""
+    devices = parse_mesh_sizes(mesh).model
+    full, int8, int4 = (
+        estimate_memory(workload_9b(f"h100:{devices}", 1, mesh=mesh, **options))
+        for options in (
+            {},
+            {"quantization": "int8", "kv_cache_dtype": "int8"},
+            {"quantization": "int4"},
+        )
+    )
+    blocks = 42 * (2 * 24 * 256 * 3584 + 3 * 14336 * 3584) // devices
+    # One byte per int8 weight; half a byte, and four bytes for each group of 128, per int4 weight.
+    saved = int8.weights["decoder"] - int4.weights["decoder"]
+    assert saved == pytest.approx(blocks * (1 - 0.5 - 4 / 128), rel=5e-3)
+    assert int8.weights["decoder"] == pytest.approx(full.weights["decoder"] / 2, rel=5e-3)
+    assert int4.weights["visual_embedding"] == int8.weights["visual_embedding"]
+    # Per position and head: 256 bytes and a float32 scale, instead of 512 bytes.
+    assert int8.cache == pytest.approx(full.cache * 260 / 512, rel=1e-6)
 
 
 def test_default_mesh_sizes():
@@ -107,27 +138,51 @@ def test_too_large_for_one_chip():
     plan = make_plan(workload, "arithmetic")
     assert not plan["fits"]
     assert plan["over_by"] == plan["bytes"]["peak"] - usable_bytes(workload) > 0
-    assert plan["change"]["options"] == "--topology v5e:2x2"
+    assert plan["change"]["options"] == "--quantization int8"
     shortfall = f"{plan['over_by'] / GIB:.2f} GiB short per device"
     summary = plan_summary_line(plan)
-    assert shortfall in summary and "--topology v5e:2x2" in summary
+    assert shortfall in summary and "--quantization int8" in summary
+
+
+@pytest.mark.parametrize(
+    ("config", "topology", "batch_size", "options"),
+    [
+        ("9b", "rtx4090:1", 1, "--quantization int8"),
+        ("9b", "a100:1", 26, "--kv-cache-dtype int8"),
+        ("27b", "v6e:1x1", 1, "--quantization int8 --kv-cache-dtype int8"),
+        ("27b", "l4:1", 1, "--quantization int4"),
+        ("27b", "t4:1", 1, "--topology t4:2 --quantization int4"),
+        ("27b", "v5e:1x1", 1, "--topology v5e:2x2"),
+    ],
+)
+def test_quantization_comes_before_more_devices(config, topology, batch_size, options):
+    workload = make_workload(load_config(config), topology, batch_size, 8192)
+    found, changed = smallest_fitting_change(workload)
+    assert found == options and fits_in_memory(changed)
+
+
+def test_suggestions_keep_the_quantization():
+    options, changed = smallest_fitting_change(workload_9b("l4:1", 6, quantization="int4"))
+    assert options == "--kv-cache-dtype int8" and changed.quantization == "int4"
 
 
 def test_the_smallest_change_comes_first():
     workload = workload_9b("v6e:2x4", 8, mesh="data=8,model=1", images_per_row=1)
     options, changed = smallest_fitting_change(workload)
     assert options == "--mesh data=4,model=2" and fits_in_memory(changed)
-    options, changed = smallest_fitting_change(workload_9b("v5e:2x4", 64))
+    options, changed = smallest_fitting_change(workload_9b("v5e:2x4", 512))
     assert options == f"--batch-size {changed.batch_size}" and fits_in_memory(changed)
     assert not fits_in_memory(replace(changed, batch_size=changed.batch_size + 1))
-    options, changed = smallest_fitting_change(workload_9b("v6e:1x1", 1, 100_000))
+    options, changed = smallest_fitting_change(workload_9b("v6e:1x1", 1, 1_000_000))
     assert options == f"--max-model-len {changed.max_length}" and fits_in_memory(changed)
     assert not fits_in_memory(replace(changed, max_length=changed.max_length + 128))
 
 
 def test_a_shorter_length_still_holds_the_images():
     """The search skips lengths below the visual tokens, which are invalid."""
-    options, changed = smallest_fitting_change(workload_9b("v6e:1x1", 1, 45_000, images_per_row=15))
+    options, changed = smallest_fitting_change(
+        workload_9b("v6e:1x1", 1, 1_000_000, images_per_row=15)
+    )
     assert options == f"--max-model-len {changed.max_length}" and fits_in_memory(changed)
     assert changed.max_length >= changed.visual_tokens_per_row
     assert not fits_in_memory(replace(changed, max_length=changed.max_length + 128))
@@ -142,9 +197,10 @@ def test_crops_are_sharded_over_data():
 
 def test_no_topology_of_the_kind_fits():
     """A single key/value head cannot be sharded, so every device holds the full model."""
-    config = replace(CONFIG_9B, decoder=replace(CONFIG_9B.decoder, num_kv_heads=1))
-    plan = make_plan(make_workload(config, "v5e:4x4", 16, 512), "arithmetic")
-    assert plan["mesh"] == {"data": 16, "model": 1} and plan["change"] is None
+    config = presets.ovis1_6_gemma2_27b()
+    config = replace(config, decoder=replace(config.decoder, num_kv_heads=1))
+    plan = make_plan(make_workload(config, "t4:8", 8, 512), "arithmetic")
+    assert plan["mesh"] == {"data": 8, "model": 1} and plan["change"] is None
     assert "no known topology" in plan_summary_line(plan)
 
 
@@ -152,7 +208,8 @@ def test_no_topology_of_the_kind_fits():
     ("name", "closest"),
     [
         ("v5e:3x3", "v5e:4x4"),
-        ("v5e-8", "v5e:2x4"),
+        ("rtx-4090:1", "rtx4090:1"),
+        ("4090:2", "rtx4090:2"),
         ("v5e", "v5e:1x1"),
         ("h100:64", "h100:8"),
         ("gh100:2", "h100:2"),
@@ -166,7 +223,33 @@ def test_an_unknown_topology_suggests_the_closest_and_lists_all(name, closest):
     message = str(raised.value)
     assert repr(name) in message and f"the closest known one is {closest}." in message
     for kind, device in DEVICES.items():
-        assert f"{kind}:{', '.join(device.shapes)}" in message
+        shapes = ", ".join(device.shapes) if device.platform == "tpu" else "1 to 8"
+        assert f"{kind}:{shapes}" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("v5litepod-8", "v5e:2x4"),
+        ("v5e-8", "v5e:2x4"),
+        ("V6E-1", "v6e:1x1"),
+        ("v5p-8", "v5p:2x2x1"),
+        ("v4-16", "v4:2x2x2"),
+    ],
+)
+def test_names_of_google_cloud(name, topology):
+    assert parse_topology(name).name == topology
+
+
+def test_an_unknown_number_in_a_name_of_google_cloud():
+    for name, known in (
+        ("v5e-7", "chips: v5e-1, v5e-4, v5e-8, v5e-16, v5e-32"),
+        ("v5p-4", "TensorCores, two per chip: v5p-8, v5p-16, v5p-32, v5p-64"),
+    ):
+        with pytest.raises(OvisError) as raised:
+            parse_topology(name)
+        assert f"topology '{name}' is unknown" in str(raised.value)
+        assert str(raised.value).endswith(known)
 
 
 def test_devices_of_topologies():
@@ -183,12 +266,20 @@ def test_devices_of_topologies():
         ({"mesh": "data=1,model=16", "topology": "v5e:4x4"}, r"letter K has size 8.*'model'.*16"),
         ({"mesh": "data=2,model=4", "batch_size": 3}, r"letter B has size 3.*'data' of size 2"),
         ({"mesh": "data=2,model=2"}, r"data=2,model=2 needs 4 devices, but v5e:2x4 has 8"),
+        ({"dtype": "float16"}, r"dtype float16: .* Gemma2 .* use bfloat16 or float32"),
         ({"images_per_row": 5}, r"5 images may take 9800 positions, but max-model-len is 8192"),
     ],
 )
 def test_invalid_workloads(options, message):
     with pytest.raises(OvisError, match=message):
         make_plan(workload_9b(**options), "arithmetic")
+
+
+def test_a_mesh_that_cuts_an_int4_group():
+    workload = make_workload(load_config("ovis-tiny"), "v5e:2x2", 2, 128, quantization="int4")
+    with pytest.raises(OvisError, match=r"attn/o: mesh axis .model. .* would cut .* or int8"):
+        make_plan(workload, "arithmetic")
+    assert not fits_in_memory(workload)
 
 
 @pytest.mark.parametrize(
@@ -246,16 +337,22 @@ def test_with_a_compiler(monkeypatch):
     plan = make_plan(workload_9b(), notify=notices.append)
     vision = weights["vision"] + weights["visual_tokenizer"]
     assert plan["over_by"] == 17 * GIB + vision - usable_bytes(workload_9b()) and not plan["fits"]
-    batch = int(plan["change"]["options"].removeprefix("--batch-size "))
+    assert plan["change"]["options"] == "--quantization int4 --kv-cache-dtype int8"
     extra = plan["bytes"]["peak"] - memory.peak
-    assert fits_in_memory(workload_9b(batch_size=batch), extra)
-    assert not fits_in_memory(workload_9b(batch_size=batch + 1), extra)
+    int4 = workload_9b(quantization="int4")
+    assert fits_in_memory(replace(int4, kv_cache_dtype="int8"), extra)
+    assert not fits_in_memory(int4, extra)
     programs["decode"] = {"error": "RESOURCE_EXHAUSTED: 18G of 15G hbm", "peak": 18 * GIB}
     assert make_plan(workload_9b(), notify=notices.append)["bytes"]["peak"] == 18 * GIB + unread
     programs["decode"] = compiled(5 * GIB)
     programs["prefill"] = {"error": "RESOURCE_EXHAUSTED: vmem", "peak": None}
     plan = make_plan(workload_9b(), notify=notices.append)
     assert not plan["fits"] and "the compiler rejects it: RESOURCE" in plan_summary_line(plan)
+    # The compiler does not know these two GPUs.
+    plan = make_plan(workload_9b("l40s:1", 1), notify=notices.append)
+    assert plan["source"] == "libtpu 1, for the architecture of a100, the nearest known one"
+    plan = make_plan(workload_9b("t4:1", 1, quantization="int8"), notify=notices.append)
+    assert plan["source"] == "arithmetic; no compiler target is close to t4"
     # Weights and cache are too large, so nothing is compiled.
     plan = make_plan(workload_9b("v5e:1x1", 1), notify=notices.append)
     assert "arithmetic" in plan["source"] and plan["programs"] == {}
@@ -286,14 +383,34 @@ def test_command_reports_a_workload_that_does_not_fit():
     options = ["--topology", "v5e:1x1", "--method", "arithmetic"]
     result = CliRunner().invoke(app, ["plan", *options, "--json"])
     assert result.exit_code == 1 and json.loads(result.stdout)["fits"] is False
-    assert "--topology v5e:2x2" in result.stderr
+    assert "--quantization int8" in result.stderr
     result = CliRunner().invoke(app, ["plan", *options])
     assert "v5e:1x1 (1 device), mesh data=1,model=1" in result.stdout
+    options += ["--quantization", "int8", "--kv-cache-dtype", "int8"]
+    result = CliRunner().invoke(app, ["plan", *options])
+    assert result.exit_code == 0
+    assert "bfloat16 with int8 weights, int8 KV cache, batch 1" in result.stdout
+
+
+def test_a_gpu_without_bfloat16_units():
+    """A T4 computes bfloat16 in float32; the plan says so, and its bounds follow from that."""
+    workload = workload_9b("t4:1", 1, quantization="int8")
+    plan = make_plan(workload, "arithmetic")
+    assert plan["notes"][0].startswith("t4 has no bfloat16 units")
+    bounds = plan["latency_bounds"]
+    assert bounds["prefill_seconds"] == bounds["prefill_flops"] / 8.1e12
+    with pytest.raises(OvisError, match="no compiler target is close to t4; use --method arith"):
+        make_plan(workload, "compiler")
+    assert (
+        make_plan(replace(workload, topology=parse_topology("l4:1")), "arithmetic")["notes"] == []
+    )
 
 
 def test_configs(tmp_path):
     assert load_config("ovis-tiny").decoder.width == 128
-    with pytest.raises(OvisError, match="8b is not a folder; give 9b, 27b, ovis-tiny, or a folder"):
+    with pytest.raises(
+        OvisError, match="8b is not a folder; give 9b, 27b, 3b, ovis-tiny, or a folder"
+    ):
         load_config("8b")
     with pytest.raises(OvisError, match=r"config\.json"):
         load_config(str(tmp_path))

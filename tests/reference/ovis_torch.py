@@ -1,4 +1,4 @@
-"""Ovis1.6-Gemma2 in PyTorch, built from classes of transformers, as a reference for tests.
+"""Ovis1.6 in PyTorch, built from classes of transformers, as a reference for tests.
 
 In float32 it is bit-identical to the original code (`test_reference.py` checks the golden files).
 It handles one row at a time in the original's format: ids with one -300 per crop, and pixels
@@ -15,7 +15,14 @@ import torch
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from ovis_jax.checkpoint.key_map import make_hub_key_map
 from ovis_jax.config import NUM_IMAGE_INDICATORS, OvisConfig
@@ -56,7 +63,7 @@ class States(NamedTuple):
 
     images: ImageStates | None
     inputs_embeds: np.ndarray
-    """[T, D], before the scaling by sqrt(width)."""
+    """[T, D], before any scaling by sqrt(width)."""
     decoder: DecoderStates
 
 
@@ -77,10 +84,14 @@ class OvisTorch:
     def __init__(self, config: dict[str, Any]):
         tokenizer = config["visual_tokenizer_config"]
         tied = not config["disable_tie_weight"]
-        llm_config = Gemma2Config(**config["llm_config"] | {"tie_word_embeddings": tied})
+        self.is_gemma2 = config["llm_config"]["model_type"] == "gemma2"
+        build, lm = (
+            (Gemma2Config, Gemma2ForCausalLM) if self.is_gemma2 else (LlamaConfig, LlamaForCausalLM)
+        )
+        llm_config = build(**config["llm_config"] | {"tie_word_embeddings": tied})
         vision_config = SiglipVisionConfig(**tokenizer["backbone_config"])
         self.stride: int = tokenizer["hidden_stride"]
-        self.llm = Gemma2ForCausalLM._from_config(
+        self.llm: Any = lm._from_config(
             llm_config, attn_implementation="eager", dtype=torch.float32
         )
         self.vision = SiglipVisionModel._from_config(
@@ -100,12 +111,12 @@ class OvisTorch:
         self.model.eval().requires_grad_(False)
 
     @classmethod
-    def random(cls, config: OvisConfig, seed: int) -> Self:
+    def random(cls, config: OvisConfig, seed: int, sharpness: float = 2.5) -> Self:
         """Create random weights with sharp attention and norms and biases that matter."""
         self = cls(config.to_hf()[0])
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.model.named_parameters():
-            mean, std = _distribution(name, parameter)
+            mean, std = _distribution(name, parameter, 1 - config.decoder.norm_offset, sharpness)
             parameter.normal_(mean, std, generator=generator)
         return self
 
@@ -126,6 +137,11 @@ class OvisTorch:
     def tied(self) -> bool:
         """Whether the output embeddings are the input embeddings."""
         return bool(self.llm.config.tie_word_embeddings)
+
+    @property
+    def embedding_scale(self) -> float:
+        """The factor by which the model expects its input embeddings to be multiplied."""
+        return self.llm.config.hidden_size**0.5 if self.is_gemma2 else 1.0
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Every tensor of the Hub's files, by the Hub's keys."""
@@ -184,7 +200,7 @@ class OvisTorch:
     def decode(self, inputs_embeds: np.ndarray) -> DecoderStates:
         """Input embeddings [T, D], not scaled -> logits, without a cache."""
         x = torch.tensor(inputs_embeds)[None]
-        x = x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)
+        x = x * torch.tensor(self.embedding_scale, dtype=x.dtype)
         blocks: list[Tensor] = []
         layers: Any = self.llm.model.layers
         hooks = [
@@ -213,7 +229,7 @@ class OvisTorch:
         indicators = nn.functional.embedding(rows % len(self.table.weight), self.table.weight)
         x = torch.where((ids <= FIRST_INDICATOR)[..., None], indicators, x)
         x = x.masked_scatter((ids == VISUAL_SLOT)[..., None], visual.to(x.dtype))
-        logits = self.llm(inputs_embeds=x * x.shape[-1] ** 0.5, use_cache=False).logits
+        logits = self.llm(inputs_embeds=x * self.embedding_scale, use_cache=False).logits
         targets = torch.tensor(labels[:, 1:], dtype=torch.long).flatten()
         return nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100
@@ -249,14 +265,21 @@ def params_of(reference: OvisTorch, config: OvisConfig) -> Params:
     return unflatten_dict({path: jnp.array(state[key]) for key, path in keys.items()}, sep="/")
 
 
-def _distribution(name: str, parameter: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of a parameter's random values."""
+def _distribution(
+    name: str, parameter: Tensor, norm_mean: float, sharpness: float
+) -> tuple[float, float]:
+    """Mean and standard deviation of a parameter's random values.
+
+    The weights of the decoder's norms have the mean `norm_mean`. Queries and keys are multiplied by
+    `sharpness`.
+    """
     if name.startswith("visual_tokenizer.head.1"):
         return (3.0, 1.0) if name.endswith("weight") else (0.0, 1.0)
     if parameter.dim() == 1:
         layer_norm = "visual_tokenizer" in name and "norm" in name and name.endswith("weight")
-        return (1.0, 0.3) if layer_norm else (0.0, 0.3)
+        is_decoder_norm = name.startswith("llm.")
+        return (1.0 if layer_norm else norm_mean if is_decoder_norm else 0.0), 0.3
     if "embed_tokens" in name or "lm_head" in name or name.startswith("vte"):
         return 0.0, 0.4
-    gain = 2.5 if "q_proj" in name or "k_proj" in name else 1.0
+    gain = sharpness if "q_proj" in name or "k_proj" in name else 1.0
     return 0.0, gain * parameter[0].numel() ** -0.5

@@ -92,6 +92,22 @@ def test_system_texts_come_before_the_text_and_after_the_images():
     assert two[0]["content"][1] == text_part("Be short.\n\nAnd kind.\n")
 
 
+def test_system_messages_are_turns_of_a_model_that_has_them():
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Who?"},
+        {"role": "developer", "content": [text_part("And"), text_part("kind.")]},
+        {"role": "user", "content": "Why?"},
+    ]
+    turns, _, _ = converted(*messages, system_turns=True)
+    assert [(turn["role"], turn["content"]) for turn in turns] == [
+        ("system", "Be short."),
+        ("user", [text_part("Who?")]),
+        ("system", "And\nkind."),
+        ("user", [text_part("Why?")]),
+    ]
+
+
 def test_an_empty_system_message_changes_nothing():
     user = {"role": "user", "content": [image_url("a"), text_part("What?")]}
     for empty in ("", " \n", []):

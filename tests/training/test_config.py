@@ -79,7 +79,10 @@ def test_lora_scale_is_alpha_over_rank(path):
             ["training.steps=1"],
             "training.steps is not a field, expected one of training.max_steps, training.learning",
         ),
-        (["learn.parts=llm"], "learn is not a field, expected one of model, output_dir, trainable"),
+        (
+            ["learn.parts=llm"],
+            "learn is not a field, expected one of model, quantization, output_dir, trainable",
+        ),
         (["max_steps=1"], "max_steps is not a field, expected training.max_steps"),
         (["data.seed=1"], "data.seed is not a field, expected run.seed"),
         (["training.adam_beta2=1.0"], "training.adam_beta2 is 1.0, expected a number less than 1"),

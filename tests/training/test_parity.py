@@ -23,19 +23,26 @@ TOLERANCE = 1e-4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
-def test_gradients(remat):
+@pytest.mark.parametrize(
+    "config, remat",
+    [(presets.tiny(), False), (presets.tiny(), True), (presets.tiny_llama(), False)],
+    ids=["kept", "remat", "llama"],
+)
+def test_gradients(config, remat):
     """Relative to the largest gradient of the module that a parameter is in.
 
     (The gradient of SigLIP's key biases is zero but for rounding, since a softmax does not see
     them, so relative to itself it would be noise.)
     """
-    config = presets.tiny()
-    reference = OvisTorch.random(config, seed=3)
+    # Without Gemma's soft cap, sharp attention amplifies rounding: the gradients of PyTorch in
+    # float32 then differ from its own in float64 by 2e-4, as ours do.
+    sharpness = 2.5 if config.decoder.attn_softcap else 1.0
+    reference = OvisTorch.random(config, seed=3, sharpness=sharpness)
     params, model = params_of(reference, config), Ovis(config, remat=remat)
     rng = np.random.default_rng(0)
     image = [-301, *[-300] * 9, -302, -305]
-    row = [2, *image, *rng.integers(108, 600, 12), *image, *rng.integers(108, 600, 9)]
+    ids = rng.integers(108, config.decoder.vocab_size, 21)
+    row = [2, *image, *ids[:12], *image, *ids[12:]]
     tokens = np.array([row], np.int32)
     labels = np.where(np.arange(len(row)) >= len(row) - 7, tokens, -100)
     positions = np.arange(len(row), dtype=np.int32)[None]

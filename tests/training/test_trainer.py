@@ -103,6 +103,8 @@ def test_stop_after_a_save_repeats_no_step(train, write_config, tmp_path, monkey
 
 
 TRAIN_AND_REPORT_SAVES = """
+import sys
+sys.modules["torch"] = None  # tensorboardX would import it, in seconds, and does not need it
 from ovis_jax.cli import main
 from ovis_jax.training.checkpoints import TrainingCheckpoints
 
