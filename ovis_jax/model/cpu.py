@@ -112,22 +112,23 @@ def float32_product(equation: str, x: Array, y: Array) -> Array:
 
 
 def multiply_by_int8(
-    x: Float[Array, "rows i"], q: Int[Array, "o i"], scale: Float[Array, "o"]
-) -> Float[Array, "rows o"]:
+    x: Float[Array, "*rows i"], q: Int[Array, "o i"], scale: Float[Array, "o"]
+) -> Float[Array, "*rows o"]:
     """Multiply rows by an int8 matrix, in programs that run on a CPU; the result is float32.
 
     A product of bfloat16 and int8 takes 2 to 10 times as long as a product in bfloat16, but a
     product of int8 and int8 takes two thirds. The function therefore rounds each row to int8 with a
     scale of its own. A single row takes 11 times as long as two, so it is computed twice.
     """
-    y = x.astype(jnp.float32)
+    y = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     x_scale = jnp.max(jnp.abs(y), axis=1, keepdims=True) / 127
     # A row of zeros has the scale zero.
     x_q = jnp.round(y / jnp.where(x_scale == 0, 1.0, x_scale)).astype(jnp.int8)
-    if x.shape[0] == 1:
-        x_q = jnp.broadcast_to(x_q, (2, x.shape[1]))
-    product = jnp.einsum("ri,oi->ro", x_q, q, preferred_element_type=jnp.int32)
-    return product[: x.shape[0]].astype(jnp.float32) * x_scale * scale[None]
+    if len(y) == 1:
+        x_q = jnp.broadcast_to(x_q, (2, x.shape[-1]))
+    product = jnp.einsum("ri,oi->ro", x_q, q, preferred_element_type=jnp.int32)[: len(y)]
+    product = product.astype(jnp.float32) * x_scale * scale[None]
+    return product.reshape(*x.shape[:-1], len(q))
 
 
 def lookup_rows(

@@ -22,7 +22,7 @@ from ovis_jax.plan.abstract_arrays import (
     abstract_inputs,
     abstract_params,
     abstract_token_ids,
-    decoder_matrix_shapes,
+    matrix_shapes,
 )
 from ovis_jax.plan.hlo_analysis import (
     bytes_per_device,
@@ -141,7 +141,7 @@ def compile_program(workload: Workload, program: Program) -> Any:
     mesh = Mesh(np.array(devices).reshape(workload.mesh_sizes), ("data", "model"))
     tpu = workload.topology.device.platform == "tpu"
     platform: Platform = "tpu" if tpu else "gpu"
-    model = Ovis(workload.config, platform=platform)
+    model = Ovis(workload.config, platform=platform, kv_cache_dtype=workload.kv_cache_dtype)
     params = unflatten_dict(abstract_params(workload, mesh), sep="/")
     cache = abstract_cache(workload, mesh)
     logits = NamedSharding(mesh, PartitionSpec("data", "model"))
@@ -168,7 +168,7 @@ def analyze_program(workload: Workload, program: Program) -> dict[str, Any]:
     Returns:
       A dict with "arguments", "output", "aliased", "temp" and "peak", the program's bytes on one
       device; "cache", the bytes of the KV cache; "collectives", by kind; "all_reduces_per_block";
-      "weight_sized", the number of copies, all-gathers and all-reduces with the shape of a weight;
+      "weight_sized", the result of `count_weight_sized_operations` for the matrices and the cache;
       "kernels", by name; and "compile_seconds". If the device memory is too small, the dict
       contains only "error", the compiler's message, and "peak", the requested bytes (None if the
       message does not state them).
@@ -188,7 +188,7 @@ def analyze_program(workload: Workload, program: Program) -> dict[str, Any]:
         "cache": bytes_per_device(abstract_cache(workload, workload.abstract_mesh)),
         "collectives": collective_counts_and_bytes(hlo),
         "all_reduces_per_block": max_all_reduces_per_block(hlo),
-        "weight_sized": count_weight_sized_operations(hlo, decoder_matrix_shapes(workload)),
+        "weight_sized": count_weight_sized_operations(hlo, matrix_shapes(workload)),
         "kernels": count_kernel_calls(hlo),
         "compile_seconds": seconds,
     }

@@ -138,8 +138,6 @@ def _why_not_compiled(workload: Workload) -> str | None:
     device = workload.topology.device
     if device.platform == "cuda" and device.gpu_target is None:
         return f"no compiler target is close to {workload.topology.kind}"
-    if workload.kv_cache_dtype != "auto":
-        return "programs with an int8 KV cache are not compiled yet"
     return None
 
 

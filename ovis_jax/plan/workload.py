@@ -1,7 +1,6 @@
 """The workload of a plan: a model, the devices, and the largest batch of requests."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
@@ -9,11 +8,10 @@ from jax.sharding import AbstractMesh
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import OvisError, count_noun
 from ovis_jax.inputs.buckets import CROP_BUCKET, bucket_size
+from ovis_jax.model.kv_cache import KVCacheDtype
 from ovis_jax.plan.topologies import MeshSizes, Topology
 from ovis_jax.quantization import QuantizationFormat
 from ovis_jax.sharding import TENSOR, param_shardings
-
-KvCacheDtype = Literal["auto", "int8"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Workload:
     """Dtype of activations, of weights that are not quantized, and of the KV cache."""
     quantization: QuantizationFormat | None = None
     """Quantization of the weights; None for none."""
-    kv_cache_dtype: KvCacheDtype = "auto"
+    kv_cache_dtype: KVCacheDtype = "auto"
     """Dtype of the KV cache; "auto" is `dtype`."""
 
     @property
