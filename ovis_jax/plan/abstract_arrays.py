@@ -84,7 +84,7 @@ def abstract_token_ids(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> Any
 
 def abstract_inputs(workload: Workload, mesh: Mesh | AbstractMesh) -> Inputs:
     """Describe the model inputs for prompts of the maximum length and their crops."""
-    tokens = abstract_token_ids(mesh, (workload.batch_size, workload.max_length))
+    tokens = abstract_token_ids(mesh, (workload.batch_size, workload.prompt_positions))
     vision = workload.config.vision
     shape = (workload.num_crops, vision.image_size, vision.image_size, vision.num_channels)
     replicated = crops_per_device(workload) == workload.num_crops

@@ -6,6 +6,7 @@ Compilation only needs the package that contains the compiler. No program is exe
 import contextlib
 import os
 import time
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from flax.traverse_util import unflatten_dict
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ovis_jax.inference.generate import generate
 from ovis_jax.model.attention_kernels import Platform
 from ovis_jax.model.ovis import Ovis
 from ovis_jax.plan.abstract_arrays import (
@@ -36,9 +38,10 @@ from ovis_jax.plan.hlo_analysis import (
 from ovis_jax.plan.topologies import Topology
 from ovis_jax.plan.workload import Workload
 
-Program = Literal["decode", "prefill", "images"]
+Program = Literal["decode", "prefill", "images", "generate"]
 REQUEST_PROGRAMS: tuple[Program, ...] = ("decode", "prefill")
-"""The programs that serve requests. "images" is the part of prefill that embeds crops."""
+"""The programs that serve requests. "images" is the part of prefill that embeds crops, and
+"generate" contains all of them."""
 
 _COMPILER_PACKAGES = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}
 COMPILER_EXTRAS = {"tpu": ("tpu",), "cuda": ("cuda12", "cuda13")}
@@ -155,6 +158,11 @@ def compile_program(workload: Workload, program: Program) -> Any:
         elif program == "images":
             pixels = abstract_inputs(workload, mesh).pixels
             lowered = jax.jit(model.embed_images).lower(params, pixels)
+        elif program == "generate":
+            answer = partial(
+                generate, model, max_new_tokens=workload.max_length - workload.prompt_positions
+            )
+            lowered = jax.jit(answer).lower(params, abstract_inputs(workload, mesh))
         else:
             jitted = jax.jit(model.prefill, static_argnums=2, out_shardings=out_shardings)
             inputs = abstract_inputs(workload, mesh)

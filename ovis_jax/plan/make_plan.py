@@ -158,7 +158,7 @@ def _peak_with_unread_weights(
     if program["peak"] is None:
         return memory.peak
     read = {"decoder"}
-    if name == "prefill":
+    if name in ("prefill", "generate"):
         read = set(memory.weights) if workload.num_crops else {"decoder", "visual_embedding"}
     unread = (size for part, size in memory.weights.items() if part not in read)
     return program["peak"] + sum(unread)

@@ -87,7 +87,7 @@ def test_9b(target, tmp_path):
         timeout=1800,
     )
     (plan,) = json.loads(output.read_text())["plans"]
-    assert len(plan["checks"]) == 17 and all(plan["checks"].values())
+    assert len(plan["checks"]) == 20 and all(plan["checks"].values())
     decode, prefill, images = (plan["programs"][x] for x in ("decode", "prefill", "images"))
     assert decode["arguments"] == pytest.approx(plan["arithmetic"]["decode_arguments"], rel=1e-2)
     single = target == "v6e:1x1"
