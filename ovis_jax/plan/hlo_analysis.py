@@ -20,6 +20,13 @@ _INSTRUCTION = re.compile(
     r"\((?P<operands>[^()]*)\)(.*? calls=%(?P<calls>[\w.-]+))?"
 )
 _ARRAY = re.compile(r"(?P<dtype>\w+)\[(?P<axes>[\d,]*)\](?P<layout>\{[^}]*\})?")
+_SAME_VALUES = {
+    *("bitcast", "copy", "copy-start", "copy-done", "transpose", "slice-start", "slice-done"),
+    *("get-tuple-element", "custom-call", "opt-barrier"),
+}
+"""Opcodes whose result has the values of the first operand. On a TPU, the custom call ConcatBitcast
+puts the slices of an array together again."""
+
 # This matches Pallas kernels on TPU and GPU and NVIDIA's libraries, but not XLA's own annotations.
 _KERNEL = re.compile(
     r"%?(?P<name>[\w.-]+) = [^\n]*"
@@ -129,16 +136,17 @@ def count_weight_sized_operations(
     """Count the operations that write an array with the shape of a weight matrix into memory.
 
     Operations inside a fusion are not counted, because their results stay in registers or in fast
-    memory. What a fusion itself writes is counted.
+    memory. What a fusion itself writes is counted. Moving a result from fast memory to device
+    memory is not a copy.
 
     Args:
       hlo: HLO text of a compiled program.
       weight_shapes: Full and per-device shapes of the weight matrices, or of the blocks of a cache.
 
     Returns:
-      The numbers of "copies" (including transposes), "dequantized" (float arrays computed from an
-      int8 or int4 array of the same size), "all-gathers" and "all-reduces" whose result has the
-      dimensions of a weight matrix in any order. Dimensions of size 1 are ignored.
+      The numbers of "copies" (including transposes), "dequantized" (float arrays computed from a
+      stored int8 or int4 array of the same size), "all-gathers" and "all-reduces" whose result has
+      the dimensions of a weight matrix in any order. Dimensions of size 1 are ignored.
     """
     known = {_dimensions(shape) for shape in weight_shapes}
     instructions = list(_parse_instructions(hlo))
@@ -156,20 +164,27 @@ def count_weight_sized_operations(
             return last_operations(by_name[x.operands[0]])
         return [x.opcode]
 
+    def is_stored(name: str) -> bool:
+        """Return whether an array is an argument of the program or the loop, or a part of one."""
+        x = by_name.get(name)
+        return x is not None and (
+            x.opcode == "parameter" or (x.opcode in _SAME_VALUES and is_stored(x.operands[0]))
+        )
+
     found = Counter({"copies": 0, "dequantized": 0, "all-gathers": 0, "all-reduces": 0})
     for x in instructions:
         if x.computation in fused or x.opcode in ("tuple", "bitcast", "copy-start"):
             continue
+        sources = [
+            (name, y) for name in x.operands if name in by_name for y in by_name[name].results
+        ]
         integers = {
-            math.prod(array.shape)
-            for name in x.operands
-            if name in by_name
-            for array in by_name[name].results
-            if array.dtype in ("s8", "s4")
+            math.prod(y.shape) for name, y in sources if y.dtype in ("s8", "s4") and is_stored(name)
         }
+        from_fast_memory = len(sources) == 1 and sources[0][1].in_fast_memory
         for array, opcode in zip(x.results, last_operations(x), strict=False):
             if _dimensions(array.shape) in known and not array.in_fast_memory:
-                found["copies"] += opcode in ("copy", "transpose")
+                found["copies"] += opcode in ("copy", "transpose") and not from_fast_memory
                 is_float = array.dtype in ("bf16", "f16", "f32")
                 found["dequantized"] += is_float and math.prod(array.shape) in integers
     for kind, arrays in _collective_results(hlo):

@@ -95,13 +95,17 @@ ENTRY %main (w: s8[2048,3584], g: s4[28,256,128]) -> bf16[8] {
   %c = (f32[8]{0}, bf16[14336,3584]{1,0}) fusion(%v), kind=kLoop, calls=%two
   %d = bf16[28,256,128]{2,1,0} convert(%g), metadata={op_name="k"}
   %e = bf16[2048,3584]{1,0:T(8,128)(2,1)S(1)} convert(%w)
+  %h = s8[2048,3584]{1,0} gather(%v, %x)
+  %i = bf16[2048,3584]{1,0} convert(%h)
+  %j = s8[2048,3584]{1,0:T(8,128)(4,1)S(1)} fusion(%w), kind=kLoop, calls=%relayout
+  %k = s8[2048,3584]{1,0:T(8,128)(4,1)} copy(%j)
   ROOT %f = f32[2048,3584]{1,0} convert(%x)
 }
 """
 
 
 def test_what_a_fusion_writes_is_counted():
-    """What stays inside a fusion, is in fast memory or comes from floats is not."""
+    """What stays inside a fusion or in fast memory is not, nor are rows of a table or floats."""
     shapes = [(28, 256, 128), *WEIGHTS]
     found = count_weight_sized_operations(FUSIONS, shapes)
     assert found == {"copies": 1, "dequantized": 2, "all-gathers": 0, "all-reduces": 0}
