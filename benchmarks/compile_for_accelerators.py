@@ -7,7 +7,7 @@ formulas otherwise. No program is executed, and no accelerator is needed. Sizes 
 
 import re
 from dataclasses import replace
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 import typer
 from rich.console import Console
@@ -19,27 +19,54 @@ from benchmarks.support.results import (
     print_results,
     write_results,
 )
+from ovis_jax.config import OvisConfig
+from ovis_jax.model.kv_cache import KVCacheDtype
 from ovis_jax.plan.aot_compile import (
     REQUEST_PROGRAMS,
     Program,
     analyze_program,
-    installed_compiler,
 )
 from ovis_jax.plan.command import load_config, make_workload
 from ovis_jax.plan.make_plan import Method, make_plan
 from ovis_jax.plan.report import plan_summary_line
 from ovis_jax.plan.topologies import GIB
+from ovis_jax.quantization import QuantizationFormat
 
-TARGET_WORKLOADS = {
-    "v5e:2x4": (8, 8192),
-    "v6e:1x1": (1, 4224),
-    "v6e:2x2": (8, 8192),
-    "v5p:2x2x1": (8, 8192),
-    "h100:1": (1, 4096),
-    "h100:8": (8, 8192),
-    "a100:1": (1, 4096),
-}
-"""Batch size and max-length by topology."""
+
+class Target(NamedTuple):
+    """A workload of the 9B: one GPU or TPU slice, and the largest batch of requests.
+
+    The fields are those of `Workload`.
+    """
+
+    topology: str
+    batch_size: int = 1
+    max_length: int = 4096
+    quantization: QuantizationFormat | None = None
+    kv_cache_dtype: KVCacheDtype = "auto"
+
+
+TARGETS = (
+    Target("v5e:2x4", 8, 8192),
+    Target("v6e:1x1", 1, 4224),
+    Target("v6e:2x2", 8, 8192),
+    Target("v5p:2x2x1", 8, 8192),
+    Target("h100:1", 1, 4096),
+    Target("h100:8", 8, 8192),
+    Target("a100:1", 1, 4096),
+    Target("v5e:1x1", 1, 4096, "int8"),
+    Target("v5e:1x1", 1, 4096, "int4"),
+    Target("v5e:1x1", 4, 4096, "int8", "int8"),
+    Target("v6e:1x1", 8, 4096, "int8"),
+    Target("v6e:1x1", 8, 4096, "int4"),
+    Target("h100:1", 8, 4096, "int8"),
+    Target("h100:1", 8, 4096, "int4"),
+    Target("a100:1", 1, 4096, "int8"),
+    Target("a100:1", 1, 4096, "int4"),
+)
+
+QUANTIZED_PROMPT_LENGTH = 2048
+"""Length of the prompt with one image in the programs of quantized models, in positions."""
 
 ATTENTION_KERNEL = re.compile("splash|mosaic|triton")
 """Matches the names of the attention kernels."""
@@ -73,7 +100,7 @@ def passed_checks(plan: dict[str, Any]) -> dict[str, bool]:
             passed["images: temp under 1 GiB"] = program["temp"] < MAX_IMAGE_TEMP
         else:
             kernels = program["kernels"]
-            passed["prefill: uses an attention kernel"] = any(map(ATTENTION_KERNEL.search, kernels))
+            passed[f"{name}: uses an attention kernel"] = any(map(ATTENTION_KERNEL.search, kernels))
         passed[f"{name}: at most 2 all-reduces per block"] = program["all_reduces_per_block"] <= 2
         for operation, count in program["weight_sized"].items():
             passed[f"{name}: no weight-sized {operation}"] = not count
@@ -84,8 +111,15 @@ def main(
     topology: Annotated[
         list[str] | None, typer.Option(help="Topology to make a plan for; may be repeated.")
     ] = None,
+    quantization: Annotated[
+        QuantizationFormat | None,
+        typer.Option(help="Quantization of the weights; only with --topology."),
+    ] = None,
+    kv_cache_dtype: Annotated[
+        KVCacheDtype, typer.Option(help="Dtype of the KV cache; only with --topology.")
+    ] = "auto",
     config: Annotated[
-        str, typer.Option(help="Model: 9b, 27b, or a folder with config.json.")
+        str, typer.Option(help="Model: 9b, 27b, 3b, or a folder with config.json.")
     ] = "9b",
     images: Annotated[int, typer.Option(help="Number of images per row.")] = 0,
     program: Annotated[Program | None, typer.Option(help="Compile only this program.")] = None,
@@ -99,28 +133,20 @@ def main(
     plot_path: PlotOption = None,
 ) -> None:
     """Make a plan for each topology, and print the results; exit with code 1 if a check fails."""
-    notes, plans = Console(stderr=True, highlight=False), []
-    for name in topology or TARGET_WORKLOADS:
-        batch_size, max_length = TARGET_WORKLOADS.get(name, (1, 4096))
-        workload = make_workload(
-            load_config(config), name, batch_size, max_length, images_per_row=images
-        )
-        selected: tuple[Program, ...] = (program,) if program else get_args(Program)
-        request_programs: list[Program] = [one for one in REQUEST_PROGRAMS if one in selected]
-        plan = make_plan(workload, method, notes.print, request_programs)
-        compiler = installed_compiler(workload.topology.device.platform)
-        if "images" in selected and method != "arithmetic" and compiler is not None:
-            notes.print(f"compiling one image for {name}")
-            one_image = replace(workload, batch_size=1, images_per_row=1)
-            plan["programs"]["images"] = analyze_program(one_image, "images")
-        plans.append(plan)
-    print_results(f"{config}, bfloat16, GiB per device", *plan_table(plans))
+    targets = TARGETS
+    if topology:
+        targets = [_find_target(name, quantization, kv_cache_dtype) for name in topology]
+    selected: tuple[Program, ...] = (program,) if program else get_args(Program)
+    plans = [
+        _compile_target(load_config(config), target, images, selected, method) for target in targets
+    ]
+    print_results(f"{config}, GiB per device", *plan_table(plans))
     print_results("compiled programs, GiB per device", *program_table(plans))
     num_failed = print_checks(plans)
     checked = [{**plan, "checks": passed_checks(plan)} for plan in plans]
     write_results(json_path, config=config, plans=checked)
     if plot_path is not None:
-        labels = [plan["topology"] for plan in plans]
+        labels = [_label(plan) for plan in plans]
         parts = ("weights", "cache", "activations", "usable")
         series = {part: [plan["bytes"][part] / GIB for plan in plans] for part in parts}
         plot_results(plot_path, f"Ovis {config}: memory of one device", labels, series, "GiB")
@@ -128,12 +154,63 @@ def main(
         raise typer.Exit(1)
 
 
+def _find_target(
+    topology: str, quantization: QuantizationFormat | None, kv_cache_dtype: KVCacheDtype
+) -> Target:
+    """Return the target with these values, or a new one with the default batch."""
+    wanted = Target(topology, quantization=quantization, kv_cache_dtype=kv_cache_dtype)
+    same = (x for x in TARGETS if x._replace(batch_size=1, max_length=4096) == wanted)
+    return next(same, wanted)
+
+
+def _compile_target(
+    config: OvisConfig,
+    target: Target,
+    images: int,
+    programs: tuple[Program, ...],
+    method: Method,
+) -> dict[str, Any]:
+    """Make the plan for a target, with every program that was asked for.
+
+    A quantized model also compiles a prompt with one image, and `generate` as one program.
+    """
+    notes = Console(stderr=True, highlight=False)
+    name, batch_size, max_length, quantization, kv_cache_dtype = target
+    workload = make_workload(
+        config,
+        name,
+        batch_size,
+        max_length,
+        images_per_row=images,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+    )
+    request_programs: list[Program] = [one for one in REQUEST_PROGRAMS if one in programs]
+    if quantization is not None:
+        workload = replace(
+            workload, prompt_length=QUANTIZED_PROMPT_LENGTH, images_per_row=max(images, 1)
+        )
+        request_programs += [one for one in ("generate",) if one in programs]
+    plan = make_plan(workload, method, notes.print, request_programs)
+    if "images" in programs and plan["programs"]:
+        notes.print(f"compiling one image for {name}")
+        one_image = replace(workload, batch_size=1, images_per_row=1)
+        plan["programs"]["images"] = analyze_program(one_image, "images")
+    return plan
+
+
+def _label(plan: dict[str, Any]) -> str:
+    """Return the topology of a plan, and the formats of its weights and its cache."""
+    formats = [plan["quantization"], plan["kv_cache_dtype"] != "auto" and "int8 cache"]
+    return " ".join([plan["topology"], *(x for x in formats if x)])
+
+
 def plan_table(plans: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return columns and rows of each target's memory and its lower bound of latency."""
     columns = "target rows length weights cache activations peak usable".split()
     rows = [
         [
-            plan["topology"],
+            _label(plan),
             str(plan["batch"]),
             str(plan["max_length"]),
             *(f"{plan['bytes'][name] / GIB:.2f}" for name in columns[3:]),
@@ -153,7 +230,7 @@ def program_table(plans: list[dict[str, Any]]) -> tuple[list[str], list[list[str
     rows = []
     for plan in plans:
         for name, program in plan["programs"].items():
-            row = [plan["topology"], name]
+            row = [_label(plan), name]
             if "error" in program:
                 rows.append([*row, *[""] * (len(columns) - 3), "too large"])
                 continue
@@ -173,7 +250,7 @@ def print_checks(plans: list[dict[str, Any]]) -> int:
         failed = [name for name, good in passed.items() if not good]
         num_failed += len(failed)
         result = f"FAILED {'; '.join(failed)}" if failed else "all passed"
-        console.print(f"{plan['topology']}: {len(passed)} checks, {result}", soft_wrap=True)
+        console.print(f"{_label(plan)}: {len(passed)} checks, {result}", soft_wrap=True)
         if not plan["fits"]:
             console.print(f"  {plan_summary_line(plan)}", soft_wrap=True)
     return num_failed

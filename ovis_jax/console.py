@@ -18,6 +18,7 @@ from rich.text import Text
 
 from ovis_jax.checkpoint.checkpoint_problems import CheckpointValidationError, escape_unprintable
 from ovis_jax.errors import CheckpointError, ConfigError, OvisError, install_command
+from ovis_jax.model.kv_cache import KVCacheDtype
 from ovis_jax.quantization import QuantizationFormat
 
 INTERRUPTED = 4
@@ -42,6 +43,13 @@ DtypeOption = Annotated[
 QuantizationOption = Annotated[
     QuantizationFormat | None,
     typer.Option(help="Format to quantize the matrices to; by default, they stay as stored."),
+]
+KVCacheDtypeOption = Annotated[
+    KVCacheDtype,
+    typer.Option(
+        help='Dtype of the KV cache: "auto" for that of the computation, or "int8" for half the'
+        " size of bfloat16."
+    ),
 ]
 AdaptersOption = Annotated[
     Path | None, typer.Option(help="Folder of LoRA adapters to attach, from ovis-jax or PEFT.")

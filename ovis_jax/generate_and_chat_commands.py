@@ -14,6 +14,7 @@ from rich.console import Console
 from ovis_jax.console import (
     AdaptersOption,
     DtypeOption,
+    KVCacheDtypeOption,
     MaxNewTokensOption,
     MaxPartitionOption,
     ModelOption,
@@ -68,6 +69,7 @@ def generate_command(
     max_partition: MaxPartitionOption = 9,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
     as_json: Annotated[
@@ -82,6 +84,7 @@ def generate_command(
         model,
         dtype=dtype,
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         adapters=adapters,
         mesh=tensor_parallel_mesh(tensor_parallel),
     )
@@ -113,6 +116,7 @@ def chat_command(
     max_partition: MaxPartitionOption = 9,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
 ) -> None:
@@ -123,6 +127,7 @@ def chat_command(
         model,
         dtype=dtype,
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         adapters=adapters,
         mesh=tensor_parallel_mesh(tensor_parallel),
     )

@@ -31,6 +31,7 @@ from ovis_jax.inputs.batch import pad_batch
 from ovis_jax.inputs.conversation import Prompt
 from ovis_jax.inputs.processor import Images, Processor
 from ovis_jax.inputs.tokenizer import IncrementalDetokenizer
+from ovis_jax.model.kv_cache import KVCacheDtype
 from ovis_jax.model.lora import attach_adapters
 from ovis_jax.model.ovis import Ovis, Params, activation_dtype
 from ovis_jax.sharding import TENSOR, Rules, param_shapes, parse_rules
@@ -223,6 +224,7 @@ def load(
     mesh: Mesh | None = None,
     rules: Rules | str = TENSOR,
     quantization: str | None = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
     adapters: str | Path | None = None,
     on_read: OnRead | None = None,
 ) -> LoadedOvis:
@@ -240,6 +242,8 @@ def load(
         one of the names "tensor", "fsdp" and "tensor_fsdp", or your own dict.
       quantization: "int8" or "int4" to quantize the matrices while reading; None loads them as they
         are stored. docs/quantization.md describes the formats and what they cost in quality.
+      kv_cache_dtype: Dtype of the KV cache in generation, an attribute of the model: "auto" for the
+        dtype of the activations, or "int8" for half the size of bfloat16.
       adapters: Folder of LoRA adapters that `ovis-jax train`, `save_adapters` or PEFT wrote. Each
         adapted matrix becomes a `LowRank` in the parameters.
       on_read: Called with the key and the size in bytes of each slice that this process reads.
@@ -252,6 +256,7 @@ def load(
         the dtype, the rules are invalid or cannot shard the parameters over the mesh, or rules
         other than `TENSOR` are given without a mesh.
       OSError: The Hub cannot be reached, or a file cannot be read.
+      RequestError: The dtype of the KV cache is unknown.
       TypeError: `mesh` or `rules` has the wrong type.
     """
     check_argument_types("load", mesh=(mesh, Mesh | None), rules=(rules, Mapping | str))
@@ -264,6 +269,7 @@ def load(
     folder = checkpoint.folder
     config = OvisConfig.from_folder(folder)
     dtype = _compute_dtype(folder, config, dtype)
+    model = Ovis(config, kv_cache_dtype=kv_cache_dtype)
     processor = Processor.from_folder(folder, config)
     # Adapters are read first, because they are small and may belong to a different model.
     lora = None if adapters is None else load_adapters(adapters, config, mesh=mesh, rules=rules)
@@ -279,7 +285,7 @@ def load(
     if lora is not None:
         weights = {path: x.astype(activation_dtype(params)) for path, x in lora.weights.items()}
         params = attach_adapters(params, weights, lora.scale)
-    return LoadedOvis(config, Ovis(config), params, processor, checkpoint.name)
+    return LoadedOvis(config, model, params, processor, checkpoint.name)
 
 
 def _compute_dtype(folder: Path, config: OvisConfig, dtype: DTypeLike | None) -> DTypeLike | None:

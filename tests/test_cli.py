@@ -84,7 +84,7 @@ def test_tensor_parallel(tmp_path):
 def test_sampling_depends_on_the_seed(tmp_path):
     def answer(seed: int) -> list[int]:
         options = ["--temperature", 2.0, "--top-p", 0.95, "--top-k", 50, "--seed", seed]
-        limits = ["--max-new-tokens", 12, "--json"]
+        limits = ["--max-new-tokens", 12, "--kv-cache-dtype", "int8", "--json"]
         command = ["generate", "--model", MODEL, "--prompt", "Who?", *options, *limits]
         return json.loads(run(*command, cwd=tmp_path).stdout)["tokens"]
 

@@ -90,6 +90,11 @@ def run_greedy(model, params, inputs, key, sampling):
     return generate(model, params, inputs, max_new_tokens=NEW_TOKENS, eos_ids=[7])
 
 
+def run_int8_cache(model, params, inputs, key, sampling):
+    int8_model = replace(model, kv_cache_dtype="int8")
+    return run_greedy(int8_model, params, inputs, key, sampling)
+
+
 def run_stream(model, params, inputs, key, sampling):
     options = {"max_new_tokens": NEW_TOKENS, "sampling": sampling, "chunk_size": 2}
     return list(stream(model, params, inputs, key, **options))
@@ -136,6 +141,7 @@ ENTRY_POINTS = {
         run_forward,
         run_generate,
         run_greedy,
+        run_int8_cache,
         run_stream,
         run_score,
         run_visual_words,
@@ -163,8 +169,13 @@ def results():
     return run
 
 
-@pytest.mark.parametrize("name", ENTRY_POINTS)
-@pytest.mark.parametrize("setting", list(SETTINGS)[1:])
+CASES = [(s, n) for n in ENTRY_POINTS for s in list(SETTINGS)[1:] if n != "int8_cache"] + [
+    ("jax_enable_x64", "int8_cache"),
+    ("jax_numpy_dtype_promotion", "int8_cache"),
+]
+
+
+@pytest.mark.parametrize(("setting", "name"), CASES)
 def test_results_are_the_same_under_every_setting(results, setting, name):
     expected, structure = jax.tree.flatten(results("default", name))
     found, found_structure = jax.tree.flatten(results(setting, name))

@@ -75,19 +75,18 @@ class ModelRunner:
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.chunk_size = min(chunk_size, max_model_len)
         self._tokens_per_crop = model.config.visual_tokenizer.tokens_per_crop
-        config = model.config.decoder
         dtype = activation_dtype(params)
         max_crops = self.max_model_len // self._tokens_per_crop
         visual_rows = max_crops * self._tokens_per_crop + self.chunk_size
-        replicated, sharded_cache = _shardings(params, config.num_kv_heads)
+        replicated, sharded_cache = _shardings(params, model.config.decoder.num_kv_heads)
         decode_sharding = DecodeState(sharded_cache, *[replicated] * 4)
         prefill_sharding = PrefillState(sharded_cache, replicated)
         self.init_decode_state: Callable[[], DecodeState] = jax.jit(
-            partial(init_decode_state, config, max_num_seqs, max_model_len, dtype),
+            partial(init_decode_state, model, max_num_seqs, max_model_len, dtype),
             out_shardings=decode_sharding,
         )
         self.init_prefill_state: Callable[[], PrefillState] = jax.jit(
-            partial(init_prefill_state, config, visual_rows, max_model_len, dtype),
+            partial(init_prefill_state, model, visual_rows, max_model_len, dtype),
             out_shardings=prefill_sharding,
         )
         # Explicitly, so that the engine also runs where implicit transfers are disallowed.

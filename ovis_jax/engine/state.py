@@ -16,10 +16,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int, Key, UInt32
 
-from ovis_jax.config import DecoderConfig
 from ovis_jax.engine.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from ovis_jax.inference.sampling import MAX_TOP_K, Sampling, derive_image_key, sample
-from ovis_jax.model import kv_cache
 from ovis_jax.model.kv_cache import Cache
 from ovis_jax.model.ovis import Ovis, Params
 
@@ -296,22 +294,23 @@ def decode(
 
 
 def init_decode_state(
-    config: DecoderConfig, num_slots: int, max_length: int, dtype: DTypeLike
+    model: Ovis, num_slots: int, max_length: int, dtype: DTypeLike
 ) -> DecodeState:
     """Return a state with empty slots for sequences of up to `max_length` positions."""
     params = make_sampling_params(Sampling(), 0, 0)
     return DecodeState(
-        kv_cache.empty_cache(config, num_slots, max_length, dtype),
+        model.empty_cache(num_slots, max_length, dtype),
         jnp.zeros((num_slots,), jnp.int32),
         jnp.zeros((num_slots,), jnp.int32),
-        jnp.zeros((num_slots, config.vocab_size), jnp.int32),
+        jnp.zeros((num_slots, model.config.decoder.vocab_size), jnp.int32),
         jax.tree.map(lambda x: jnp.broadcast_to(x, (num_slots, *x.shape)), params),
     )
 
 
 def init_prefill_state(
-    config: DecoderConfig, num_visual_tokens: int, max_length: int, dtype: DTypeLike
+    model: Ovis, num_visual_tokens: int, max_length: int, dtype: DTypeLike
 ) -> PrefillState:
     """Return an empty state for a prompt of up to `max_length` positions and its visual tokens."""
-    cache = kv_cache.empty_cache(config, 1, max_length, dtype)
-    return PrefillState(cache, jnp.zeros((num_visual_tokens, config.width), dtype))
+    cache = model.empty_cache(1, max_length, dtype)
+    visual = jnp.zeros((num_visual_tokens, model.config.decoder.width), dtype)
+    return PrefillState(cache, visual)

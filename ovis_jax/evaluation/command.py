@@ -13,6 +13,7 @@ from ovis_jax.console import (
     AdaptersOption,
     BatchSizeOption,
     DtypeOption,
+    KVCacheDtypeOption,
     MaxNewTokensOption,
     MaxPartitionOption,
     ModelOption,
@@ -56,6 +57,7 @@ def eval_(
     ] = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
     choose_by: Annotated[
@@ -96,6 +98,7 @@ def eval_(
         **settings,
         "dtype": dtype,
         "quantization": quantization,
+        "kv_cache_dtype": kv_cache_dtype,
     }
     notes = Console(stderr=True, highlight=False)
     with ResultsFile(output, header) as file:
@@ -105,7 +108,14 @@ def eval_(
             total = count_noun(len(asked), "question")
             notes.print(f"{len(answered)} of {total} already answered in {output}")
         if rest:
-            ovis = load(model, dtype=dtype, quantization=quantization, adapters=adapters, mesh=mesh)
+            ovis = load(
+                model,
+                dtype=dtype,
+                quantization=quantization,
+                kv_cache_dtype=kv_cache_dtype,
+                adapters=adapters,
+                mesh=mesh,
+            )
             results = evaluate_questions(ovis, rest, batch_size=batch_size, **settings)
             hidden = not notes.is_terminal
             for result in track(results, "answering", len(rest), console=notes, disable=hidden):

@@ -14,7 +14,7 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 
 from ovis_jax.model.layers import matmul_precision
 
@@ -112,22 +112,23 @@ def float32_product(equation: str, x: Array, y: Array) -> Array:
 
 
 def multiply_by_int8(
-    x: Float[Array, "rows i"], q: Int[Array, "o i"], scale: Float[Array, "o"]
-) -> Float[Array, "rows o"]:
+    x: Float[Array, "*rows i"], q: Int[Array, "o i"], scale: Float[Array, "o"]
+) -> Float[Array, "*rows o"]:
     """Multiply rows by an int8 matrix, in programs that run on a CPU; the result is float32.
 
     A product of bfloat16 and int8 takes 2 to 10 times as long as a product in bfloat16, but a
     product of int8 and int8 takes two thirds. The function therefore rounds each row to int8 with a
     scale of its own. A single row takes 11 times as long as two, so it is computed twice.
     """
-    y = x.astype(jnp.float32)
+    y = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     x_scale = jnp.max(jnp.abs(y), axis=1, keepdims=True) / 127
     # A row of zeros has the scale zero.
     x_q = jnp.round(y / jnp.where(x_scale == 0, 1.0, x_scale)).astype(jnp.int8)
-    if x.shape[0] == 1:
-        x_q = jnp.broadcast_to(x_q, (2, x.shape[1]))
-    product = jnp.einsum("ri,oi->ro", x_q, q, preferred_element_type=jnp.int32)
-    return product[: x.shape[0]].astype(jnp.float32) * x_scale * scale[None]
+    if len(y) == 1:
+        x_q = jnp.broadcast_to(x_q, (2, x.shape[-1]))
+    product = jnp.einsum("ri,oi->ro", x_q, q, preferred_element_type=jnp.int32)[: len(y)]
+    product = product.astype(jnp.float32) * x_scale * scale[None]
+    return product.reshape(*x.shape[:-1], len(q))
 
 
 def lookup_rows(
@@ -149,8 +150,8 @@ def lookup_rows(
 
 
 def write_slot(
-    row: Float[Array, "K S H"], value: Float[Array, "K 1 H"], slot: Int[Array, ""]
-) -> Float[Array, "K S H"]:
+    row: Real[Array, "K S H"], value: Real[Array, "K 1 H"], slot: Int[Array, ""]
+) -> Real[Array, "K S H"]:
     """Write the key or value of one position into a row of a cache.
 
     On a CPU, XLA would convert a whole bfloat16 row to float32 to update it. This function instead
@@ -181,5 +182,6 @@ def squeeze_single_row(cache: Any) -> Any:
 
 def unsqueeze_single_row(cache: Any) -> Any:
     """Undo `squeeze_single_row`: add the batch axis, so that [K, S, H] becomes [1, K, S, H]."""
-    blocks = jax.tree.map(lambda x: x[None] if x.ndim == 3 else x, cache.blocks)
+    is_single = cache.lengths.shape[0] == 1
+    blocks = jax.tree.map(lambda x: x[None] if is_single else x, cache.blocks)
     return cache._replace(blocks=blocks)

@@ -18,10 +18,11 @@ from jaxtyping import Float, Int
 from ovis_jax.config import DecoderConfig
 from ovis_jax.model import kv_cache
 from ovis_jax.model.attention_kernels import KernelSetting, prompt_attention
-from ovis_jax.model.kv_cache import Cache, KeyValue
+from ovis_jax.model.kv_cache import Cache, KeyValue, KVCacheDtype
 from ovis_jax.model.layers import ACTIVATIONS, apply_rope, rms_norm, softcap
 from ovis_jax.model.linear import Weight, init_weight, linear, weight_param
 from ovis_jax.model.plain_attention import attend, visible
+from ovis_jax.model.quantized_kv import quantize_kv
 
 
 class DecoderAttention(nn.Module):
@@ -31,6 +32,7 @@ class DecoderAttention(nn.Module):
     window: int | None
     param_dtype: DTypeLike
     kernel_setting: KernelSetting = KernelSetting()
+    int8_cache: bool = False
 
     @nn.compact
     def __call__(
@@ -56,27 +58,30 @@ class DecoderAttention(nn.Module):
         k = linear(x, weight("k", K * H, D)).reshape(B, T, K, H)
         v = linear(x, weight("v", K * H, D)).reshape(B, T, K, H)
         q, k = (apply_rope(x, positions, c.rope_theta, c.rope_scaling) for x in (q, k))
-        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
+        key_value = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
+        if self.int8_cache:
+            key_value = quantize_kv(key_value[0]), quantize_kv(key_value[1])
         options = {"scale": c.query_pre_attn_scalar**-0.5, "cap": c.attn_softcap}
         if cache is None:
             options |= {"window": self.window, "setting": self.kernel_setting}
+            keys, values = kv_cache.as_arrays(key_value, x.dtype)
             out = prompt_attention(q, keys, values, positions, **options)  # [B, T, N, H]
         elif T > 1:
             # The cache is updated afterwards, because the first queries still need the ring
             # buffer's old slots.
-            past = kv_cache.slot_positions(positions[:, 0], cache[0].shape[2])
+            past = kv_cache.slot_positions(positions[:, 0], kv_cache.length(cache))
             mask = visible(positions, jnp.concatenate([past, positions], axis=1), self.window)
-            all_keys = jnp.concatenate([cache[0], keys], axis=2)  # [B, K, S + T, H]
-            all_values = jnp.concatenate([cache[1], values], axis=2)
-            out = attend(q, all_keys, all_values, mask, **options)  # [B, T, N, H]
-            keys, values = kv_cache.append_chunk(cache, keys, values, positions)
-        else:
-            keys, values = kv_cache.append_token(cache, keys, values, positions[:, 0])
-            key_positions = kv_cache.slot_positions(positions[:, 0] + 1, keys.shape[2])
-            mask = visible(positions, key_positions, self.window)
+            keys, values = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), cache, key_value)
             out = attend(q, keys, values, mask, **options)  # [B, T, N, H]
+            key_value = kv_cache.append_chunk(cache, key_value, positions)
+        else:
+            key_value = kv_cache.append_token(cache, key_value, positions[:, 0])
+            slots = kv_cache.length(key_value)
+            key_positions = kv_cache.slot_positions(positions[:, 0] + 1, slots)
+            mask = visible(positions, key_positions, self.window)
+            out = attend(q, *key_value, mask, **options)  # [B, T, N, H]
         o = weight("o", D, N * H)
-        return linear(out.reshape(B, T, N * H), o), (keys, values)
+        return linear(out.reshape(B, T, N * H), o), key_value
 
 
 class GatedMLP(nn.Module):
@@ -103,6 +108,7 @@ class DecoderBlock(nn.Module):
     window: int | None
     param_dtype: DTypeLike
     kernel_setting: KernelSetting = KernelSetting()
+    int8_cache: bool = False
 
     @nn.compact
     def __call__(
@@ -118,7 +124,9 @@ class DecoderBlock(nn.Module):
             scale = self.param(name, _init_norm(c), (c.width,), self.param_dtype)
             return rms_norm(x, scale, c.norm_eps, c.norm_offset)
 
-        attn = DecoderAttention(c, self.window, self.param_dtype, self.kernel_setting, name="attn")
+        attn = DecoderAttention(
+            c, self.window, self.param_dtype, self.kernel_setting, self.int8_cache, name="attn"
+        )
         y, key_value = attn(norm("pre_attn_norm", x), positions, cache)
         x += norm("post_attn_norm", y) if c.post_norms else y
         y = GatedMLP(c, self.param_dtype, name="mlp")(norm("pre_mlp_norm", x))
@@ -176,12 +184,15 @@ class Decoder(nn.Module):
       param_dtype: Dtype of the parameters that `init` creates.
       remat: Whether the backward pass recomputes each block instead of storing its activations.
       kernel_setting: Attention kernel for prompts.
+      kv_cache_dtype: Dtype of the KV cache. In an int8 cache, keys and values are rounded before
+        any attention, so it does not matter how a prompt is divided into chunks.
     """
 
     config: DecoderConfig
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
     kernel_setting: KernelSetting = KernelSetting()
+    kv_cache_dtype: KVCacheDtype = "auto"
 
     @nn.compact
     def __call__(
@@ -212,15 +223,17 @@ class Decoder(nn.Module):
         embed = self.param("embed", nn.initializers.normal(D**-0.5), (V, D), self.param_dtype)
         x = scale_embeddings(c, x)
         make_block = nn.remat(DecoderBlock) if self.remat else DecoderBlock
+        has_cache = cache is not None or max_length is not None
+        int8_cache = has_cache and self.kv_cache_dtype == "int8"
         key_values, hidden_states = [], []
         for i in range(c.depth):
             block = make_block(
-                c, c.window(i), self.param_dtype, self.kernel_setting, name=f"block_{i}"
+                c, c.window(i), self.param_dtype, self.kernel_setting, int8_cache, name=f"block_{i}"
             )
             x, key_value = block(x, positions, None if cache is None else cache.blocks[i])
             if max_length is not None:
-                slots = kv_cache.num_slots(c, i, max_length)
-                key_value = kv_cache.cache_prompt(*key_value, positions, slots)
+                slots = kv_cache.num_slots(c, i, max_length, self.kv_cache_dtype)
+                key_value = kv_cache.cache_prompt(key_value, positions, slots)
                 # Without the barrier, XLA keeps every block's output and keys until the end on a
                 # GPU, and builds all caches in one pass.
                 x, key_value = jax.lax.optimization_barrier((x, key_value))

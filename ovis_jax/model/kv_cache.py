@@ -3,9 +3,13 @@
 A global block caches every position. A local (sliding-window) block caches only the last
 `sliding_window` positions, in a ring buffer. In both, position p is stored in slot p mod S. In a
 global block, S is the maximum length, so the slots are never overwritten.
+
+An int8 cache has `QuantizedKV` in place of arrays. There, S is rounded up to a multiple of
+`INT8_TILE`.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +19,20 @@ from jaxtyping import Float, Int
 
 from ovis_jax.config import DecoderConfig
 from ovis_jax.model.cpu import write_slot
+from ovis_jax.model.plain_attention import run_kernel_per_device
+from ovis_jax.model.quantized_kv import QuantizedKV
 
-KeyValue = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
+KVCacheDtype = Literal["auto", "int8"]
+"""The dtype of a KV cache; "auto" is that of the activations."""
+
+INT8_TILE = 32
+"""Number of consecutive slots that a TPU stores in one tile of int8 numbers."""
+
+KeyValue = tuple[Float[Array, "B K S H"] | QuantizedKV, Float[Array, "B K S H"] | QuantizedKV]
 """The keys and the values of one block."""
+
+NewKeyValue = tuple[Float[Array, "B K T H"] | QuantizedKV, Float[Array, "B K T H"] | QuantizedKV]
+"""The keys and the values of T new positions in one block."""
 
 
 class Cache(NamedTuple):
@@ -32,18 +47,30 @@ class Cache(NamedTuple):
     lengths: Int[Array, "B"]
 
 
-def num_slots(config: DecoderConfig, block: int, max_length: int) -> int:
+def num_slots(
+    config: DecoderConfig, block: int, max_length: int, kv_cache_dtype: KVCacheDtype = "auto"
+) -> int:
     """Return S, the number of slots of a block in a cache for up to `max_length` positions."""
     window = config.window(block)
-    return max_length if window is None else min(window, max_length)
+    slots = max_length if window is None else min(window, max_length)
+    return slots if kv_cache_dtype == "auto" else -(-slots // INT8_TILE) * INT8_TILE
 
 
-def empty_cache(config: DecoderConfig, num_rows: int, max_length: int, dtype: DTypeLike) -> Cache:
-    """Create a cache whose rows are all empty."""
+def empty_cache(
+    config: DecoderConfig,
+    num_rows: int,
+    max_length: int,
+    dtype: DTypeLike,
+    kv_cache_dtype: KVCacheDtype = "auto",
+) -> Cache:
+    """Create a cache whose rows are all empty; `dtype` is that of the activations."""
 
-    def zeros(block: int) -> Array:
-        slots = num_slots(config, block, max_length)
-        return jnp.zeros((num_rows, config.num_kv_heads, slots, config.head_dim), dtype)
+    def zeros(block: int) -> Array | QuantizedKV:
+        slots = num_slots(config, block, max_length, kv_cache_dtype)
+        shape = (num_rows, config.num_kv_heads, slots, config.head_dim)
+        if kv_cache_dtype == "auto":
+            return jnp.zeros(shape, dtype)
+        return QuantizedKV(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:3], jnp.float32))
 
     blocks = tuple((zeros(i), zeros(i)) for i in range(config.depth))
     return Cache(blocks, jnp.zeros((num_rows,), jnp.int32))
@@ -57,64 +84,120 @@ def slot_positions(lengths: Int[Array, "B"], num_slots: int) -> Int[Array, "B S"
 
 
 def cache_prompt(
-    k: Float[Array, "B K T H"],
-    v: Float[Array, "B K T H"],
+    key_value: NewKeyValue,
     positions: Int[Array, "B T"],
     num_slots: int,
 ) -> KeyValue:
     """Build a block's cache from the keys and values of full prompts.
 
     Args:
-      k: Keys of the prompts.
-      v: Values of the prompts.
+      key_value: Keys and values of the prompts.
       positions: Positions, from 0; -1 at padding, which may be on either side.
       num_slots: The number of slots of the block, S.
     """
     lengths = jnp.max(positions, axis=1) + 1
     first = jnp.argmax(positions >= 0, axis=1)  # the column of position 0
     columns = first[:, None] + jnp.maximum(slot_positions(lengths, num_slots), 0)  # [B, S]
-    columns = columns[:, None, :, None]
-    return jnp.take_along_axis(k, columns, axis=2), jnp.take_along_axis(v, columns, axis=2)
+    return jax.tree.map(partial(_take_columns, columns=columns), key_value)
 
 
 def append_chunk(
     block: KeyValue,
-    k: Float[Array, "B K T H"],
-    v: Float[Array, "B K T H"],
+    key_value: NewKeyValue,
     positions: Int[Array, "B T"],
 ) -> KeyValue:
     """Write T positions per row into a block's cache; in a ring buffer they replace the oldest.
 
     Args:
       block: The cache of the block.
-      k: Keys of the new positions.
-      v: Values of the new positions.
+      key_value: Keys and values of the new positions.
       positions: Consecutive positions that continue each row; -1 at padding on the right.
     """
-    slots, T = block[0].shape[2], k.shape[2]
-    first = positions[:, :1]
-    stored = slot_positions(jnp.max(positions, axis=1) + 1, slots)  # [B, S]
-    columns = jnp.clip(stored - first, 0, T - 1)[:, None, :, None]
-    is_new = (stored >= first)[:, None, :, None]
+    first, T = positions[:, :1], positions.shape[1]
+    stored = slot_positions(jnp.max(positions, axis=1) + 1, length(block))  # [B, S]
+    columns = jnp.clip(stored - first, 0, T - 1)
+    is_new = stored >= first
 
     def update(old: Array, values: Array) -> Array:
-        return jnp.where(is_new, jnp.take_along_axis(values, columns, axis=2), old)
+        return jnp.where(_per_slot(is_new, old), _take_columns(values, columns), old)
 
-    return update(block[0], k), update(block[1], v)
+    return jax.tree.map(update, block, key_value)
 
 
-def append_token(
-    block: KeyValue,
-    k: Float[Array, "B K 1 H"],
-    v: Float[Array, "B K 1 H"],
-    positions: Int[Array, "B"],
-) -> KeyValue:
-    """Write one position per row into a block's cache; in a ring buffer it replaces the oldest."""
-    slots = positions % block[0].shape[2]
+def append_token(block: KeyValue, key_value: NewKeyValue, positions: Int[Array, "B"]) -> KeyValue:
+    """Write one position per row into a block's cache; in a ring buffer it replaces the oldest.
 
-    def update(rows: Array, values: Array) -> Array:
+    Args:
+      block: The cache of the block.
+      key_value: Key and value of the new position in each row; T is 1.
+      positions: The new positions.
+    """
+    slots = positions % length(block)
+
+    def write(rows: Array, values: Array) -> Array:
+        if rows.ndim == 3:  # scales
+            is_written = jnp.arange(rows.shape[2])[None, None] == slots[:, None, None]
+            return jnp.where(is_written, values, rows)
         if rows.shape[0] == 1:  # without a batch axis, every backend updates in place
             return write_slot(rows[0], values[0], slots[0])[None]
         return jax.vmap(write_slot)(rows, values, slots)
 
-    return update(block[0], k), update(block[1], v)
+    def write_int8_on_tpu(rows: Array, values: Array) -> Array:
+        if rows.dtype != jnp.int8:
+            return write(rows, values)
+        return run_kernel_per_device(_write_tiles, rows, values, slots)
+
+    if not isinstance(block[0], QuantizedKV):
+        return jax.tree.map(write, block, key_value)
+    return jax.lax.platform_dependent(
+        block,
+        key_value,
+        tpu=partial(jax.tree.map, write_int8_on_tpu),
+        default=partial(jax.tree.map, write),
+    )
+
+
+def _write_tiles(
+    rows: Int[Array, "B K S H"], values: Int[Array, "B K 1 H"], slots: Int[Array, "B"]
+) -> Int[Array, "B K S H"]:
+    """Write one slot per row of an int8 cache, in programs that run on a TPU.
+
+    A TPU stores int8 numbers in tiles of 32 slots. To update a single slot, or several rows at
+    once, XLA copies the whole cache into a layout with smaller tiles and back. This function
+    instead reads, changes and writes a tile of each row in a loop over the rows.
+    """
+    B, K, S, H = rows.shape
+
+    def write_row(row: Array, tiles: Array) -> Array:
+        tile, offset = jnp.divmod(slots[row], INT8_TILE)
+        index = tuple(jnp.int32(x) for x in (row, 0, tile, 0, 0))
+        value = values[row][None, :, None]
+        old = jax.lax.dynamic_slice(tiles, index, (1, K, 1, INT8_TILE, H))
+        is_written = jnp.arange(INT8_TILE)[None, None, None, :, None] == offset
+        return jax.lax.dynamic_update_slice(tiles, jnp.where(is_written, value, old), index)
+
+    tiles = rows.reshape(B, K, S // INT8_TILE, INT8_TILE, H)
+    return jax.lax.fori_loop(0, B, write_row, tiles, unroll=8).reshape(rows.shape)
+
+
+def length(block: KeyValue) -> int:
+    """Return S, the number of slots of a block's cache."""
+    return jax.tree.leaves(block)[0].shape[2]
+
+
+def as_arrays(
+    block: KeyValue, dtype: DTypeLike
+) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """Return keys and values as arrays; quantized ones are dequantized to `dtype`."""
+    k, v = (x.dequantized(dtype) if isinstance(x, QuantizedKV) else x for x in block)
+    return k, v
+
+
+def _per_slot(x: Array, like: Array) -> Array:
+    """Reshape an array [B, S] to [B, 1, S] or [B, 1, S, 1], the rank of `like`."""
+    return jnp.expand_dims(x, (1, *range(3, like.ndim)))
+
+
+def _take_columns(x: Array, columns: Int[Array, "B S"]) -> Array:
+    """Return the columns of keys, values or scales [B, K, T, ...] for each slot."""
+    return jnp.take_along_axis(x, _per_slot(columns, x), axis=2)

@@ -142,14 +142,14 @@ def _matmul(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _multiply_quantized(x: Array, q: Array, scale: Array, out_dtype: DTypeLike) -> Array:
-    rows = x.reshape(-1, x.shape[-1])
     if q.ndim == 3:
-        y = int4_matmul.multiply_by_int4(rows, q, scale)
+        y = int4_matmul.multiply_by_int4(x.reshape(-1, x.shape[-1]), q, scale)
+        y = y.reshape(*x.shape[:-1], q.shape[1])
     else:
         y = jax.lax.platform_dependent(
-            rows, q, scale, cpu=cpu.multiply_by_int8, default=_multiply_by_int8
+            x, q, scale, cpu=cpu.multiply_by_int8, default=_multiply_by_int8
         )
-    return y.reshape(*x.shape[:-1], q.shape[-2]).astype(out_dtype)
+    return y.astype(out_dtype)
 
 
 @_multiply_quantized.defjvp
@@ -164,7 +164,9 @@ _quantized_matmul = jax.jit(_multiply_quantized, static_argnums=3, inline=True)
 
 def _multiply_by_int8(x: Array, q: Array, scale: Array) -> Array:
     # The compilers for TPUs and GPUs convert the integers inside of the product, without a copy.
-    return cpu.float32_product("ri,oi->ro", x, q.astype(x.dtype)) * scale[None]
+    # The axes of `x` stay apart, because a TPU would copy the 729 rows of each crop to join them.
+    y = cpu.float32_product("...i,oi->...o", x, q.astype(x.dtype))
+    return y * over_last_axis(scale, y)
 
 
 def lookup(

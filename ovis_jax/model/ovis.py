@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ from ovis_jax.inputs.image_processing import IMAGE_SLOT, IMAGE_START
 from ovis_jax.mesh import allow_explicit_mesh
 from ovis_jax.model.attention_kernels import AttentionKernel, KernelSetting, Platform, choose_kernel
 from ovis_jax.model.decoder import Decoder
-from ovis_jax.model.kv_cache import Cache
+from ovis_jax.model.kv_cache import Cache, KVCacheDtype, empty_cache
 from ovis_jax.model.linear import lookup
 from ovis_jax.model.vision import VisionEncoder
 from ovis_jax.model.visual_tokenizer import (
@@ -88,19 +88,25 @@ class Ovis:
       attention_kernel: Attention kernel for prompts and crops; "auto" chooses one for the platform.
       platform: Platform that the program is compiled for; None for JAX's current platform.
         `ovis_jax.model.attention_kernels.attention_report` lists the kernels that are used there.
+      kv_cache_dtype: Dtype of the KV cache: "auto" for that of the activations, or "int8" for half
+        the size of bfloat16, which rounds keys and values. Methods without a cache ignore it.
 
     Raises:
-      RequestError: The kernel or the platform is unknown.
+      RequestError: The kernel, the platform or the dtype of the KV cache is unknown.
     """
 
     config: OvisConfig
     remat: bool = False
     attention_kernel: AttentionKernel = "auto"
     platform: Platform | None = None
+    kv_cache_dtype: KVCacheDtype = "auto"
 
     def __post_init__(self) -> None:
         # An unknown kernel or platform raises here. A decode step supports every known one.
         choose_kernel(self.attention_kernel, "decode", 1, platform=self.platform)
+        if self.kv_cache_dtype not in get_args(KVCacheDtype):
+            known = " or ".join(get_args(KVCacheDtype))
+            raise RequestError(f"kv_cache_dtype {self.kv_cache_dtype!r}: expected {known}")
 
     def init(self, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> Params:
         """Create random parameters. Under `jax.eval_shape`, this returns only their shapes."""
@@ -161,9 +167,24 @@ class Ovis:
         return ImageStates(vision, VisualTokens(tokens.features, *unpadded), embeddings)
 
     def decoder(self, *, remat: bool = False) -> Decoder:
-        """Return the decoder module, with the model's attention kernel."""
+        """Return the decoder module, with the model's attention kernel and dtype of the cache."""
         setting = KernelSetting(self.attention_kernel, self.platform)
-        return Decoder(self.config.decoder, remat=remat, kernel_setting=setting)
+        return Decoder(
+            self.config.decoder,
+            remat=remat,
+            kernel_setting=setting,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+
+    def empty_cache(self, num_rows: int, max_length: int, dtype: DTypeLike) -> Cache:
+        """Create an empty cache for `extend` and `decode`.
+
+        Args:
+          num_rows: Number of rows, B.
+          max_length: Number of positions per row that fit into the cache.
+          dtype: Dtype of the activations.
+        """
+        return empty_cache(self.config.decoder, num_rows, max_length, dtype, self.kv_cache_dtype)
 
     def embed_inputs(
         self,

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
-from jaxtyping import Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int, Shaped
 
 from ovis_jax.model.layers import matmul_precision, softcap
+from ovis_jax.model.quantized_kv import QuantizedKV
 from ovis_jax.sharding import mesh_axis
 
 MASKED_SCORE = jnp.finfo(jnp.float32).min
@@ -33,8 +35,8 @@ def visible(
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B K S H"] | QuantizedKV,
+    v: Float[Array, "B K S H"] | QuantizedKV,
     mask: Bool[Array, "B T S"] | None,
     *,
     scale: float,
@@ -43,7 +45,8 @@ def attend(
     """Compute grouped-query attention: query head n attends to key head n // (N / K).
 
     Scores, soft capping and softmax are computed in float32. The attention weights are rounded to
-    the dtype of `q`.
+    the dtype of `q`. The scales of quantized keys multiply the scores, and those of quantized
+    values multiply the weights, so that no dequantized keys and values are stored.
 
     Args:
       q: Queries.
@@ -54,6 +57,8 @@ def attend(
       cap: Soft cap of the scaled scores; None for no soft capping.
     """
     B, T, N, H = q.shape
+    k, k_scale = _split_scale(k, q.dtype)
+    v, v_scale = _split_scale(v, q.dtype)
     K = k.shape[1]
     # In both products, heads come before positions. XLA's CPU backend supports bfloat16 operands
     # with a float32 result only in this order. G and T form one axis Q, so that the gradients also
@@ -64,12 +69,15 @@ def attend(
     scores = jnp.einsum(
         "BKQH,BKSH->BKQS", grouped, k, precision=precision, preferred_element_type=jnp.float32
     )
+    if k_scale is not None:
+        scores *= k_scale[:, :, None]
     scores = softcap(scores * scale, cap)
     if mask is not None:
         scores = scores.reshape(B, K, N // K, T, -1)
         scores = jnp.where(mask[:, None, None], scores, MASKED_SCORE)
         scores = scores.reshape(B, K, N // K * T, -1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    weights = jax.nn.softmax(scores, axis=-1)
+    weights = (weights if v_scale is None else weights * v_scale[:, :, None]).astype(q.dtype)
     out = jnp.einsum(
         "BKQS,BKSH->BKQH", weights, v, precision=precision, preferred_element_type=jnp.float32
     )
@@ -77,33 +85,36 @@ def attend(
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
+def _split_scale(
+    x: Float[Array, "B K S H"] | QuantizedKV, dtype: DTypeLike
+) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S"] | None]:
+    """Return keys or values without their scale, and the scale; None if they are not quantized."""
+    # The compilers for TPUs and GPUs convert the integers inside of the product, without a copy.
+    return (x.q.astype(dtype), x.scale) if isinstance(x, QuantizedKV) else (x, None)
+
+
 def run_kernel_per_device(
-    kernel: Callable[[Array, Array, Array, Array], Array],
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K T H"],
-    v: Float[Array, "B K T H"],
-    row_data: Int[Array, "B T"],
-) -> Float[Array, "B N T H"]:
-    """Run an attention kernel on each device of a mesh, for the device's own rows and heads.
+    kernel: Callable[..., Array], *arrays: Shaped[Array, "B ..."]
+) -> Shaped[Array, "B heads length H"]:
+    """Run a function on each device of a mesh, for the device's own rows and heads.
 
     The compiler cannot shard a custom kernel, so this function shards the arguments explicitly. The
-    mesh is the mesh in scope or, if there is none, the mesh of the queries. If a mesh axis does not
-    divide a dimension, the dimension is replicated.
+    mesh is the mesh in scope or, if there is none, the mesh of the first array. If a mesh axis does
+    not divide a dimension, the dimension is replicated.
 
     Args:
-      kernel: Function that takes the local shards of the four arrays and returns the attention
-        output.
-      q: Queries.
-      k: Keys.
-      v: Values.
-      row_data: One integer per position, such as the segment of the position.
+      kernel: Function that takes the local shards of the arrays and returns an array [B, heads,
+        length, H].
+      arrays: Arrays [B, heads, length, H] with N or K heads, such as queries or keys, and arrays
+        [B, ...] with fewer axes, such as the segment of each position.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        mesh = jax.typeof(q).sharding.mesh  # the parameters' mesh
+        mesh = jax.typeof(arrays[0]).sharding.mesh  # the parameters' mesh
     if not mesh.empty and not mesh.manual_axes:
-        batch, heads = mesh_axis("B", q.shape[0], mesh), mesh_axis("K", k.shape[1], mesh)
-        spec = PartitionSpec(batch, heads)
-        specs = (spec, spec, spec, PartitionSpec(batch))
-        kernel = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    return kernel(q, k, v, row_data)
+        num_kv_heads = min(x.shape[1] for x in arrays if x.ndim == 4)
+        batch = mesh_axis("B", arrays[0].shape[0], mesh)
+        heads = PartitionSpec(batch, mesh_axis("K", num_kv_heads, mesh))
+        specs = tuple(heads if x.ndim == 4 else PartitionSpec(batch) for x in arrays)
+        kernel = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return kernel(*arrays)

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ovis_jax.inputs.batch import Inputs
-from ovis_jax.model.kv_cache import Cache, num_slots
+from ovis_jax.model.kv_cache import Cache, empty_cache
 from ovis_jax.model.linear import Quantized
 from ovis_jax.plan.workload import Workload
 from ovis_jax.quantization import choose_quantization, quantized_matrices, quantized_shardings
@@ -49,13 +50,6 @@ def abstract_params(workload: Workload, mesh: Mesh | AbstractMesh) -> dict[str, 
     }
 
 
-class QuantizedCache(NamedTuple):
-    """The integers and the float32 scales of the keys or the values in an int8 cache."""
-
-    q: jax.ShapeDtypeStruct
-    scale: jax.ShapeDtypeStruct
-
-
 def weights_per_device(params: Iterable[jax.ShapeDtypeStruct | Quantized]) -> int:
     """Count the weights on each device, without scales."""
     arrays = (x.q if isinstance(x, Quantized) else x for x in params)
@@ -68,25 +62,18 @@ def shape_per_device(x: Any) -> tuple[int, ...]:
 
 
 def abstract_cache(workload: Workload, mesh: Mesh | AbstractMesh) -> Cache:
-    """Describe the KV cache; rows are sharded over "data" and key/value heads over "model".
-
-    An int8 cache has one scale per position and head.
-    """
-    c = workload.config.decoder
-    sharding = NamedSharding(mesh, PartitionSpec(TENSOR["B"], TENSOR["K"]))
-
-    def keys_or_values(block: int) -> Any:
-        slots = num_slots(c, block, workload.max_length)
-        shape = (workload.batch_size, c.num_kv_heads, slots, c.head_dim)
-        if workload.kv_cache_dtype == "auto":
-            return jax.ShapeDtypeStruct(shape, workload.dtype, sharding=sharding)
-        return QuantizedCache(
-            jax.ShapeDtypeStruct(shape, jnp.int8, sharding=sharding),
-            jax.ShapeDtypeStruct(shape[:-1], jnp.float32, sharding=sharding),
+    """Describe the KV cache; rows are sharded over "data" and key/value heads over "model"."""
+    rows, length = workload.batch_size, workload.max_length
+    cache = jax.eval_shape(
+        lambda: empty_cache(
+            workload.config.decoder, rows, length, workload.dtype, workload.kv_cache_dtype
         )
-
-    blocks = tuple((keys_or_values(i), keys_or_values(i)) for i in range(c.depth))
-    return Cache(blocks, abstract_token_ids(mesh, (workload.batch_size,)))
+    )
+    sharding = NamedSharding(mesh, PartitionSpec(TENSOR["B"], TENSOR["K"]))
+    blocks = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), cache.blocks
+    )
+    return Cache(blocks, abstract_token_ids(mesh, (rows,)))
 
 
 def abstract_token_ids(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> Any:
@@ -97,7 +84,7 @@ def abstract_token_ids(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> Any
 
 def abstract_inputs(workload: Workload, mesh: Mesh | AbstractMesh) -> Inputs:
     """Describe the model inputs for prompts of the maximum length and their crops."""
-    tokens = abstract_token_ids(mesh, (workload.batch_size, workload.max_length))
+    tokens = abstract_token_ids(mesh, (workload.batch_size, workload.prompt_positions))
     vision = workload.config.vision
     shape = (workload.num_crops, vision.image_size, vision.image_size, vision.num_channels)
     replicated = crops_per_device(workload) == workload.num_crops
@@ -112,11 +99,19 @@ def crops_per_device(workload: Workload) -> int:
     return crops if crops % data else crops // data
 
 
-def decoder_matrix_shapes(workload: Workload) -> list[tuple[int, ...]]:
-    """Return the full and the per-device shapes of the decoder's matrices."""
-    found = []
-    for path, x in abstract_params(workload, workload.abstract_mesh).items():
-        weights = x.q if isinstance(x, Quantized) else x
-        if path.startswith("decoder/") and len(weights.shape) > 1:
-            found += [weights.shape, shape_per_device(weights)]
-    return found
+def matrix_shapes(workload: Workload) -> list[tuple[int, ...]]:
+    """Return the full and the per-device shapes of all matrices and of the cache of each block.
+
+    For an int4 matrix, they include both its shape and that of its groups.
+    """
+    mesh, shapes = workload.abstract_mesh, set()
+    unquantized = replace(workload, quantization=None)
+    trees = (
+        abstract_params(workload, mesh),
+        abstract_params(unquantized, mesh),
+        abstract_cache(workload, mesh).blocks,
+    )
+    for x in jax.tree.leaves(trees):
+        if len(x.shape) > 1:
+            shapes |= {x.shape, shape_per_device(x)}
+    return sorted(shapes)

@@ -6,6 +6,7 @@ Compilation only needs the package that contains the compiler. No program is exe
 import contextlib
 import os
 import time
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from flax.traverse_util import unflatten_dict
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ovis_jax.inference.generate import generate
 from ovis_jax.model.attention_kernels import Platform
 from ovis_jax.model.ovis import Ovis
 from ovis_jax.plan.abstract_arrays import (
@@ -22,7 +24,7 @@ from ovis_jax.plan.abstract_arrays import (
     abstract_inputs,
     abstract_params,
     abstract_token_ids,
-    decoder_matrix_shapes,
+    matrix_shapes,
 )
 from ovis_jax.plan.hlo_analysis import (
     bytes_per_device,
@@ -36,9 +38,10 @@ from ovis_jax.plan.hlo_analysis import (
 from ovis_jax.plan.topologies import Topology
 from ovis_jax.plan.workload import Workload
 
-Program = Literal["decode", "prefill", "images"]
+Program = Literal["decode", "prefill", "images", "generate"]
 REQUEST_PROGRAMS: tuple[Program, ...] = ("decode", "prefill")
-"""The programs that serve requests. "images" is the part of prefill that embeds crops."""
+"""The programs that serve requests. "images" is the part of prefill that embeds crops, and
+"generate" contains all of them."""
 
 _COMPILER_PACKAGES = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}
 COMPILER_EXTRAS = {"tpu": ("tpu",), "cuda": ("cuda12", "cuda13")}
@@ -141,7 +144,7 @@ def compile_program(workload: Workload, program: Program) -> Any:
     mesh = Mesh(np.array(devices).reshape(workload.mesh_sizes), ("data", "model"))
     tpu = workload.topology.device.platform == "tpu"
     platform: Platform = "tpu" if tpu else "gpu"
-    model = Ovis(workload.config, platform=platform)
+    model = Ovis(workload.config, platform=platform, kv_cache_dtype=workload.kv_cache_dtype)
     params = unflatten_dict(abstract_params(workload, mesh), sep="/")
     cache = abstract_cache(workload, mesh)
     logits = NamedSharding(mesh, PartitionSpec("data", "model"))
@@ -155,6 +158,11 @@ def compile_program(workload: Workload, program: Program) -> Any:
         elif program == "images":
             pixels = abstract_inputs(workload, mesh).pixels
             lowered = jax.jit(model.embed_images).lower(params, pixels)
+        elif program == "generate":
+            answer = partial(
+                generate, model, max_new_tokens=workload.max_length - workload.prompt_positions
+            )
+            lowered = jax.jit(answer).lower(params, abstract_inputs(workload, mesh))
         else:
             jitted = jax.jit(model.prefill, static_argnums=2, out_shardings=out_shardings)
             inputs = abstract_inputs(workload, mesh)
@@ -168,7 +176,7 @@ def analyze_program(workload: Workload, program: Program) -> dict[str, Any]:
     Returns:
       A dict with "arguments", "output", "aliased", "temp" and "peak", the program's bytes on one
       device; "cache", the bytes of the KV cache; "collectives", by kind; "all_reduces_per_block";
-      "weight_sized", the number of copies, all-gathers and all-reduces with the shape of a weight;
+      "weight_sized", the result of `count_weight_sized_operations` for the matrices and the cache;
       "kernels", by name; and "compile_seconds". If the device memory is too small, the dict
       contains only "error", the compiler's message, and "peak", the requested bytes (None if the
       message does not state them).
@@ -188,7 +196,7 @@ def analyze_program(workload: Workload, program: Program) -> dict[str, Any]:
         "cache": bytes_per_device(abstract_cache(workload, workload.abstract_mesh)),
         "collectives": collective_counts_and_bytes(hlo),
         "all_reduces_per_block": max_all_reduces_per_block(hlo),
-        "weight_sized": count_weight_sized_operations(hlo, decoder_matrix_shapes(workload)),
+        "weight_sized": count_weight_sized_operations(hlo, matrix_shapes(workload)),
         "kernels": count_kernel_calls(hlo),
         "compile_seconds": seconds,
     }

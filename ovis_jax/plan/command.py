@@ -10,10 +10,11 @@ from ovis_jax import presets
 from ovis_jax.checkpoint.resolve import BUNDLED, find_folder_or_bundled_checkpoint
 from ovis_jax.config import OvisConfig
 from ovis_jax.console import BatchSizeOption, Dtype, MaxPartitionOption, print_error
+from ovis_jax.model.kv_cache import KVCacheDtype
 from ovis_jax.plan.make_plan import Method, make_plan
 from ovis_jax.plan.report import plan_summary_line, print_plan
 from ovis_jax.plan.topologies import parse_mesh_sizes, parse_topology
-from ovis_jax.plan.workload import KvCacheDtype, Workload, default_mesh_sizes
+from ovis_jax.plan.workload import Workload, default_mesh_sizes
 from ovis_jax.quantization import QuantizationFormat
 
 PUBLISHED_CONFIGS = {
@@ -50,7 +51,7 @@ def make_workload(
     max_partition: int = 9,
     dtype: str = "bfloat16",
     quantization: QuantizationFormat | None = None,
-    kv_cache_dtype: KvCacheDtype = "auto",
+    kv_cache_dtype: KVCacheDtype = "auto",
 ) -> Workload:
     """Build a workload from the names of a topology and a mesh.
 
@@ -112,7 +113,7 @@ def plan(
         typer.Option(help="Quantization of the weights; by default, they are not quantized."),
     ] = None,
     kv_cache_dtype: Annotated[
-        KvCacheDtype, typer.Option(help='Dtype of the KV cache; "auto" is the value of --dtype.')
+        KVCacheDtype, typer.Option(help='Dtype of the KV cache; "auto" is the value of --dtype.')
     ] = "auto",
     method: Annotated[
         Method,

@@ -3,20 +3,30 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 from jax.dtypes import itemsize_bits
-
-HLO_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 _COLLECTIVE = re.compile(
     r" = (?P<result>\(.*?\)|\S+)"
     r" (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
     r"(?P<start>-start)?\("
 )
-_COPY = re.compile(r" = (\w+)\[([\d,]+)\]\S* (copy|transpose)\(")
+_COMPUTATION = re.compile(r"(ENTRY )?%(?P<name>[\w.-]+) .*\{$")
+_INSTRUCTION = re.compile(
+    r"\s+(?P<root>ROOT )?%(?P<name>[\w.-]+) = (?P<result>\(.*?\)|\S+) (?P<opcode>[\w-]+)"
+    r"\((?P<operands>[^()]*)\)(.*? calls=%(?P<calls>[\w.-]+))?"
+)
+_ARRAY = re.compile(r"(?P<dtype>\w+)\[(?P<axes>[\d,]*)\](?P<layout>\{[^}]*\})?")
+_SAME_VALUES = {
+    *("bitcast", "copy", "copy-start", "copy-done", "transpose", "slice-start", "slice-done"),
+    *("get-tuple-element", "custom-call", "opt-barrier"),
+}
+"""Opcodes whose result has the values of the first operand. On a TPU, the custom call ConcatBitcast
+puts the slices of an array together again."""
+
 # This matches Pallas kernels on TPU and GPU and NVIDIA's libraries, but not XLA's own annotations.
 _KERNEL = re.compile(
     r"%?(?P<name>[\w.-]+) = [^\n]*"
@@ -52,8 +62,14 @@ def collective_counts_and_bytes(hlo: str) -> dict[str, dict[str, int]]:
     for kind, arrays in _collective_results(hlo):
         counts[kind] += 1
         for dtype, shape in arrays:
-            sizes[kind] += HLO_ITEM_BYTES[dtype] * math.prod(shape)
-    return {kind: {"count": counts[kind], "bytes": sizes[kind]} for kind in sorted(counts)}
+            sizes[kind] += _item_bits(dtype) * math.prod(shape)
+    return {kind: {"count": counts[kind], "bytes": sizes[kind] // 8} for kind in sorted(counts)}
+
+
+def _item_bits(dtype: str) -> int:
+    """Return the size of a dtype whose name in HLO contains it, such as bf16, s4 or f8e4m3fn."""
+    bits = re.search(r"\d+", dtype)
+    return int(bits[0]) if bits else 8  # pred
 
 
 def _collective_results(hlo: str) -> Iterable[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
@@ -71,23 +87,106 @@ def _parse_shape(axes: str) -> tuple[int, ...]:
     return tuple(map(int, axes.split(","))) if axes else ()
 
 
+class _Array(NamedTuple):
+    """An array that an instruction computes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    in_fast_memory: bool
+    """Whether it is in VMEM, the fast memory of a TPU core."""
+
+
+class _Instruction(NamedTuple):
+    """An instruction in HLO text."""
+
+    computation: str
+    """Name of the computation that contains it."""
+    is_root: bool
+    """Whether its result is the result of the computation."""
+    name: str
+    results: list[_Array]
+    opcode: str
+    operands: list[str]
+    """Names of the instructions whose results it reads."""
+    calls: str | None
+    """Name of the computation that a fusion calls."""
+
+
+def _parse_instructions(hlo: str) -> Iterator[_Instruction]:
+    computation = ""
+    for line in hlo.splitlines():
+        header, match = _COMPUTATION.match(line), _INSTRUCTION.match(line)
+        if header:
+            computation = header["name"]
+        elif match:
+            results = [
+                _Array(x["dtype"], _parse_shape(x["axes"]), "S(1)" in (x["layout"] or ""))
+                for x in _ARRAY.finditer(match["result"])
+            ]
+            operands = re.findall(r"%([\w.-]+)", match["operands"])
+            is_root, name, opcode = bool(match["root"]), match["name"], match["opcode"]
+            yield _Instruction(
+                computation, is_root, name, results, opcode, operands, match["calls"]
+            )
+
+
 def count_weight_sized_operations(
     hlo: str, weight_shapes: Iterable[tuple[int, ...]]
 ) -> dict[str, int]:
-    """Count the operations whose result has the shape of a weight matrix.
+    """Count the operations that write an array with the shape of a weight matrix into memory.
+
+    Operations inside a fusion are not counted, because their results stay in registers or in fast
+    memory. What a fusion itself writes is counted. Moving a result from fast memory to device
+    memory is not a copy.
 
     Args:
       hlo: HLO text of a compiled program.
-      weight_shapes: Full and per-device shapes of the weight matrices.
+      weight_shapes: Full and per-device shapes of the weight matrices, or of the blocks of a cache.
 
     Returns:
-      The numbers of "copies" (including transposes), "all-gathers" and "all-reduces" whose result
-      has the dimensions of a weight matrix in any order. Dimensions of size 1 are ignored.
+      The numbers of "copies" (including transposes), "dequantized" (float arrays computed from a
+      stored int8 or int4 array of the same size), "all-gathers" and "all-reduces" whose result has
+      the dimensions of a weight matrix in any order. Dimensions of size 1 are ignored.
     """
     known = {_dimensions(shape) for shape in weight_shapes}
-    found = Counter({"copies": 0, "all-gathers": 0, "all-reduces": 0})
-    for match in _COPY.finditer(hlo):
-        found["copies"] += _dimensions(_parse_shape(match[2])) in known
+    instructions = list(_parse_instructions(hlo))
+    by_name = {x.name: x for x in instructions}
+    roots = {x.computation: x for x in instructions if x.is_root}
+    fused = {x.calls for x in instructions if x.opcode == "fusion"}
+
+    def last_operations(x: _Instruction) -> list[str]:
+        """Return the opcode that computes each result, also for the results of a fusion."""
+        if x.opcode == "fusion" and x.calls in roots:
+            return last_operations(roots[x.calls])
+        if x.opcode == "tuple":
+            return [y for name in x.operands for y in last_operations(by_name[name])]
+        if x.opcode == "bitcast" and x.operands[0] in by_name:
+            return last_operations(by_name[x.operands[0]])
+        return [x.opcode]
+
+    def is_stored(name: str) -> bool:
+        """Return whether an array is an argument of the program or the loop, or a part of one."""
+        x = by_name.get(name)
+        return x is not None and (
+            x.opcode == "parameter" or (x.opcode in _SAME_VALUES and is_stored(x.operands[0]))
+        )
+
+    found = Counter({"copies": 0, "dequantized": 0, "all-gathers": 0, "all-reduces": 0})
+    for x in instructions:
+        if x.computation in fused or x.opcode in ("tuple", "bitcast", "copy-start"):
+            continue
+        sources = [
+            (name, y) for name in x.operands if name in by_name for y in by_name[name].results
+        ]
+        integers = {
+            math.prod(y.shape) for name, y in sources if y.dtype in ("s8", "s4") and is_stored(name)
+        }
+        from_fast_memory = len(sources) == 1 and sources[0][1].in_fast_memory
+        for array, opcode in zip(x.results, last_operations(x), strict=False):
+            if _dimensions(array.shape) in known and not array.in_fast_memory:
+                found["copies"] += opcode in ("copy", "transpose") and not from_fast_memory
+                is_float = array.dtype in ("bf16", "f16", "f32")
+                found["dequantized"] += is_float and math.prod(array.shape) in integers
     for kind, arrays in _collective_results(hlo):
         if kind in ("all-gather", "all-reduce"):
             found[f"{kind}s"] += any(_dimensions(shape) in known for _, shape in arrays)

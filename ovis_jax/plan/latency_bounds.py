@@ -77,7 +77,7 @@ def total_prefill_flops(workload: Workload) -> float:
     as two FLOPs.
     """
     c, n = workload.config, axis_letter_sizes(workload.config, "decoder/")
-    T, B = workload.max_length, workload.batch_size
+    T, B = workload.prompt_positions, workload.batch_size
     matrices = 2 * (n["N"] + n["K"]) * n["H"] * n["D"] + 3 * n["F"] * n["D"]
     pairs = sum(_visible_pairs(T, num_slots(c.decoder, i, T)) for i in range(c.decoder.depth))
     decoder = B * T * matrices * c.decoder.depth + B * n["V"] * n["D"]

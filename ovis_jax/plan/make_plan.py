@@ -138,8 +138,6 @@ def _why_not_compiled(workload: Workload) -> str | None:
     device = workload.topology.device
     if device.platform == "cuda" and device.gpu_target is None:
         return f"no compiler target is close to {workload.topology.kind}"
-    if workload.kv_cache_dtype != "auto":
-        return "programs with an int8 KV cache are not compiled yet"
     return None
 
 
@@ -160,7 +158,7 @@ def _peak_with_unread_weights(
     if program["peak"] is None:
         return memory.peak
     read = {"decoder"}
-    if name == "prefill":
+    if name in ("prefill", "generate"):
         read = set(memory.weights) if workload.num_crops else {"decoder", "visual_embedding"}
     unread = (size for part, size in memory.weights.items() if part not in read)
     return program["peak"] + sum(unread)

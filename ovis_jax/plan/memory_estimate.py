@@ -80,7 +80,7 @@ def decode_temp_bytes(workload: Workload) -> int:
 
 
 def prefill_temp_bytes(workload: Workload) -> int:
-    """Estimate the size of the temporary arrays in a prefill at the maximum length.
+    """Estimate the size of the temporary arrays in a prefill of prompts of the maximum length.
 
     The result, in bytes on one device, is the larger of `vision_temp_bytes` and the decoder's peak,
     plus the embeddings of the images (s I M D), which the decoder reads. Let b = B / data be the
@@ -95,8 +95,8 @@ def prefill_temp_bytes(workload: Workload) -> int:
     rows, s = workload.batch_size // data, workload.bytes_per_activation
     sharded = 3 * max(n["F"], (n["N"] + n["K"]) * n["H"])
     replicated = (3 + (model > 1)) * n["D"]
-    decoder = s * rows * workload.max_length * (replicated + sharded // model)
-    decoder += _score_bytes(workload, "prefill", rows, n["N"], workload.max_length)
+    decoder = s * rows * workload.prompt_positions * (replicated + sharded // model)
+    decoder += _score_bytes(workload, "prefill", rows, n["N"], workload.prompt_positions)
     tokens = workload.num_crops * workload.config.visual_tokenizer.tokens_per_crop
     embeddings = s * tokens * n["D"]
     return max(vision_temp_bytes(workload), decoder) + embeddings + COMPILER_RESERVED_BYTES

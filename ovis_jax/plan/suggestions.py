@@ -5,12 +5,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ovis_jax.errors import OvisError
+from ovis_jax.model.kv_cache import KVCacheDtype
 from ovis_jax.plan.memory_estimate import estimate_memory, usable_bytes
 from ovis_jax.plan.topologies import MeshSizes
-from ovis_jax.plan.workload import KvCacheDtype, Workload, default_mesh_sizes
+from ovis_jax.plan.workload import Workload, default_mesh_sizes
 from ovis_jax.quantization import QuantizationFormat
 
-_QUANTIZATIONS: tuple[tuple[QuantizationFormat | None, KvCacheDtype], ...] = (
+_QUANTIZATIONS: tuple[tuple[QuantizationFormat | None, KVCacheDtype], ...] = (
     (None, "auto"),
     ("int8", "auto"),
     (None, "int8"),

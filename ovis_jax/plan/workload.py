@@ -1,7 +1,6 @@
 """The workload of a plan: a model, the devices, and the largest batch of requests."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
@@ -9,11 +8,10 @@ from jax.sharding import AbstractMesh
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import OvisError, count_noun
 from ovis_jax.inputs.buckets import CROP_BUCKET, bucket_size
+from ovis_jax.model.kv_cache import KVCacheDtype
 from ovis_jax.plan.topologies import MeshSizes, Topology
 from ovis_jax.quantization import QuantizationFormat
 from ovis_jax.sharding import TENSOR, param_shardings
-
-KvCacheDtype = Literal["auto", "int8"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Workload:
     mesh_sizes: MeshSizes
     batch_size: int
     max_length: int
-    """Maximum total length of a prompt and its answer, in positions. A prompt may fill it."""
+    """Maximum total length of a prompt and its answer, in positions."""
     images_per_row: int = 0
     max_partition: int = 9
     """Maximum number of cells that an image is cut into."""
@@ -33,13 +31,20 @@ class Workload:
     """Dtype of activations, of weights that are not quantized, and of the KV cache."""
     quantization: QuantizationFormat | None = None
     """Quantization of the weights; None for none."""
-    kv_cache_dtype: KvCacheDtype = "auto"
+    kv_cache_dtype: KVCacheDtype = "auto"
     """Dtype of the KV cache; "auto" is `dtype`."""
+    prompt_length: int | None = None
+    """Maximum length of a prompt, in positions; None for `max_length`."""
 
     @property
     def abstract_mesh(self) -> AbstractMesh:
         """The mesh as an abstract mesh, which has no devices."""
         return AbstractMesh(self.mesh_sizes, ("data", "model"))
+
+    @property
+    def prompt_positions(self) -> int:
+        """Maximum length of a prompt, in positions."""
+        return min(self.prompt_length or self.max_length, self.max_length)
 
     @property
     def crops_per_row(self) -> int:
@@ -73,7 +78,7 @@ class Workload:
         Raises:
           OvisError: The model does not support the dtype, the product of the mesh sizes is not the
             number of devices, a mesh axis does not divide a dimension (the message names the
-            letter, the size and the axis), or the images alone exceed `max_length`.
+            letter, the size and the axis), or the images alone exceed a prompt.
         """
         self.config.check_compute_dtype(self.dtype)
         data, model = self.mesh_sizes
@@ -89,11 +94,12 @@ class Workload:
                 f"letter B has size {self.batch_size}, which mesh axis 'data' of size {data} does"
                 f" not divide; use a batch-size that is a multiple of {data}, or a smaller 'data'"
             )
-        if self.visual_tokens_per_row > self.max_length:
+        if self.visual_tokens_per_row > self.prompt_positions:
             raise OvisError(
                 f"the crops of {count_noun(self.images_per_row, 'image')} may take"
-                f" {self.visual_tokens_per_row} positions, but max-model-len is {self.max_length};"
-                " use fewer images, a smaller max-partition or a larger max-model-len"
+                f" {self.visual_tokens_per_row} positions, but a prompt may take"
+                f" {self.prompt_positions}; use fewer images, a smaller max-partition or a larger"
+                " max-model-len"
             )
 
 

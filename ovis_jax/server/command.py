@@ -10,6 +10,7 @@ from rich.console import Console
 from ovis_jax.console import (
     AdaptersOption,
     DtypeOption,
+    KVCacheDtypeOption,
     MaxNewTokensOption,
     MaxPartitionOption,
     ModelOption,
@@ -96,6 +97,7 @@ def serve(
     ] = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
 ) -> None:
@@ -129,7 +131,14 @@ def serve(
     )
     with bind_sockets(host, port) as sockets:
         mesh = tensor_parallel_mesh(tensor_parallel)
-        ovis = load(model, dtype=dtype, quantization=quantization, adapters=adapters, mesh=mesh)
+        ovis = load(
+            model,
+            dtype=dtype,
+            quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
+            adapters=adapters,
+            mesh=mesh,
+        )
         max_model_len = max_model_len or ovis.config.multimodal_max_length + max_new_tokens
         notes.print(f"compiling for {max_num_seqs} sequences of {max_model_len} positions")
         with run_engine(

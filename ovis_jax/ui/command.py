@@ -8,6 +8,7 @@ from rich.console import Console
 from ovis_jax.console import (
     AdaptersOption,
     DtypeOption,
+    KVCacheDtypeOption,
     ModelOption,
     QuantizationOption,
     TensorParallelOption,
@@ -51,6 +52,7 @@ def ui(
     ] = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
 ) -> None:
@@ -63,7 +65,14 @@ def ui(
     notes = Console(stderr=True, highlight=False)
     notes.print(f"loading {model}")
     mesh = tensor_parallel_mesh(tensor_parallel)
-    ovis = load(model, dtype=dtype, quantization=quantization, adapters=adapters, mesh=mesh)
+    ovis = load(
+        model,
+        dtype=dtype,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        adapters=adapters,
+        mesh=mesh,
+    )
     max_model_len = max_model_len or ovis.config.multimodal_max_length + max(MAX_TOKENS_CHOICES)
     notes.print(f"compiling for {max_num_seqs} sequences of {max_model_len} positions")
     with (

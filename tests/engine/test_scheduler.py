@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -28,6 +29,7 @@ from ovis_jax.engine.scheduler import (
     run_engine,
 )
 from ovis_jax.mesh import tensor_parallel_mesh
+from ovis_jax.model.quantized_kv import QuantizedKV
 
 ENDLESS = {"sampling": Sampling(repetition_penalty=0.01), "max_new_tokens": 200}
 """A penalty below 1 makes a model repeat itself up to the maximum length."""
@@ -284,3 +286,19 @@ def test_a_sharded_model_gives_the_same_answers(scheduler, submit, scenes):
             texts = [one.text() for one in submitted]
     assert found == []
     assert texts == [submit(scheduler, *pair).text() for pair in asked]
+
+
+@pytest.mark.slow
+def test_an_int8_cache_gives_the_same_answers(ovis, scheduler, submit, scenes):
+    """The engine reads prompts in chunks, `ask` reads them whole."""
+    int8 = replace(ovis, model=replace(ovis.model, kv_cache_dtype="int8"))
+    asked = [(list(turns), images) for turns, images, _ in scenes[:8]]
+    with run_engine(int8, **SIZES) as other:
+        keys, _ = other._state.cache.blocks[0]
+        assert isinstance(keys, QuantizedKV) and keys.q.dtype == np.int8
+        with compilations() as found:
+            submitted = [submit(other, *pair) for pair in asked]
+            texts = [one.text() for one in submitted]
+    assert found == []
+    assert texts == [submit(scheduler, *pair).text() for pair in asked]
+    assert texts[:3] == [int8.ask(*pair) for pair in asked[:3]]

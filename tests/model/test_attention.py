@@ -328,6 +328,8 @@ def test_unknown_names(monkeypatch):
         replace(model, attention_kernel="flash")  # pyright: ignore
     with pytest.raises(RequestError, match="platform is 'cuda', expected one of None, cpu, gpu"):
         replace(model, platform="cuda")  # pyright: ignore
+    with pytest.raises(RequestError, match="kv_cache_dtype 'fp8': expected auto or int8"):
+        replace(model, kv_cache_dtype="fp8")  # pyright: ignore
     with pytest.raises(RequestError, match="kernel is 'flash', expected one of auto, plain, "):
         choose_kernel("flash", "prefill", 300)  # pyright: ignore
     with pytest.raises(RequestError, match="platform is 'cuda', expected one of None, cpu, gpu"):

@@ -267,7 +267,7 @@ def test_devices_of_topologies():
         ({"mesh": "data=2,model=4", "batch_size": 3}, r"letter B has size 3.*'data' of size 2"),
         ({"mesh": "data=2,model=2"}, r"data=2,model=2 needs 4 devices, but v5e:2x4 has 8"),
         ({"dtype": "float16"}, r"dtype float16: .* Gemma2 .* use bfloat16 or float32"),
-        ({"images_per_row": 5}, r"5 images may take 9800 positions, but max-model-len is 8192"),
+        ({"images_per_row": 5}, r"5 images may take 9800 positions, but a prompt may take 8192"),
     ],
 )
 def test_invalid_workloads(options, message):
