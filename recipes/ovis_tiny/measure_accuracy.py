@@ -93,13 +93,14 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or ovis-tiny")
     parser.add_argument("test", type=Path, metavar="TEST.jsonl", help="test questions")
     parser.add_argument("--adapters", type=Path, help="folder of LoRA adapters")
+    parser.add_argument("--quantization", choices=["int8", "int4"], help="format of the matrices")
     parser.add_argument("--accept-short", action="store_true", help="also accept short answers")
     parser.add_argument("--json", type=Path, help="JSON file to write the accuracy to")
     parser.add_argument(
         "--show-wrong", type=int, default=0, help="number of wrong answers to print"
     )
     args = parser.parse_args()
-    ovis = load(args.model, adapters=args.adapters)
+    ovis = load(args.model, quantization=args.quantization, adapters=args.adapters)
     progress = track(
         answer_test_questions(ovis, args.test),
         "answering",
