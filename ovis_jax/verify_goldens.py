@@ -4,7 +4,7 @@ A golden file is an .npz file with the original's results for one prompt; tests/
 lists its fields. Results in float32 are compared end to end. Results in bfloat16 are compared stage
 by stage, where the input of each stage is the stored output of the previous stage. The reason is
 that a difference in the last bit in one stage can change the tokens of a model with peaked
-distributions.
+distributions. A quantized model is compared by its distributions of the next token.
 """
 
 import json
@@ -13,17 +13,20 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
+from ovis_jax.checkpoint.params import find_quantization
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import OvisError, RequestError, count_noun
 from ovis_jax.inference.generate import generate
-from ovis_jax.inputs.batch import Inputs
+from ovis_jax.inputs.batch import Inputs, pad_batch
 from ovis_jax.inputs.conversation import turns_from_sharegpt
 from ovis_jax.inputs.image_processing import IMAGE_SLOT
 from ovis_jax.inputs.open_image import open_image
@@ -34,6 +37,7 @@ from ovis_jax.model.layers import layer_norm
 from ovis_jax.model.linear import linear
 from ovis_jax.model.ovis import activation_dtype, apply, forward
 from ovis_jax.model.visual_tokenizer import embed_words, merge_patches, tokenize
+from ovis_jax.quantization import Quantization, QuantizationFormat
 
 VISUAL_TOLERANCE = 1e-4
 DECODER_TOLERANCE = 1e-2
@@ -41,6 +45,18 @@ BLOCK_TOLERANCE_BF16 = 0.032
 LOGITS_TOLERANCE_BF16 = 0.17
 """The bfloat16 tolerances are relative to the largest value. They are based on the differences
 between two correct computations (tests/golden/README.md)."""
+KL_TOLERANCE: dict[QuantizationFormat, float] = {"int8": 0.1, "int4": 0.5}
+DIFFERENT_TOKENS_TOLERANCE: dict[QuantizationFormat, float] = {"int8": 0.1, "int4": 0.25}
+"""Largest mean KL divergence in nats, and largest share of greedy tokens that differ, for a
+quantized model compared with the original before quantization.
+
+The tolerances separate rounding from mistakes. On ovis-tiny, rounding costs at most 0.003 nats in
+int8 and 0.05 nats in int4, and changes no token; other models may lose more. Rows or inputs in the
+wrong order cost 5 to 7 nats in all matrices of the decoder, 3 to 9 nats in a table or the visual
+head, 0.2 to 2.2 nats in one matrix of a decoder block (at most 0.4 for queries and keys), and 0.03
+to 0.7 nats in one matrix of the vision encoder. Scales that are wrong by the same factor are not
+detected if a norm follows, because it removes the factor.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +65,8 @@ class StageResult:
 
     Attributes:
       name: Name of the stage.
-      difference: The maximum difference that was found.
+      difference: The maximum difference that was found; a mean KL divergence or a share of tokens
+        for a quantized model.
       tolerance: The maximum difference that is allowed.
     """
 
@@ -73,6 +90,7 @@ class GoldenFile(dict[str, np.ndarray]):
       path: The path of the .npz file.
       meta: Metadata: the prompt, the names of the images, and the dtype of the results.
       dtype: Dtype that the results were computed in.
+      is_dequantized: Whether the weights were those of a quantized checkpoint, dequantized.
 
     Raises:
       RequestError: The file is not a golden file. It is also raised later, when a missing field is
@@ -99,6 +117,7 @@ class GoldenFile(dict[str, np.ndarray]):
                 " text, images and max_partition; make the file again with tools/make_goldens.py"
             )
         self.dtype = "bfloat16" if self.meta.get("compute") == "bf16" else "float32"
+        self.is_dequantized = "weights" in self.meta
 
     def __missing__(self, field: str) -> np.ndarray:
         raise RequestError(f"{self.path} has no field {field}, so it is not a golden file")
@@ -106,6 +125,9 @@ class GoldenFile(dict[str, np.ndarray]):
 
 def compare_with_golden(ovis: LoadedOvis, golden: GoldenFile) -> list[StageResult]:
     """Compare a model with a golden file.
+
+    If the model is quantized and the results are those of the model before quantization, only ids,
+    crops, distributions of the next token and greedy tokens are compared.
 
     Args:
       ovis: The model, whose parameters must have the dtype `golden.dtype`.
@@ -152,18 +174,21 @@ def _check_model(golden: GoldenFile, config: OvisConfig) -> None:
 
 def _compare(ovis: LoadedOvis, golden: GoldenFile) -> Iterator[StageResult]:
     if "rows" in golden.meta:
-        yield from _compare_batch(ovis, golden)
-        return
-    processed = _process(ovis.processor, golden)
-    pixels = golden.get("pixel_values")
-    if pixels is None:  # the pixels are stored only in the float32 file
-        num_crops = np.count_nonzero(golden["input_ids"] == IMAGE_SLOT)
-        pixels = processed.pixels[:num_crops].transpose(0, 3, 1, 2)
-    inputs = ovis.processor.convert_hf_inputs(golden["input_ids"], pixels)
-    yield StageResult("token ids", _distance(processed.tokens, inputs.tokens), 0)
-    if "pixel_values" in golden:
-        yield StageResult("crops", _distance(processed.pixels, inputs.pixels), 0)
-    compare = _compare_stages if golden.dtype == "bfloat16" else _compare_end_to_end
+        inputs, compare = _convert_batch(ovis.processor, golden), _compare_batch
+    else:
+        processed = _process(ovis.processor, golden)
+        pixels = golden.get("pixel_values")
+        if pixels is None:  # the pixels are stored only in the float32 file
+            num_crops = np.count_nonzero(golden["input_ids"] == IMAGE_SLOT)
+            pixels = processed.pixels[:num_crops].transpose(0, 3, 1, 2)
+        inputs = ovis.processor.convert_hf_inputs(golden["input_ids"], pixels)
+        yield StageResult("token ids", _distance(processed.tokens, inputs.tokens), 0)
+        if "pixel_values" in golden:
+            yield StageResult("crops", _distance(processed.pixels, inputs.pixels), 0)
+        compare = _compare_stages if golden.dtype == "bfloat16" else _compare_end_to_end
+    quantization = find_quantization(flatten_dict(ovis.params, sep="/"))
+    if quantization and not (quantization.decoder_only and golden.is_dequantized):
+        compare = partial(_compare_distributions, quantization)
     yield from compare(ovis, inputs, golden)
 
 
@@ -197,12 +222,15 @@ def _compare_end_to_end(
     yield _compare_tokens(ovis, inputs, golden["gen_tokens"][None], golden["gen_margins"][None])
 
 
-def _compare_batch(ovis: LoadedOvis, golden: GoldenFile) -> Iterator[StageResult]:
-    """Compare a batch whose rows have different lengths."""
+def _convert_batch(processor: Processor, golden: GoldenFile) -> Inputs:
+    """Convert the inputs of a batch, whose crops are in the golden files of its rows."""
     rows = [GoldenFile(golden.path.with_name(f"{name}.npz")) for name in golden.meta["rows"]]
     pixels = np.concatenate([row["pixel_values"] for row in rows if "pixel_values" in row])
-    mask = golden["attention_mask"]
-    inputs = ovis.processor.convert_hf_inputs(golden["input_ids"], pixels, mask)
+    return processor.convert_hf_inputs(golden["input_ids"], pixels, golden["attention_mask"])
+
+
+def _compare_batch(ovis: LoadedOvis, inputs: Inputs, golden: GoldenFile) -> Iterator[StageResult]:
+    """Compare a batch whose rows have different lengths."""
     logits, states = forward(ovis.model, ovis.params, inputs, return_states=True)
     lengths = golden["merged_mask"].sum(axis=1)
     embeds = [
@@ -210,7 +238,7 @@ def _compare_batch(ovis: LoadedOvis, golden: GoldenFile) -> Iterator[StageResult
         for b, length in enumerate(lengths)
     ]
     yield StageResult("input embeddings", max(embeds), VISUAL_TOLERANCE)
-    last = np.asarray(logits)[np.arange(len(rows)), lengths - 1]
+    last = np.asarray(logits)[np.arange(len(lengths)), lengths - 1]
     yield StageResult("logits", _distance(last, golden["first_logits"]), DECODER_TOLERANCE)
     yield _compare_tokens(ovis, inputs, golden["gen_tokens"], golden["gen_margins"])
 
@@ -225,6 +253,56 @@ def _compare_tokens(
     different = (np.asarray(out.tokens) != tokens) & decided
     name = count_noun(int(decided.sum()), "greedy token")
     return StageResult(name, float(different.sum()), 0)
+
+
+def _compare_distributions(
+    quantization: Quantization, ovis: LoadedOvis, inputs: Inputs, golden: GoldenFile
+) -> Iterator[StageResult]:
+    """Compare a quantized model with the original before quantization.
+
+    One forward pass reads the prompts, each followed by the original's greedy tokens.
+    """
+    answers, margins = (np.atleast_2d(golden[field]) for field in ("gen_tokens", "gen_margins"))
+    lengths = np.sum(inputs.positions >= 0, axis=1)[: len(answers)]
+    rows = [
+        np.concatenate([tokens[:length], answer[:-1]])
+        for tokens, length, answer in zip(inputs.tokens, lengths, answers, strict=False)
+    ]
+    batch = pad_batch(rows, inputs.pixels, ovis.config)
+    logits = np.asarray(forward(ovis.model, ovis.params, batch))
+    if "first_logits" in golden:
+        found, expected = logits[np.arange(len(lengths)), lengths - 1], golden["first_logits"]
+    else:
+        found, expected = logits[0, : lengths[0]], golden["logits"][golden["merged_mask"]]
+    divergence = mean_kl_divergence(expected, found)
+    yield StageResult("KL divergence", divergence, KL_TOLERANCE[quantization.format])
+    columns = lengths[:, None] - 1 + np.arange(answers.shape[1])
+    greedy = logits[np.arange(len(lengths))[:, None], columns].argmax(axis=-1)
+    different = (greedy != answers)[margins > DECODER_TOLERANCE]
+    name = f"share of {count_noun(different.size, 'token')} that differ"
+    share = float(np.mean(different)) if different.size else 0.0
+    yield StageResult(name, share, DIFFERENT_TOKENS_TOLERANCE[quantization.format])
+
+
+def mean_kl_divergence(expected: np.ndarray, found: np.ndarray) -> float:
+    """Return the mean KL divergence of softmax(found) from softmax(expected), in nats.
+
+    The result is infinite if the shapes differ.
+
+    Args:
+      expected: Logits [n, V] of the reference.
+      found: Logits [n, V] of the model that approximates it.
+    """
+    if found.shape != expected.shape:
+        return math.inf
+
+    def log_softmax(logits: np.ndarray) -> np.ndarray:
+        x = logits.astype(np.float64)
+        x -= x.max()
+        return x - np.log(np.sum(np.exp(x)))
+
+    pairs = ((log_softmax(p), log_softmax(q)) for p, q in zip(expected, found, strict=True))
+    return float(np.mean([np.sum(np.exp(p) * (p - q)) for p, q in pairs]))
 
 
 def _compare_stages(ovis: LoadedOvis, inputs: Inputs, golden: GoldenFile) -> Iterator[StageResult]:

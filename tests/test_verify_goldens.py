@@ -1,15 +1,22 @@
 """Every golden file, through the comparison that `ovis-jax verify` prints."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_copies import GOLDEN, GOLDEN_LLAMA
 from measured import record
 
 from ovis_jax.errors import RequestError
+from ovis_jax.inputs.batch import pad_batch
+from ovis_jax.inputs.image_processing import IMAGE_SLOT
+from ovis_jax.inputs.open_image import open_image
 from ovis_jax.loading import load
+from ovis_jax.model.ovis import forward
 from ovis_jax.verify_goldens import GoldenFile, compare_with_golden
 
 pytestmark = pytest.mark.optimized
@@ -146,3 +153,76 @@ def test_missing_files_of_a_golden(ovis, tmp_path):
     path.write_bytes((GOLDEN / "cases/tiny-f32/wide.npz").read_bytes())
     with pytest.raises(RequestError, match=r"batch\.npz needs the file images/wide\.png"):
         compare(ovis, path)
+
+
+@pytest.fixture(scope="module")
+def tiny_goldens(tmp_path_factory) -> Path:
+    """Results of ovis-tiny in float32 as golden files: in float32, in bfloat16, and as a batch."""
+    folder = tmp_path_factory.mktemp("goldens")
+    (folder / "images").mkdir()
+    image = shutil.copy(TESTS.parent / "examples/shapes.png", folder / "images")
+    ovis, text = load("ovis-tiny", dtype="float32"), "<image>\nWhat colour is the diamond?"
+    inputs = ovis.processor([text], [[open_image(image)]], max_partition=1)
+    prompt = inputs.tokens[0][inputs.positions[0] >= 0]
+    answer = np.array(ovis.processor.tokenizer.encode("The diamond is orange."))
+    batch = pad_batch([np.concatenate([prompt, answer])], inputs.pixels, ovis.config)
+    logits = np.asarray(forward(ovis.model, ovis.params, batch))[0]
+    top_two = np.sort(logits[len(prompt) - 1 :][: len(answer)], axis=-1)[:, -2:]
+    slots = np.flatnonzero(prompt == IMAGE_SLOT)
+    fields = {
+        "input_ids": np.delete(prompt, slots[1:]),  # the original has one id per crop
+        "merged_mask": np.ones(len(prompt), bool),
+        "logits": logits[: len(prompt)],
+        "gen_tokens": answer,
+        "gen_margins": top_two[:, 1] - top_two[:, 0],
+    }
+    meta = {"text": text, "images": ["shapes.png"], "max_partition": 1}
+    pixels = {"pixel_values": inputs.pixels[:1].transpose(0, 3, 1, 2)}
+    np.savez(folder / "float32.npz", **fields, **pixels, meta=json.dumps(meta))
+    np.savez(folder / "bfloat16.npz", **fields, meta=json.dumps(meta | {"compute": "bf16"}))
+    rows = {name: np.stack([field] * 2) for name, field in fields.items() if name != "logits"}
+    rows |= {
+        "attention_mask": rows["input_ids"] != 0,
+        "first_logits": logits[[len(prompt) - 1] * 2],
+    }
+    meta = {"rows": ["float32", "float32"]}
+    np.savez(folder / "batch.npz", **rows, meta=json.dumps(meta))
+    return folder
+
+
+@pytest.mark.parametrize(("quantization", "rounding"), [("int8", 0.003), ("int4", 0.05)])
+def test_a_quantized_model_is_compared_by_its_distributions(
+    quantization, rounding, tiny_goldens, change_param
+):
+    """Rounding passes with room, and a mistake in one matrix fails."""
+    ovis = load("ovis-tiny", dtype="float32", quantization=quantization)
+    names = ["KL divergence", "share of 5 tokens that differ"]
+    stages = compare(ovis, tiny_goldens / "float32.npz")
+    assert [stage.name for stage in stages] == ["token ids", "crops", *names]
+    assert all(stage.passed for stage in stages)
+    divergence = stages[2].difference
+    assert 1e-4 < divergence < rounding
+    (_, found, _) = compare(ovis, tiny_goldens / "bfloat16.npz")
+    assert found.difference == divergence
+    for path, mistake in (
+        ("decoder/embed", lambda w: replace(w, scale=2 * w.scale)),
+        ("decoder/block_1/mlp/up", lambda w: replace(w, q=jnp.roll(w.q, 1, axis=-2))),
+    ):
+        wrong = replace(ovis, params=change_param(ovis.params, path, mistake))
+        found = {stage.name: stage for stage in compare(wrong, tiny_goldens / "float32.npz")}
+        assert not found["KL divergence"].passed
+    if quantization == "int8":
+        stages = compare(ovis, tiny_goldens / "batch.npz")
+        assert [stage.name for stage in stages] == [
+            names[0],
+            "share of 10 tokens that differ",
+        ]
+        assert all(stage.passed for stage in stages)
+
+
+def test_gptq_compared_with_the_checkpoint_before_gptq():
+    """Results with its own dequantized weights are compared strictly, in test_gptq.py."""
+    path = GOLDEN / "cases/tiny-f32/text_only.npz"
+    stages = compare(load(TESTS / "golden-gptq/tiny-gptq-int4", dtype="float32"), path)
+    assert {"KL divergence": 0.5} == {s.name: s.tolerance for s in stages if s.name[:2] == "KL"}
+    assert "logits" not in {stage.name for stage in stages}
