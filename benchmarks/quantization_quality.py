@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -25,17 +24,14 @@ from benchmarks.support.benchmark_model import (
     CheckpointOption,
     PresetOption,
     load_or_init_model,
+    quantize_params,
 )
 from benchmarks.support.random_inputs import random_inputs
 from benchmarks.support.results import JsonOption, print_results, write_results
 from ovis_jax import Inputs, Ovis, Processor, generate
-from ovis_jax.checkpoint.params import quantize_matrix
-from ovis_jax.config import OvisConfig
 from ovis_jax.inputs.batch import pad_batch
 from ovis_jax.inputs.conversation import turns_from_sharegpt
-from ovis_jax.model.linear import Quantized
 from ovis_jax.model.ovis import Params
-from ovis_jax.quantization import choose_quantization, quantized_matrices
 from ovis_jax.verify_goldens import mean_kl_divergence
 from recipes.ovis_tiny.dataset_rows import evaluation_row
 from recipes.ovis_tiny.languages import LANGUAGES
@@ -55,16 +51,6 @@ def make_questions(processor: Processor, num_questions: int) -> Inputs:
         examples.append(processor.encode(turns, [draw_scene(scene) for scene in row.scenes]))
     pixels = np.concatenate([example.pixels for example in examples])
     return pad_batch([example.tokens for example in examples], pixels, processor.config)
-
-
-def quantize_params(params: Params, config: OvisConfig, quantization: str) -> Params:
-    """Quantize parameters as `load` does."""
-    chosen = choose_quantization(config, quantization)
-    flat: dict[str, Any] = flatten_dict(params, sep="/")
-    for path in quantized_matrices(config, chosen):
-        q, scale = quantize_matrix(np.asarray(flat[path]), chosen.group_of(path))
-        flat[path] = Quantized(jnp.asarray(q), jnp.asarray(scale))
-    return unflatten_dict(flat, sep="/")
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,14 +1,20 @@
 """The model that a benchmark measures, and its command-line options."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import typer
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ovis_jax import Ovis, Processor, load, presets
+from ovis_jax.checkpoint.params import quantize_matrix
+from ovis_jax.config import OvisConfig
+from ovis_jax.model.linear import Quantized
 from ovis_jax.model.ovis import Params
+from ovis_jax.quantization import choose_quantization, quantized_matrices
 
 PRESETS = {
     "tiny": presets.tiny,
@@ -47,3 +53,13 @@ def load_or_init_model(checkpoint: str | None, preset: str, dtype: str) -> Bench
     model = Ovis(PRESETS[preset]())
     params = jax.jit(model.init, static_argnums=1)(jax.random.key(0), jnp.dtype(dtype))
     return BenchmarkModel(preset, model, params, None)
+
+
+def quantize_params(params: Params, config: OvisConfig, quantization: str) -> Params:
+    """Quantize parameters as `load` does."""
+    chosen = choose_quantization(config, quantization)
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
+    for path in quantized_matrices(config, chosen):
+        q, scale = quantize_matrix(np.asarray(flat[path]), chosen.group_of(path))
+        flat[path] = Quantized(jnp.asarray(q), jnp.asarray(scale))
+    return unflatten_dict(flat, sep="/")
