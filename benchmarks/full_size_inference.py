@@ -1,8 +1,8 @@
 """How much time and memory does a full-size checkpoint take on this machine?
 
-`python -m benchmarks.full_size_inference FOLDER` loads a checkpoint and generates two answers.
-Resident memory has two parts: mapped pages of the weight files, which the system can drop, and the
-private memory of the process, which must fit.
+`python -m benchmarks.full_size_inference FOLDER` loads a checkpoint, and generates an answer and
+its first token alone, each of them twice. Resident memory has two parts: mapped pages of the weight
+files, which the system can drop, and the private memory of the process, which must fit.
 """
 
 import time
@@ -37,10 +37,10 @@ def main(
     dtype: BenchmarkDtypeOption = "bfloat16",
     length: Annotated[int, typer.Option(min=1, help="Prompt length in positions.")] = 64,
     crops: Annotated[int, typer.Option(min=0, help="Number of crops.")] = 0,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens per answer.")] = 4,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Number of tokens per answer.")] = 4,
     json_path: JsonOption = None,
 ) -> None:
-    """Load a checkpoint, generate two answers, and print the time and memory."""
+    """Load a checkpoint, generate answers, and print the time and memory."""
     rows: list[dict[str, Any]] = []
 
     def time_step(name: str, call: Callable[[], Any]) -> Any:
@@ -53,16 +53,19 @@ def main(
     ovis = time_step("load", lambda: load(folder, dtype=dtype))
     inputs = random_inputs(ovis.config, 1, length, crops)
 
-    def answer() -> Any:
-        options = {"max_new_tokens": new_tokens, "eos_ids": ()}
-        return generate(ovis.model, ovis.params, inputs, **options).tokens
+    def answer(num_tokens: int) -> Callable[[], Any]:
+        options = {"max_new_tokens": num_tokens, "eos_ids": ()}
+        return lambda: generate(ovis.model, ovis.params, inputs, **options).tokens
 
-    time_step("first answer, with compilation", answer)
-    tokens = time_step("second answer", answer)
+    time_step("first answer, with compilation", answer(new_tokens))
+    tokens = time_step("second answer", answer(new_tokens))
+    time_step("first token, with compilation", answer(1))
+    time_step("first token", answer(1))
+    step = (rows[2]["seconds"] - rows[4]["seconds"]) / (new_tokens - 1)
     weight_bytes = tree_bytes(ovis.params)
     print_results(
-        f"{folder.name}: {weight_bytes / 2**30:.2f} GiB of {dtype}, {length} positions,"
-        f" {crops} crop(s), {new_tokens} tokens",
+        f"{folder.name}: {weight_bytes / 2**30:.2f} GiB, {dtype}, {length} positions,"
+        f" {crops} crop(s), {new_tokens} tokens, {step:.2f} seconds per further token",
         ["", "seconds", "mapped GiB", "private GiB"],
         [
             [
@@ -73,7 +76,7 @@ def main(
             for row in rows
         ],
     )
-    facts = {"weights": weight_bytes, "tokens": tokens.tolist(), "positions": length}
+    facts = {"weights": weight_bytes, "tokens": tokens.tolist(), "positions": length, "step": step}
     write_results(json_path, facts, rows=rows)
 
 
