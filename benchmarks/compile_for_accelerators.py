@@ -185,12 +185,13 @@ def _compile_target(
         quantization=quantization,
         kv_cache_dtype=kv_cache_dtype,
     )
-    request_programs: list[Program] = [one for one in REQUEST_PROGRAMS if one in programs]
+    wanted: tuple[Program, ...] = REQUEST_PROGRAMS
     if quantization is not None:
         workload = replace(
             workload, prompt_length=QUANTIZED_PROMPT_LENGTH, images_per_row=max(images, 1)
         )
-        request_programs += [one for one in ("generate",) if one in programs]
+        wanted = (*REQUEST_PROGRAMS, "generate")
+    request_programs: list[Program] = [one for one in wanted if one in programs]
     plan = make_plan(workload, method, notes.print, request_programs)
     if "images" in programs and plan["programs"]:
         notes.print(f"compiling one image for {name}")

@@ -171,7 +171,7 @@ def results():
 
 CASES = [(s, n) for n in ENTRY_POINTS for s in list(SETTINGS)[1:] if n != "int8_cache"] + [
     ("jax_enable_x64", "int8_cache"),
-    ("jax_numpy_dtype_promotion", "int8_cache"),
+    ("checks", "int8_cache"),
 ]
 
 
