@@ -37,7 +37,7 @@ test: $(VENV)/test
 	$(BIN)/python -m pytest -n auto -m 'not optimized'
 	$(BIN)/python -m pytest -n auto -m optimized
 
-# The tests to run after an edit, without those that are slow or need PyTorch or a browser. Under two
+# The tests to run after an edit, without those that are slow or need PyTorch or a browser. Four
 # minutes on two cores.
 test-fast: $(VENV)/test
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not optimized and not torch and not browser'
