@@ -47,7 +47,7 @@ test-newest: $(VENV_NEWEST)/test
 	$(VENV_NEWEST)/bin/python -m pytest -n auto
 
 # Compiles the 9B for TPUs; no TPU is needed. It has its own environment, because JAX looks for TPUs
-# wherever libtpu is installed. Seven minutes.
+# wherever libtpu is installed. Ten minutes.
 test-tpu: $(VENV_TPU)/tpu
 	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m pytest tests/plan/test_compile_tpu.py
 
