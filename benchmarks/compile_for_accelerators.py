@@ -26,7 +26,7 @@ from ovis_jax.plan.aot_compile import (
     Program,
     analyze_program,
 )
-from ovis_jax.plan.command import load_config, make_workload
+from ovis_jax.plan.command import MethodOption, load_config, make_workload
 from ovis_jax.plan.make_plan import Method, make_plan
 from ovis_jax.plan.report import plan_summary_line
 from ovis_jax.plan.topologies import GIB
@@ -123,12 +123,7 @@ def main(
     ] = "9b",
     images: Annotated[int, typer.Option(help="Number of images per row.")] = 0,
     program: Annotated[Program | None, typer.Option(help="Compile only this program.")] = None,
-    method: Annotated[
-        Method,
-        typer.Option(
-            help='Source of the figures; "auto" means the compiler if installed, else formulas.'
-        ),
-    ] = "auto",
+    method: MethodOption = "auto",
     json_path: JsonOption = None,
     plot_path: PlotOption = None,
 ) -> None:
@@ -137,9 +132,8 @@ def main(
     if topology:
         targets = [_find_target(name, quantization, kv_cache_dtype) for name in topology]
     selected: tuple[Program, ...] = (program,) if program else get_args(Program)
-    plans = [
-        _compile_target(load_config(config), target, images, selected, method) for target in targets
-    ]
+    loaded = load_config(config)
+    plans = [_compile_target(loaded, target, images, selected, method) for target in targets]
     print_results(f"{config}, GiB per device", *plan_table(plans))
     print_results("compiled programs, GiB per device", *program_table(plans))
     num_failed = print_checks(plans)

@@ -9,7 +9,13 @@ from rich.console import Console
 from ovis_jax import presets
 from ovis_jax.checkpoint.resolve import BUNDLED, find_folder_or_bundled_checkpoint
 from ovis_jax.config import OvisConfig
-from ovis_jax.console import BatchSizeOption, Dtype, MaxPartitionOption, print_error
+from ovis_jax.console import (
+    BatchSizeOption,
+    Dtype,
+    KVCacheDtypeOption,
+    MaxPartitionOption,
+    print_error,
+)
 from ovis_jax.model.kv_cache import KVCacheDtype
 from ovis_jax.plan.make_plan import Method, make_plan
 from ovis_jax.plan.report import plan_summary_line, print_plan
@@ -23,6 +29,14 @@ PUBLISHED_CONFIGS = {
     "3b": presets.ovis1_6_llama3_2_3b,
 }
 """The configs of the published models, by short name."""
+
+
+MethodOption = Annotated[
+    Method,
+    typer.Option(
+        help='Source of the figures; "auto" means the compiler if installed, else formulas.'
+    ),
+]
 
 
 def load_config(name_or_folder: str) -> OvisConfig:
@@ -112,15 +126,8 @@ def plan(
         QuantizationFormat | None,
         typer.Option(help="Quantization of the weights; by default, they are not quantized."),
     ] = None,
-    kv_cache_dtype: Annotated[
-        KVCacheDtype, typer.Option(help='Dtype of the KV cache; "auto" is the value of --dtype.')
-    ] = "auto",
-    method: Annotated[
-        Method,
-        typer.Option(
-            help='Source of the figures; "auto" means the compiler if installed, else formulas.'
-        ),
-    ] = "auto",
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
+    method: MethodOption = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan as a JSON object.")
     ] = False,

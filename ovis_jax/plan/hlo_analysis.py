@@ -9,11 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.dtypes import itemsize_bits
 
-_COLLECTIVE = re.compile(
-    r" = (?P<result>\(.*?\)|\S+)"
-    r" (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
-    r"(?P<start>-start)?\("
-)
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"(ENTRY )?%(?P<name>[\w.-]+) .*\{$")
 _INSTRUCTION = re.compile(
     r"\s+(?P<root>ROOT )?%(?P<name>[\w.-]+) = (?P<result>\(.*?\)|\S+) (?P<opcode>[\w-]+)"
@@ -59,10 +55,9 @@ def collective_counts_and_bytes(hlo: str) -> dict[str, dict[str, int]]:
     A collective in the body of a loop is counted once.
     """
     counts, sizes = Counter(), Counter()
-    for kind, arrays in _collective_results(hlo):
+    for kind, arrays in _collective_results(_parse_instructions(hlo)):
         counts[kind] += 1
-        for dtype, shape in arrays:
-            sizes[kind] += _item_bits(dtype) * math.prod(shape)
+        sizes[kind] += sum(_item_bits(x.dtype) * math.prod(x.shape) for x in arrays)
     return {kind: {"count": counts[kind], "bytes": sizes[kind] // 8} for kind in sorted(counts)}
 
 
@@ -72,15 +67,20 @@ def _item_bits(dtype: str) -> int:
     return int(bits[0]) if bits else 8  # pred
 
 
-def _collective_results(hlo: str) -> Iterable[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
-    for match in _COLLECTIVE.finditer(hlo):
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", match["result"])
-        if match["start"] and match["kind"] != "all-reduce":
+def _collective_results(
+    instructions: Iterable["_Instruction"],
+) -> Iterator[tuple[str, list["_Array"]]]:
+    for x in instructions:
+        kind = x.opcode.removesuffix("-start")
+        if kind not in _COLLECTIVES:
+            continue
+        arrays = x.results
+        if kind != x.opcode and kind != "all-reduce":
             # An asynchronous start operation lists its operands, its results and, for a permute,
             # two flags.
-            arrays = [array for array in arrays if array != ("u32", "")]
+            arrays = [array for array in arrays if (array.dtype, array.shape) != ("u32", ())]
             arrays = arrays[len(arrays) // 2 :]
-        yield match["kind"], [(dtype, _parse_shape(axes)) for dtype, axes in arrays]
+        yield kind, arrays
 
 
 def _parse_shape(axes: str) -> tuple[int, ...]:
@@ -187,9 +187,9 @@ def count_weight_sized_operations(
                 found["copies"] += opcode in ("copy", "transpose") and not from_fast_memory
                 is_float = array.dtype in ("bf16", "f16", "f32")
                 found["dequantized"] += is_float and math.prod(array.shape) in integers
-    for kind, arrays in _collective_results(hlo):
+    for kind, arrays in _collective_results(instructions):
         if kind in ("all-gather", "all-reduce"):
-            found[f"{kind}s"] += any(_dimensions(shape) in known for _, shape in arrays)
+            found[f"{kind}s"] += any(_dimensions(array.shape) in known for array in arrays)
     return dict(found)
 
 

@@ -25,39 +25,25 @@ for one in topologies:
 
 
 INT8_CACHE = """
-import sys
 from dataclasses import replace
-import jax, jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
-from ovis_jax import Ovis, presets
-from ovis_jax.plan.aot_compile import compile_only_devices
-from ovis_jax.plan.hlo_analysis import bytes_per_device, compiled_memory
-from ovis_jax.plan.topologies import parse_topology
-device = SingleDeviceSharding(compile_only_devices(parse_topology(sys.argv[1]))[0])
+from ovis_jax import presets
+from ovis_jax.plan.aot_compile import analyze_program
+from ovis_jax.plan.command import make_workload
 config = presets.ovis1_6_gemma2_9b()
 config = replace(config, decoder=replace(config.decoder, depth=2, vocab_size=1024))
-model = Ovis(config, platform="tpu", kv_cache_dtype="int8")
-def on_device(function, *arguments):
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        jax.eval_shape(function, *arguments),
-    )
-params = on_device(lambda key: model.init(key, jnp.bfloat16), jax.random.key(0))
-for rows in (1, 8):
-    cache = on_device(lambda: model.empty_cache(rows, 4096, jnp.bfloat16))
-    tokens = on_device(lambda: jnp.zeros(rows, jnp.int32))
-    program = jax.jit(model.decode, donate_argnums=2).lower(params, tokens, cache).compile()
-    memory = compiled_memory(program)
-    print(bytes_per_device(cache), memory["aliased"], memory["temp"])
+for rows in (1, 8, 12):
+    workload = make_workload(config, "v5e:1x1", rows, 4096, kv_cache_dtype="int8")
+    program = analyze_program(workload, "decode")
+    print(program["cache"], program["aliased"], program["temp"])
 """
 
 
 def test_int8_cache():
-    """With 1 and 8 rows, a decode step neither copies nor dequantizes the cache of a block."""
-    command = [sys.executable, "-c", INT8_CACHE, "v5e:1x1"]
+    """With 1, 8 and 12 rows, a decode step neither copies nor dequantizes the cache of a block."""
+    command = [sys.executable, "-c", INT8_CACHE]
     lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     found = [tuple(map(int, line.split())) for line in lines.splitlines()]
-    for rows, (cache, aliased, temp) in zip((1, 8), found, strict=True):
+    for rows, (cache, aliased, temp) in zip((1, 8, 12), found, strict=True):
         assert cache == rows * (32 + 0.5) * 2**20 + 4 * rows  # two blocks, and the lengths
         assert aliased >= cache
         assert temp < 2**22 + rows * 2**18  # the keys of one block take 2**23 bytes per row
