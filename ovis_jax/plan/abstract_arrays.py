@@ -100,18 +100,23 @@ def crops_per_device(workload: Workload) -> int:
 
 
 def matrix_shapes(workload: Workload) -> list[tuple[int, ...]]:
-    """Return the full and the per-device shapes of all matrices and of the cache of each block.
+    """Return the full and the per-device shapes of all matrices.
 
     For an int4 matrix, they include both its shape and that of its groups.
     """
-    mesh, shapes = workload.abstract_mesh, set()
     unquantized = replace(workload, quantization=None)
-    trees = (
-        abstract_params(workload, mesh),
-        abstract_params(unquantized, mesh),
-        abstract_cache(workload, mesh).blocks,
-    )
-    for x in jax.tree.leaves(trees):
+    trees = (abstract_params(x, workload.abstract_mesh) for x in (workload, unquantized))
+    return _all_shapes(list(trees))
+
+
+def cache_shapes(workload: Workload) -> list[tuple[int, ...]]:
+    """Return the full and the per-device shapes of the KV cache of all blocks."""
+    return _all_shapes(abstract_cache(workload, workload.abstract_mesh).blocks)
+
+
+def _all_shapes(tree: Any) -> list[tuple[int, ...]]:
+    shapes = set()
+    for x in jax.tree.leaves(tree):
         if len(x.shape) > 1:
             shapes |= {x.shape, shape_per_device(x)}
     return sorted(shapes)

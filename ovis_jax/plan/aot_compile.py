@@ -24,6 +24,7 @@ from ovis_jax.plan.abstract_arrays import (
     abstract_inputs,
     abstract_params,
     abstract_token_ids,
+    cache_shapes,
     matrix_shapes,
 )
 from ovis_jax.plan.hlo_analysis import (
@@ -176,7 +177,8 @@ def analyze_program(workload: Workload, program: Program) -> dict[str, Any]:
     Returns:
       A dict with "arguments", "output", "aliased", "temp" and "peak", the program's bytes on one
       device; "cache", the bytes of the KV cache; "collectives", by kind; "all_reduces_per_block";
-      "weight_sized", the result of `count_weight_sized_operations` for the matrices and the cache;
+      "weight_sized", the result of `count_weight_sized_operations` for the matrices and the cache
+      (without the cache if a prompt fills it, because then the prompt's keys have the same shape);
       "kernels", by name; and "compile_seconds". If the device memory is too small, the dict
       contains only "error", the compiler's message, and "peak", the requested bytes (None if the
       message does not state them).
@@ -191,12 +193,15 @@ def analyze_program(workload: Workload, program: Program) -> dict[str, Any]:
         return {"error": message.partition("\n")[0], "peak": parse_out_of_memory_bytes(message)}
     seconds = time.perf_counter() - start
     hlo = compiled.as_text() or ""
+    stored = matrix_shapes(workload)
+    if program == "decode" or workload.prompt_positions < workload.max_length:
+        stored += cache_shapes(workload)
     return {
         **compiled_memory(compiled),
         "cache": bytes_per_device(abstract_cache(workload, workload.abstract_mesh)),
         "collectives": collective_counts_and_bytes(hlo),
         "all_reduces_per_block": max_all_reduces_per_block(hlo),
-        "weight_sized": count_weight_sized_operations(hlo, matrix_shapes(workload)),
+        "weight_sized": count_weight_sized_operations(hlo, stored),
         "kernels": count_kernel_calls(hlo),
         "compile_seconds": seconds,
     }
