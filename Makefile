@@ -14,7 +14,7 @@ PYENV_PYTHONS := $(sort $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.*/
 PYTHON ?= $(call python,python3 python3.11 python3.12 python3.13 python3.14 $(PYENV_PYTHONS),11)
 PYTHON_NEWEST ?= $(call python,python3.14 python3.13 python3 $(PYENV_PYTHONS),13)
 
-.PHONY: demo test test-fast test-newest test-tpu test-clients lint format dist bench bench-parts bench-train \
+.PHONY: demo test test-fast test-exhaustive test-newest test-tpu test-clients lint format dist bench bench-parts bench-train \
 	bench-quantization bench-train-memory bench-accelerators accelerator bench-conversion bench-full-size \
 	bench-serving docs page-picture ovis-tiny pink short clean
 
@@ -30,17 +30,22 @@ demo: $(VENV)/run
 ask = printf '%s' 'examples/$(1).png: $(2) ' && \
 	$(BIN)/ovis-jax generate --model checkpoints/demo --image examples/$(1).png --prompt '$(2)'
 
-# All tests; those that need no optimized programs first, because they compile faster together. On
+# The tests; those that need no optimized programs first, because they compile faster together. On
 # Python 3.11 they also compare with PyTorch; on other versions only with the frozen results of the
 # original code.
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n auto -m 'not optimized'
-	$(BIN)/python -m pytest -n auto -m optimized
+	$(BIN)/python -m pytest -n auto -m 'not optimized and not exhaustive'
+	$(BIN)/python -m pytest -n auto -m 'optimized and not exhaustive'
+
+# The tests that take long: whole benchmarks, commands of the docs, killed runs, every JAX setting.
+test-exhaustive: $(VENV)/test
+	$(BIN)/python -m pytest -n auto -m 'exhaustive and not optimized'
+	$(BIN)/python -m pytest -n auto -m 'exhaustive and optimized'
 
 # The tests to run after an edit, without those that are slow or need PyTorch or a browser. Four
 # minutes on two cores.
 test-fast: $(VENV)/test
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not optimized and not torch and not browser'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not exhaustive and not optimized and not torch and not browser'
 
 # The newest JAX on Python >= 3.13, without PyTorch.
 test-newest: $(VENV_NEWEST)/test

@@ -60,14 +60,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Leave out files by their markers, without the cost of importing them.
 
     A file is left out if what its tests need is missing, if `-m` excludes its marker, or if `-m`
-    is a single marker and the file does not contain it.
+    requires a marker that the file does not contain. `-m` may join markers by "and" and "not".
     """
     if collection_path.suffix != ".py":
         return None
     text, expression = collection_path.read_text(), config.getoption("markexpr")
-    if expression.isidentifier() and f"pytest.mark.{expression}" not in text:
-        return True
     excluded = set(re.findall(r"not (\w+)", expression))
+    required = set(re.findall(r"\w+", expression)) - excluded - {"and", "not"}
+    if any(f"pytest.mark.{marker}" not in text for marker in required):
+        return True
     excluded |= {name for name, is_missing in MISSING.items() if is_missing}
     marked = re.compile(r"^pytestmark = .*?^(?!    )", re.M | re.S).search(text)
     found = re.findall(r"pytest\.mark\.(\w+)", marked[0]) if marked else []

@@ -64,7 +64,7 @@ def test_generate_prints_the_original_text(tmp_path):
     assert answer["prompt_positions"] == len(case["merged_mask"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tensor_parallel(tmp_path):
     """The processes under test have eight devices."""
     golden = GOLDEN / "cases" / "tiny-f32" / "wide.npz"
@@ -80,7 +80,7 @@ def test_tensor_parallel(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_sampling_depends_on_the_seed(tmp_path):
     def answer(seed: int) -> list[int]:
         options = ["--temperature", 2.0, "--top-p", 0.95, "--top-k", 50, "--seed", seed]
@@ -130,7 +130,7 @@ def test_inspect_downloads_nothing(name, tmp_path):
     assert "a repo id must be converted first, with: ovis-jax convert REPO_ID DIR" in message
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_verify_passes_and_fails(tmp_path):
     cases = [GOLDEN / "cases" / "tiny-f32" / f"{name}.npz" for name in ("tiny", "wide")]
     result = run("verify", MODEL, *cases, cwd=tmp_path)
@@ -140,7 +140,7 @@ def test_verify_passes_and_fails(tmp_path):
     assert result.returncode == 1 and "FAIL" in result.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_usage(tmp_path):
     assert run("generate", "--model", MODEL, cwd=tmp_path).returncode == 2
     assert run("nonsense", cwd=tmp_path).returncode == 2
@@ -151,7 +151,7 @@ def test_usage(tmp_path):
     assert run("--version", cwd=tmp_path).stdout == f"ovis-jax {ovis_jax.__version__}\n"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_invalid_images(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"not an image")
     Image.new("RGB", (300, 2)).save(tmp_path / "flat.png")
@@ -199,7 +199,7 @@ def test_jax_that_cannot_start_without_a_platform_in_the_environment(monkeypatch
     assert capsys.readouterr().err == "error: JAX cannot start: the TPU is in use\n"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_same_fault_has_the_same_exit_code_in_all_commands(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()

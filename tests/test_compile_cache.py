@@ -46,7 +46,7 @@ def programs(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name.endswith("-cache")}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_second_run_loads_what_the_first_compiled(tmp_path):
     first = answer(tmp_path, tmp_path / "cache")
     stored = programs(tmp_path / "cache" / "ovis_jax" / "compilation_cache")

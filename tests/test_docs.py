@@ -48,7 +48,7 @@ def test_python_runs(page, monkeypatch):
     exec(compile("\n".join(blocks(page, "python")), page.name, "exec"), {})
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=name)
 def test_commands_run(page, tmp_path):
     """The blocks of a page form one session, which ends at the first command that fails."""

@@ -123,7 +123,7 @@ def test_loading_pads_a_checkpoint(inputs, load_golden, tmp_path):
         assert same_bits(np.asarray(again[path]), np.asarray(x))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_explicit_axes(shallow_checkpoint, inputs):
     """A mesh from `jax.make_mesh`, in scope or not, around a jitted function of the caller."""
     single = load(shallow_checkpoint)

@@ -190,6 +190,7 @@ def tiny_goldens(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("quantization", "rounding"), [("int8", 0.003), ("int4", 0.05)])
 def test_a_quantized_model_is_compared_by_its_distributions(
     quantization, rounding, tiny_goldens, change_param

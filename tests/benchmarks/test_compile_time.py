@@ -10,7 +10,7 @@ from benchmarks import compile_time
 from ovis_jax import Bucket
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_cold_and_warm(small, tmp_path):
     folder = jax.config.jax_compilation_cache_dir
     json_path, plot_path = tmp_path / "results.json", tmp_path / "plot.png"

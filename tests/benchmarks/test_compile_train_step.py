@@ -59,7 +59,7 @@ def test_adapters_of_the_9b(mesh):
     assert a.shape == (16, 3584) and a.sharding.shard_shape(a.shape) == (16, 448)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "adapters"])
 def test_the_whole_state_is_donated(mesh, adapters):
     workload = dataclasses.replace(SMALL, adapters=adapters)

@@ -33,7 +33,7 @@ def test_same_seed_gives_the_same_bytes(tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_benchmark(tmp_path):
     shallow = shallow_config()
     # 128 MB, so that it can be killed while it is written.

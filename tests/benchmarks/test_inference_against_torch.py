@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = ["--length", "20", "--batch", "2", "--crops", "1"]
 
 
+@pytest.mark.exhaustive
 def test_every_stage_in_both_dtypes(shallow_checkpoint, tmp_path):
     command = [
         sys.executable,

@@ -7,7 +7,7 @@ from benchmarks.train_against_torch import TrainingCase, compare_training_steps
 pytestmark = pytest.mark.torch
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_both_implementations_learn_and_are_measured():
     case = TrainingCase(width=64, dtype="float32", rows=2, length=32, threads=1)
     results = compare_training_steps(case, repeats=3)

@@ -95,7 +95,7 @@ def test_load_attaches_adapters(folder, load_golden, dtype):
             assert x.dtype == stored and np.array_equal(x, y), path
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_attached_adapters_equal_merged_ones(folder, load_golden, golden):
     ovis, plain = load(GOLDEN / "tiny-f32", adapters=folder), load_golden("tiny-f32", "float32")
     image = open_image(golden / "images/square.png")

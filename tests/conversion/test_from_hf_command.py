@@ -180,7 +180,7 @@ def test_bundled_checkpoint_in_a_folder_with_a_convert_module(tmp_path):
     assert result.stdout.startswith("out: ") and result.stdout.endswith(" in 1 shard\n")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_folder_with_the_name_of_the_bundled_checkpoint(tmp_path):
     folder = tmp_path / "ovis-tiny"
     folder.mkdir()

@@ -72,7 +72,7 @@ def check(what: str, found: np.ndarray, expected: np.ndarray, plain: np.ndarray)
     assert np.abs(plain - expected).max() / np.abs(expected).max() > 100 * TOLERANCE
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("config", "targets"),
     [

@@ -47,7 +47,7 @@ def finished_keys(partial_folder: Path) -> set[str]:
     return {info.key for header in headers for info in header.tensors}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_at_random_moments(tmp_path):
     command = [sys.executable, "-m", "tests.conversion.kill_conversions", SOURCE, tmp_path]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -50,7 +50,7 @@ def questions(scenes, number: int):
     return made
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_32_concurrent_requests_equal_each_alone_and_compile_nothing(scheduler, submit, scenes):
     asked = questions(scenes, 32)
     with compilations() as found:
@@ -274,7 +274,7 @@ def test_an_engine_that_cannot_recover_closes(make_scheduler, runner, submit, mo
     assert scheduler.failure == ENGINE_FAILED
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sharded_model_gives_the_same_answers(scheduler, submit, scenes):
     # Pictures that the model knows: on noise, another order of summation may tip a token.
     asked = [(list(turns), images) for turns, images, _ in scenes[:8]]
@@ -288,7 +288,7 @@ def test_a_sharded_model_gives_the_same_answers(scheduler, submit, scenes):
     assert texts == [submit(scheduler, *pair).text() for pair in asked]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_int8_cache_gives_the_same_answers(ovis, scheduler, submit, scenes):
     """The engine reads prompts in chunks, `ask` reads them whole."""
     int8 = replace(ovis, model=replace(ovis.model, kv_cache_dtype="int8"))

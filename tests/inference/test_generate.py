@@ -319,7 +319,7 @@ def test_images_and_tokens_are_sampled_with_different_keys(ovis, monkeypatch):
     assert not {tuple(x) for x in drawn[0]} & {tuple(x) for x in drawn[1]}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_untied_and_hard_tokens():
     """Configs that no golden file has: an untied unembedding, and one-hot visual words."""
     shallow = shallow_config()

@@ -11,7 +11,7 @@ MARGIN = 1e-2
 """Margin between the two best tokens below which rounding may swap them."""
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_thousand_tokens(load_golden):
     ovis = load_golden("tiny-f32", None)
     assert ovis.config.decoder.sliding_window == 16

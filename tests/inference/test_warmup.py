@@ -27,7 +27,7 @@ def batch(bucket: Bucket, seed: int) -> Inputs:
     return Inputs(tokens, positions, pixels)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compiled_buckets_compile_nothing(shallow):
     model, params = shallow
     buckets = [Bucket(1, 30, 1), Bucket(2, 24, 0)]

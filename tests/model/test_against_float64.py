@@ -109,7 +109,7 @@ def test_visual_head_norms_with_eps_1e_5():
 # ----- embedding scale
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("dtype", "factor"),
     [(jnp.bfloat16, 59.75), (jnp.float32, 59.86651992797851562)],

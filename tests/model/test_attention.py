@@ -75,7 +75,7 @@ def check(name: str, got, expected, tolerance: float = TOLERANCE) -> None:
 # ----- blockwise
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("T, window", [(128, 100), (129, None), (520, 300), (1100, 100)])
 def test_blockwise_prompts(T: int, window: int | None):
     *inputs, positions = *arrays(T, 16), padded(T)
@@ -153,7 +153,7 @@ def test_blockwise_holds_no_scores_of_a_whole_prompt(gradient: bool):
 # ----- splash, interpreted; tokamax, whose plain form stands in for its kernels for GPUs
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kernel", [splash, tokamax], ids=["splash", "tokamax"])
 @pytest.mark.parametrize(
     "window, cap, mesh", [(100, 5.0, None), (None, None, "in scope"), (100, 5.0, "of the queries")]
@@ -197,7 +197,7 @@ def test_tokamax_gradient_of_rematerialised_blocks_and_under_vmap(how):
         assert np.abs(x - y).max() <= TOLERANCE * np.abs(y).max()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_splash_crops_of_heads_of_72():
     q, k, v, weights = arrays(150, 72)
     k, v = (jnp.concatenate([x, -x], axis=1) for x in (k, v))
@@ -344,7 +344,7 @@ def test_report_of_the_9b():
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_model_passes_its_kernel_on(monkeypatch):
     """Every kernel returns the same logits, and each kernel runs."""
     config = shallow_config()

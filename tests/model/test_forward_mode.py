@@ -78,7 +78,7 @@ def test_gradients_of_a_product_inside_shard_map():
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kernel", ["plain", "blockwise"])
 def test_hessian_vector_products_of_the_model(shallow, kernel):
     """Tangents agree with the gradient, and both orders of a second derivative with each other."""

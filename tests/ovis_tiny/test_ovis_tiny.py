@@ -41,7 +41,7 @@ def test_its_config_is_the_recipe_s(ovis):
     assert len(ovis.processor.tokenizer.pieces) == ovis.config.decoder.vocab_size
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_gives_correct_answers(ovis, draw_test):
     """The card uses 100 questions per kind. With 20 here, a kind at 85 % may score lower."""
     answers = list(measure_accuracy.answer_test_questions(ovis, draw_test(rounds=10)))

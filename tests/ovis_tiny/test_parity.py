@@ -19,7 +19,7 @@ def reference():
     return OvisTorch.from_folder(BUNDLED["ovis-tiny"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_answers_are_the_same(reference, draw_test):
     ovis = ovis_jax.load("ovis-tiny", dtype="float32")
     rows = read_dataset([draw_test(rounds=2)]).rows

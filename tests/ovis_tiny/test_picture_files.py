@@ -49,6 +49,7 @@ def ovis():
     return ovis_jax.load("ovis-tiny")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", COPIES)
 def test_the_answer_is_the_same(ovis, name, tmp_path):
     path = tmp_path / "word"

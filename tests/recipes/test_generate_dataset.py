@@ -63,7 +63,7 @@ def data(tmp_path_factory):
     return folder, found
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_number_of_workers_does_not_change_the_data(tmp_path):
     options = ["--train", "12", "--validation", "3", "--test", "3", "--pairs", "3", "--seed", "5"]
     for workers in ("1", "2"):

@@ -11,7 +11,7 @@ from benchmarks.support.server_load import send_random_requests
 NUM_REQUESTS = 200
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_request_gets_a_response_and_no_state_is_left(url, scheduler):
     with compilations() as found:
         results = asyncio.run(send_random_requests(url, NUM_REQUESTS, concurrency=32))

@@ -39,7 +39,7 @@ def train(model, params, batches):
     return losses, state
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shape, rules", [((8, 1), FSDP), ((4, 2), TENSOR_FSDP)])
 def test_eight_devices_train_like_one(one_device, lay, shape, rules):
     model, params, batches, expected_losses, expected_state = one_device

@@ -13,7 +13,7 @@ from ovis_jax.training.trainable import cast_params, split_params
 LORA = ("lora.rank=2", "quantization=int8", "training.max_steps=1", "data.micro_batch_size=8")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_adapters_on_an_int8_base(train, write_config, tmp_path, shallow_checkpoint):
     """One step on one device and on eight; `lora_b` is zero before."""
     path = write_config(trainable=False)

@@ -135,7 +135,7 @@ def test_gradient_accumulation_equals_one_batch(ovis):
         stack_micro_batches([short, whole])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_remat_gives_the_same_gradient(ovis, image_batch):
     trainable, frozen = split_params(ovis.params, list(TRAINABLE_PARTS))
     config, batches = step_config(), stack_micro_batches([image_batch])

@@ -119,7 +119,7 @@ main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_run_resumes_to_the_same_bits(write_config, tmp_path):
     path = write_config()
     command = [sys.executable, "-c", TRAIN_AND_REPORT_SAVES, "train", str(path), "run.save_steps=2"]
@@ -137,7 +137,7 @@ def test_killed_run_resumes_to_the_same_bits(write_config, tmp_path):
     assert_same_bits(final_params(tmp_path), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_lora_run_writes_adapters_only(train, write_config, tmp_path, shallow_checkpoint):
     path = write_config(trainable=False)
     assert train(path, "lora.rank=2", "lora.alpha=4")
@@ -149,7 +149,7 @@ def test_lora_run_writes_adapters_only(train, write_config, tmp_path, shallow_ch
     assert not (tmp_path / "run/model").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_dpo_run(train, write_config, tmp_path, golden):
     image = str(golden / "images/square.png")
     row = {"image": image, "prompt": "<image>\nWho?", "chosen": "I.", "rejected": "It is he."}
@@ -189,7 +189,7 @@ def test_sampled_visual_words_are_the_same_after_resuming(
     assert_same_bits(runs[0][1], runs[1][1])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_dpo_samples_the_same_visual_words_as_the_reference(
     train, write_config, tmp_path, golden, gumbel_checkpoint
 ):
@@ -205,7 +205,7 @@ def test_dpo_samples_the_same_visual_words_as_the_reference(
     np.testing.assert_allclose(losses, [np.log(2)] * 3, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_run_on_a_mesh_has_the_same_losses(train, write_config, tmp_path):
     losses = []
     for overrides in ([], ["mesh.data=2", "mesh.rules=fsdp"]):
@@ -263,7 +263,7 @@ def test_full_disk_keeps_the_latest_checkpoint(train, write_config, tmp_path, mo
     assert (tmp_path / "run/model").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_failed_write_keeps_the_latest_checkpoint(train, write_config, tmp_path, stop_at):
     path = write_config()
     assert train(path)

@@ -184,7 +184,7 @@ def test_resuming_adapters_on_a_mesh_with_other_padding(train, write_config, sto
         train(path, *lora)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_loss_that_is_not_finite(train, write_config, tmp_path, stop_at):
     path = write_config()
     stop_at(2)

@@ -30,7 +30,7 @@ def test_examples_are_copies_of_the_projects_examples():
         assert path.read_bytes() == (ROOT / "examples" / path.name).read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_sigterm_closes_the_page_and_removes_the_private_folder(tmp_path):
     command = [sys.executable, "-m", "ovis_jax", "ui", "--max-model-len", "64"]
     process = subprocess.Popen(
