@@ -85,6 +85,7 @@ def test_invalid_random_keys(ovis, function, key, found):
             jax.jit(call)(key)
 
 
+@pytest.mark.exhaustive
 def test_raw_random_keys(ovis):
     """Keys of the older kind, `jax.random.PRNGKey`, give the same tokens."""
     options = dict(max_new_tokens=8, sampling=ovis_jax.Sampling(3.0), eos_ids=())

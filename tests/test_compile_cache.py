@@ -61,7 +61,7 @@ def test_a_second_run_loads_what_the_first_compiled(tmp_path):
     assert "cache miss" not in second.stderr.lower()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_jaxs_variables_take_precedence(tmp_path):
     """The folder is the user's; the size limit is too small for a second program."""
     own = {DIR_VARIABLE: str(tmp_path / "own"), MAX_SIZE_VARIABLE: "1000000"}
@@ -71,7 +71,7 @@ def test_jaxs_variables_take_precedence(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_default_size_limit(tmp_path):
     script = (
         "import json, jax, ovis_jax.compile_cache as c; c.enable_compilation_cache(); "

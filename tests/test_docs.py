@@ -40,7 +40,7 @@ def test_pages_are_found():
     assert len(WITH_PYTHON) >= 4 and len(WITH_COMMANDS) >= 3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
 def test_python_runs(page, monkeypatch):
     """The blocks of a page form one program."""

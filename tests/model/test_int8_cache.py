@@ -125,6 +125,7 @@ def test_chunks_of_prompts(shallow, int8):
         check(logits, expected, exact)
 
 
+@pytest.mark.exhaustive
 def test_rows_and_padding_do_not_matter(int8):
     model, params = int8
     inputs = prompts()
@@ -137,7 +138,7 @@ def test_rows_and_padding_do_not_matter(int8):
         np.testing.assert_allclose(alone.log_probs[0], together.log_probs[row], atol=2e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shape", [(4, 2), (2, 1)])
 def test_on_a_mesh(int8, lay, shape):
     model, params = int8

@@ -319,7 +319,7 @@ def compiled(peak, **changes):
     return {**sizes, **hlo, "weight_sized": weight_sized, "compile_seconds": 1.0, **changes}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_with_a_compiler(monkeypatch):
     """The compiler's peak must fit, together with the weights that a program does not read."""
     programs = {"decode": compiled(5 * GIB), "prefill": compiled(4 * GIB)}

@@ -138,7 +138,7 @@ def test_folder_without_its_code(tmp_path):
     tool.check_config(config, str(tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_verify_reads_what_is_written(load_golden, tmp_path):
     """The fields that the writer needs are all that verify reads."""
     meta, fields = stored("tiny-f32/square")

@@ -234,7 +234,7 @@ def hard_model(ovis, function):
     return replace(ovis.model, config=replace(ovis.model.config, visual_tokenizer=tokenizer))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("function", ["st_argmax", "gumbel_argmax"])
 def test_hard_visual_tokens_train_the_visual_tokenizer(ovis, image_batch, function):
     """Each step and each micro-batch samples its own visual words from one key."""

@@ -87,7 +87,7 @@ def test_stopped_run_resumes_to_the_same_bits(train, write_config, tmp_path, sto
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_stop_after_a_save_repeats_no_step(train, write_config, tmp_path, monkeypatch, stop_at):
     path = write_config(f'data.validation_files = ["{tmp_path / "train.jsonl"}"]')
     finished = stop_at()
@@ -171,7 +171,7 @@ def gumbel_checkpoint(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_sampled_visual_words_are_the_same_after_resuming(
     train, write_config, tmp_path, stop_at, gumbel_checkpoint
 ):

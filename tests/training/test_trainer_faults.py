@@ -163,7 +163,7 @@ def test_stop_while_the_result_is_written(train, write_config, tmp_path, monkeyp
     assert [path.name for path in (tmp_path / "run").glob("model*")] == ["model"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_resuming_on_a_mesh_with_other_padding(train, write_config, stop_at):
     path = write_config()
     stop_at(1)
