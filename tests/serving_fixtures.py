@@ -37,8 +37,8 @@ def make_scheduler(ovis, runner):
     """Make schedulers that a test may close; the rest are closed after it."""
     made = []
 
-    def make(max_queued_requests: int = 9) -> Scheduler:
-        made.append(Scheduler(ovis, runner, max_queued_requests=max_queued_requests))
+    def make(max_queued_requests: int = 9, **options: Any) -> Scheduler:
+        made.append(Scheduler(ovis, runner, max_queued_requests=max_queued_requests, **options))
         return made[-1]
 
     yield make

@@ -123,7 +123,8 @@ def run_train_step(model, params, inputs, key, sampling):
 def run_engine_programs(model, params, inputs, key, sampling):
     runner = ModelRunner(model, params, max_num_seqs=2, max_model_len=24, chunk_size=8)
     tokens, pixels = np.asarray(inputs.tokens)[0], np.asarray(inputs.pixels)
-    prefill = runner.run_encoder(runner.init_prefill_state(), pixels[0], 0, 5)
+    embeddings = runner.run_encoder(pixels[0], 0, 5)
+    prefill = runner.run_add_visual(runner.init_prefill_state(), embeddings, 0)
     for start in range(0, len(tokens), runner.chunk_size):
         prefill, logits = runner.run_prefill(prefill, tokens, start)
     options = make_sampling_params(sampling_numbers(), 5, 0)
@@ -132,6 +133,7 @@ def run_engine_programs(model, params, inputs, key, sampling):
     for mode in ("greedy", "temperature", "full"):
         state, sampled = runner.run_decode(state, np.array([False, True]), mode)
         found.append(sampled)
+    runner.run_reuse(prefill, state, 1)
     return logits, [(x.tokens[-1], x.logprobs[-1]) for x in found]
 
 

@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from ovis_jax.engine.prefix_cache import crop_digests
 from ovis_jax.errors import OvisError
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -115,6 +117,9 @@ class Request:
       stream: Whether to send a `Delta` for each new piece of text; otherwise, one per choice.
       aborted: Whether the caller aborted the request; no more events are then sent.
       first_token_time: Time of the first token, as in `time.monotonic()`; None before it.
+      cached_tokens: Number of prompt positions that were not read, because the KV cache of an
+        earlier request contains them.
+      cached_crops: Number of crops that were not encoded, because an earlier request has.
       completion_tokens: Number of tokens generated so far, in all choices.
       num_unfinished: Number of choices that are not yet complete.
     """
@@ -136,11 +141,18 @@ class Request:
     stream: bool = True
     aborted: bool = False
     first_token_time: float | None = None
+    cached_tokens: int = 0
+    cached_crops: int = 0
     completion_tokens: int = 0
     num_unfinished: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.num_unfinished = self.num_choices
+
+    @cached_property
+    def crop_digests(self) -> tuple[bytes, ...]:
+        """A hash of each crop."""
+        return crop_digests(self.pixels)
 
     def stop_ids(self, eos_ids: Iterable[int]) -> tuple[int, ...]:
         """Return the ids that end an answer, given the model's own stop ids."""

@@ -4,6 +4,8 @@ The number of programs and the number of slots are fixed. All prompt lengths, nu
 sampling parameters use the same programs, so they cause no recompilation.
 """
 
+import math
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast, get_args
@@ -23,19 +25,21 @@ from ovis_jax.engine.state import (
     SampledTokens,
     SamplingMode,
     SamplingParams,
+    add_visual_embeddings,
     decode,
-    encode_images,
+    encode_image,
     init_decode_state,
     init_prefill_state,
     insert_and_sample,
     make_sampling_params,
     prefill_chunk,
+    reuse_cache,
     split_seed,
 )
 from ovis_jax.errors import OvisError
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.image_processing import IMAGE_SLOT
-from ovis_jax.model.kv_cache import Cache
+from ovis_jax.model.kv_cache import Cache, num_slots
 from ovis_jax.model.ovis import Ovis, Params, activation_dtype
 from ovis_jax.sharding import mesh_axis
 
@@ -43,7 +47,8 @@ from ovis_jax.sharding import mesh_axis
 class ModelRunner:
     """Runs the programs of one model, which the constructor compiles.
 
-    Every method that takes a state donates it and returns the new one. On a mesh, the caches are
+    Every method that takes a state donates it and returns the new one. Methods return before the
+    device has computed their results; `jax.device_get` waits for them. On a mesh, the caches are
     sharded over the key/value heads, like the parameters; all other state is replicated.
 
     Args:
@@ -52,6 +57,13 @@ class ModelRunner:
       max_num_seqs: Number of slots, which is the maximum number of concurrent sequences.
       max_model_len: Maximum total length of a prompt and its answer, in positions.
       chunk_size: Number of prompt positions per prefill step.
+
+    Attributes:
+      tokens_per_crop: Number of visual tokens of a crop, M.
+      crop_cost: The time that a crop takes, as the number of prompt positions that are prefilled in
+        the same time.
+      positions_per_decode_step: The time of a decode step, in the same unit.
+      ring_slots: Number of slots of the smallest cache of a block, at most `max_model_len`.
 
     Raises:
       OvisError: The checkpoint has more than `MAX_EOS_IDS` stop ids.
@@ -74,10 +86,14 @@ class ModelRunner:
         self._params = params
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.chunk_size = min(chunk_size, max_model_len)
-        self._tokens_per_crop = model.config.visual_tokenizer.tokens_per_crop
+        self.tokens_per_crop = model.config.visual_tokenizer.tokens_per_crop
+        self.ring_slots = min(
+            num_slots(model.config.decoder, block, max_model_len, model.kv_cache_dtype)
+            for block in range(model.config.decoder.depth)
+        )
         dtype = activation_dtype(params)
-        max_crops = self.max_model_len // self._tokens_per_crop
-        visual_rows = max_crops * self._tokens_per_crop + self.chunk_size
+        max_crops = self.max_model_len // self.tokens_per_crop
+        visual_rows = max_crops * self.tokens_per_crop + self.chunk_size
         replicated, sharded_cache = _shardings(params, model.config.decoder.num_kv_heads)
         decode_sharding = DecodeState(sharded_cache, *[replicated] * 4)
         prefill_sharding = PrefillState(sharded_cache, replicated)
@@ -91,7 +107,9 @@ class ModelRunner:
         )
         # Explicitly, so that the engine also runs where implicit transfers are disallowed.
         self._put_on_device = partial(jax.device_put, device=replicated)
-        self._encode_images = _compile_once(partial(encode_images, model), 1, replicated)
+        self._encode_image = _compile_once(partial(encode_image, model), None, replicated)
+        self._add_visual_embeddings = _compile_once(add_visual_embeddings, 0, prefill_sharding)
+        self._reuse_cache = _compile_once(reuse_cache, 0, prefill_sharding)
         self._prefill_chunk = _compile_once(
             partial(prefill_chunk, model), 1, (prefill_sharding, replicated)
         )
@@ -101,26 +119,54 @@ class ModelRunner:
             mode: _compile_once(partial(decode, model, mode), 1, out_shardings)
             for mode in get_args(SamplingMode)
         }
-        self._warm_up(model.config.vision)
+        for _ in range(2):  # the second time without compilation
+            seconds = self._run_all_programs(model.config.vision)
+        positions_per_second = self.chunk_size / seconds["prefill"]
+        self.crop_cost = math.ceil(seconds["encoder"] * positions_per_second)
+        self.positions_per_decode_step = math.ceil(seconds["decode"] * positions_per_second)
 
-    def _warm_up(self, vision: VisionConfig) -> None:
-        """Run every program once to compile it."""
+    def _run_all_programs(self, vision: VisionConfig) -> dict[str, float]:
+        """Run every program; return the time of an encoder, a prefill and a decode step."""
+        seconds = {}
+
+        def timed(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+            start = time.perf_counter()
+            results = jax.block_until_ready(function(*arguments))
+            seconds[name] = time.perf_counter() - start
+            return results
+
         pixels = np.zeros((vision.image_size, vision.image_size, vision.num_channels), np.float32)
-        prefill = self.run_encoder(self.init_prefill_state(), pixels, 0, 0)
-        prefill, logits = self.run_prefill(prefill, np.zeros(1, np.int32), 0)
+        embeddings = timed("encoder", self.run_encoder, pixels, 0, 0)
+        prefill = self.run_add_visual(self.init_prefill_state(), embeddings, 0)
+        tokens = np.zeros(1, np.int32)
+        prefill, logits = timed("prefill", self.run_prefill, prefill, tokens, 0)
         params = make_sampling_params(Sampling(), 0, 0)
         state, _ = self.run_insert(self.init_decode_state(), 0, prefill, logits, params)
-        for mode in get_args(SamplingMode):
-            state, _ = self.run_decode(state, np.zeros(self.max_num_seqs, bool), mode)
+        self.run_reuse(prefill, state, 0)
+        for mode in reversed(get_args(SamplingMode)):  # the fastest mode is timed last
+            inactive = np.zeros(self.max_num_seqs, bool)
+            state, _ = timed("decode", self.run_decode, state, inactive, mode)
+        return seconds
 
     def run_encoder(
-        self, state: PrefillState, pixels: Float32[np.ndarray, "h w C"], crop: int, seed: int
+        self, pixels: Float32[np.ndarray, "h w C"], crop: int, seed: int
+    ) -> Float[Array, "M D"]:
+        """Compute the visual embeddings of the prompt's crop with the index `crop`."""
+        row = np.int32(crop * self.tokens_per_crop)
+        arrays = self._put_on_device((pixels, row, split_seed(seed)))
+        return self._encode_image(self._params, *arrays)
+
+    def run_add_visual(
+        self, state: PrefillState, embeddings: Float[Array, "M D"], crop: int
     ) -> PrefillState:
-        """Encode the prompt's crop with the index `crop`."""
-        row = np.int32(crop * self._tokens_per_crop)
-        arrays = self._put_on_device((pixels[None], row, split_seed(seed)))
-        visual = self._encode_images(self._params, state.visual, *arrays)
-        return state._replace(visual=visual)
+        """Add the visual embeddings of the prompt's crop with the index `crop`."""
+        row = self._put_on_device(np.int32(crop * self.tokens_per_crop))
+        return self._add_visual_embeddings(state, embeddings, row)
+
+    def run_reuse(self, state: PrefillState, decode_state: DecodeState, slot: int) -> PrefillState:
+        """Start a prompt with a copy of the cache of a slot; `decode_state` is not donated."""
+        row = self._put_on_device(np.int32(slot))
+        return self._reuse_cache(state, decode_state.cache, row)
 
     def run_prefill(
         self, state: PrefillState, tokens: Int32[np.ndarray, "T"], start: int
@@ -128,7 +174,7 @@ class ModelRunner:
         """Prefill the chunk of a prompt that begins at position `start`.
 
         Args:
-          state: The state after the previous chunk, with all crops of the prompt encoded.
+          state: The state after the previous chunk, with the visual embeddings of all crops.
           tokens: Token ids of the whole prompt.
           start: Number of positions that are already in the cache.
 
@@ -154,19 +200,17 @@ class ModelRunner:
     ) -> tuple[DecodeState, SampledTokens]:
         """Start a sequence in a slot; `prefill` is not donated."""
         row, params = self._put_on_device((np.int32(slot), sampling_params))
-        state, sampled = self._insert(state, row, prefill.cache, logits, params)
-        return state, jax.device_get(sampled)
+        return self._insert(state, row, prefill.cache, logits, params)
 
     def run_decode(
         self, state: DecodeState, active: Bool[np.ndarray, "B"], mode: SamplingMode
     ) -> tuple[DecodeState, SampledTokens]:
         """Generate a token in every active slot."""
-        state, sampled = self._decode[mode](self._params, state, self._put_on_device(active))
-        return state, jax.device_get(sampled)
+        return self._decode[mode](self._params, state, self._put_on_device(active))
 
 
 def _compile_once(
-    function: Callable[..., Any], donated_argument: int, out_shardings: Any
+    function: Callable[..., Any], donated_argument: int | None, out_shardings: Any
 ) -> Callable[..., Any]:
     """Return a function that is compiled in its first call and then rejects other shapes."""
     jitted = jax.jit(function, donate_argnums=donated_argument, out_shardings=out_shardings)

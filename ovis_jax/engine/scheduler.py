@@ -1,4 +1,8 @@
-"""Continuous batching: one decode step serves all sequences; new sequences join between steps."""
+"""Continuous batching: one decode step serves all sequences; new sequences join between steps.
+
+The device runs one step ahead of the host: the next step is dispatched before the tokens of the
+previous one are read. A sequence that has ended is therefore decoded once more.
+"""
 
 import logging
 import math
@@ -8,21 +12,30 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import NamedTuple, cast, get_args
 
+import jax
 import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from ovis_jax.engine.prefix_cache import CachedTokens, VisualEmbeddingCache
 from ovis_jax.engine.request import EngineError, Failure, Logprob, Request, Sequence, TokenLogprobs
 from ovis_jax.engine.runner import ModelRunner
 from ovis_jax.engine.state import SampledTokens, SamplingMode, make_sampling_params
 from ovis_jax.errors import OvisError
+from ovis_jax.inputs.image_processing import IMAGE_SLOT
 from ovis_jax.loading import LoadedOvis
 
 DEADLINE_EXCEEDED = Failure("the request took longer than this server allows", "deadline_exceeded")
 SHUTTING_DOWN = Failure("this server is shutting down", "shutting_down")
 ENGINE_FAILED = Failure("the model failed; the server's log has the details", "engine_failed")
+
+PREFILL_SHARE = 2
+"""Time for prefill between two decode steps, relative to the time of a decode step."""
+
+MAX_VISUAL_CACHE_BYTES = 2**28
+"""Maximum size of the visual embeddings that are kept, about 190 crops of the 9B model."""
 
 log = logging.getLogger(__name__)
 
@@ -37,49 +50,99 @@ class PrefillProgress:
 
     Attributes:
       request: The request.
-      num_crops_encoded: Number of crops encoded.
-      num_tokens_read: Number of prompt positions prefilled.
+      reused_slot: The slot whose cache the prompt continues; None if it starts from position 0.
+      num_crops_encoded: Number of crops that are encoded, or in the reused cache.
+      num_tokens_read: Number of prompt positions in the cache.
       logits: Logits at the prompt's last position; None until the whole prompt is prefilled.
       num_choices_started: Number of choices whose generation has started.
     """
 
     request: Request
+    reused_slot: int | None = None
     num_crops_encoded: int = 0
     num_tokens_read: int = 0
     logits: Float[Array, "1 V"] | None = None
     num_choices_started: int = 0
 
 
+@dataclass
+class Slot:
+    """A row of the decode state.
+
+    Attributes:
+      sequence: The sequence that is being generated; None if the slot is free.
+      num_dispatched: Number of the sequence's tokens that are sampled or being sampled.
+      cached: The tokens in the row's cache, also of a sequence that has ended; None if unknown.
+      last_used: When the sequence started, as a count of all sequences.
+    """
+
+    sequence: Sequence | None = None
+    num_dispatched: int = 0
+    cached: CachedTokens | None = None
+    last_used: int = 0
+
+
+class SampledStep(NamedTuple):
+    """The tokens of a step, which the device may still be computing."""
+
+    tokens: SampledTokens
+    rows: list[tuple[int, Slot, Sequence]]
+    """Row of the tokens, and the slot and the sequence that the row belongs to."""
+
+
 class Scheduler:
     """Decides what the model runs next, in a separate thread.
 
-    Prompts are prefilled in order of arrival. Between two decode steps, the thread runs one prefill
-    step per free slot, and at least one. Running sequences therefore never wait for a whole prompt,
-    and free slots fill up quickly.
+    Prompts are prefilled in order of arrival. Between two decode steps, the thread runs at least
+    one prefill step, and more as long as they do not exceed `max_num_batched_tokens`. Running
+    sequences therefore never wait for a whole prompt.
 
     Args:
       ovis: The model.
       runner: Programs compiled for the model; several schedulers may share one runner.
       max_queued_requests: Maximum number of waiting requests.
+      max_num_batched_tokens: Maximum number of prompt positions between two decode steps while
+        sequences are running. A crop counts as `ModelRunner.crop_cost` positions. The default is
+        what takes as long as `PREFILL_SHARE` decode steps.
+      enable_prefix_caching: Whether to reuse the KV cache and the visual embeddings of earlier
+        requests.
 
     Attributes:
       processor: Processor of the model.
       max_model_len: Maximum total length of a prompt and its answer, in positions.
       max_num_seqs: Maximum number of concurrent sequences.
+      visual_embeddings: The visual embeddings of earlier requests.
       changed: Condition variable that is notified after every change to a request or to the
         scheduler.
     """
 
-    def __init__(self, ovis: LoadedOvis, runner: ModelRunner, *, max_queued_requests: int):
+    def __init__(
+        self,
+        ovis: LoadedOvis,
+        runner: ModelRunner,
+        *,
+        max_queued_requests: int,
+        max_num_batched_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+    ):
         self.processor, self._eos_ids = ovis.processor, ovis.config.eos_ids
         self.max_model_len, self.max_num_seqs = runner.max_model_len, runner.max_num_seqs
         self.changed = threading.Condition()
         self._runner = runner
         self._state, self._prefill_state = runner.init_decode_state(), runner.init_prefill_state()
         self._max_queued_requests = max_queued_requests
+        share = math.ceil(PREFILL_SHARE * runner.positions_per_decode_step)
+        self._max_num_batched_tokens = max_num_batched_tokens or share
+        self._enable_prefix_caching = enable_prefix_caching
+        # Sampled visual words depend on the seed of a request.
+        samples_words = ovis.config.visual_tokenizer.tokenize_function == "gumbel_argmax"
+        reusable = enable_prefix_caching and not samples_words
+        self.visual_embeddings = VisualEmbeddingCache(MAX_VISUAL_CACHE_BYTES if reusable else 0)
         self._waiting: deque[Request] = deque()
         self._prefill: PrefillProgress | None = None
-        self._sequences: list[Sequence | None] = [None] * runner.max_num_seqs
+        self._slots = [Slot() for _ in range(runner.max_num_seqs)]
+        self._unread: deque[SampledStep] = deque()
+        self._num_started = 0
         self._closing, self._abort, self._failed = False, False, False
         self._thread = threading.Thread(target=self._run, name="ovis-engine", daemon=True)
         self._thread.start()
@@ -92,7 +155,7 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Number of sequences that are being generated."""
-        return sum(sequence is not None for sequence in self._sequences)
+        return sum(slot.sequence is not None for slot in self._slots)
 
     @property
     def failure(self) -> Failure | None:
@@ -151,10 +214,13 @@ class Scheduler:
             try:
                 self._drop_expired()
                 self._advance_prefill()
-                self._decode()
+                self._read_tokens(max_unread=1 if self._dispatch_decode() else 0)
             except Exception:  # a device may raise any exception
                 log.exception("a step of the model failed")
                 self._fail_all()
+                self._unread.clear()
+                self._slots = [Slot() for _ in self._slots]
+                self.visual_embeddings.clear()
                 try:  # the failed step may have consumed the donated state
                     self._state = self._runner.init_decode_state()
                     self._prefill_state = self._runner.init_prefill_state()
@@ -193,39 +259,76 @@ class Scheduler:
         if self._prefill and matches(self._prefill.request):
             removed.append(self._prefill.request)
             self._prefill = None
-        for slot, sequence in enumerate(self._sequences):
-            if sequence and matches(sequence.request):
-                removed.append(sequence.request)
-                self._sequences[slot] = None
+        for slot in self._slots:
+            if slot.sequence and matches(slot.sequence.request):
+                removed.append(slot.sequence.request)
+                slot.sequence = None
         return removed
 
     def _advance_prefill(self) -> None:
-        """Run one prefill step per free slot, at least one, and start sequences that are ready."""
-        for _ in range(max(1, self.max_num_seqs - self.num_running)):
+        """Run prefill steps within the budget, at least one, and start sequences that are ready."""
+        num_positions = 0
+        while True:
             if self._prefill is None:
                 with self.changed:
                     if not self._waiting:
                         return
-                    self._prefill = PrefillProgress(self._waiting.popleft())
+                    request = self._waiting.popleft()
+                self._prefill = self._begin_prefill(request)
             prefill = self._prefill
             if prefill.logits is None:
+                cost = self._step_cost(prefill)
+                too_long = num_positions + cost > self._max_num_batched_tokens
+                if num_positions and self.num_running and too_long:
+                    return
                 self._run_prefill_step(prefill)
+                num_positions += cost
             if prefill.logits is not None:
                 self._start_sequences(prefill, prefill.logits)
                 if prefill.num_choices_started < prefill.request.num_choices:
                     return  # all slots are in use
                 self._prefill = None
 
+    def _begin_prefill(self, request: Request) -> PrefillProgress:
+        """Find the slot with the longest common prefix, and copy its cache."""
+        best, length = 0, 0
+        for number, slot in enumerate(self._slots):
+            if self._enable_prefix_caching and slot.cached is not None:
+                common = slot.cached.common_prefix(
+                    request.tokens,
+                    request.crop_digests,
+                    self._runner.tokens_per_crop,
+                    self._runner.ring_slots,
+                )
+                best, length = (number, common) if common > length else (best, length)
+        request.cached_tokens = length
+        if not length:
+            return PrefillProgress(request)
+        self._prefill_state = self._runner.run_reuse(self._prefill_state, self._state, best)
+        visual_tokens = int(np.count_nonzero(request.tokens[:length] == IMAGE_SLOT))
+        request.cached_crops = visual_tokens // self._runner.tokens_per_crop
+        return PrefillProgress(request, best, request.cached_crops, length)
+
+    def _step_cost(self, prefill: PrefillProgress) -> int:
+        """Return the cost of the next prefill step, in positions."""
+        has_crops = prefill.num_crops_encoded < len(prefill.request.pixels)
+        return self._runner.crop_cost if has_crops else self._runner.chunk_size
+
     def _run_prefill_step(self, prefill: PrefillProgress) -> None:
         """Encode the next crop or, once all crops are encoded, prefill the next chunk."""
         request, runner = prefill.request, self._runner
-        if prefill.num_crops_encoded < len(request.pixels):
+        while prefill.num_crops_encoded < len(request.pixels):
             crop = prefill.num_crops_encoded
-            self._prefill_state = runner.run_encoder(
-                self._prefill_state, request.pixels[crop], crop, request.seed
-            )
+            digest = request.crop_digests[crop]
+            embeddings = cached = self.visual_embeddings.get(digest)
+            if embeddings is None:
+                embeddings = runner.run_encoder(request.pixels[crop], crop, request.seed)
+                self.visual_embeddings.put(digest, embeddings)
+            self._prefill_state = runner.run_add_visual(self._prefill_state, embeddings, crop)
             prefill.num_crops_encoded += 1
-            return
+            if cached is None:
+                return
+            request.cached_crops += 1
         self._prefill_state, logits = runner.run_prefill(
             self._prefill_state, request.tokens, prefill.num_tokens_read
         )
@@ -236,10 +339,10 @@ class Scheduler:
     def _start_sequences(self, prefill: PrefillProgress, logits: Float[Array, "1 V"]) -> None:
         """Start as many of a request's choices as there are free slots."""
         request, tokenizer = prefill.request, self.processor.tokenizer
-        for slot, taken in enumerate(self._sequences):
-            if taken is not None or prefill.num_choices_started == request.num_choices:
-                continue
-            choice = prefill.num_choices_started
+        for number in self._free_slots(prefill):
+            if prefill.num_choices_started == request.num_choices:
+                return
+            choice, slot = prefill.num_choices_started, self._slots[number]
             params = make_sampling_params(
                 request.sampling,
                 request.seed,
@@ -249,36 +352,78 @@ class Scheduler:
                 min_tokens=request.min_tokens,
             )
             self._state, sampled = self._runner.run_insert(
-                self._state, slot, self._prefill_state, logits, params
+                self._state, number, self._prefill_state, logits, params
             )
-            request.first_token_time = request.first_token_time or time.monotonic()
-            self._sequences[slot] = Sequence(request, choice, tokenizer, self._eos_ids)
+            slot.sequence = Sequence(request, choice, tokenizer, self._eos_ids)
+            slot.num_dispatched = 1
+            slot.cached = CachedTokens(request.tokens, request.crop_digests, self.max_model_len)
+            self._num_started += 1
+            slot.last_used = self._num_started
             prefill.num_choices_started += 1
-            self._append_token(slot, sampled, row=0)
+            self._unread.append(SampledStep(sampled, [(0, slot, slot.sequence)]))
 
-    def _decode(self) -> None:
-        """Generate one token for every running sequence."""
-        active = np.array([sequence is not None for sequence in self._sequences])
-        if not active.any():
-            return
-        modes = [_sampling_mode(sequence.request) for sequence in self._sequences if sequence]
+    def _free_slots(self, prefill: PrefillProgress) -> list[int]:
+        """Return the free slots, those whose cache is least likely to be reused first.
+
+        The first one is the slot that a prompt continues, if most of its cache is in the prompt.
+        """
+
+        def order(number: int) -> tuple[bool, int]:
+            slot = self._slots[number]
+            continues = (
+                number == prefill.reused_slot
+                and slot.cached is not None
+                and 2 * prefill.request.cached_tokens >= slot.cached.num_cached
+            )
+            return not continues, slot.last_used
+
+        return sorted((n for n, slot in enumerate(self._slots) if not slot.sequence), key=order)
+
+    def _dispatch_decode(self) -> bool:
+        """Start to generate a token for every running sequence; return whether there is any."""
+        rows = [
+            (number, slot, slot.sequence)
+            for number, slot in enumerate(self._slots)
+            if slot.sequence and slot.num_dispatched < slot.sequence.request.max_new_tokens
+        ]
+        if not rows:
+            return False
+        active = np.zeros(self.max_num_seqs, bool)
+        active[[number for number, _, _ in rows]] = True
+        modes = [_sampling_mode(sequence.request) for _, _, sequence in rows]
         mode = cast(SamplingMode, max(modes, key=get_args(SamplingMode).index))
         self._state, sampled = self._runner.run_decode(self._state, active, mode)
-        for slot in np.flatnonzero(active).tolist():
-            self._append_token(slot, sampled, row=slot)
+        for _, slot, _ in rows:
+            slot.num_dispatched += 1
+            assert slot.cached is not None
+            slot.cached.num_cached += 1
+        self._unread.append(SampledStep(sampled, rows))
+        return True
 
-    def _append_token(self, slot: int, sampled: SampledTokens, row: int) -> None:
+    def _read_tokens(self, max_unread: int) -> None:
+        """Wait for steps, oldest first, and add their tokens to the sequences."""
+        while len(self._unread) > max_unread:
+            sampled, rows = self._unread.popleft()
+            sampled = jax.device_get(sampled)
+            for row, slot, sequence in rows:
+                if slot.sequence is sequence:  # it has not ended in the step before
+                    self._append_token(slot, sequence, sampled, row)
+
+    def _append_token(
+        self, slot: Slot, sequence: Sequence, sampled: SampledTokens, row: int
+    ) -> None:
         """Add a row's token to the sequence in a slot, and free the slot after the last token."""
-        sequence = self._sequences[slot]
-        assert sequence is not None
         request = sequence.request
+        request.first_token_time = request.first_token_time or time.monotonic()
         token = Logprob(int(sampled.tokens[row]), float(sampled.logprobs[row]))
+        assert slot.cached is not None
+        slot.cached.append(token.token_id)
         top = ()
         if request.top_logprobs and sampled.top is not None:
             ids, logprobs = (x[row][: request.top_logprobs].tolist() for x in sampled.top)
             top = tuple(map(Logprob, ids, logprobs))
         if sequence.append(TokenLogprobs(token, top)):
-            self._sequences[slot] = None
+            slot.sequence = None
             request.num_unfinished -= 1
 
 
@@ -290,6 +435,8 @@ def run_engine(
     max_model_len: int,
     chunk_size: int = 128,
     max_queued_requests: int = 64,
+    max_num_batched_tokens: int | None = None,
+    enable_prefix_caching: bool = True,
 ) -> Iterator[Scheduler]:
     """Compile the programs of a model, and run a scheduler until the block ends.
 
@@ -299,6 +446,10 @@ def run_engine(
       max_model_len: Maximum total length of a prompt and its answer, in positions.
       chunk_size: Number of prompt positions per prefill step.
       max_queued_requests: Maximum number of waiting requests.
+      max_num_batched_tokens: Maximum number of prompt positions between two decode steps, as
+        described in `Scheduler`.
+      enable_prefix_caching: Whether to reuse the KV cache and the visual embeddings of earlier
+        requests.
     """
     runner = ModelRunner(
         ovis.model,
@@ -307,7 +458,13 @@ def run_engine(
         max_model_len=max_model_len,
         chunk_size=chunk_size,
     )
-    scheduler = Scheduler(ovis, runner, max_queued_requests=max_queued_requests)
+    scheduler = Scheduler(
+        ovis,
+        runner,
+        max_queued_requests=max_queued_requests,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=enable_prefix_caching,
+    )
     try:
         yield scheduler
     finally:

@@ -203,19 +203,34 @@ def sample_tokens(
     return SampledTokens(tokens, logprobs, top)
 
 
-def encode_images(
+def encode_image(
     model: Ovis,
     params: Params,
-    visual: Float[Array, "rows D"],
-    pixels: Float[Array, "I h w C"],
+    pixels: Float[Array, "h w C"],
     row: Int[ArrayLike, ""],
     seed: UInt32[Array, "2"],
-) -> Float[Array, "rows D"]:
-    """Write the visual embeddings of crops into `visual`, starting at `row`."""
-    # The key is only used by models that sample their visual words.
+) -> Float[Array, "M D"]:
+    """Compute the visual embeddings of a crop; `row` is the index of its first visual token.
+
+    The row and the seed only matter to models that sample their visual words.
+    """
     key = jax.random.fold_in(derive_image_key(make_key(seed, 0)), row)
-    embeddings = model.embed_images(params, pixels, key).reshape(-1, visual.shape[1])
-    return jax.lax.dynamic_update_slice_in_dim(visual, embeddings.astype(visual.dtype), row, axis=0)
+    return model.embed_images(params, pixels[None], key)[0]
+
+
+def add_visual_embeddings(
+    state: PrefillState, embeddings: Float[Array, "M D"], row: Int[ArrayLike, ""]
+) -> PrefillState:
+    """Write the visual embeddings of a crop into `state.visual`, starting at `row`."""
+    embeddings = embeddings.astype(state.visual.dtype)
+    visual = jax.lax.dynamic_update_slice_in_dim(state.visual, embeddings, row, axis=0)
+    return state._replace(visual=visual)
+
+
+def reuse_cache(state: PrefillState, cache: Cache, slot: Int[ArrayLike, ""]) -> PrefillState:
+    """Copy the cache of a slot, so that a prompt with the same beginning can continue it."""
+    row = jax.tree.map(lambda rows: jax.lax.dynamic_slice_in_dim(rows, slot, 1, axis=0), cache)
+    return state._replace(cache=row)
 
 
 def prefill_chunk(

@@ -66,7 +66,7 @@ class DecoderAttention(nn.Module):
             options |= {"window": self.window, "setting": self.kernel_setting}
             keys, values = kv_cache.as_arrays(key_value, x.dtype)
             out = prompt_attention(q, keys, values, positions, **options)  # [B, T, N, H]
-        elif T > 1:
+        elif T > 1 and self.window is not None:
             # The cache is updated afterwards, because the first queries still need the ring
             # buffer's old slots.
             past = kv_cache.slot_positions(positions[:, 0], kv_cache.length(cache))
@@ -75,9 +75,10 @@ class DecoderAttention(nn.Module):
             out = attend(q, keys, values, mask, **options)  # [B, T, N, H]
             key_value = kv_cache.append_chunk(cache, key_value, positions)
         else:
-            key_value = kv_cache.append_token(cache, key_value, positions[:, 0])
-            slots = kv_cache.length(key_value)
-            key_positions = kv_cache.slot_positions(positions[:, 0] + 1, slots)
+            append = kv_cache.append_token if T == 1 else kv_cache.append_chunk
+            key_value = append(cache, key_value, positions)
+            lengths = jnp.max(positions, axis=1) + 1
+            key_positions = kv_cache.slot_positions(lengths, kv_cache.length(key_value))
             mask = visible(positions, key_positions, self.window)
             out = attend(q, *key_value, mask, **options)  # [B, T, N, H]
         o = weight("o", D, N * H)

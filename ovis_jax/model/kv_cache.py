@@ -108,23 +108,43 @@ def append_chunk(
 ) -> KeyValue:
     """Write T positions per row into a block's cache; in a ring buffer they replace the oldest.
 
+    Only the slots of the new positions, and those that share a tile with them, are written.
+
     Args:
       block: The cache of the block.
       key_value: Keys and values of the new positions.
       positions: Consecutive positions that continue each row; -1 at padding on the right.
     """
-    first, T = positions[:, :1], positions.shape[1]
-    stored = slot_positions(jnp.max(positions, axis=1) + 1, length(block))  # [B, S]
-    columns = jnp.clip(stored - first, 0, T - 1)
-    is_new = stored >= first
+    S, T = length(block), positions.shape[1]
+    tile = INT8_TILE if S % INT8_TILE == 0 else 1
+    written = min(S, -(-T // tile) * tile + (tile if tile > 1 else 0))  # slots
 
-    def update(old: Array, values: Array) -> Array:
-        return jnp.where(_per_slot(is_new, old), _take_columns(values, columns), old)
+    def write_row(old: Array, values: Array, positions: Array) -> Array:
+        """Write one row of keys, values or scales, [K, S, ...]."""
+        stop = jnp.max(positions) + 1
+        start = positions[0] % S
+        tiles = old.reshape(old.shape[0], S // tile, tile, *old.shape[2:])
+        # The positions that do not fit before the end of a ring buffer are written at its start.
+        for begin in (jnp.minimum(start // tile, (S - written) // tile), jnp.int32(0)):
+            current = jax.lax.dynamic_slice_in_dim(tiles, begin, written // tile, axis=1)
+            slots = begin * tile + jnp.arange(written, dtype=jnp.int32)
+            stored = slot_positions(stop[None], S)[0][slots]
+            columns = jnp.clip(stored - positions[0], 0, T - 1)
+            new = jnp.take(values, columns, axis=1).reshape(current.shape)
+            is_new = (stored >= positions[0]).reshape(1, -1, tile, *[1] * (old.ndim - 2))
+            current = jnp.where(is_new, new, current)
+            tiles = jax.lax.dynamic_update_slice_in_dim(tiles, current, begin, axis=1)
+        return tiles.reshape(old.shape)
 
-    return jax.tree.map(update, block, key_value)
+    def write(old: Array, values: Array) -> Array:
+        if old.shape[0] == 1:  # without a batch axis, every backend updates in place
+            return write_row(old[0], values[0], positions[0])[None]
+        return jax.vmap(write_row)(old, values, positions)
+
+    return jax.tree.map(write, block, key_value)
 
 
-def append_token(block: KeyValue, key_value: NewKeyValue, positions: Int[Array, "B"]) -> KeyValue:
+def append_token(block: KeyValue, key_value: NewKeyValue, positions: Int[Array, "B 1"]) -> KeyValue:
     """Write one position per row into a block's cache; in a ring buffer it replaces the oldest.
 
     Args:
@@ -132,7 +152,7 @@ def append_token(block: KeyValue, key_value: NewKeyValue, positions: Int[Array, 
       key_value: Key and value of the new position in each row; T is 1.
       positions: The new positions.
     """
-    slots = positions % length(block)
+    slots = positions[:, 0] % length(block)
 
     def write(rows: Array, values: Array) -> Array:
         if rows.ndim == 3:  # scales

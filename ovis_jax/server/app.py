@@ -234,9 +234,7 @@ def create_app(
     preprocessor = Preprocessor(
         scheduler.processor, limits, scheduler.max_model_len, max_choices=scheduler.max_num_seqs
     )
-    metrics = ServerMetrics(
-        scheduler.max_num_seqs, lambda: scheduler.num_running, lambda: scheduler.num_waiting
-    )
+    metrics = ServerMetrics(scheduler)
     service = ChatService(scheduler, preprocessor, model_name, metrics)
     description: dict[str, Any] = {
         "id": model_name,

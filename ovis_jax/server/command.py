@@ -64,6 +64,17 @@ def serve(
     prefill_chunk: Annotated[
         int, typer.Option(min=1, help="Number of prompt positions per prefill step.")
     ] = 128,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum number of prompt positions between two decode steps. The default is"
+            " measured: what takes as long as two decode steps.",
+        ),
+    ] = None,
+    enable_prefix_caching: Annotated[
+        bool, typer.Option(help="Reuse the KV cache and the images of earlier requests.")
+    ] = True,
     max_new_tokens: MaxNewTokensOption = 2048,
     max_images: Annotated[
         int, typer.Option(min=0, help="Maximum number of images per request.")
@@ -147,6 +158,8 @@ def serve(
             max_model_len=max_model_len,
             chunk_size=prefill_chunk,
             max_queued_requests=max_queued_requests,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
         ) as scheduler:
             name = served_model_name or model_display_name(model)
             config = uvicorn.Config(

@@ -1,11 +1,11 @@
 """The server's metrics for Prometheus."""
 
-from collections.abc import Callable
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ovis_jax.engine.request import Request
+from ovis_jax.engine.scheduler import Scheduler
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 """Upper bounds of the histogram buckets, in seconds."""
@@ -15,14 +15,10 @@ class ServerMetrics:
     """The metrics of one server, in a separate registry.
 
     Args:
-      max_num_seqs: Maximum number of concurrent sequences.
-      num_running: Function that returns the number of sequences that are being generated.
-      num_waiting: Function that returns the number of requests whose prompt has not been read.
+      scheduler: The engine.
     """
 
-    def __init__(
-        self, max_num_seqs: int, num_running: Callable[[], int], num_waiting: Callable[[], int]
-    ):
+    def __init__(self, scheduler: Scheduler):
         self._registry = registry = CollectorRegistry()
         counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
         seconds = partial(Histogram, buckets=SECONDS, registry=registry)
@@ -30,6 +26,12 @@ class ServerMetrics:
             "ovis_requests", "Requests to /v1 and /tokenize, by HTTP status.", ["status"]
         )
         self._prompt_tokens = counter("ovis_prompt_tokens", "Prompt tokens of answered requests.")
+        self._cached_tokens = counter(
+            "ovis_cached_prompt_tokens",
+            "Prompt tokens found in the KV cache of earlier requests.",
+        )
+        self._crops = counter("ovis_crops", "Crops of images of answered requests.")
+        self._cached_crops = counter("ovis_cached_crops", "Crops that were not encoded again.")
         self._generated_tokens = counter("ovis_generation_tokens", "Generated tokens.")
         self._first_token = seconds(
             "ovis_time_to_first_token_seconds", "Time from a request's arrival to its first token."
@@ -38,10 +40,13 @@ class ServerMetrics:
             "ovis_e2e_request_latency_seconds", "Time from a request's arrival to its last token."
         )
         waiting = gauge("ovis_num_requests_waiting", "Requests whose prompt has not been read.")
-        waiting.set_function(num_waiting)
+        waiting.set_function(lambda: scheduler.num_waiting)
         running = gauge("ovis_num_seqs_running", "Sequences that are being generated.")
-        running.set_function(num_running)
-        gauge("ovis_max_num_seqs", "Maximum of ovis_num_seqs_running.").set(max_num_seqs)
+        running.set_function(lambda: scheduler.num_running)
+        maximum = gauge("ovis_max_num_seqs", "Maximum of ovis_num_seqs_running.")
+        maximum.set(scheduler.max_num_seqs)
+        cached = gauge("ovis_visual_cache_bytes", "Size of the visual embeddings that are kept.")
+        cached.set_function(lambda: scheduler.visual_embeddings.num_bytes)
 
     def count_response(self, status: int) -> None:
         """Count a response by its HTTP status."""
@@ -52,6 +57,9 @@ class ServerMetrics:
         self._generated_tokens.inc(request.completion_tokens)
         if request.first_token_time is not None:
             self._prompt_tokens.inc(len(request.tokens))
+            self._cached_tokens.inc(request.cached_tokens)
+            self._crops.inc(len(request.pixels))
+            self._cached_crops.inc(request.cached_crops)
             self._first_token.observe(request.first_token_time - arrival_time)
         if not request.num_unfinished:
             self._latency.observe(end_time - arrival_time)

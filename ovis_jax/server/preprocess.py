@@ -98,7 +98,7 @@ class Preprocessor:
         self._check_token_ids(body)
         example = await self.encode_messages(body, body.messages)
         seed = secrets.randbits(32) if body.seed is None else body.seed
-        return Request(
+        request = Request(
             tokens=example.tokens,
             pixels=example.pixels,
             sampling=sampling_options(body),
@@ -115,6 +115,9 @@ class Preprocessor:
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             stream=bool(body.stream),
         )
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._threads, getattr, request, "crop_digests")
+        return request
 
     async def encode_messages(self, body: PromptOptions, messages: list[ChatMessage]) -> Example:
         """Encode messages as a prompt; the slow part runs in another thread.

@@ -69,12 +69,13 @@ class ResponseFormatter:
         usage = self._object("chat.completion.chunk", []) | {"usage": self._usage()}
         return [json.dumps(usage), "[DONE]"]
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         prompt, completion = len(self.request.tokens), self.request.completion_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": self.request.cached_tokens},
         }
 
     def _chunk(self, choices: list[dict[str, Any]]) -> str:

@@ -150,7 +150,7 @@ def test_greedy_choices_of_one_prompt_are_equal(scheduler, submit):
 def test_a_long_prompt_does_not_stall_running_sequences(
     make_scheduler, submit, decode_gate, monkeypatch
 ):
-    """With one free slot, at most one step of prefill runs between two decode steps."""
+    """With a small budget, one step of prefill runs between two decode steps."""
     steps = []
     for name in ("run_encoder", "run_prefill", "run_insert", "run_decode"):
         method = getattr(ModelRunner, name)
@@ -160,7 +160,7 @@ def test_a_long_prompt_does_not_stall_running_sequences(
             return method(self, *arguments)
 
         monkeypatch.setattr(ModelRunner, name, noted)
-    scheduler = make_scheduler()
+    scheduler = make_scheduler(max_num_batched_tokens=1)
     running = [submit(scheduler, "Go on.", **ENDLESS)]
     decode_gate.run(0)  # the other requests wait until all are in the queue
     running += [submit(scheduler, "Go on.", **ENDLESS) for _ in range(MAX_NUM_SEQS - 2)]

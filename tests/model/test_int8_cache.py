@@ -72,7 +72,7 @@ def test_writing_on_a_tpu_equals_writing_elsewhere(rows):
         for i, n in enumerate((96, 1))
     )
     positions = jnp.array([31, 0, 95, 32, 96, 63, 64, 200, 1, 30, 33][:rows])
-    expected = kv_cache.append_token((old, old), (new, new), positions)[0]
+    expected = kv_cache.append_token((old, old), (new, new), positions[:, None])[0]
     column = (jnp.arange(rows), slice(None), positions % 96)
     assert (expected.q[column] == new.q[:, :, 0]).all()
     assert (expected.scale[column] == new.scale[:, :, 0]).all()

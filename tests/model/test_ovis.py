@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ovis_jax import Ovis, presets
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model import kv_cache, visual_tokenizer
+from ovis_jax.model.quantized_kv import QuantizedKV
 
 LENGTHS = (41, 38)
 """Positions of two prompts, more than the window of 16 and no multiples of a chunk."""
@@ -47,6 +48,24 @@ def test_chunks_of_crops(shallow, monkeypatch, tokens_per_chunk):
     found = jax.jit(model.embed_images)(params, crops(3))
     expected = model.embed_images_with_states(params, crops(3)).embeddings
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("slots", [16, 23, 64, 96])
+@pytest.mark.parametrize("size, starts", [(5, (3,)), (40, (0, 60)), (12, (90, 14)), (12, (11, 12))])
+def test_a_chunk_is_written_to_its_slots_alone(slots, size, starts):
+    """Also around the end of a ring buffer, in whole tiles or not, with padding on the right."""
+    rows, shape = len(starts), (len(starts), 2, slots, 3)
+    old = jax.random.normal(jax.random.key(0), shape)
+    new = jax.random.normal(jax.random.key(1), (rows, 2, size, 3))
+    positions = np.array(starts)[:, None] + np.arange(size)
+    positions[-1, size - 2 :] = -1
+    expected = np.array(old)
+    for row, column in zip(*np.nonzero(positions >= 0), strict=True):
+        expected[row, :, positions[row, column] % slots] = new[row, :, column]
+    block, chunk = ((x, QuantizedKV(x, x[..., 0])) for x in (old, new))
+    keys, values = jax.jit(kv_cache.append_chunk)(block, chunk, jnp.asarray(positions))
+    np.testing.assert_array_equal(keys, expected)
+    np.testing.assert_array_equal(values.scale, expected[..., 0])
 
 
 @pytest.mark.slow

@@ -648,6 +648,7 @@ def test_health_and_metrics(url, complete, scheduler):
     for name, added in {
         'ovis_requests_total{status="200"}': 1,
         "ovis_prompt_tokens_total": usage.prompt_tokens,
+        "ovis_cached_prompt_tokens_total": usage.prompt_tokens_details.cached_tokens,
         "ovis_generation_tokens_total": usage.completion_tokens,
         "ovis_time_to_first_token_seconds_count": 1,
         "ovis_e2e_request_latency_seconds_count": 1,

@@ -1,0 +1,105 @@
+"""Reuse of earlier requests: the visual embeddings of crops, and rows of the KV cache."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Float32, Int32
+
+from ovis_jax.inputs.image_processing import IMAGE_SLOT
+
+
+def crop_digests(pixels: Float32[np.ndarray, "I h w C"]) -> tuple[bytes, ...]:
+    """Return a hash of the content of each crop. Collisions cannot be constructed."""
+    return tuple(blake2b(crop.tobytes(), digest_size=20).digest() for crop in pixels)
+
+
+class VisualEmbeddingCache:
+    """The visual embeddings of crops by digest. The least recently used ones are dropped.
+
+    Args:
+      max_bytes: Maximum total size.
+
+    Attributes:
+      num_bytes: Total size of the embeddings in the cache.
+    """
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._embeddings: OrderedDict[bytes, Float[Array, "M D"]] = OrderedDict()
+        self.num_bytes = 0
+
+    def get(self, digest: bytes) -> Float[Array, "M D"] | None:
+        """Return the embeddings of a crop, or None if the cache does not have them."""
+        found = self._embeddings.get(digest)
+        if found is not None:
+            self._embeddings.move_to_end(digest)
+        return found
+
+    def put(self, digest: bytes, embeddings: Float[Array, "M D"]) -> None:
+        """Add the embeddings of a crop that the cache does not have."""
+        self._embeddings[digest] = embeddings
+        self.num_bytes += embeddings.nbytes
+        while self.num_bytes > self._max_bytes:
+            self.num_bytes -= self._embeddings.popitem(last=False)[1].nbytes
+
+    def clear(self) -> None:
+        """Drop all embeddings."""
+        self._embeddings.clear()
+        self.num_bytes = 0
+
+
+class CachedTokens:
+    """The tokens whose keys and values are in a row of the KV cache.
+
+    Args:
+      prompt: Token ids of the prompt.
+      digests: Digests of the prompt's crops.
+      max_length: Maximum length of the row, in positions.
+
+    Attributes:
+      num_cached: Number of positions that the row contains once the device has run all steps. The
+        last ones may be of tokens that have not been appended yet.
+    """
+
+    def __init__(self, prompt: Int32[np.ndarray, "T"], digests: Sequence[bytes], max_length: int):
+        self._tokens = np.empty(max_length, np.int32)
+        self._tokens[: len(prompt)] = prompt
+        self._num_tokens = self.num_cached = len(prompt)
+        self._digests = digests
+
+    def append(self, token: int) -> None:
+        """Append a sampled token. It is in the cache only when a later step has read it."""
+        if self._num_tokens < len(self._tokens):  # the last token at the maximum length is not read
+            self._tokens[self._num_tokens] = token
+            self._num_tokens += 1
+
+    def common_prefix(
+        self,
+        tokens: Int32[np.ndarray, "T"],
+        digests: Sequence[bytes],
+        tokens_per_crop: int,
+        ring_slots: int,
+    ) -> int:
+        """Return how many positions of a prompt can be reused; its last position never is.
+
+        A ring buffer that has wrapped around has lost its first positions. The row can then only be
+        continued from its end. The slot after the end of a row is undefined.
+
+        Args:
+          tokens: Token ids of the prompt.
+          digests: Digests of the prompt's crops.
+          tokens_per_crop: Number of visual tokens of a crop, M.
+          ring_slots: Number of slots of the smallest cache of a block.
+        """
+        length = min(self._num_tokens, self.num_cached, len(tokens) - 1)
+        differences = np.flatnonzero(self._tokens[:length] != tokens[:length])
+        length = int(differences[0]) if len(differences) else length
+        visual = np.flatnonzero(tokens[:length] == IMAGE_SLOT)[::tokens_per_crop]
+        for first, old, new in zip(visual.tolist(), self._digests, digests, strict=False):
+            if old != new:
+                length = first
+                break
+        return length if self.num_cached < ring_slots or length == self.num_cached else 0
