@@ -29,6 +29,7 @@ from ovis_jax.loading import LoadedOvis
 
 DEADLINE_EXCEEDED = Failure("the request took longer than this server allows", "deadline_exceeded")
 SHUTTING_DOWN = Failure("this server is shutting down", "shutting_down")
+REQUEST_FAILED = Failure("the request failed; the server's log has the details", "request_failed")
 ENGINE_FAILED = Failure("the model failed; the server's log has the details", "engine_failed")
 
 PREFILL_SHARE = 2
@@ -248,6 +249,11 @@ class Scheduler:
         expired = self._remove(lambda request: request.aborted or now >= request.deadline)
         _send_failure(expired, SHUTTING_DOWN if self._abort else DEADLINE_EXCEEDED)
 
+    def _fail(self, request: Request) -> None:
+        """Fail the request that caused the current exception."""
+        log.exception("a request failed; the others continue")
+        _send_failure(self._remove(lambda other: other is request), REQUEST_FAILED)
+
     def _fail_all(self) -> None:
         _send_failure(self._remove(lambda request: True), ENGINE_FAILED)
 
@@ -285,7 +291,7 @@ class Scheduler:
                 num_positions += cost
             if prefill.logits is not None:
                 self._start_sequences(prefill, prefill.logits)
-                if prefill.num_choices_started < prefill.request.num_choices:
+                if self._prefill and prefill.num_choices_started < prefill.request.num_choices:
                     return  # all slots are in use
                 self._prefill = None
 
@@ -343,14 +349,18 @@ class Scheduler:
             if prefill.num_choices_started == request.num_choices:
                 return
             choice, slot = prefill.num_choices_started, self._slots[number]
-            params = make_sampling_params(
-                request.sampling,
-                request.seed,
-                choice,
-                logit_bias=request.logit_bias,
-                stop_ids=request.stop_ids(self._eos_ids),
-                min_tokens=request.min_tokens,
-            )
+            try:
+                params = make_sampling_params(
+                    request.sampling,
+                    request.seed,
+                    choice,
+                    logit_bias=request.logit_bias,
+                    stop_ids=request.stop_ids(self._eos_ids),
+                    min_tokens=request.min_tokens,
+                )
+            except Exception:  # for example, a token id that is not an int32
+                self._fail(request)
+                return
             self._state, sampled = self._runner.run_insert(
                 self._state, number, self._prefill_state, logits, params
             )
@@ -422,7 +432,12 @@ class Scheduler:
         if request.top_logprobs and sampled.top is not None:
             ids, logprobs = (x[row][: request.top_logprobs].tolist() for x in sampled.top)
             top = tuple(map(Logprob, ids, logprobs))
-        if sequence.append(TokenLogprobs(token, top)):
+        try:
+            finish_reason = sequence.append(TokenLogprobs(token, top))
+        except Exception:  # for example, the tokenizer has fewer ids than the model
+            self._fail(request)
+            return
+        if finish_reason:
             slot.sequence = None
             request.num_unfinished -= 1
 

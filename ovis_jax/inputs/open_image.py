@@ -9,11 +9,12 @@ formats, and the number of pixels is checked before anything is decoded.
 import base64
 import binascii
 import io
+import math
 import os
 import re
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -48,6 +49,26 @@ UNTRUSTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 DEFAULT_MAX_PIXELS = 100_000_000
 """Default maximum for the total number of pixels in the images of one untrusted request."""
 
+DEFAULT_MAX_IMAGE_PIXELS = 52_000_000
+"""Default maximum for the number of pixels in one untrusted image, enough for 8192 x 6144."""
+
+MAX_EXIF_BYTES = 2**17
+"""Maximum size of the EXIF data of an untrusted image; a JPEG file normally has at most half."""
+
+MAX_JPEG_SCANS = 64
+"""Maximum number of scans of an untrusted JPEG file. Progressive files normally have about 10. A
+scan of a few bytes takes as long as any other."""
+
+MAX_READS = 2**18
+"""Maximum number of reads from an untrusted image file."""
+
+_JPEG_EXIF = re.compile(rb"\xff\xe1(..)Exif\0\0", re.DOTALL)
+
+_HEX_DIGITS = np.full(256, 16, np.uint8)
+"""The value of each hexadecimal digit, by its character code; 16 for other characters."""
+for _value, _digit in enumerate("0123456789abcdef"):
+    _HEX_DIGITS[[ord(_digit), ord(_digit.upper())]] = _value
+
 _EXPECTED = "expected a path, the bytes of an image file, a data: URL, a PIL image or a uint8 array"
 _SUPPORTED = f"(supported formats: {', '.join(UNTRUSTED_FORMATS)})"
 _BROKEN = f"the bytes are not a complete image {_SUPPORTED}"
@@ -55,6 +76,22 @@ _BROKEN = f"the bytes are not a complete image {_SUPPORTED}"
 
 class TooManyPixelsError(ImageError):
     """An image exceeds a pixel limit, alone or together with the other images of a request."""
+
+
+class _LimitedFile(io.BytesIO):
+    """An image file in memory that can be read `MAX_READS` times.
+
+    Pillow parses the segments of JPEG, the chunks of PNG, the blocks of GIF and the runs of BMP
+    files in Python. For a file that consists of millions of them, this takes many seconds.
+    """
+
+    _num_reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._num_reads += 1
+        if self._num_reads > MAX_READS:
+            raise ImageError("the image file has too many parts; save it as PNG without metadata")
+        return super().read(size)
 
 
 def open_image(source: ImageSource, name: str = "the image", *, exact: bool = False) -> Image.Image:
@@ -145,8 +182,7 @@ def decode_data_url(url: str) -> bytes:
     if not comma:
         raise ImageError("a data: URL needs a comma before its data")
     try:
-        # Unquoting millions of characters takes seconds, and base64 does not need it.
-        data = unquote_to_bytes(body) if "%" in body else body.encode()
+        data = unquote_bytes(body.encode()) if "%" in body else body.encode()
         if not re.search("; *base64$", head.strip(), re.IGNORECASE):
             return data
         data = data.translate(None, b"\t\n\f\r ")
@@ -157,15 +193,36 @@ def decode_data_url(url: str) -> bytes:
         raise ImageError("the data: URL does not contain valid base64") from None
 
 
+def unquote_bytes(data: bytes) -> bytes:
+    """Replace each percent sign and two hexadecimal digits by the byte that they encode.
+
+    The result equals that of `urllib.parse.unquote_to_bytes`, which takes seconds and gigabytes for
+    millions of percent signs.
+    """
+    values = np.frombuffer(data, np.uint8)
+    digits = _HEX_DIGITS[values]
+    is_escape = (values[:-2] == ord("%")) & (digits[1:-1] < 16) & (digits[2:] < 16)
+    (places,) = np.nonzero(is_escape)
+    decoded, kept = values.copy(), np.ones(len(values), bool)
+    decoded[places] = 16 * digits[places + 1] + digits[places + 2]
+    kept[places + 1] = kept[places + 2] = False
+    return decoded[kept].tobytes()
+
+
 def open_image_header(data: bytes) -> Image.Image:
     """Open an untrusted image file and read its size, without decoding the image.
 
     Raises:
       TooManyPixelsError: The image exceeds Pillow's pixel limit.
-      ImageError: The bytes are not an image, or the format is not in `UNTRUSTED_FORMATS`.
+      ImageError: The bytes are not an image, the format is not in `UNTRUSTED_FORMATS`, or the file
+        has too many parts or, if it is a JPEG file, too many scans or too much EXIF data.
     """
+    if data.startswith(b"\xff\xd8"):
+        _check_jpeg(data)
     try:
-        return Image.open(io.BytesIO(data), formats=UNTRUSTED_FORMATS)
+        return Image.open(_LimitedFile(data), formats=UNTRUSTED_FORMATS)
+    except ImageError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise TooManyPixelsError("the image has far more pixels than are read") from None
     # Pillow's decoders may raise any exception for a damaged file.
@@ -174,13 +231,22 @@ def open_image_header(data: bytes) -> Image.Image:
         raise ImageError(f"the bytes are {kind} {_SUPPORTED}" if kind else _BROKEN) from None
 
 
-def add_image_pixels(pixels: int, image: Image.Image, max_pixels: int) -> int:
-    """Add an image's number of pixels to that of the previous images, and check the limit.
+def add_image_pixels(
+    pixels: int,
+    image: Image.Image,
+    max_pixels: int,
+    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
+) -> int:
+    """Add an image's number of pixels to that of the previous images, and check the limits.
 
     Raises:
-      TooManyPixelsError: The sum exceeds `max_pixels`.
+      TooManyPixelsError: The sum exceeds `max_pixels`, or the image exceeds `max_image_pixels`.
     """
     total = pixels + image.width * image.height
+    if image.width * image.height > max_image_pixels:
+        raise TooManyPixelsError(
+            f"the image is {image.width} x {image.height}, more than {max_image_pixels} pixels"
+        )
     if total > max_pixels:
         with_others = ", with the images before it" if pixels else ""
         raise TooManyPixelsError(
@@ -194,10 +260,10 @@ def decode_image(image: Image.Image, *, exact: bool = False) -> Image.Image:
     """Decode an image that `open_image_header` opened, and convert it as `open_image` does.
 
     Raises:
-      ImageError: The image file is damaged.
+      ImageError: The image file is damaged or has too many parts or too much EXIF data.
     """
     try:
-        return _read_pixels(image, exact)
+        return _read_pixels(image, exact, max_exif_bytes=MAX_EXIF_BYTES)
     except ImageError:
         raise
     except Exception:  # see open_image_header
@@ -222,10 +288,32 @@ def _decode(data: bytes, name: str, exact: bool) -> Image.Image:
         raise ImageError(f"{name} cannot be decoded as an image: {error}") from error
 
 
-def _read_pixels(image: Image.Image, exact: bool) -> Image.Image:
+def _check_jpeg(data: bytes) -> None:
+    """Check that a JPEG file is not made to be slow. Opening it already parses its EXIF data.
+
+    Raises:
+      ImageError: The file has too many scans or too much EXIF data.
+    """
+    num_scans = data.count(b"\xff\xda")
+    if num_scans > MAX_JPEG_SCANS:
+        raise ImageError(
+            f"the JPEG file has {num_scans} scans, expected at most {MAX_JPEG_SCANS}; save it again"
+        )
+    # Pillow joins all of these segments.
+    num_bytes = sum(int.from_bytes(size) for size in _JPEG_EXIF.findall(data))
+    if num_bytes > MAX_EXIF_BYTES:
+        raise ImageError(
+            f"the JPEG file has {num_bytes} bytes of EXIF data, expected at most {MAX_EXIF_BYTES};"
+            " save it without its metadata"
+        )
+
+
+def _read_pixels(
+    image: Image.Image, exact: bool, *, max_exif_bytes: float = math.inf
+) -> Image.Image:
     """Decode an opened image, exactly as the original or as people see it (see `open_image`)."""
     if not exact:
-        return to_upright_rgb(image)
+        return to_upright_rgb(image, max_exif_bytes=max_exif_bytes)
     image.load()
     return convert_to_rgb(image)
 

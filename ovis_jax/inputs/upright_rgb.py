@@ -5,6 +5,8 @@ ignores the EXIF orientation, clips 16-bit values at 255, and drops the alpha ch
 on a transparent background becomes black on black.
 """
 
+import math
+
 import numpy as np
 from PIL import ExifTags, Image
 
@@ -26,17 +28,30 @@ WHITE_IS_ZERO = 0
 """The value of a TIFF file's PhotometricInterpretation if 0 is white."""
 
 
-def to_upright_rgb(image: Image.Image) -> Image.Image:
+def to_upright_rgb(image: Image.Image, *, max_exif_bytes: float = math.inf) -> Image.Image:
     """Decode an image that Pillow opened, and convert it to upright 8-bit RGB on white.
 
     Pixels with 12 or 16 bits keep their upper 8 bits, as in Pillow's own conversion of 16-bit RGB.
 
+    Args:
+      image: The image.
+      max_exif_bytes: Maximum size of the EXIF data. Pillow copies the value of each tag, and the
+        values may overlap, so that the copies are up to size**2 / 48 bytes long.
+
     Raises:
-      ImageError: The pixels are signed or 32-bit numbers, or they cannot be converted to RGB.
-        Pillow's decoders may raise any exception for a damaged file.
+      ImageError: The pixels are signed or 32-bit numbers, or they cannot be converted to RGB, or
+        there is too much EXIF data. Pillow's decoders may raise any exception for a damaged file.
     """
     _scale_transparent_color(image)
     image.load()
+    exif_bytes = len(image.info.get("exif") or b"")
+    # A PNG file may also have it as text, in hexadecimal digits.
+    exif_bytes = exif_bytes or len(image.info.get("Raw profile type exif") or "") // 2
+    if exif_bytes > max_exif_bytes:
+        raise ImageError(
+            f"the image has {exif_bytes} bytes of EXIF data, expected at most {max_exif_bytes};"
+            " save it without its metadata"
+        )
     # ImageOps.exif_transpose would also write the EXIF data again, which fails if it is damaged.
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)

@@ -45,8 +45,8 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         404: "The model does not exist.",
         408: "The body did not arrive in time.",
         413: "The body is too large.",
-        429: "Too many requests are waiting.",
-        503: "The server is shutting down, its model failed, or the request took too long.",
+        429: "Too many requests are waiting, or the client has too many.",
+        503: "The server is busy or shutting down, its model failed, or the request took too long.",
     }.items()
 }
 
@@ -175,7 +175,10 @@ class ChatService:
 def _warning_header(body: PromptOptions) -> dict[str, str]:
     """Return a header that lists the fields that were ignored; empty if there are none."""
     # Names come from the client, and a header can contain neither line breaks nor most Unicode.
-    names = [re.sub(r"[^\w.\[\]-]", "?", name, flags=re.ASCII) for name in body.ignored_fields()]
+    names = [
+        re.sub(r"[^\w.\[\]-]", "?", name[: MAX_WARNING_LENGTH + 1], flags=re.ASCII)
+        for name in body.ignored_fields()
+    ]
     if not names:
         return {}
     text = ", ".join(names)
@@ -255,7 +258,10 @@ def create_app(
         AuthAndLimitsMiddleware,
         api_key=api_key,
         max_body_bytes=limits.max_body_bytes,
-        body_timeout=limits.request_timeout,
+        max_total_body_bytes=limits.max_total_body_bytes,
+        body_timeout=limits.body_timeout,
+        max_requests=limits.max_requests,
+        max_requests_per_client=limits.max_requests_per_client or limits.max_requests // 2,
         on_response=metrics.count_response,
     )
     if allow_origins:  # around the check of the API key, because a preflight request has none

@@ -20,7 +20,7 @@ from ovis_jax.console import (
 )
 from ovis_jax.engine.scheduler import run_engine
 from ovis_jax.errors import OvisError, require_extra
-from ovis_jax.inputs.open_image import DEFAULT_MAX_PIXELS
+from ovis_jax.inputs.open_image import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_PIXELS
 from ovis_jax.loading import load
 from ovis_jax.mesh import tensor_parallel_mesh
 from ovis_jax.server.sockets import bind_sockets, http_url
@@ -82,9 +82,31 @@ def serve(
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Maximum number of pixels in all images of a request.")
     ] = DEFAULT_MAX_PIXELS,
+    max_image_pixels: Annotated[
+        int, typer.Option(min=1, help="Maximum number of pixels in one image.")
+    ] = DEFAULT_MAX_IMAGE_PIXELS,
     max_body_bytes: Annotated[
         int, typer.Option(min=1, help="Maximum size of a request body, in bytes.")
     ] = 32 * 2**20,
+    max_total_body_bytes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Maximum size of the bodies of all open requests, in bytes. One client may use"
+            " half of it.",
+        ),
+    ] = 2**30,
+    max_requests_per_client: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum number of open requests from one address. The default is half of the"
+            " server's maximum, 4 x (--max-num-seqs + --max-queued-requests) + 64.",
+        ),
+    ] = None,
+    body_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Maximum time for a request body to arrive, in seconds.")
+    ] = 60.0,
     max_partition: MaxPartitionOption = 9,
     request_timeout: Annotated[
         float, typer.Option(min=0.1, help="Maximum time per request, in seconds.")
@@ -117,6 +139,7 @@ def serve(
         import uvicorn
 
         from ovis_jax.server.app import create_app
+        from ovis_jax.server.connections import SPARE_CONNECTIONS, TimedProtocol
         from ovis_jax.server.preprocess import RequestLimits
         from ovis_jax.server.shutdown import DrainingServer
     notes = Console(stderr=True, highlight=False)
@@ -133,8 +156,13 @@ def serve(
             )
     limits = RequestLimits(
         max_body_bytes=max_body_bytes,
+        max_total_body_bytes=max_total_body_bytes,
+        max_requests=4 * (max_num_seqs + max_queued_requests) + 64,
+        max_requests_per_client=max_requests_per_client,
+        body_timeout=body_timeout,
         max_images=max_images,
         max_pixels=max_pixels,
+        max_image_pixels=max_image_pixels,
         max_tokens=max_new_tokens,
         request_timeout=request_timeout,
         max_partition=max_partition,
@@ -172,7 +200,9 @@ def serve(
                     allow_origins=allow_origin or [],
                 ),
                 log_level="warning",
-                limit_concurrency=4 * (max_num_seqs + max_queued_requests) + 64,
+                http=TimedProtocol,
+                ws="none",
+                limit_concurrency=limits.max_requests + SPARE_CONNECTIONS,
                 timeout_graceful_shutdown=SHUTDOWN_GRACE,
             )
             for bound in sockets:

@@ -69,12 +69,15 @@ async def fetch_if_remote(
         raise _invalid(param, "the image cannot be fetched") from None
 
 
-def open_images(files: Sequence[tuple[str | bytes, str]], max_pixels: int) -> list[Image.Image]:
+def open_images(
+    files: Sequence[tuple[str | bytes, str]], max_pixels: int, max_image_pixels: int
+) -> list[Image.Image]:
     """Open image files and check their sizes, without decoding them.
 
     Args:
       files: Results of `fetch_if_remote`, each with the path of its field.
       max_pixels: Maximum total number of pixels in all images.
+      max_image_pixels: Maximum number of pixels in each image.
 
     Raises:
       ApiError: A file is not an image, or the images have too many pixels (status 400).
@@ -85,7 +88,7 @@ def open_images(files: Sequence[tuple[str | bytes, str]], max_pixels: int) -> li
         with image_errors(param):
             data = decode_data_url(file) if isinstance(file, str) else file
             images.append(open_image_header(data))
-            num_pixels = add_image_pixels(num_pixels, images[-1], max_pixels)
+            num_pixels = add_image_pixels(num_pixels, images[-1], max_pixels, max_image_pixels)
     return images
 
 
@@ -95,7 +98,8 @@ def image_errors(param: str) -> Iterator[None]:
     try:
         yield
     except TooManyPixelsError as error:
-        raise bad_request(param, str(error), "image_too_large") from None
+        message = f"{error} (see --max-pixels and --max-image-pixels)"
+        raise bad_request(param, message, "image_too_large") from None
     except ImageError as error:
         raise _invalid(param, str(error)) from None
 

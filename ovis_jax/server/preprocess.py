@@ -8,6 +8,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from PIL import Image
+
 from ovis_jax.engine.request import (
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKEN_IDS,
@@ -19,9 +21,10 @@ from ovis_jax.errors import ImageError, PromptError, PromptTooLongError
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.batch import Example
 from ovis_jax.inputs.conversation import Turn
-from ovis_jax.inputs.open_image import DEFAULT_MAX_PIXELS, decode_image
+from ovis_jax.inputs.open_image import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_PIXELS, decode_image
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.server.errors import ApiError, bad_request
+from ovis_jax.server.image_threads import ImageThreads
 from ovis_jax.server.images import fetch_if_remote, image_errors, open_images
 from ovis_jax.server.request_schema import (
     ChatMessage,
@@ -37,28 +40,39 @@ MAX_TOKEN_CHARACTERS = 64
 before it is tokenized."""
 
 MAX_THREADS = 2
-"""Maximum number of requests whose images are in memory at the same time."""
+"""Maximum number of requests whose images are decoded at the same time. As many threads encode the
+prompts without images."""
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """Limits on each request.
+    """Limits on each request, and on all requests that are being received or answered.
 
     Attributes:
       max_body_bytes: Maximum size of the body in bytes, and of all fetched images together.
+      max_total_body_bytes: Maximum size of the bodies of all requests, in bytes.
+      max_requests: Maximum number of requests.
+      max_requests_per_client: Maximum number of requests per client; None for half of
+        `max_requests`.
       max_images: Maximum number of images.
       max_pixels: Maximum total number of pixels in all images.
+      max_image_pixels: Maximum number of pixels per image.
       max_tokens: Maximum number of tokens per answer.
-      request_timeout: Maximum time in seconds for the body to arrive, and separately for the
-        answer.
+      body_timeout: Maximum time in seconds for the body to arrive.
+      request_timeout: Maximum time in seconds for the answer, after the body has arrived.
       max_partition: Maximum number of cells per image.
       allow_remote_images: Whether to fetch images from other servers.
     """
 
     max_body_bytes: int = 32 * 2**20
+    max_total_body_bytes: int = 2**30
+    max_requests: int = 352
+    max_requests_per_client: int | None = None
     max_images: int = 16
     max_pixels: int = DEFAULT_MAX_PIXELS
+    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS
     max_tokens: int = 2048
+    body_timeout: float = 60.0
     request_timeout: float = 300.0
     max_partition: int = 9
     allow_remote_images: bool = False
@@ -80,6 +94,9 @@ class Preprocessor:
     max_model_len: int
     max_choices: int
     _threads: Executor = field(default_factory=lambda: ThreadPoolExecutor(MAX_THREADS), init=False)
+    _image_threads: ImageThreads = field(
+        default_factory=lambda: ImageThreads(MAX_THREADS), init=False
+    )
 
     async def preprocess(
         self, body: ChatRequest, on_event: Callable[[Delta | Failure], None]
@@ -91,12 +108,22 @@ class Preprocessor:
           on_event: Called with each event, as described in `Request`.
 
         Raises:
-          ApiError: The request cannot be answered (status 400).
+          ApiError: The request cannot be answered (status 400), or its images are not decoded in
+            time (status 503).
         """
         deadline = time.monotonic() + self.limits.request_timeout
         body.check_supported(self.max_choices)
         self._check_token_ids(body)
-        example = await self.encode_messages(body, body.messages)
+        try:
+            async with asyncio.timeout(self.limits.request_timeout):
+                example = await self.encode_messages(body, body.messages)
+        except TimeoutError:
+            message = (
+                f"the images were not decoded within {self.limits.request_timeout:g} seconds,"
+                " because the server is busy; --request-timeout raises this limit"
+            )
+            headers = {"x-should-retry": "false"}
+            raise ApiError(503, message, code="deadline_exceeded", headers=headers) from None
         seed = secrets.randbits(32) if body.seed is None else body.seed
         request = Request(
             tokens=example.tokens,
@@ -146,8 +173,13 @@ class Preprocessor:
             )
             remaining -= len(file) if isinstance(file, bytes) else 0
             files.append((file, param))
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._encode, turns, files, partitions, prefix
+        if not files:
+            encode = partial(self._encode, turns, [], files, partitions, prefix)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+        opened = await self._image_threads.run(0, self._open_images, files)
+        num_pixels = sum(image.width * image.height for image in opened)
+        return await self._image_threads.run(
+            num_pixels, self._encode, turns, opened, files, partitions, prefix
         )
 
     async def encode_text(self, text: str) -> list[int]:
@@ -168,19 +200,22 @@ class Preprocessor:
         if sum(map(len, texts)) > MAX_TOKEN_CHARACTERS * self.max_model_len:
             raise self._too_long(param, "the text is far longer than the model can read")
 
+    def _open_images(self, files: Sequence[tuple[str | bytes, str]]) -> list[Image.Image]:
+        return open_images(files, self.limits.max_pixels, self.limits.max_image_pixels)
+
     def _encode(
         self,
         turns: list[Turn],
+        images: list[Image.Image],
         files: Sequence[tuple[str | bytes, str]],
         partitions: list[int],
         prefix: str,
     ) -> Example:
         """Encode a prompt and its images; its length is checked before any image is decoded."""
-        max_pixels = self.limits.max_pixels
         try:
             return self.processor.encode(
                 turns,
-                open_images(files, max_pixels),
+                images,
                 max_partition=partitions,
                 assistant_prefix=prefix,
                 max_length=self.max_model_len - 1,
@@ -193,7 +228,7 @@ class Preprocessor:
             raise self._too_long("messages", str(error)) from None
         except (PromptError, ImageError) as error:
             # The error for a damaged image names the image's field.
-            for image, (_, param) in zip(open_images(files, max_pixels), files, strict=True):
+            for image, (_, param) in zip(self._open_images(files), files, strict=True):
                 with image_errors(param):
                     decode_image(image)
             raise bad_request("messages", str(error), "invalid_prompt") from None

@@ -13,6 +13,11 @@ from ovis_jax.server.errors import bad_request
 
 FIELDS = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
+MAX_MESSAGES = 4096
+"""Maximum number of messages."""
+MAX_PARTS = 4096
+"""Maximum number of content parts per message. `middleware.MAX_JSON_VALUES` limits their total."""
+
 Ignored = Annotated[Any, Field(description="Accepted, without effect on the answer.")]
 
 UNSUPPORTED_EXTENSIONS: dict[str, tuple[Any, ...]] = {
@@ -117,7 +122,8 @@ class ImagePart(BaseModel):
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Content = Annotated[
-    Annotated[str, Tag("as_text")] | Annotated[list[Part], Tag("as_parts")],
+    Annotated[str, Tag("as_text")]
+    | Annotated[list[Part], Field(max_length=MAX_PARTS), Tag("as_parts")],
     Discriminator(lambda value: "as_parts" if isinstance(value, list) else "as_text"),
 ]
 
@@ -209,7 +215,7 @@ class TokenizeRequest(PromptOptions):
     """The body of a request to /tokenize, with either `messages` or `prompt`, as in vLLM."""
 
     model: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     prompt: str | None = None
     add_special_tokens: bool | None = Field(
         None, description="Whether a prompt begins with <bos>; true by default."
@@ -221,7 +227,7 @@ class ChatRequest(PromptOptions):
     """The body of a request to /v1/chat/completions."""
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(
         None, ge=1, description="The older name of max_completion_tokens."

@@ -24,10 +24,12 @@ from ovis_jax.engine.runner import ModelRunner
 from ovis_jax.engine.scheduler import (
     DEADLINE_EXCEEDED,
     ENGINE_FAILED,
+    REQUEST_FAILED,
     SHUTTING_DOWN,
     QueueFullError,
     run_engine,
 )
+from ovis_jax.inputs.tokenizer import IncrementalDetokenizer
 from ovis_jax.mesh import tensor_parallel_mesh
 from ovis_jax.model.quantized_kv import QuantizedKV
 
@@ -256,6 +258,29 @@ def test_a_step_that_fails_fails_its_requests_only(make_scheduler, submit, monke
     assert submit(scheduler, "Hello?").last_event() == ENGINE_FAILED
     assert "on fire" in caplog.text
     assert isinstance(submit(scheduler, "Hello?").last_event(), Delta)
+
+
+@pytest.mark.parametrize("where", ["logit_bias", "stop_token_ids", "sampled"])
+def test_an_invalid_token_id_fails_its_request_only(
+    make_scheduler, submit, monkeypatch, caplog, where
+):
+    """A vocabulary may be larger than the tokenizer's, so that such an id can also be sampled."""
+    scheduler, push = make_scheduler(), IncrementalDetokenizer.push
+    text = submit(scheduler, "Who is it?", max_new_tokens=9).text()
+
+    def checked(detokenizer, token):
+        return push(detokenizer, 10**6 if token == 77 else token)
+
+    monkeypatch.setattr(IncrementalDetokenizer, "push", checked)
+    invalid = {
+        "logit_bias": {"logit_bias": ((2**40, 1.0),)},
+        "stop_token_ids": {"stop_token_ids": (2**40,)},
+        "sampled": {"logit_bias": ((77, 100.0),), "num_choices": 2},
+    }
+    other = submit(scheduler, "Who is it?", max_new_tokens=9)
+    failing = submit(scheduler, "Who?", **invalid[where])
+    assert other.text() == text and failing.wait().events == [REQUEST_FAILED]
+    assert is_idle(scheduler) and "the others continue" in caplog.text
 
 
 def test_an_engine_that_cannot_recover_closes(make_scheduler, runner, submit, monkeypatch):

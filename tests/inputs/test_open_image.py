@@ -1,7 +1,8 @@
 import base64
 import io
+import itertools
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote_to_bytes
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from ovis_jax.inputs.open_image import (
     list_images,
     open_image,
     open_image_header,
+    unquote_bytes,
 )
 
 WIDE = Path(__file__).parents[1] / "golden" / "images" / "wide.png"
@@ -157,6 +159,12 @@ def test_untrusted_formats(file_format):
 def test_data_urls_are_read_as_browsers_read_them(url):
     assert is_data_url(url)
     assert decode_data_url(url) == b"hi"
+
+
+def test_quoted_bytes_equal_those_of_urllib():
+    tails = ["".join(tail) for n in range(7) for tail in itertools.product("%4Fg", repeat=n)]
+    found = [unquote_bytes(tail.encode()) for tail in tails]
+    assert found == [unquote_to_bytes(tail) for tail in tails]
 
 
 @pytest.mark.parametrize("body", ["a", "aGk==", "aGk===", "aG=k", "=", "aG-_", "aGk=é", "a\0Gk"])

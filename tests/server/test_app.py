@@ -29,6 +29,7 @@ import ovis_jax
 from ovis_jax.evaluation.evaluate import evaluate_questions
 from ovis_jax.evaluation.questions import read_questions
 from ovis_jax.server.app import create_app
+from ovis_jax.server.request_schema import MAX_MESSAGES, MAX_PARTS
 
 
 def conversation(turns, images):
@@ -424,6 +425,7 @@ def test_models(client, rejected):
     assert (error.param, error.code) == ("model", "model_not_found")
 
 
+TEXT = {"type": "text", "text": "a"}
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
 
 
@@ -519,6 +521,11 @@ def test_prompts_that_do_not_fit(rejected):
         ("top_k", {"top_k": -2}),
         ("stop_token_ids[0]", {"stop_token_ids": ["a"]}),
         ("messages", {"messages": []}),
+        ("messages", {"messages": [{"role": "user", "content": "a"}] * (MAX_MESSAGES + 1)}),
+        (
+            "messages[0].content",
+            {"messages": [{"role": "user", "content": [TEXT] * (MAX_PARTS + 1)}]},
+        ),
         ("messages", {"messages": None}),
         ("messages[0].role", {"messages": [{"role": "king", "content": "a"}]}),
         ("messages[0].content", {"messages": [{"role": "user"}]}),
@@ -563,11 +570,12 @@ JSON = {"content-type": "application/json"}
         (b'{"a": 1', 400, "the body is not valid JSON: expecting ',' delimiter at character 7"),
         (b"\xff\xfe", 400, "the body is not valid JSON: expecting value at character 0"),
         (b"\x80", 400, "the body is not valid JSON: it is not UTF-8"),
-        (b"[" * 100_000, 400, "the body is not valid JSON: "),
+        (b"[" * 30_000, 400, "the body is not valid JSON: "),
         (b"[]", 400, "the body is not a JSON object"),
         (b'"a"', 400, "the body is not a JSON object"),
         (b'{"seed": ' + b"9" * 5000 + b"}", 400, "the body is not valid JSON: "),
         (b'{"temperature": NaN}', 400, "model: field required (and 2 more)"),
+        (b'{"a": [' + b"1," * 40_000 + b"1]}", 400, "the body has about 40002 list items"),
         (b" " * (LIMITS.max_body_bytes + 1), 413, "the body is longer than 1048576 bytes"),
     ],
 )

@@ -11,6 +11,7 @@ from serving_setup import MAX_NUM_SEQS
 
 from ovis_jax.errors import OvisError
 from ovis_jax.server.command import serve
+from ovis_jax.server.connections import SPARE_CONNECTIONS, TimedProtocol
 from ovis_jax.server.shutdown import DrainingServer
 
 
@@ -58,6 +59,8 @@ def test_the_server_and_its_app(run_serve):
         "chunk_size": 128,
         "max_queued_requests": 64,
     }
+    assert config.http is TimedProtocol
+    assert config.limit_concurrency == 4 * (MAX_NUM_SEQS + 64) + 64 + SPARE_CONNECTIONS
     client = TestClient(config.app, base_url="http://localhost")
     assert client.get("/v1/models").status_code == 401
     key = {"authorization": "Bearer sesame"}

@@ -16,12 +16,18 @@ from hypothesis import example, given
 from PIL import Image
 from serving_setup import make_image
 
-from ovis_jax.inputs.open_image import UNTRUSTED_FORMATS, decode_data_url, decode_image
+from ovis_jax.inputs import open_image
+from ovis_jax.inputs.open_image import (
+    MAX_JPEG_SCANS,
+    UNTRUSTED_FORMATS,
+    decode_data_url,
+    decode_image,
+)
 from ovis_jax.server import images
 from ovis_jax.server.errors import ApiError
 from ovis_jax.server.images import fetch_if_remote, image_errors, is_public_address, open_images
 
-MAX_BYTES, MAX_PIXELS = 100_000, 250_000
+MAX_BYTES, MAX_PIXELS, MAX_IMAGE_PIXELS = 100_000, 250_000, 200_000
 
 
 def encode_image(format: str, size: tuple[int, int] = (20, 16)) -> bytes:
@@ -38,7 +44,8 @@ def fetch(url: str, *, allow_remote: bool = True) -> str | bytes:
 
 def decode(*files: bytes) -> list[Image.Image]:
     """Decode the images of one request: first all headers, then the pixels."""
-    opened = open_images([(data, f"image {n}") for n, data in enumerate(files)], MAX_PIXELS)
+    named = [(data, f"image {n}") for n, data in enumerate(files)]
+    opened = open_images(named, MAX_PIXELS, MAX_IMAGE_PIXELS)
     for n, image in enumerate(opened):
         with image_errors(f"image {n}"):
             decode_image(image)
@@ -94,7 +101,7 @@ def check(data: bytes) -> None:
 def test_a_decompression_bomb_is_never_decoded(monkeypatch):
     bomb, small = encode_image("PNG", (600, 600)), encode_image("PNG", (300, 300))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(ApiError, match="600 x 600, more than 250000") as caught:
+    with pytest.raises(ApiError, match=r"600 x 600, more than 200000 .*--max-image-pix") as caught:
         decode(bomb)
     assert caught.value.code == "image_too_large"
     # A header with more pixels than Pillow itself accepts.
@@ -108,6 +115,50 @@ def test_a_decompression_bomb_is_never_decoded(monkeypatch):
     with pytest.raises(ApiError, match="300 x 300, with the images before it, more") as caught:
         decode(*[small] * 3)
     assert caught.value.param == "image 2" and caught.value.code == "image_too_large"
+
+
+def test_images_made_to_be_slow_are_never_decoded(monkeypatch):
+    """Each scan of a JPEG file costs as much as the first, and Pillow copies each EXIF tag."""
+    file = io.BytesIO()
+    make_image(0, (20, 16)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last_scan = data[data.rindex(b"\xff\xda") : -2]
+    missing = MAX_JPEG_SCANS - data.count(b"\xff\xda")
+    assert decode(data[:-2] + missing * last_scan + data[-2:])
+    exif = b"\xff\xe1\xff\xffExif\0\0" + bytes(2**16 - 9)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(ApiError, match=f"has {MAX_JPEG_SCANS + 1} scans, expected at most"):
+        decode(data[:-2] + (missing + 1) * last_scan + data[-2:])
+    with pytest.raises(ApiError, match="bytes of EXIF data, expected at most 131072"):
+        decode(data[:2] + 3 * exif + data[2:])
+
+
+@pytest.mark.parametrize(
+    "format, place, part",
+    [
+        ("JPEG", 2, b"\xff\xe5\0\2"),
+        ("PNG", 33, bytes(4) + b"abCd" + zlib.crc32(b"abCd").to_bytes(4)),
+        ("GIF", 13 + 3 * 256, b"!\xfe\1a\0"),
+    ],
+)
+def test_a_file_of_many_parts_is_not_parsed_to_its_end(monkeypatch, format, place, part):
+    """Pillow reads each part in Python."""
+    data = encode_image(format)
+    monkeypatch.setattr(open_image, "MAX_READS", 100)
+    assert decode(data[:place] + 5 * part + data[place:])
+    with pytest.raises(ApiError, match="the image file has too many parts"):
+        decode(data[:place] + 100 * part + data[place:])
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_too_much_exif_data_is_never_parsed(monkeypatch, at_the_end):
+    png = encode_image("PNG")
+    body = b"eXIf" + b"II*\0" + bytes(2**17)
+    chunk = (len(body) - 4).to_bytes(4) + body + zlib.crc32(body).to_bytes(4)
+    place = len(png) - 12 if at_the_end else 33
+    monkeypatch.setattr(Image.Image, "getexif", lambda self: pytest.fail("parsed"))
+    with pytest.raises(ApiError, match="bytes of EXIF data, expected at most 131072"):
+        decode(png[:place] + chunk + png[place:])
 
 
 def test_formats_that_start_other_programs_are_rejected():

@@ -22,10 +22,11 @@ HELPERS = {
     "server.middleware",
     "server.request_schema",
     "server.images",
+    "server.image_threads",
     "server.errors",
     "server.metrics",
 }
-STARTUP = {"server.command", "server.sockets", "server.shutdown"}
+STARTUP = {"server.command", "server.connections", "server.sockets", "server.shutdown"}
 
 
 def own_imports(module: str) -> set[str]:

@@ -1,0 +1,109 @@
+"""Connections that are closed if their clients are silent, so that others can always connect."""
+
+import asyncio
+import itertools
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_TIMEOUT = 10.0
+"""Maximum time for the head of a request to arrive, in seconds. It starts when the client connects
+or when the previous response ends."""
+
+WRITE_TIMEOUT = 30.0
+"""Maximum time for a client to receive `MIN_RECEIVED` bytes that are ready, in seconds."""
+
+MIN_RECEIVED = 2**14
+
+SPARE_CONNECTIONS = 64
+"""Number of connections in addition to the maximum number of requests. On these, /health and
+/metrics are answered while the server has all the requests that it accepts."""
+
+ORDER = itertools.count()
+"""Numbers the beginnings of waits. The time of an event loop can be the same for many of them."""
+
+
+class TimedProtocol(H11Protocol):
+    """An HTTP/1.1 connection with time limits; the one that waits longest makes room for a new one.
+
+    uvicorn has no time limit for the head of a request or for a client that does not read. Its
+    `limit_concurrency` counts silent connections and rejects requests to every path, so that a few
+    hundred silent connections make /health fail. Here, it is the maximum number of open
+    connections. When it is exceeded, the connection that has waited longest for the head of a
+    request is closed. The number of requests is limited by `AuthAndLimitsMiddleware`.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._max_connections, self.limit_concurrency = self.limit_concurrency, None
+        self._waiting_since = next(ORDER)
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def waits_for_head(self) -> bool:
+        """Whether no request is being received or answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def connection_made(self, transport: Any) -> None:
+        """Start the time for the first head, and close another connection if there are too many."""
+        super().connection_made(transport)
+        self._start_timer(HEAD_TIMEOUT)
+        if self._max_connections is not None and len(self.connections) > self._max_connections:
+            self._close_longest_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the time."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Stop the time once a head has arrived; the middleware limits the time of the body."""
+        super().data_received(data)
+        if not self.waits_for_head and not self.flow.write_paused:
+            self._stop_timer()
+
+    def on_response_complete(self) -> None:
+        """Start the time for the next head, unless it has already arrived."""
+        self._waiting_since = next(ORDER)
+        if not self.flow.write_paused:
+            self._start_timer(HEAD_TIMEOUT)
+        super().on_response_complete()
+        if not self.waits_for_head and not self.flow.write_paused:
+            self._stop_timer()
+
+    def pause_writing(self) -> None:
+        """Start the time for the client to receive what is ready."""
+        super().pause_writing()
+        self._start_timer(WRITE_TIMEOUT)
+
+    def resume_writing(self) -> None:
+        """Stop the time for the client to receive, and continue with that for the next head."""
+        super().resume_writing()
+        self._stop_timer()
+        if self.waits_for_head:
+            self._start_timer(HEAD_TIMEOUT)
+
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        unsent = self.transport.get_write_buffer_size()
+        self._timer = self.loop.call_later(seconds, self._on_timeout, unsent)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _on_timeout(self, unsent_before: int) -> None:
+        """Close the connection, unless the client is still receiving."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and unsent_before - unsent >= MIN_RECEIVED:
+            self._start_timer(WRITE_TIMEOUT)
+        else:
+            self.transport.abort()
+
+    def _close_longest_waiting(self) -> None:
+        timed = (other for other in self.connections if isinstance(other, TimedProtocol))
+        waiting = [other for other in timed if other.waits_for_head]
+        oldest = min(waiting, key=lambda other: other._waiting_since)
+        self.connections.discard(oldest)  # at once, because `connection_lost` is called later
+        oldest.transport.abort()
