@@ -306,9 +306,15 @@ class SpeedMeasurements:
         image_config = ImageProcessorConfig(config.vision.image_size, half, half, 1 / 255)
         processor = Processor(config, tokenizer, image_config)
         ovis = LoadedOvis(config, self.random.model, self.random.params, processor)
-        options = {"chunk_size": min(256, length), "max_queued_requests": slots}
         start = time.perf_counter()
-        with run_engine(ovis, max_num_seqs=slots, max_model_len=length, **options) as scheduler:
+        with run_engine(
+            ovis,
+            max_num_seqs=slots,
+            max_model_len=length,
+            chunk_size=min(256, length),
+            max_queued_requests=slots,
+            enable_prefix_caching=False,  # the requests are all the same
+        ) as scheduler:
             yield scheduler, time.perf_counter() - start
 
     def measure_engine(self, scheduler: Scheduler, concurrent: int) -> dict[str, Any]:
