@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Bool, Float, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32, UInt32
 
 from ovis_jax.config import VisionConfig
 from ovis_jax.engine.state import (
@@ -75,6 +75,7 @@ class ModelRunner:
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.chunk_size = min(chunk_size, max_model_len)
         self._tokens_per_crop = model.config.visual_tokenizer.tokens_per_crop
+        self._mask_length = -(-model.config.decoder.vocab_size // 32)
         dtype = activation_dtype(params)
         max_crops = self.max_model_len // self._tokens_per_crop
         visual_rows = max_crops * self._tokens_per_crop + self.chunk_size
@@ -101,6 +102,11 @@ class ModelRunner:
             mode: _compile_once(partial(decode, model, mode), 1, out_shardings)
             for mode in get_args(SamplingMode)
         }
+        self._decode_masked = {
+            mode: _compile_once(partial(decode, model, mode), 1, out_shardings)
+            for mode in get_args(SamplingMode)
+            if mode != "greedy"  # "temperature" samples the same tokens
+        }
         self._warm_up(model.config.vision)
 
     def _warm_up(self, vision: VisionConfig) -> None:
@@ -111,7 +117,12 @@ class ModelRunner:
         params = make_sampling_params(Sampling(), 0, 0)
         state, _ = self.run_insert(self.init_decode_state(), 0, prefill, logits, params)
         for mode in get_args(SamplingMode):
-            state, _ = self.run_decode(state, np.zeros(self.max_num_seqs, bool), mode)
+            for masks in (None, self.allow_all()):
+                state, _ = self.run_decode(state, np.zeros(self.max_num_seqs, bool), mode, masks)
+
+    def allow_all(self) -> UInt32[np.ndarray, "B n"]:
+        """Return masks for `run_decode` that allow every token in every slot."""
+        return np.full((self.max_num_seqs, self._mask_length), 2**32 - 1, np.uint32)
 
     def run_encoder(
         self, state: PrefillState, pixels: Float32[np.ndarray, "h w C"], crop: int, seed: int
@@ -151,17 +162,43 @@ class ModelRunner:
         prefill: PrefillState,
         logits: Float[Array, "1 V"],
         sampling_params: SamplingParams,
+        mask: UInt32[np.ndarray, "n"] | None = None,
     ) -> tuple[DecodeState, SampledTokens]:
-        """Start a sequence in a slot; `prefill` is not donated."""
-        row, params = self._put_on_device((np.int32(slot), sampling_params))
-        state, sampled = self._insert(state, row, prefill.cache, logits, params)
+        """Start a sequence in a slot; `prefill` is not donated.
+
+        Args:
+          state: The state of all slots.
+          slot: Index of the slot.
+          prefill: The state after the prompt's last chunk.
+          logits: The logits at the prompt's last position.
+          sampling_params: Sampling parameters of the sequence.
+          mask: The tokens that the sequence's constraint allows; None if it has none.
+        """
+        mask = self.allow_all()[0] if mask is None else mask
+        row, params, mask = self._put_on_device((np.int32(slot), sampling_params, mask))
+        state, sampled = self._insert(state, row, prefill.cache, logits, params, mask)
         return state, jax.device_get(sampled)
 
     def run_decode(
-        self, state: DecodeState, active: Bool[np.ndarray, "B"], mode: SamplingMode
+        self,
+        state: DecodeState,
+        active: Bool[np.ndarray, "B"],
+        mode: SamplingMode,
+        masks: UInt32[np.ndarray, "B n"] | None = None,
     ) -> tuple[DecodeState, SampledTokens]:
-        """Generate a token in every active slot."""
-        state, sampled = self._decode[mode](self._params, state, self._put_on_device(active))
+        """Generate a token in every active slot.
+
+        Args:
+          state: The state of all slots.
+          active: Which slots are active.
+          mode: A mode that supports the sampling parameters of all active slots.
+          masks: The tokens that each slot's constraint allows; None if no active slot has one.
+        """
+        if masks is None:
+            state, sampled = self._decode[mode](self._params, state, self._put_on_device(active))
+        else:
+            program = self._decode_masked["temperature" if mode == "greedy" else mode]
+            state, sampled = program(self._params, state, *self._put_on_device((active, masks)))
         return state, jax.device_get(sampled)
 
 

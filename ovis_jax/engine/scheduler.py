@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from ovis_jax.engine.constraints import ConstraintError
 from ovis_jax.engine.request import EngineError, Failure, Logprob, Request, Sequence, TokenLogprobs
 from ovis_jax.engine.runner import ModelRunner
 from ovis_jax.engine.state import SampledTokens, SamplingMode, make_sampling_params
@@ -57,6 +58,9 @@ class Scheduler:
     step per free slot, and at least one. Running sequences therefore never wait for a whole prompt,
     and free slots fill up quickly.
 
+    Sequences with a constraint join every second decode step, if their masks are ready by then. The
+    others never wait for a mask. If all running sequences have a constraint, they join every step.
+
     Args:
       ovis: The model.
       runner: Programs compiled for the model; several schedulers may share one runner.
@@ -80,6 +84,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._prefill: PrefillProgress | None = None
         self._sequences: list[Sequence | None] = [None] * runner.max_num_seqs
+        self._constrained_step = False  # whether sequences with a constraint joined the last step
         self._closing, self._abort, self._failed = False, False, False
         self._thread = threading.Thread(target=self._run, name="ovis-engine", daemon=True)
         self._thread.start()
@@ -248,8 +253,9 @@ class Scheduler:
                 stop_ids=request.stop_ids(self._eos_ids),
                 min_tokens=request.min_tokens,
             )
+            mask = request.matchers[choice].mask if request.matchers else None
             self._state, sampled = self._runner.run_insert(
-                self._state, slot, self._prefill_state, logits, params
+                self._state, slot, self._prefill_state, logits, params, mask
             )
             request.first_token_time = request.first_token_time or time.monotonic()
             self._sequences[slot] = Sequence(request, choice, tokenizer, self._eos_ids)
@@ -257,15 +263,51 @@ class Scheduler:
             self._append_token(slot, sampled, row=0)
 
     def _decode(self) -> None:
-        """Generate one token for every running sequence."""
-        active = np.array([sequence is not None for sequence in self._sequences])
-        if not active.any():
+        """Generate one token for the running sequences that are in the next step."""
+        sequences = self._next_sequences()
+        if not sequences:
             return
-        modes = [_sampling_mode(sequence.request) for sequence in self._sequences if sequence]
+        active = np.zeros(self.max_num_seqs, bool)
+        active[[*sequences]] = True
+        modes = [_sampling_mode(sequence.request) for sequence in sequences.values()]
         mode = cast(SamplingMode, max(modes, key=get_args(SamplingMode).index))
-        self._state, sampled = self._runner.run_decode(self._state, active, mode)
-        for slot in np.flatnonzero(active).tolist():
+        masks = self._runner.allow_all() if self._constrained_step else None
+        for slot, sequence in sequences.items():
+            if masks is not None and sequence.matcher:
+                masks[slot] = sequence.matcher.mask
+        self._state, sampled = self._runner.run_decode(self._state, active, mode, masks)
+        for slot in sequences:
             self._append_token(slot, sampled, row=slot)
+
+    def _next_sequences(self) -> dict[int, Sequence]:
+        """Return the sequences of the next step by slot; end those whose constraint says so."""
+        running = {slot: x for slot, x in enumerate(self._sequences) if x is not None}
+        unconstrained = any(x.matcher is None for x in running.values())
+        prefilling = self._prefill is not None and self._prefill.logits is None
+        waits = not (unconstrained or prefilling)  # there is nothing else to do
+        ready = {
+            slot: x
+            for slot, x in running.items()
+            if x.matcher is None or x.matcher.is_ready or waits
+        }
+        for slot, sequence in ready.items():
+            if sequence.matcher is None or self._sequences[slot] is not sequence:
+                continue  # unconstrained, or another choice of the request has just failed
+            try:
+                if sequence.check_constraint():
+                    self._free_slot(slot)
+            except ConstraintError as error:
+                failed = self._remove(lambda request, of=sequence.request: request is of)
+                failure = Failure(str(error), "constraint_too_complex", error.name)
+                _send_failure(failed, failure)
+        joins = not (unconstrained and self._constrained_step)
+        sequences = {
+            slot: x
+            for slot, x in ready.items()
+            if x is self._sequences[slot] and (x.matcher is None or joins)
+        }
+        self._constrained_step = any(x.matcher for x in sequences.values())
+        return sequences
 
     def _append_token(self, slot: int, sampled: SampledTokens, row: int) -> None:
         """Add a row's token to the sequence in a slot, and free the slot after the last token."""
@@ -276,10 +318,16 @@ class Scheduler:
         top = ()
         if request.top_logprobs and sampled.top is not None:
             ids, logprobs = (x[row][: request.top_logprobs].tolist() for x in sampled.top)
-            top = tuple(map(Logprob, ids, logprobs))
+            # A constraint may allow fewer tokens.
+            top = tuple(Logprob(i, x) for i, x in zip(ids, logprobs, strict=True) if x > -math.inf)
         if sequence.append(TokenLogprobs(token, top)):
-            self._sequences[slot] = None
-            request.num_unfinished -= 1
+            self._free_slot(slot)
+
+    def _free_slot(self, slot: int) -> None:
+        """Free the slot of a sequence that is complete."""
+        sequence, self._sequences[slot] = self._sequences[slot], None
+        assert sequence is not None
+        sequence.request.num_unfinished -= 1
 
 
 @contextmanager

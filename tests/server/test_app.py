@@ -435,8 +435,6 @@ def url_of(text):
     "param, options",
     [
         ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
-        ("response_format", {"response_format": {"type": "json_object"}}),
-        ("response_format", {"response_format": {"type": "json_schema", "json_schema": {}}}),
         ("reasoning_effort", {"reasoning_effort": "high"}),
         ("guided_json", {"extra_body": {"guided_json": {}}}),
         ("best_of", {"extra_body": {"best_of": 2}}),
