@@ -8,6 +8,7 @@ import pytest
 from serving_setup import LIMITS, SIZES, DecodeGate, Submitted, running_server
 
 from ovis_jax import Sampling, load
+from ovis_jax.engine.constraints import Constraint, ConstraintCompiler
 from ovis_jax.engine.request import Request
 from ovis_jax.engine.runner import ModelRunner
 from ovis_jax.engine.scheduler import Scheduler, run_engine
@@ -77,6 +78,20 @@ def client(url):
 
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def compile_constraint(ovis):
+    """Compile a constraint to one matcher per choice."""
+    config = ovis.config
+    compiler = ConstraintCompiler(
+        ovis.processor.tokenizer, config.decoder.vocab_size, config.eos_ids
+    )
+
+    def compile_constraint(kind: Any, value: str, num_choices: int = 1):
+        return compiler.compile(Constraint("the field", kind, value), num_choices).result(60)
+
+    return compile_constraint
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from ovis_jax.engine.constraints import Matcher
 from ovis_jax.engine.prefix_cache import crop_digests
 from ovis_jax.errors import OvisError
 from ovis_jax.inference.sampling import Sampling
@@ -54,6 +55,8 @@ class Failure(NamedTuple):
 
     message: str
     code: str
+    param: str | None = None
+    """Name of the part of the request that caused it; None if the request did not cause it."""
 
 
 class EngineError(OvisError):
@@ -114,6 +117,7 @@ class Request:
       logit_bias: Token ids and the numbers that are added to their logits.
       top_logprobs: Number of most likely tokens to report at each position; None for no
         log-probabilities at all.
+      matchers: A matcher of the request's constraint per choice; empty if there is no constraint.
       stream: Whether to send a `Delta` for each new piece of text; otherwise, one per choice.
       aborted: Whether the caller aborted the request; no more events are then sent.
       first_token_time: Time of the first token, as in `time.monotonic()`; None before it.
@@ -138,6 +142,7 @@ class Request:
     min_tokens: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int | None = None
+    matchers: tuple[Matcher, ...] = ()
     stream: bool = True
     aborted: bool = False
     first_token_time: float | None = None
@@ -200,14 +205,21 @@ class Sequence:
       choice: The index of the choice, starting at 0.
       tokenizer: Tokenizer of the model.
       eos_ids: The model's own stop ids.
+
+    Attributes:
+      matcher: The matcher of the request's constraint; None if there is no constraint.
+      num_tokens: Number of tokens generated so far.
     """
 
     def __init__(self, request: Request, choice: int, tokenizer: Tokenizer, eos_ids: Iterable[int]):
         self.request, self.choice = request, choice
         self._stop_ids = frozenset(request.stop_ids(eos_ids))
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self.matcher = request.matchers[choice] if request.matchers else None
+        # The clean-up of spaces could change a text so that it no longer meets the constraint.
+        keep_spaces = self.matcher is not None
+        self._detokenizer = IncrementalDetokenizer(tokenizer, keep_spaces=keep_spaces)
         self._stop_filter = StopStringFilter(request.stop)
-        self._num_tokens = 0
+        self.num_tokens = 0
         self._num_decoded, self._num_final = 0, 0  # characters before and after the stop filter
         self._text: list[str] = []
         self._logprobs: list[tuple[int, TokenLogprobs]] = []  # each with the start of its text
@@ -215,28 +227,55 @@ class Sequence:
     def append(self, token: TokenLogprobs) -> FinishReason | None:
         """Add a token, and pass the new text to the request's `on_event`.
 
+        With a constraint, only `check_constraint` says whether the token completes the answer.
+
         Returns:
           The reason why the sequence is complete, or None if it is not complete.
         """
         request = self.request
-        self._num_tokens += 1
+        self.num_tokens += 1
         request.completion_tokens += 1
-        ended = token.token.token_id in self._stop_ids
-        if not ended and request.top_logprobs is not None:
+        if token.token.token_id in self._stop_ids:
+            return self._add_text("", "stop")
+        if request.top_logprobs is not None:
             self._logprobs.append((self._num_decoded, token))
-        text = "" if ended else self._detokenizer.push(token.token.token_id)
-        last = ended or self._num_tokens == request.max_new_tokens
-        if last:
+        reason = None
+        if self.matcher is None:
+            reason = self._length_reason()
+        else:
+            self.matcher.advance(token.token.token_id)
+        return self._add_text(self._detokenizer.push(token.token.token_id), reason)
+
+    def check_constraint(self) -> FinishReason | None:
+        """Wait for the matcher, which must exist, and end the sequence if its answer is complete.
+
+        Returns:
+          The reason why the sequence is complete, or None if it is not complete.
+
+        Raises:
+          ConstraintError: The constraint became too complex.
+        """
+        assert self.matcher is not None
+        self.matcher.wait()
+        reason = "stop" if self.matcher.is_complete else self._length_reason()
+        return self._add_text("", reason) if reason else None
+
+    def _length_reason(self) -> FinishReason | None:
+        return "length" if self.num_tokens == self.request.max_new_tokens else None
+
+    def _add_text(self, text: str, reason: FinishReason | None) -> FinishReason | None:
+        """Add text, which is the last one if there is a reason, and send what is final."""
+        request, stopped = self.request, False
+        if reason:
             text += self._detokenizer.finish()
         self._num_decoded += len(text)
-        stopped = False
-        if self._num_tokens > request.min_tokens:
+        if self.num_tokens > request.min_tokens:
             text, stopped = self._stop_filter.push(text)
-        if last and not stopped:
+        if reason and not stopped:
             text += self._stop_filter.finish()
         self._text.append(text)
         self._num_final += len(text)
-        reason: FinishReason | None = "stop" if ended or stopped else "length" if last else None
+        reason = "stop" if stopped else reason
         if reason or (text and request.stream):
             self._send(reason, stopped)
         return reason

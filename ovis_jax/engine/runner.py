@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Bool, Float, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32, UInt32
 
 from ovis_jax.config import VisionConfig
 from ovis_jax.engine.state import (
@@ -91,6 +91,7 @@ class ModelRunner:
             num_slots(model.config.decoder, block, max_model_len, model.kv_cache_dtype)
             for block in range(model.config.decoder.depth)
         )
+        self._mask_length = -(-model.config.decoder.vocab_size // 32)
         dtype = activation_dtype(params)
         max_crops = self.max_model_len // self.tokens_per_crop
         visual_rows = max_crops * self.tokens_per_crop + self.chunk_size
@@ -119,6 +120,11 @@ class ModelRunner:
             mode: _compile_once(partial(decode, model, mode), 1, out_shardings)
             for mode in get_args(SamplingMode)
         }
+        self._decode_masked = {
+            mode: _compile_once(partial(decode, model, mode), 1, out_shardings)
+            for mode in get_args(SamplingMode)
+            if mode != "greedy"  # "temperature" samples the same tokens
+        }
         for _ in range(2):  # the second time without compilation
             seconds = self._run_all_programs(model.config.vision)
         positions_per_second = self.chunk_size / seconds["prefill"]
@@ -143,10 +149,15 @@ class ModelRunner:
         params = make_sampling_params(Sampling(), 0, 0)
         state, _ = self.run_insert(self.init_decode_state(), 0, prefill, logits, params)
         self.run_reuse(prefill, state, 0)
-        for mode in reversed(get_args(SamplingMode)):  # the fastest mode is timed last
-            inactive = np.zeros(self.max_num_seqs, bool)
-            state, _ = timed("decode", self.run_decode, state, inactive, mode)
+        inactive = np.zeros(self.max_num_seqs, bool)
+        for mode in reversed(get_args(SamplingMode)):  # the fastest program is timed last
+            for masks in (self.allow_all(), None):
+                state, _ = timed("decode", self.run_decode, state, inactive, mode, masks)
         return seconds
+
+    def allow_all(self) -> UInt32[np.ndarray, "B n"]:
+        """Return masks for `run_decode` that allow every token in every slot."""
+        return np.full((self.max_num_seqs, self._mask_length), 2**32 - 1, np.uint32)
 
     def run_encoder(
         self, pixels: Float32[np.ndarray, "h w C"], crop: int, seed: int
@@ -197,16 +208,41 @@ class ModelRunner:
         prefill: PrefillState,
         logits: Float[Array, "1 V"],
         sampling_params: SamplingParams,
+        mask: UInt32[np.ndarray, "n"] | None = None,
     ) -> tuple[DecodeState, SampledTokens]:
-        """Start a sequence in a slot; `prefill` is not donated."""
-        row, params = self._put_on_device((np.int32(slot), sampling_params))
-        return self._insert(state, row, prefill.cache, logits, params)
+        """Start a sequence in a slot; `prefill` is not donated.
+
+        Args:
+          state: The state of all slots.
+          slot: Index of the slot.
+          prefill: The state after the prompt's last chunk.
+          logits: The logits at the prompt's last position.
+          sampling_params: Sampling parameters of the sequence.
+          mask: The tokens that the sequence's constraint allows; None if it has none.
+        """
+        mask = self.allow_all()[0] if mask is None else mask
+        row, params, mask = self._put_on_device((np.int32(slot), sampling_params, mask))
+        return self._insert(state, row, prefill.cache, logits, params, mask)
 
     def run_decode(
-        self, state: DecodeState, active: Bool[np.ndarray, "B"], mode: SamplingMode
+        self,
+        state: DecodeState,
+        active: Bool[np.ndarray, "B"],
+        mode: SamplingMode,
+        masks: UInt32[np.ndarray, "B n"] | None = None,
     ) -> tuple[DecodeState, SampledTokens]:
-        """Generate a token in every active slot."""
-        return self._decode[mode](self._params, state, self._put_on_device(active))
+        """Generate a token in every active slot.
+
+        Args:
+          state: The state of all slots.
+          active: Which slots are active.
+          mode: A mode that supports the sampling parameters of all active slots.
+          masks: The tokens that each slot's constraint allows; None if no active slot has one.
+        """
+        if masks is None:
+            return self._decode[mode](self._params, state, self._put_on_device(active))
+        program = self._decode_masked["temperature" if mode == "greedy" else mode]
+        return program(self._params, state, *self._put_on_device((active, masks)))
 
 
 def _compile_once(

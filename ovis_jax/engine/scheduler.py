@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from ovis_jax.engine.constraints import ConstraintError
 from ovis_jax.engine.prefix_cache import CachedTokens, VisualEmbeddingCache
 from ovis_jax.engine.request import EngineError, Failure, Logprob, Request, Sequence, TokenLogprobs
 from ovis_jax.engine.runner import ModelRunner
@@ -97,6 +98,9 @@ class Scheduler:
     Prompts are prefilled in order of arrival. Between two decode steps, the thread runs at least
     one prefill step, and more as long as they do not exceed `max_num_batched_tokens`. Running
     sequences therefore never wait for a whole prompt.
+
+    The mask of a sequence with a constraint depends on its last token. Such a sequence therefore
+    joins every second decode step, if its mask is ready by then. The others never wait for a mask.
 
     Args:
       ovis: The model.
@@ -361,8 +365,9 @@ class Scheduler:
             except Exception:  # for example, a token id that is not an int32
                 self._fail(request)
                 return
+            mask = request.matchers[choice].mask if request.matchers else None
             self._state, sampled = self._runner.run_insert(
-                self._state, number, self._prefill_state, logits, params
+                self._state, number, self._prefill_state, logits, params, mask
             )
             slot.sequence = Sequence(request, choice, tokenizer, self._eos_ids)
             slot.num_dispatched = 1
@@ -390,25 +395,62 @@ class Scheduler:
         return sorted((n for n, slot in enumerate(self._slots) if not slot.sequence), key=order)
 
     def _dispatch_decode(self) -> bool:
-        """Start to generate a token for every running sequence; return whether there is any."""
-        rows = [
-            (number, slot, slot.sequence)
-            for number, slot in enumerate(self._slots)
-            if slot.sequence and slot.num_dispatched < slot.sequence.request.max_new_tokens
-        ]
+        """Start to generate a token for running sequences; return whether there are any."""
+        rows = self._next_rows()
         if not rows:
             return False
         active = np.zeros(self.max_num_seqs, bool)
         active[[number for number, _, _ in rows]] = True
         modes = [_sampling_mode(sequence.request) for _, _, sequence in rows]
         mode = cast(SamplingMode, max(modes, key=get_args(SamplingMode).index))
-        self._state, sampled = self._runner.run_decode(self._state, active, mode)
+        matchers = [(number, sequence.matcher) for number, _, sequence in rows if sequence.matcher]
+        masks = None
+        if matchers:
+            masks = self._runner.allow_all()
+            for number, matcher in matchers:
+                masks[number] = matcher.mask
+        self._state, sampled = self._runner.run_decode(self._state, active, mode, masks)
         for _, slot, _ in rows:
             slot.num_dispatched += 1
             assert slot.cached is not None
             slot.cached.num_cached += 1
         self._unread.append(SampledStep(sampled, rows))
         return True
+
+    def _next_rows(self) -> list[tuple[int, Slot, Sequence]]:
+        """Return the rows of the next step; end the sequences whose constraint says so."""
+        running = [
+            (number, slot, slot.sequence)
+            for number, slot in enumerate(self._slots)
+            if slot.sequence is not None
+        ]
+        unconstrained = any(sequence.matcher is None for _, _, sequence in running)
+        prefilling = self._prefill is not None and self._prefill.logits is None
+        waits = not (unconstrained or prefilling or self._unread)  # there is nothing else to do
+        rows = []
+        for number, slot, sequence in running:
+            if sequence.matcher is None:
+                if slot.num_dispatched < sequence.request.max_new_tokens:
+                    rows.append((number, slot, sequence))
+            elif (
+                slot.num_dispatched == sequence.num_tokens  # the mask depends on all tokens
+                and (sequence.matcher.is_ready or waits)
+                and slot.sequence is sequence  # another choice of the request may have failed
+                and not self._check_constraint(slot, sequence)
+            ):
+                rows.append((number, slot, sequence))
+        return [row for row in rows if row[1].sequence is row[2]]
+
+    def _check_constraint(self, slot: Slot, sequence: Sequence) -> bool:
+        """Free the slot if the constraint says that its sequence is complete; return whether."""
+        try:
+            if sequence.check_constraint():
+                self._end_sequence(slot, sequence)
+        except ConstraintError as error:
+            failed = self._remove(lambda request: request is sequence.request)
+            failure = Failure(str(error), "constraint_too_complex", error.name)
+            _send_failure(failed, failure)
+        return slot.sequence is None
 
     def _read_tokens(self, max_unread: int) -> None:
         """Wait for steps, oldest first, and add their tokens to the sequences."""
@@ -431,15 +473,20 @@ class Scheduler:
         top = ()
         if request.top_logprobs and sampled.top is not None:
             ids, logprobs = (x[row][: request.top_logprobs].tolist() for x in sampled.top)
-            top = tuple(map(Logprob, ids, logprobs))
+            # A constraint may allow fewer tokens.
+            top = tuple(Logprob(i, x) for i, x in zip(ids, logprobs, strict=True) if x > -math.inf)
         try:
             finish_reason = sequence.append(TokenLogprobs(token, top))
         except Exception:  # for example, the tokenizer has fewer ids than the model
             self._fail(request)
             return
         if finish_reason:
-            slot.sequence = None
-            request.num_unfinished -= 1
+            self._end_sequence(slot, sequence)
+
+    def _end_sequence(self, slot: Slot, sequence: Sequence) -> None:
+        """Free the slot of a sequence that is complete."""
+        slot.sequence = None
+        sequence.request.num_unfinished -= 1
 
 
 @contextmanager

@@ -78,7 +78,8 @@ class SampledTokens(NamedTuple):
 
     tokens: Int[Array, "B"]
     logprobs: Float[Array, "B"]
-    """Log-probabilities under the model, before any sampling parameter is applied."""
+    """Log-probabilities under the model, before any sampling parameter is applied. A constraint is
+    applied, so they are those of the allowed tokens."""
     top: tuple[Int[Array, "B n"], Float[Array, "B n"]] | None
     """The most likely tokens and their log-probabilities; None unless the mode is "full"."""
 
@@ -169,6 +170,7 @@ def sample_tokens(
     counts: Int[Array, "B V"],
     num_tokens: Int[Array, "B"],
     mode: SamplingMode,
+    masks: UInt32[Array, "B n"] | None = None,
 ) -> SampledTokens:
     """Sample one token per row, with each row's own sampling parameters and key.
 
@@ -178,7 +180,13 @@ def sample_tokens(
       counts: How often each token was generated in each row.
       num_tokens: Number of tokens generated so far, which is folded into the key.
       mode: Which sampling steps to run.
+      masks: The tokens that each row's constraint allows, one bit per token id; None if no row has
+        a constraint. Log-probabilities are those of the allowed tokens.
     """
+    if masks is not None:
+        bits = masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None] & 1
+        allowed = bits.reshape(len(bits), -1)[:, : logits.shape[1]] == 1
+        logits = jnp.where(allowed, logits, -jnp.inf)
     if mode == "greedy":
         tokens = sample(logits, Sampling())
     else:
@@ -190,7 +198,10 @@ def sample_tokens(
             ids, biases = row.logit_bias
             logits = logits.at[ids].add(biases, mode="drop")  # an UNUSED_ID is out of bounds
             suppressed = jnp.where(step < row.min_tokens, -jnp.inf, jnp.float32(0))
-            logits = logits.at[row.stop_ids].add(suppressed, mode="drop")
+            remaining = logits.at[row.stop_ids].add(suppressed, mode="drop")
+            if masks is not None:  # a constraint may allow nothing but a stop id
+                remaining = jnp.where(jnp.all(jnp.isneginf(remaining)), logits, remaining)
+            logits = remaining
             return sample(logits[None], Sampling(*row[:7]), counts[None], key)[0]
 
         tokens = jax.vmap(sample_row)(logits, params, counts, num_tokens)
@@ -267,6 +278,7 @@ def insert_and_sample(
     cache: Cache,
     logits: Float[Array, "1 V"],
     sampling_params: SamplingParams,
+    mask: UInt32[Array, "n"],
 ) -> tuple[DecodeState, SampledTokens]:
     """Start a sequence in a slot, and sample its first token.
 
@@ -276,10 +288,12 @@ def insert_and_sample(
       cache: Cache of the prompt, with a single row.
       logits: Logits at the prompt's last position.
       sampling_params: Sampling parameters of the sequence.
+      mask: The tokens that the sequence's constraint allows, one bit per token id.
     """
     params = jax.tree.map(lambda x: jnp.asarray(x)[None], sampling_params)
     counts = jnp.zeros(logits.shape, jnp.int32)
-    sampled = sample_tokens(logits, params, counts, jnp.zeros((1,), jnp.int32), "full")
+    num_tokens = jnp.zeros((1,), jnp.int32)
+    sampled = sample_tokens(logits, params, counts, num_tokens, "full", mask[None])
     counts = counts.at[0, sampled.tokens[0]].set(1)
     row = DecodeState(cache, sampled.tokens, jnp.ones((1,), jnp.int32), counts, params)
 
@@ -295,17 +309,28 @@ def decode(
     params: Params,
     state: DecodeState,
     active: Bool[Array, "B"],
+    masks: UInt32[Array, "B n"] | None = None,
 ) -> tuple[DecodeState, SampledTokens]:
-    """Generate one token in every active slot; the other slots do not advance."""
+    """Generate one token in every active slot; the other slots do not advance.
+
+    Args:
+      model: The model.
+      mode: Which sampling steps to run.
+      params: Parameters of the model.
+      state: The state of all slots.
+      active: Which slots are active.
+      masks: The tokens that each slot's constraint allows, as in `sample_tokens`.
+    """
     lengths = state.cache.lengths
     logits, cache = model.decode(params, state.last_tokens, state.cache)
     cache = cache._replace(lengths=jnp.where(active, cache.lengths, lengths))
-    sampled = sample_tokens(logits, state.params, state.counts, state.num_tokens, mode)
-    counts = state.counts
+    sampled = sample_tokens(logits, state.params, state.counts, state.num_tokens, mode, masks)
+    counts, steps = state.counts, active.astype(jnp.int32)
     if mode == "full":
-        counts = counts.at[jnp.arange(len(lengths)), sampled.tokens].add(1)
-    num_tokens = state.num_tokens + active.astype(jnp.int32)
-    return DecodeState(cache, sampled.tokens, num_tokens, counts, state.params), sampled
+        counts = counts.at[jnp.arange(len(lengths)), sampled.tokens].add(steps)
+    last_tokens = jnp.where(active, sampled.tokens, state.last_tokens)
+    num_tokens = state.num_tokens + steps
+    return DecodeState(cache, last_tokens, num_tokens, counts, state.params), sampled
 
 
 def init_decode_state(

@@ -198,7 +198,10 @@ def _api_error(error: Exception, content_type: str | None = None) -> ApiError:
         case EngineError():
             # OpenAI's client must not retry a request that takes too long.
             headers = {"x-should-retry": "false"} if error.failure == DEADLINE_EXCEEDED else None
-            return ApiError(503, str(error), code=error.failure.code, headers=headers)
+            _, code, param = error.failure
+            return ApiError(
+                400 if param else 503, str(error), param=param, code=code, headers=headers
+            )
         case HTTPException(status_code=400):
             # FastAPI raises it if parsing the body fails with anything but a JSONDecodeError.
             return invalid_json("it is not UTF-8, is nested too deeply, or has too long a number")

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 ERROR_TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 """OpenAI's error type by HTTP status; all other statuses have invalid_request_error."""
 
-UNION_TAGS = {"as_text", "as_parts", "str", "list[str]"}
+UNION_TAGS = {"as_text", "as_parts", "str", "list[str]", "dict[str,any]"}
 """Names in a Pydantic location that are not fields but members of a union."""
 
 

@@ -10,6 +10,7 @@ from functools import partial
 
 from PIL import Image
 
+from ovis_jax.engine.constraints import ConstraintCompiler, ConstraintError, Matcher
 from ovis_jax.engine.request import (
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKEN_IDS,
@@ -78,7 +79,7 @@ class RequestLimits:
     allow_remote_images: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Preprocessor:
     """Converts request bodies to engine requests.
 
@@ -93,10 +94,17 @@ class Preprocessor:
     limits: RequestLimits
     max_model_len: int
     max_choices: int
+    _constraints: ConstraintCompiler = field(init=False)
     _threads: Executor = field(default_factory=lambda: ThreadPoolExecutor(MAX_THREADS), init=False)
     _image_threads: ImageThreads = field(
         default_factory=lambda: ImageThreads(MAX_THREADS), init=False
     )
+
+    def __post_init__(self) -> None:
+        config = self.processor.config
+        self._constraints = ConstraintCompiler(
+            self.processor.tokenizer, config.decoder.vocab_size, config.eos_ids
+        )
 
     async def preprocess(
         self, body: ChatRequest, on_event: Callable[[Delta | Failure], None]
@@ -114,6 +122,7 @@ class Preprocessor:
         deadline = time.monotonic() + self.limits.request_timeout
         body.check_supported(self.max_choices)
         self._check_token_ids(body)
+        matchers = await self._compile_constraint(body)
         try:
             async with asyncio.timeout(self.limits.request_timeout):
                 example = await self.encode_messages(body, body.messages)
@@ -140,11 +149,24 @@ class Preprocessor:
             min_tokens=body.min_tokens or 0,
             logit_bias=tuple((int(i), bias) for i, bias in (body.logit_bias or {}).items()),
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            matchers=matchers,
             stream=bool(body.stream),
         )
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._threads, getattr, request, "crop_digests")
         return request
+
+    async def _compile_constraint(self, body: ChatRequest) -> tuple[Matcher, ...]:
+        """Compile the constraint of a request, if it has one, in another thread."""
+        constraint = body.constraint()
+        if constraint is None:
+            return ()
+        if body.ignore_eos:
+            raise bad_request("ignore_eos", f"{constraint.name} determines the end of the answer")
+        try:
+            return await asyncio.wrap_future(self._constraints.compile(constraint, body.n or 1))
+        except ConstraintError as error:
+            raise ApiError(400, str(error), param=error.name, code="invalid_constraint") from None
 
     async def encode_messages(self, body: PromptOptions, messages: list[ChatMessage]) -> Example:
         """Encode messages as a prompt; the slow part runs in another thread.

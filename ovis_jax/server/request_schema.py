@@ -4,11 +4,13 @@ Unknown fields are ignored, so that clients can send what other servers understa
 response lists them. Fields that would change the answer are rejected by name.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
+from ovis_jax.engine.constraints import Constraint, ConstraintKind
 from ovis_jax.server.errors import bad_request
 
 FIELDS = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
@@ -43,7 +45,6 @@ UNSUPPORTED_EXTENSIONS: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     # SGLang, TGI, llama.cpp, Ollama and hosted models
@@ -164,6 +165,89 @@ class StreamOptions(BaseModel):
     include_obfuscation: Ignored = None
 
 
+class JsonSchema(BaseModel):
+    """A JSON schema for the answer."""
+
+    model_config = FIELDS
+    schema_: dict[str, Any] = Field(alias="schema")
+    name: Ignored = None
+    description: Ignored = None
+    strict: Ignored = None
+
+
+class ResponseFormat(BaseModel):
+    """The form of the answer."""
+
+    model_config = FIELDS
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(
+        None, alias="schema", description="A JSON schema for json_object, as in llama.cpp."
+    )
+
+    def constraint(self) -> Constraint | None:
+        """Return the constraint; None for text.
+
+        Raises:
+          ApiError: A JSON schema is missing, or there is one for another type (status 400).
+        """
+        for name, value, expected in (
+            ("json_schema", self.json_schema, self.type == "json_schema"),
+            ("schema", self.schema_, self.type == "json_object" and self.schema_ is not None),
+        ):
+            if (value is not None) != expected:
+                message = f"expected {'an object' if expected else 'null'} for type {self.type}"
+                raise bad_request(f"response_format.{name}", message)
+        if self.json_schema is not None:
+            schema = self.json_schema.schema_
+            return Constraint("response_format.json_schema.schema", "json", json.dumps(schema))
+        if self.schema_ is not None:
+            return Constraint("response_format.schema", "json", json.dumps(self.schema_))
+        if self.type == "json_object":
+            return Constraint("response_format", "json", json.dumps({"type": "object"}))
+        return None
+
+
+class StructuredOutputs(BaseModel):
+    """A constraint on the answer, as in vLLM. Exactly one of the first five fields must be set."""
+
+    model_config = FIELDS
+    json_: dict[str, Any] | str | None = Field(
+        None, alias="json", description="A JSON schema, which may be a string."
+    )
+    json_object: Literal[True] | None = None
+    regex: str | None = Field(None, description="Regular expression for the whole answer.")
+    choice: list[str] | None = Field(None, min_length=1)
+    grammar: str | None = Field(None, description="Grammar in the Lark or GBNF format.")
+    disable_any_whitespace: Ignored = None
+    disable_fallback: Ignored = None
+    disable_additional_properties: Any = unsupported(False)
+    structural_tag: Any = unsupported()
+    whitespace_pattern: Any = unsupported()
+
+    def constraint(self) -> Constraint:
+        """Return the constraint.
+
+        Raises:
+          ApiError: The number of constraints is not one (status 400).
+        """
+        json_object = {"type": "object"} if self.json_object else None
+        given: list[tuple[str, ConstraintKind, Any]] = [
+            ("json", "json", self.json_),
+            ("json_object", "json", json_object),
+            ("regex", "regex", self.regex),
+            ("choice", "choice", self.choice),
+            ("grammar", "grammar", self.grammar),
+        ]
+        given = [constraint for constraint in given if constraint[2] is not None]
+        if len(given) != 1:
+            message = "expected one of json, json_object, regex, choice and grammar"
+            raise bad_request("structured_outputs", f"{message}, found {len(given)}")
+        name, kind, value = given[0]
+        text = value if isinstance(value, str) else json.dumps(value)
+        return Constraint(f"structured_outputs.{name}", kind, text)
+
+
 class PromptOptions(BaseModel):
     """Extensions of OpenAI's API that determine how messages become a prompt."""
 
@@ -248,7 +332,10 @@ class ChatRequest(PromptOptions):
         None, description="Numbers that are added to logits, by token id."
     )
 
+    response_format: ResponseFormat | None = None
+
     # Extensions of OpenAI's API.
+    structured_outputs: StructuredOutputs | None = None
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="-1 and 0 keep all tokens.")
     min_p: float | None = Field(
         None, ge=0, le=1, description="Minimum probability, as a fraction of the highest one."
@@ -269,7 +356,6 @@ class ChatRequest(PromptOptions):
     moderation: Any = unsupported()
     prediction: Any = unsupported()
     reasoning_effort: Any = unsupported("none")
-    response_format: Any = unsupported({"type": "text"})
     tool_choice: Any = unsupported("none", "auto")
     tools: Any = unsupported([])
     verbosity: Any = unsupported("medium")
@@ -290,6 +376,19 @@ class ChatRequest(PromptOptions):
         """The stop strings as a tuple, which may be empty."""
         stop = self.stop if self.stop is not None else []
         return (stop,) if isinstance(stop, str) else tuple(stop)
+
+    def constraint(self) -> Constraint | None:
+        """Return the constraint on the answer; None if there is none.
+
+        Raises:
+          ApiError: A field of the constraint contradicts another field (status 400).
+        """
+        constraint = self.response_format and self.response_format.constraint()
+        if self.structured_outputs is None:
+            return constraint
+        if constraint is not None:
+            raise bad_request("structured_outputs", "response_format is also a constraint")
+        return self.structured_outputs.constraint()
 
     def check_supported(self, max_choices: int) -> None:
         """Check for unsupported or contradictory fields.

@@ -3,9 +3,10 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
+import pydantic
 import pytest
 from PIL import Image
 from serving_setup import image_part, read_metrics
@@ -157,3 +158,27 @@ def test_an_error_names_the_field(library):
     with pytest.raises(Exception, match=r"messages\[0\].content\[0\].image_url.url") as caught:
         library.ask([user({"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}})])
     assert caught.value.status_code == 400
+
+
+class Shape(pydantic.BaseModel):
+    """What LangChain and OpenAI's client are asked to return."""
+
+    shape: Literal["circle", "square", "star"]
+    colour: str = pydantic.Field(max_length=12)
+    others: list[int] = pydantic.Field(max_length=2)
+
+
+def test_an_answer_in_the_shape_of_a_model(url):
+    from langchain_openai import ChatOpenAI
+    from openai import OpenAI
+
+    options = {"base_url": f"{url}/v1", "api_key": "none", "max_retries": 0}
+    asked = [user(SHAPES, DESCRIBE)]
+    answer = OpenAI(**options).chat.completions.parse(
+        model="ovis-tiny", messages=asked, response_format=Shape, seed=1
+    )
+    assert isinstance(answer.choices[0].message.parsed, Shape)
+    chat = ChatOpenAI(model="ovis-tiny", seed=1, **options)
+    assert isinstance(chat.with_structured_output(Shape).invoke(asked), Shape)
+    found = chat.with_structured_output(Shape, method="json_schema", include_raw=True).invoke(asked)
+    assert found["parsed"] == answer.choices[0].message.parsed and not found["parsing_error"]

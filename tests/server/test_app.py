@@ -107,7 +107,8 @@ def test_a_stream_equals_the_complete_answer(client, scenes):
         chunk.choices[0].finish_reason for chunk in texts if chunk.choices[0].finish_reason
     ] == ["stop"]
     assert len(texts) > 8 and len({chunk.id for chunk in chunks}) == 1
-    assert last.choices == [] and last.usage == whole.usage
+    assert last.choices == [] and last.usage.total_tokens == whole.usage.total_tokens
+    assert last.usage.prompt_tokens_details.cached_tokens == whole.usage.prompt_tokens - 1
     assert all(chunk.usage is None for chunk in texts)
 
 
@@ -437,8 +438,6 @@ def url_of(text):
     "param, options",
     [
         ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
-        ("response_format", {"response_format": {"type": "json_object"}}),
-        ("response_format", {"response_format": {"type": "json_schema", "json_schema": {}}}),
         ("reasoning_effort", {"reasoning_effort": "high"}),
         ("guided_json", {"extra_body": {"guided_json": {}}}),
         ("best_of", {"extra_body": {"best_of": 2}}),

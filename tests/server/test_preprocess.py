@@ -211,8 +211,8 @@ def test_a_text_is_tokenized_outside_of_the_event_loop(ovis, monkeypatch):
         threads.append(threading.current_thread())
         return encode(*arguments, **options)
 
-    monkeypatch.setattr(Tokenizer, "encode", noted)
     preprocessor = Preprocessor(ovis.processor, LIMITS, MAX_MODEL_LEN, 1)
+    monkeypatch.setattr(Tokenizer, "encode", noted)
     assert asyncio.run(preprocessor.encode_text("Who?"))
     assert len(threads) == 1 and threading.main_thread() not in threads
 

@@ -1,0 +1,218 @@
+"""Constraints on answers: JSON schemas, regular expressions, lists of choices and grammars.
+
+llguidance compiles a constraint to a `Matcher`, which says for each position of an answer which
+tokens may follow. All of its work runs in threads of this module, because a complex constraint can
+take much longer for one token than a decode step.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt32
+
+from ovis_jax.errors import OvisError, require_extra
+from ovis_jax.inputs.tokenizer import Tokenizer
+
+ConstraintKind = Literal["json", "regex", "choice", "grammar"]
+
+MAX_CHARACTERS: dict[ConstraintKind, int] = {
+    "json": 2**17,
+    "regex": 2**17,
+    "choice": 2**17,
+    "grammar": 2**14,
+}
+"""Maximum length of a constraint. Compiling a grammar in the GBNF format takes quadratic time."""
+
+STACK_BYTES = 2**29
+"""Stack size of the threads. The compiler's recursion is as deep as references are nested in a
+constraint. The longest chains within `MAX_CHARACTERS` need about a quarter of this. It is only
+reserved address space until it is used."""
+
+PARSER_LIMITS = {"max_lexer_states": 50_000, "verbose_errors": False}
+"""Limits other than llguidance's own. A state takes one to two kB of memory."""
+
+
+class Constraint(NamedTuple):
+    """A constraint on an answer.
+
+    The value is a JSON schema, a regular expression that the whole answer matches, a list of
+    strings in JSON, or a grammar in the Lark or GBNF format.
+    """
+
+    name: str
+    """Name of the constraint in errors, such as the path of a request's field."""
+    kind: ConstraintKind
+    value: str
+
+
+class ConstraintError(OvisError):
+    """A constraint cannot be compiled, or an answer to it became too complex to continue.
+
+    Args:
+      name: Name of the constraint.
+      reason: What is wrong with it.
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+
+
+class Matcher:
+    """The position of one answer in its constraint.
+
+    `advance` returns at once. `is_complete` and `mask` are valid after `wait`.
+
+    Args:
+      name: Name of the constraint.
+      matcher: llguidance's matcher.
+      mask: Array for the mask, which the constructor computes.
+
+    Attributes:
+      mask: The tokens that may follow, one bit per token id; the lowest bit comes first.
+      is_complete: Whether nothing can follow, so that the answer ends.
+
+    Raises:
+      ConstraintError: The constraint allows no answer, or it is too complex.
+    """
+
+    def __init__(self, name: str, matcher: Any, mask: UInt32[np.ndarray, "n"]):
+        self.mask, self.is_complete = mask, False
+        self._name, self._matcher = name, matcher
+        self._pending: Future[None] | None = None
+        self._update()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._pending is None or self._pending.done()
+
+    def wait(self) -> None:
+        """Wait until the last `advance` is done.
+
+        Raises:
+          ConstraintError: The constraint became too complex.
+        """
+        if self._pending is not None:
+            self._pending.result()
+
+    def advance(self, token: int) -> None:
+        """Add a token that `mask` allows to the answer; the work is done in another thread."""
+        self._pending = _thread_pool("masks").submit(self._advance, token)
+
+    def _advance(self, token: int) -> None:
+        try:
+            self._matcher.consume_token(token)
+            self._update()
+        except ConstraintError:
+            raise
+        except BaseException as error:  # a panic in Rust, which must not end the engine's thread
+            raise ConstraintError(self._name, _one_line(str(error))) from error
+
+    def _update(self) -> None:
+        self.is_complete = self._matcher.is_stopped()
+        if not self.is_complete:
+            self._matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)
+        if self._matcher.is_error():
+            raise ConstraintError(self._name, _one_line(self._matcher.get_error()))
+
+
+class ConstraintCompiler:
+    """Compiles constraints for the vocabulary of one model.
+
+    Args:
+      tokenizer: Tokenizer of the model.
+      vocab_size: V, the number of logits, which may be larger than the number of pieces.
+      eos_ids: Ids that end an answer.
+
+    Raises:
+      OvisError: llguidance is not installed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int]):
+        with require_extra("serve"):
+            import llguidance
+        self._num_words = -(-vocab_size // 32)
+        vocabulary = llguidance.TokenizerWrapper(_Vocabulary(tokenizer, vocab_size, eos_ids))
+        self._tokenizer = llguidance.LLTokenizer(vocabulary, eos_token=list(eos_ids))
+
+    def compile(self, constraint: Constraint, num_choices: int = 1) -> Future[tuple[Matcher, ...]]:
+        """Compile a constraint in another thread.
+
+        Args:
+          constraint: The constraint.
+          num_choices: Number of matchers to return.
+
+        Returns:
+          A future of one matcher per choice, or of a `ConstraintError`.
+        """
+        return _thread_pool("constraints").submit(self._compile, constraint, num_choices)
+
+    def _compile(self, constraint: Constraint, num_choices: int) -> tuple[Matcher, ...]:
+        from llguidance import LLMatcher, LLParserLimits, grammar_from, regex_to_lark
+
+        name, kind, value = constraint
+        if len(value) > MAX_CHARACTERS[kind]:
+            reason = f"{len(value)} characters, but the maximum is {MAX_CHARACTERS[kind]}"
+            raise ConstraintError(name, reason)
+        try:
+            if kind == "json":  # JSON without white space, which a model may repeat endlessly
+                options: Any = {"whitespace_flexible": False}
+                grammar = LLMatcher.grammar_from_json_schema(value, defaults=options)
+            elif kind == "choice":
+                grammar = LLMatcher.grammar_from_regex("|".join(map(re.escape, json.loads(value))))
+            elif kind == "regex":  # \d matches ASCII digits only, as users expect of numbers
+                grammar = LLMatcher.grammar_from_regex(regex_to_lark(value, "d"))
+            else:
+                grammar = grammar_from("grammar", value)
+            first = LLMatcher(
+                self._tokenizer, grammar, log_level=0, limits=LLParserLimits(**PARSER_LIMITS)
+            )
+        except ValueError as error:
+            raise ConstraintError(name, _one_line(str(error))) from None
+        copies = [first, *(first.deep_copy() for _ in range(num_choices - 1))]
+        masks = np.zeros((num_choices, self._num_words), np.uint32)
+        return tuple(Matcher(name, *pair) for pair in zip(copies, masks, strict=True))
+
+
+class _Vocabulary:
+    """A tokenizer in the form that `llguidance.TokenizerWrapper` expects."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int]):
+        self.eos_token_id, self.bos_token_id = min(eos_ids), None
+        self.tokens = [tokenizer.token_bytes(i) for i in range(len(tokenizer.pieces))]
+        self.tokens += [b""] * (vocab_size - len(self.tokens))  # ids without a piece
+        # No part of an answer's text may be a token that ends the answer.
+        self.special_token_ids = sorted({*tokenizer.special_ids, *eos_ids})
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """Encode a text that a constraint prescribes."""
+        text = text.decode() if isinstance(text, bytes) else text
+        return self._tokenizer.encode(text, parse_special_tokens=False)
+
+
+@cache
+def _thread_pool(name: str) -> ThreadPoolExecutor:
+    """Return the pool with a name; its two threads have large stacks."""
+    pool, started = ThreadPoolExecutor(2, f"ovis-{name}"), threading.Barrier(2)
+    previous = threading.stack_size(STACK_BYTES)
+    try:
+        for _ in range(2):
+            pool.submit(started.wait)
+    finally:
+        threading.stack_size(previous)
+    return pool
+
+
+def _one_line(message: str) -> str:
+    """Return the part of an error message of llguidance that is meant for users."""
+    message = " ".join(message.split("\n<")[0].split())
+    message = message.replace("NoExtensionBias", "no answer can satisfy it")
+    return message if len(message) <= 300 else f"{message[:300]}..."
