@@ -36,6 +36,9 @@ ENGINE_FAILED = Failure("the model failed; the server's log has the details", "e
 PREFILL_SHARE = 2
 """Time for prefill between two decode steps, relative to the time of a decode step."""
 
+MIN_CACHED_TOKENS = 16
+"""Minimum length of a common prefix for which a row of the KV cache is copied."""
+
 MAX_VISUAL_CACHE_BYTES = 2**28
 """Maximum size of the visual embeddings that are kept, about 190 crops of the 9B model."""
 
@@ -138,11 +141,10 @@ class Scheduler:
         self._max_queued_requests = max_queued_requests
         share = math.ceil(PREFILL_SHARE * runner.positions_per_decode_step)
         self._max_num_batched_tokens = max_num_batched_tokens or share
-        self._enable_prefix_caching = enable_prefix_caching
-        # Sampled visual words depend on the seed of a request.
+        # Sampled visual words depend on the seed of a request, so they cannot be reused.
         samples_words = ovis.config.visual_tokenizer.tokenize_function == "gumbel_argmax"
-        reusable = enable_prefix_caching and not samples_words
-        self.visual_embeddings = VisualEmbeddingCache(MAX_VISUAL_CACHE_BYTES if reusable else 0)
+        self._reuses = enable_prefix_caching and not samples_words
+        self.visual_embeddings = VisualEmbeddingCache(MAX_VISUAL_CACHE_BYTES if self._reuses else 0)
         self._waiting: deque[Request] = deque()
         self._prefill: PrefillProgress | None = None
         self._slots = [Slot() for _ in range(runner.max_num_seqs)]
@@ -303,7 +305,7 @@ class Scheduler:
         """Find the slot with the longest common prefix, and copy its cache."""
         best, length = 0, 0
         for number, slot in enumerate(self._slots):
-            if self._enable_prefix_caching and slot.cached is not None:
+            if self._reuses and slot.cached is not None:
                 common = slot.cached.common_prefix(
                     request.tokens,
                     request.crop_digests,
@@ -311,9 +313,9 @@ class Scheduler:
                     self._runner.ring_slots,
                 )
                 best, length = (number, common) if common > length else (best, length)
-        request.cached_tokens = length
-        if not length:
+        if length < MIN_CACHED_TOKENS:
             return PrefillProgress(request)
+        request.cached_tokens = length
         self._prefill_state = self._runner.run_reuse(self._prefill_state, self._state, best)
         visual_tokens = int(np.count_nonzero(request.tokens[:length] == IMAGE_SLOT))
         request.cached_crops = visual_tokens // self._runner.tokens_per_crop

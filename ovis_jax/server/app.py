@@ -240,7 +240,12 @@ def create_app(
     preprocessor = Preprocessor(
         scheduler.processor, limits, scheduler.max_model_len, max_choices=scheduler.max_num_seqs
     )
-    metrics = ServerMetrics(scheduler)
+    metrics = ServerMetrics(
+        scheduler.max_num_seqs,
+        num_running=lambda: scheduler.num_running,
+        num_waiting=lambda: scheduler.num_waiting,
+        num_visual_bytes=lambda: scheduler.visual_embeddings.num_bytes,
+    )
     service = ChatService(scheduler, preprocessor, model_name, metrics)
     description: dict[str, Any] = {
         "id": model_name,

@@ -1,11 +1,11 @@
 """The server's metrics for Prometheus."""
 
+from collections.abc import Callable
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ovis_jax.engine.request import Request
-from ovis_jax.engine.scheduler import Scheduler
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 """Upper bounds of the histogram buckets, in seconds."""
@@ -15,10 +15,19 @@ class ServerMetrics:
     """The metrics of one server, in a separate registry.
 
     Args:
-      scheduler: The engine.
+      max_num_seqs: Maximum number of concurrent sequences.
+      num_running: Function that returns the number of sequences that are being generated.
+      num_waiting: Function that returns the number of requests whose prompt has not been read.
+      num_visual_bytes: Function that returns the size of the visual embeddings that are kept.
     """
 
-    def __init__(self, scheduler: Scheduler):
+    def __init__(
+        self,
+        max_num_seqs: int,
+        num_running: Callable[[], int],
+        num_waiting: Callable[[], int],
+        num_visual_bytes: Callable[[], int],
+    ):
         self._registry = registry = CollectorRegistry()
         counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
         seconds = partial(Histogram, buckets=SECONDS, registry=registry)
@@ -40,13 +49,12 @@ class ServerMetrics:
             "ovis_e2e_request_latency_seconds", "Time from a request's arrival to its last token."
         )
         waiting = gauge("ovis_num_requests_waiting", "Requests whose prompt has not been read.")
-        waiting.set_function(lambda: scheduler.num_waiting)
+        waiting.set_function(num_waiting)
         running = gauge("ovis_num_seqs_running", "Sequences that are being generated.")
-        running.set_function(lambda: scheduler.num_running)
-        maximum = gauge("ovis_max_num_seqs", "Maximum of ovis_num_seqs_running.")
-        maximum.set(scheduler.max_num_seqs)
+        running.set_function(num_running)
+        gauge("ovis_max_num_seqs", "Maximum of ovis_num_seqs_running.").set(max_num_seqs)
         cached = gauge("ovis_visual_cache_bytes", "Size of the visual embeddings that are kept.")
-        cached.set_function(lambda: scheduler.visual_embeddings.num_bytes)
+        cached.set_function(num_visual_bytes)
 
     def count_response(self, status: int) -> None:
         """Count a response by its HTTP status."""

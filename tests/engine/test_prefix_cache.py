@@ -107,9 +107,12 @@ def test_a_conversation_reads_only_its_new_turn(make_scheduler, submit, calls):
         kept = len(before.request.tokens) + before.request.completion_tokens
         assert kept - 1 <= after.request.cached_tokens <= kept
     # The same picture in a new conversation is not encoded again, and it ends the common prefix.
-    again = submit(scheduler, "<image>\nWhat is it?", [images[1]], max_new_tokens=8)
-    assert again.text() and calls["run_encoder"] == 2
-    assert again.request.cached_tokens == list(again.request.tokens).index(IMAGE_SLOT)
+    text = "Let us look at a new picture together. " * 2
+    for image, prefix in ((images[0], 0), (images[1], 1)):
+        again = submit(scheduler, text + "<image>\nWhat is it?", [image], max_new_tokens=8)
+        assert again.text() and calls["run_encoder"] == 2
+        slot = list(again.request.tokens).index(IMAGE_SLOT)
+        assert slot > 16 and again.request.cached_tokens == prefix * slot
     assert [one.request.cached_crops for one in (*found, again)] == [0, 1, 1, 2, 1]
 
 

@@ -58,6 +58,8 @@ def test_the_server_and_its_app(run_serve):
         "max_model_len": 1024 + 2048,
         "chunk_size": 128,
         "max_queued_requests": 64,
+        "max_num_batched_tokens": None,
+        "enable_prefix_caching": True,
     }
     assert config.http is TimedProtocol
     assert config.limit_concurrency == 4 * (MAX_NUM_SEQS + 64) + 64 + SPARE_CONNECTIONS
