@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 import ovis_jax
+from ovis_jax.batch.command import batch
 from ovis_jax.checkpoint_commands import inspect_command, verify_command
 from ovis_jax.compile_cache import enable_compilation_cache
 from ovis_jax.console import exit_on_error
@@ -23,6 +24,7 @@ app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command()(serve)
 app.command()(ui)
+app.command()(batch)
 app.command("train")(train_command)
 app.command("eval")(eval_)
 app.command()(convert)

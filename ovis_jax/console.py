@@ -64,6 +64,22 @@ MaxNewTokensOption = Annotated[
     int, typer.Option(min=1, help="Maximum number of tokens per answer.")
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Number of rows per batch.")]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(help="Sampling temperature; by default, decoding is greedy."),
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(help="Top-p sampling: keep the likeliest tokens up to this total probability."),
+]
+TopKOption = Annotated[
+    int | None, typer.Option(help="Sample only from this many of the most likely tokens.")
+]
+RepetitionPenaltyOption = Annotated[
+    float | None,
+    typer.Option(help="Penalty for tokens that are already in the answer; 1 means no penalty."),
+]
+SeedOption = Annotated[int, typer.Option(help="Random seed for sampling.")]
 
 
 @contextmanager

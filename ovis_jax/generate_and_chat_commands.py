@@ -19,7 +19,12 @@ from ovis_jax.console import (
     MaxPartitionOption,
     ModelOption,
     QuantizationOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    TemperatureOption,
     TensorParallelOption,
+    TopKOption,
+    TopPOption,
     parse_image_path,
     print_error,
 )
@@ -29,23 +34,6 @@ from ovis_jax.inputs.conversation import Turn
 from ovis_jax.inputs.open_image import open_image
 from ovis_jax.loading import PartialAnswer, load
 from ovis_jax.mesh import tensor_parallel_mesh
-
-TemperatureOption = Annotated[
-    float | None,
-    typer.Option(help="Sampling temperature; by default, decoding is greedy."),
-]
-TopPOption = Annotated[
-    float | None,
-    typer.Option(help="Top-p sampling: keep the likeliest tokens up to this total probability."),
-]
-TopKOption = Annotated[
-    int | None, typer.Option(help="Sample only from this many of the most likely tokens.")
-]
-RepetitionPenaltyOption = Annotated[
-    float | None,
-    typer.Option(help="Penalty for tokens that are already in the answer; 1 means no penalty."),
-]
-SeedOption = Annotated[int, typer.Option(help="Random seed for sampling.")]
 
 
 def generate_command(

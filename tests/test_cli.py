@@ -241,6 +241,7 @@ LOADING_COMMANDS = {
     "chat": ("generate_and_chat_commands", []),
     "serve": ("server.command", ["--port", "0"]),
     "ui": ("ui.command", []),
+    "batch": ("batch.command", ["questions.jsonl", "results.jsonl"]),
     "eval": ("evaluation.command", ["questions.jsonl"]),
     "words": ("words.command", ["--image", WIDE, "--heatmap", "words.png"]),
     "verify": ("checkpoint_commands", [MODEL, GOLDEN / "cases/tiny-f32/wide.npz"]),

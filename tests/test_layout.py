@@ -20,6 +20,7 @@ LEVELS = [
     {"engine", "evaluation", "words"},
     {"training"},
     {"server", "ui"},
+    {"batch"},
     {"cli", "generate_and_chat_commands", "checkpoint_commands", "__init__", "__main__"},
     {"convert"},
 ]

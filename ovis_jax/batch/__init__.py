@@ -1,0 +1,1 @@
+"""Answering files of requests with the engine."""
