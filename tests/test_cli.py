@@ -175,7 +175,7 @@ def test_invalid_requests(options, message, tmp_path):
     assert message in run_invalid("generate", "--model", MODEL, *options, cwd=tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "platform, reason",
     [("cuda", "its plugin is not installed"), ("gpuu", "Unable to initialize backend 'gpuu'")],

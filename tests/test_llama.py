@@ -59,7 +59,7 @@ def test_system_turns_of_rows_and_requests(ovis, tmp_path):
     assert found != ovis.processor.encode("Who?").tokens.tolist()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_engine_equals_generate(ovis):
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
     questions = [("Where is the mirror?", [IMAGE]), (prompt, [])]

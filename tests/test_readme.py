@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_python_example_runs(capsys, monkeypatch):
     (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
     monkeypatch.chdir(ROOT)

@@ -14,7 +14,7 @@ from benchmarks.support.roofline import decode_cost
 STAGES = ("preprocess", "vision", "prefill", "first_token", "step")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_stage_of_every_shape(small, monkeypatch, tmp_path):
     monkeypatch.setattr(
         machine_peaks, "copy_bandwidth", partial(machine_peaks.copy_bandwidth, 2**20, 1)

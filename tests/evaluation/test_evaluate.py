@@ -182,7 +182,7 @@ def test_lmms_eval_batch_size_must_be_a_number(monkeypatch, size):
         OvisForLmmsEval(batch_size=size, max_batch_size=4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_lmms_eval(ovis, scene_questions, evaluated, monkeypatch):
     harnesses.install_lmms_eval(monkeypatch)
     from ovis_jax.evaluation.lmms_eval_entry import manifest

@@ -47,6 +47,7 @@ def arrays(dtype):
     return (x, w), (dx, dw)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
 def test_derivatives_of_a_product(derivative, dtype, tolerance):

@@ -418,7 +418,7 @@ def test_complete_model(both: Sides):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompt", [2, 30])
+@pytest.mark.parametrize("prompt", [pytest.param(2, marks=pytest.mark.exhaustive), 30])
 def test_decoding_past_the_window(prompt: int, both: Sides):
     """With a cache, from prompts shorter and longer than the window."""
     vocab_size, steps = both.config.decoder.vocab_size, 20

@@ -176,6 +176,7 @@ def test_the_group_size_divides_all_inputs():
         choose_quantization(config, "int3")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("quantization", "tolerance"), [("int8", 0.05), ("int4", 0.3)])
 def test_a_quantized_model_is_close(quantization, tolerance):
     """The logits of ovis-tiny differ by much less than their spread."""

@@ -25,7 +25,11 @@ TOLERANCE = 1e-4
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "config, remat",
-    [(presets.tiny(), False), (presets.tiny(), True), (presets.tiny_llama(), False)],
+    [
+        (presets.tiny(), False),
+        pytest.param(presets.tiny(), True, marks=pytest.mark.exhaustive),
+        (presets.tiny_llama(), False),
+    ],
     ids=["kept", "remat", "llama"],
 )
 def test_gradients(config, remat):

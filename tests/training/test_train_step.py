@@ -74,7 +74,7 @@ def test_parts_cover_the_model(ovis):
             split_params(ovis.params, parts)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part", TRAINABLE_PARTS)
 def test_only_trainable_parts_change(ovis, image_batch, part):
     trainable, frozen = split_params(ovis.params, [part])

@@ -81,7 +81,7 @@ def test_no_valid_validation_row(train_output, write_config, tmp_path):
     assert "rows skipped: 1" in output and not validated_steps(tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_stopped_validation_is_repeated_on_resuming(
     train, write_config, write_dataset, tmp_path, monkeypatch, stop_at
 ):
@@ -127,7 +127,7 @@ def test_resuming_with_other_settings(
         train(path, *SHORT)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_settings_may_change_before_the_first_checkpoint(train, write_config, tmp_path):
     dataset = tmp_path / "rows.jsonl"
     hi = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
@@ -173,7 +173,7 @@ def test_resuming_on_a_mesh_with_other_padding(train, write_config, stop_at):
     assert train(path, "mesh.model=2", "mesh.rules=tensor")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_resuming_adapters_on_a_mesh_with_other_padding(train, write_config, stop_at):
     path = write_config(trainable=False)
     lora = ("lora.rank=2", "lora.target_modules=visual_tokenizer/head")

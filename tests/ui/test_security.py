@@ -320,6 +320,7 @@ def test_uploads_are_private_to_this_user(visitor):
     assert PRIVATE_DIR.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.exhaustive
 def test_empty_working_dir_protects_even_from_a_handler_that_returns_a_path(
     open_page, secrets, monkeypatch
 ):
