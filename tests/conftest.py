@@ -33,6 +33,9 @@ install_import_hook(
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")
 
+if importlib.util.find_spec("fastapi"):  # the environment of `make test-tpu` has no server
+    pytest_plugins = ["serving_fixtures"]
+
 GOLDEN = Path(__file__).parent / "golden"
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None

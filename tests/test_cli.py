@@ -249,6 +249,7 @@ LOADING_COMMANDS = {
 """Command -> the module whose `load` it calls, and its required arguments."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOADING_COMMANDS)
 def test_quantization_reaches_load(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

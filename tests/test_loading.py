@@ -28,6 +28,7 @@ def ask(ovis, *arguments, **options):
     return ovis.ask(*arguments, max_new_tokens=8, **options)
 
 
+@pytest.mark.slow
 def test_ask_equals_generate(ovis):
     inputs = ovis.processor(["Who?"], [[Image.open(WIDE)]], assistant_prefix="It", max_partition=4)
     out = ovis_jax.generate(ovis.model, ovis.params, inputs, max_new_tokens=8)

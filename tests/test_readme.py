@@ -27,6 +27,7 @@ def test_the_python_example_runs(capsys, monkeypatch):
     assert capsys.readouterr().out == found["texts"][0]
 
 
+@pytest.mark.slow
 def test_the_answers_in_the_table():
     rows = re.findall(r'^\| <img src="([^"]+)"[^>]*> \| (.*) \| (.*) \|$', README, re.M)
     assert len(rows) == 4

@@ -4,7 +4,6 @@ import json
 from contextlib import contextmanager
 
 import pytest
-from serving_fixtures import *  # noqa: F403
 from typer.testing import CliRunner
 
 from ovis_jax.batch import command

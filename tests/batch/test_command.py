@@ -144,6 +144,7 @@ def test_a_folder_of_pictures(run_batch, read_lines, answer_of, tmp_path):
     assert "answer" in first and "is an empty file" in third["error"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes(run_batch, tmp_path, monkeypatch):
     """Wherever the results file ends, the resumed run answers only the other rows."""
     make_image(0).save(tmp_path / "a.png")

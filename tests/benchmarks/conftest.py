@@ -1,5 +1,4 @@
 import pytest
-from serving_fixtures import *  # noqa: F403
 from shallow import shallow_config
 
 from benchmarks.support import benchmark_model

@@ -24,6 +24,7 @@ def app():
     return app
 
 
+@pytest.mark.slow
 def test_every_target_fits_by_arithmetic(app, tmp_path):
     json_path, plot_path = tmp_path / "results.json", tmp_path / "plot.png"
     options = ["--method", "arithmetic", "--json", str(json_path), "--plot", str(plot_path)]

@@ -47,6 +47,7 @@ def problems(folder, keys=None, stored_dtype: str | None = "F32"):
     return error.value.problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset, num_keys, num_params",
     [

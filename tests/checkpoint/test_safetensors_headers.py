@@ -96,6 +96,7 @@ ANY = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(
     header=st.dictionaries(
         st.sampled_from(["a", "b", "__metadata__", ""]), ENTRY | ANY, max_size=3

@@ -20,6 +20,7 @@ ARRAYS = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(layout=ARRAYS, seed=st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=50)
 def test_the_safetensors_package_reads_written_files(tmp_path_factory, layout, seed):

@@ -73,6 +73,7 @@ def test_five_faults_at_once(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
+@pytest.mark.slow
 def test_convert(tmp_path):
     result = run(tmp_path, GOLDEN / "tiny-f32", "deep/out", "--dtype", "float16")
     assert (result.returncode, result.stderr) == (0, "")

@@ -76,6 +76,7 @@ def test_repo_gives_the_same_result_as_a_folder(run, hub, hf_home, repo, tmp_pat
     assert all(not part for *_, part in hub.requests[first:])
 
 
+@pytest.mark.slow
 def test_single_file(run, hub, repo, tmp_path):
     hub.repos[repo] = Repo.from_folder(GOLDEN / "tiny-f32")
     assert run(repo, tmp_path / "out", "--dtype", "bfloat16").code == 0

@@ -163,6 +163,7 @@ def schema_of(**properties) -> str:
 REPLY = schema_of(name=TEXT, good={"type": "boolean"}, n={"type": "integer", "maximum": 99})
 
 
+@pytest.mark.slow
 def test_answers_with_and_without_constrained_neighbours(scheduler, submit, compile_constraint):
     """In one batch; the tokens of each are those that it has alone, and nothing is compiled."""
 
@@ -228,6 +229,7 @@ def test_log_probabilities_are_those_of_the_allowed_tokens(scheduler, submit, co
     assert np.sum(np.exp([x.logprob for x in token.top])) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_constrained_sequences_join_every_second_step(
     make_scheduler, submit, compile_constraint, monkeypatch
 ):
@@ -259,6 +261,7 @@ def test_constrained_sequences_join_every_second_step(
     assert [masked for active, masked in steps if active == 2] == [True] * sum(both)
 
 
+@pytest.mark.slow
 def test_a_constraint_that_becomes_too_complex(scheduler, submit, compile_constraint):
     """Only its own request fails."""
     other = submit(scheduler, "Go on.", sampling=ENDLESS, max_new_tokens=60)

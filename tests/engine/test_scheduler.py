@@ -85,6 +85,7 @@ def test_answers_equal_those_of_generate(scheduler, submit, ovis, scenes):
         assert all(isinstance(other.last_event(), Delta) for other in others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "penalties",
     [
@@ -105,6 +106,7 @@ def test_penalties_equal_those_of_generate(scheduler, submit, ovis, penalties):
     assert submit(scheduler, prompt, image, max_new_tokens=20, seed=5).text() == plain.text()
 
 
+@pytest.mark.slow
 def test_fields_of_a_request_that_change_its_tokens(scheduler, submit, ovis):
     """Each in a batch with other requests, without compilation."""
     encode = ovis.processor.tokenizer.encode

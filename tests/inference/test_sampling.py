@@ -55,6 +55,7 @@ def test_top_p_is_a_share_of_the_top_k(p, expected):
     assert kept(top_k_top_p(LOGITS, 3, p)) == [expected, expected[::-1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row, p, expected",
     [
@@ -97,6 +98,7 @@ def test_top_p_of_a_large_vocabulary(p):
         assert found == expected == count_kept(row, p)
 
 
+@pytest.mark.slow
 def test_top_p_1_changes_nothing():
     """Neither alone nor next to a row with another p, also for logits with the probability 0."""
     logits = jnp.array([[0.0, -300.0, -jnp.inf, 5.0]] * 2)

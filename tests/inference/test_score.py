@@ -70,6 +70,7 @@ def test_each_token_equals_forward_on_the_tokens_before_it(ovis, inputs, answers
     np.testing.assert_allclose(scores.mean_log_probs, total / scores.lengths, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_scores_equal_those_of_training(ovis, images, scores):
     """The ids and log-probabilities are those of the same conversation as a training example."""
     examples = [

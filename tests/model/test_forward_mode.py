@@ -115,6 +115,7 @@ def test_hessian_vector_products_of_the_model(shallow, kernel):
         assert np.abs(x - y).max() <= 1e-3 * np.abs(y).max() + 1e-5 * largest
 
 
+@pytest.mark.slow
 def test_a_kernel_without_forward_mode_is_named():
     q, positions = jnp.ones((1, 256, 2, 128)), jnp.arange(256)[None]
     key = jnp.ones((1, 2, 256, 128))

@@ -64,6 +64,7 @@ def test_attention_equals_that_over_dequantized_keys_and_values(dtype):
     assert 1e-4 < error < 2e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 11])
 def test_writing_on_a_tpu_equals_writing_elsewhere(rows):
     shape = (rows, 2, 96, 16)
@@ -91,6 +92,7 @@ def test_a_cache_has_whole_tiles(int8):
     assert shapes == 2 * [((2, 2, 32, 16), (2, 2, 32))] + 2 * [((2, 2, 96, 16), (2, 2, 96))]
 
 
+@pytest.mark.slow
 def test_chunks_of_prompts(shallow, int8):
     """Chunks give the logits of whole prompts; and both are close to those without rounding."""
     model, params = int8

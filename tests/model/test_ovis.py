@@ -50,6 +50,7 @@ def test_chunks_of_crops(shallow, monkeypatch, tokens_per_chunk):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [16, 23, 64, 96])
 @pytest.mark.parametrize("size, starts", [(5, (3,)), (40, (0, 60)), (12, (90, 14)), (12, (11, 12))])
 def test_a_chunk_is_written_to_its_slots_alone(slots, size, starts):
@@ -98,6 +99,7 @@ def test_sharded_crops_stay_on_their_devices(shallow, monkeypatch):
     np.testing.assert_allclose(compiled(params, pixels), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_chunks_of_prompts(shallow):
     model, params = shallow
     inputs = prompts()

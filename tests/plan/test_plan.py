@@ -144,6 +144,7 @@ def test_too_large_for_one_chip():
     assert shortfall in summary and "--quantization int8" in summary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "topology", "batch_size", "options"),
     [
@@ -166,6 +167,7 @@ def test_suggestions_keep_the_quantization():
     assert options == "--kv-cache-dtype int8" and changed.quantization == "int4"
 
 
+@pytest.mark.slow
 def test_the_smallest_change_comes_first():
     workload = workload_9b("v6e:2x4", 8, mesh="data=8,model=1", images_per_row=1)
     options, changed = smallest_fitting_change(workload)
@@ -178,6 +180,7 @@ def test_the_smallest_change_comes_first():
     assert not fits_in_memory(replace(changed, max_length=changed.max_length + 128))
 
 
+@pytest.mark.slow
 def test_a_shorter_length_still_holds_the_images():
     """The search skips lengths below the visual tokens, which are invalid."""
     options, changed = smallest_fitting_change(

@@ -122,6 +122,7 @@ def test_pictures_exist_and_precede_the_first_question(data):
     }
 
 
+@pytest.mark.slow
 def test_training_rows_have_several_turns_and_both_languages(data):
     _, found = data
     with_one_picture = [row for row in found["train"] if isinstance(row.get("image"), str)]

@@ -57,6 +57,7 @@ def test_both_tokenizer_files_encode_alike_and_decode(folder, texts):
             assert each.decode(ids, skip_special_tokens=False) == text.replace("▁", " ")
 
 
+@pytest.mark.slow
 def test_transformers_agrees(folder, texts):
     transformers = pytest.importorskip("transformers")
     fast = transformers.PreTrainedTokenizerFast.from_pretrained(folder)

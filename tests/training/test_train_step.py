@@ -109,6 +109,7 @@ def test_training_on_an_answer_makes_it_the_greedy_one(ovis, image_batch):
     assert out.tokens[0].tolist() == answer
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_equals_one_batch(ovis):
     """The micro-batches have different numbers of answer tokens."""
     rows = random_rows(4, 24)

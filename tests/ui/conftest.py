@@ -1,1 +1,0 @@
-from serving_fixtures import *  # noqa: F403
