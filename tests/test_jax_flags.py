@@ -134,7 +134,7 @@ def run_engine_programs(model, params, inputs, key, sampling):
         state, sampled = runner.run_decode(state, np.array([False, True]), mode)
         found.append(sampled)
     runner.run_reuse(prefill, state, 1)
-    return logits, [(x.tokens[-1], x.logprobs[-1]) for x in found]
+    return logits, [(x.tokens[-1], x.logprobs[-1]) for x in jax.device_get(found)]
 
 
 ENTRY_POINTS = {
