@@ -13,6 +13,14 @@ import jax
 import typer
 from rich.console import Console
 from rich.measure import Measurement
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +31,9 @@ from ovis_jax.quantization import QuantizationFormat
 
 INTERRUPTED = 4
 """Exit code of a command that was interrupted and can be resumed by running it again."""
+
+SECONDS_BETWEEN_LINES = 60
+"""If the output is not a terminal, a long run prints a line at this interval instead of a bar."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 """The dtypes that parameters can be cast to."""
@@ -63,6 +74,17 @@ MaxPartitionOption = Annotated[
 MaxNewTokensOption = Annotated[
     int, typer.Option(min=1, help="Maximum number of tokens per answer.")
 ]
+MaxNumSeqsOption = Annotated[
+    int, typer.Option(min=1, help="Maximum number of answers generated at the same time.")
+]
+MaxModelLenOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Maximum total length of a prompt and its answer, in positions. The default is the"
+        " model's maximum prompt length plus --max-new-tokens.",
+    ),
+]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Number of rows per batch.")]
 TemperatureOption = Annotated[
     float | None,
@@ -80,6 +102,20 @@ RepetitionPenaltyOption = Annotated[
     typer.Option(help="Penalty for tokens that are already in the answer; 1 means no penalty."),
 ]
 SeedOption = Annotated[int, typer.Option(help="Random seed for sampling.")]
+
+
+def throughput_bar(console: Console, *columns: TextColumn) -> Progress:
+    """Return a bar of a long run, with its field `rate` in tokens/s; hidden without a terminal."""
+    return Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        *columns,
+        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
 
 
 @contextmanager

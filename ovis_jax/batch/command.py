@@ -21,7 +21,9 @@ from ovis_jax.console import (
     AdaptersOption,
     DtypeOption,
     KVCacheDtypeOption,
+    MaxModelLenOption,
     MaxNewTokensOption,
+    MaxNumSeqsOption,
     MaxPartitionOption,
     ModelOption,
     QuantizationOption,
@@ -71,17 +73,8 @@ def batch(
             " folder."
         ),
     ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(min=1, help="Maximum number of answers generated at the same time.")
-    ] = 8,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Maximum total length of a prompt and its answer, in positions. The default is the"
-            " model's maximum prompt length plus --max-new-tokens.",
-        ),
-    ] = None,
+    max_num_seqs: MaxNumSeqsOption = 8,
+    max_model_len: MaxModelLenOption = None,
     enable_prefix_caching: Annotated[
         bool,
         typer.Option(

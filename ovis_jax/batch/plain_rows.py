@@ -103,5 +103,6 @@ class PlainRows:
             on_event=on_event,
             stream=False,
         )
-        _ = request.crop_digests  # computes them in this thread
+        if self._scheduler.reuses_requests:
+            _ = request.crop_digests  # computes them in this thread
         return request

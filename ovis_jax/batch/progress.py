@@ -4,19 +4,9 @@ import time
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from ovis_jax.console import SECONDS_BETWEEN_LINES, throughput_bar
 from ovis_jax.errors import count_noun
-
-SECONDS_BETWEEN_LINES = 60
-"""If the output is not a terminal, a line is printed at this interval instead of the bar."""
 
 
 class BatchProgress:
@@ -32,15 +22,8 @@ class BatchProgress:
     """
 
     def __init__(self, console: Console, num_answered: int, num_rows: int):
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-        )
         self._console = console
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._progress = throughput_bar(console)
         self._task = self._progress.add_task("", total=num_rows, completed=num_answered, rate=0.0)
         self._before = self._num_answered = num_answered
         self._num_rows, self.num_tokens = num_rows, 0

@@ -60,6 +60,7 @@ class CachedTokens:
       max_length: Maximum length of the row, in positions.
 
     Attributes:
+      num_prompt: Number of tokens of the prompt.
       num_cached: Number of positions that the row contains once the device has run all steps. The
         last ones may be of tokens that have not been appended yet.
     """
@@ -67,7 +68,7 @@ class CachedTokens:
     def __init__(self, prompt: Int32[np.ndarray, "T"], digests: Sequence[bytes], max_length: int):
         self._tokens = np.empty(max_length, np.int32)
         self._tokens[: len(prompt)] = prompt
-        self._num_tokens = self.num_cached = len(prompt)
+        self._num_tokens = self.num_prompt = self.num_cached = len(prompt)
         self._digests = digests
 
     def append(self, token: int) -> None:

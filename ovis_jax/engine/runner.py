@@ -125,35 +125,28 @@ class ModelRunner:
             for mode in get_args(SamplingMode)
             if mode != "greedy"  # "temperature" samples the same tokens
         }
-        for _ in range(2):  # the second time without compilation
-            seconds = self._run_all_programs(model.config.vision)
-        positions_per_second = self.chunk_size / seconds["prefill"]
-        self.crop_cost = math.ceil(seconds["encoder"] * positions_per_second)
-        self.positions_per_decode_step = math.ceil(seconds["decode"] * positions_per_second)
+        self._warm_up(model.config.vision)
 
-    def _run_all_programs(self, vision: VisionConfig) -> dict[str, float]:
-        """Run every program; return the time of an encoder, a prefill and a decode step."""
-        seconds = {}
-
-        def timed(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-            start = time.perf_counter()
-            results = jax.block_until_ready(function(*arguments))
-            seconds[name] = time.perf_counter() - start
-            return results
-
+    def _warm_up(self, vision: VisionConfig) -> None:
+        """Run every program once to compile it, then measure those that a budget depends on."""
         pixels = np.zeros((vision.image_size, vision.image_size, vision.num_channels), np.float32)
-        embeddings = timed("encoder", self.run_encoder, pixels, 0, 0)
+        embeddings = self.run_encoder(pixels, 0, 0)
         prefill = self.run_add_visual(self.init_prefill_state(), embeddings, 0)
         tokens = np.zeros(1, np.int32)
-        prefill, logits = timed("prefill", self.run_prefill, prefill, tokens, 0)
+        prefill, logits = self.run_prefill(prefill, tokens, 0)
         params = make_sampling_params(Sampling(), 0, 0)
         state, _ = self.run_insert(self.init_decode_state(), 0, prefill, logits, params)
-        self.run_reuse(prefill, state, 0)
+        prefill = self.run_reuse(prefill, state, 0)
         inactive = np.zeros(self.max_num_seqs, bool)
-        for mode in reversed(get_args(SamplingMode)):  # the fastest program is timed last
-            for masks in (self.allow_all(), None):
-                state, _ = timed("decode", self.run_decode, state, inactive, mode, masks)
-        return seconds
+        for mode in get_args(SamplingMode):
+            for masks in (None, self.allow_all()):
+                state, _ = self.run_decode(state, inactive, mode, masks)
+        jax.block_until_ready((prefill, state))
+        seconds_per_position = _seconds(self.run_prefill, prefill, tokens, 0) / self.chunk_size
+        crop_seconds = _seconds(self.run_encoder, pixels, 0, 0)
+        step_seconds = _seconds(self.run_decode, state, inactive, "greedy")
+        self.crop_cost = math.ceil(crop_seconds / seconds_per_position)
+        self.positions_per_decode_step = math.ceil(step_seconds / seconds_per_position)
 
     def allow_all(self) -> UInt32[np.ndarray, "B n"]:
         """Return masks for `run_decode` that allow every token in every slot."""
@@ -243,6 +236,12 @@ class ModelRunner:
             return self._decode[mode](self._params, state, self._put_on_device(active))
         program = self._decode_masked["temperature" if mode == "greedy" else mode]
         return program(self._params, state, *self._put_on_device((active, masks)))
+
+
+def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - start
 
 
 def _compile_once(

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, cast, get_args
 
 import jax
@@ -76,15 +76,18 @@ class Slot:
 
     Attributes:
       sequence: The sequence that is being generated; None if the slot is free.
-      num_dispatched: Number of the sequence's tokens that are sampled or being sampled.
-      cached: The tokens in the row's cache, also of a sequence that has ended; None if unknown.
+      cached: The tokens in the row's cache, also of a sequence that has ended.
       last_used: When the sequence started, as a count of all sequences.
     """
 
     sequence: Sequence | None = None
-    num_dispatched: int = 0
-    cached: CachedTokens | None = None
+    cached: CachedTokens = field(default_factory=lambda: CachedTokens(np.zeros(0, np.int32), (), 0))
     last_used: int = 0
+
+    @property
+    def num_dispatched(self) -> int:
+        """Number of tokens that are sampled or being sampled: one by prefill, one per step."""
+        return self.cached.num_cached - self.cached.num_prompt + 1
 
 
 class SampledStep(NamedTuple):
@@ -119,6 +122,7 @@ class Scheduler:
       processor: Processor of the model.
       max_model_len: Maximum total length of a prompt and its answer, in positions.
       max_num_seqs: Maximum number of concurrent sequences.
+      reuses_requests: Whether earlier requests are reused.
       visual_embeddings: The visual embeddings of earlier requests.
       changed: Condition variable that is notified after every change to a request or to the
         scheduler.
@@ -143,8 +147,8 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens or share
         # Sampled visual words depend on the seed of a request, so they cannot be reused.
         samples_words = ovis.config.visual_tokenizer.tokenize_function == "gumbel_argmax"
-        self._reuses = enable_prefix_caching and not samples_words
-        self.visual_embeddings = VisualEmbeddingCache(MAX_VISUAL_CACHE_BYTES if self._reuses else 0)
+        self.reuses_requests = enable_prefix_caching and not samples_words
+        self.visual_embeddings = VisualEmbeddingCache(MAX_VISUAL_CACHE_BYTES)
         self._waiting: deque[Request] = deque()
         self._prefill: PrefillProgress | None = None
         self._slots = [Slot() for _ in range(runner.max_num_seqs)]
@@ -305,7 +309,7 @@ class Scheduler:
         """Find the slot with the longest common prefix, and copy its cache."""
         best, length = 0, 0
         for number, slot in enumerate(self._slots):
-            if self._reuses and slot.cached is not None:
+            if self.reuses_requests:
                 common = slot.cached.common_prefix(
                     request.tokens,
                     request.crop_digests,
@@ -331,11 +335,12 @@ class Scheduler:
         request, runner = prefill.request, self._runner
         while prefill.num_crops_encoded < len(request.pixels):
             crop = prefill.num_crops_encoded
-            digest = request.crop_digests[crop]
-            embeddings = cached = self.visual_embeddings.get(digest)
+            digest = request.crop_digests[crop] if self.reuses_requests else None
+            embeddings = cached = self.visual_embeddings.get(digest) if digest else None
             if embeddings is None:
                 embeddings = runner.run_encoder(request.pixels[crop], crop, request.seed)
-                self.visual_embeddings.put(digest, embeddings)
+                if digest:
+                    self.visual_embeddings.put(digest, embeddings)
             self._prefill_state = runner.run_add_visual(self._prefill_state, embeddings, crop)
             prefill.num_crops_encoded += 1
             if cached is None:
@@ -372,8 +377,8 @@ class Scheduler:
                 self._state, number, self._prefill_state, logits, params, mask
             )
             slot.sequence = Sequence(request, choice, tokenizer, self._eos_ids)
-            slot.num_dispatched = 1
-            slot.cached = CachedTokens(request.tokens, request.crop_digests, self.max_model_len)
+            digests = request.crop_digests if self.reuses_requests else ()
+            slot.cached = CachedTokens(request.tokens, digests, self.max_model_len)
             self._num_started += 1
             slot.last_used = self._num_started
             prefill.num_choices_started += 1
@@ -389,7 +394,6 @@ class Scheduler:
             slot = self._slots[number]
             continues = (
                 number == prefill.reused_slot
-                and slot.cached is not None
                 and 2 * prefill.request.cached_tokens >= slot.cached.num_cached
             )
             return not continues, slot.last_used
@@ -413,8 +417,6 @@ class Scheduler:
                 masks[number] = matcher.mask
         self._state, sampled = self._runner.run_decode(self._state, active, mode, masks)
         for _, slot, _ in rows:
-            slot.num_dispatched += 1
-            assert slot.cached is not None
             slot.cached.num_cached += 1
         self._unread.append(SampledStep(sampled, rows))
         return True
@@ -470,7 +472,6 @@ class Scheduler:
         request = sequence.request
         request.first_token_time = request.first_token_time or time.monotonic()
         token = Logprob(int(sampled.tokens[row]), float(sampled.logprobs[row]))
-        assert slot.cached is not None
         slot.cached.append(token.token_id)
         top = ()
         if request.top_logprobs and sampled.top is not None:

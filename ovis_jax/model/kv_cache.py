@@ -8,6 +8,7 @@ An int8 cache has `QuantizedKV` in place of arrays. There, S is rounded up to a 
 `INT8_TILE`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -117,7 +118,7 @@ def append_chunk(
     """
     S, T = length(block), positions.shape[1]
     tile = INT8_TILE if S % INT8_TILE == 0 else 1
-    written = min(S, -(-T // tile) * tile + (tile if tile > 1 else 0))  # slots
+    written = min(S, -(-(T + tile - 1) // tile) * tile)  # slots in the tiles from any start on
 
     def write_row(old: Array, values: Array, positions: Array) -> Array:
         """Write one row of keys, values or scales, [K, S, ...]."""
@@ -137,9 +138,7 @@ def append_chunk(
         return tiles.reshape(old.shape)
 
     def write(old: Array, values: Array) -> Array:
-        if old.shape[0] == 1:  # without a batch axis, every backend updates in place
-            return write_row(old[0], values[0], positions[0])[None]
-        return jax.vmap(write_row)(old, values, positions)
+        return _map_rows(write_row, old, values, positions)
 
     return jax.tree.map(write, block, key_value)
 
@@ -158,9 +157,7 @@ def append_token(block: KeyValue, key_value: NewKeyValue, positions: Int[Array, 
         if rows.ndim == 3:  # scales
             is_written = jnp.arange(rows.shape[2])[None, None] == slots[:, None, None]
             return jnp.where(is_written, values, rows)
-        if rows.shape[0] == 1:  # without a batch axis, every backend updates in place
-            return write_slot(rows[0], values[0], slots[0])[None]
-        return jax.vmap(write_slot)(rows, values, slots)
+        return _map_rows(write_slot, rows, values, slots)
 
     def write_int8_on_tpu(rows: Array, values: Array) -> Array:
         if rows.dtype != jnp.int8:
@@ -175,6 +172,13 @@ def append_token(block: KeyValue, key_value: NewKeyValue, positions: Int[Array, 
         tpu=partial(jax.tree.map, write_int8_on_tpu),
         default=partial(jax.tree.map, write),
     )
+
+
+def _map_rows(write_row: Callable[..., Array], *arrays: Array) -> Array:
+    """Apply a function to each row. Without a batch axis, every backend updates in place."""
+    if len(arrays[0]) == 1:
+        return write_row(*(x[0] for x in arrays))[None]
+    return jax.vmap(write_row)(*arrays)
 
 
 def _write_tiles(
@@ -213,11 +217,7 @@ def as_arrays(
     return k, v
 
 
-def _per_slot(x: Array, like: Array) -> Array:
-    """Reshape an array [B, S] to [B, 1, S] or [B, 1, S, 1], the rank of `like`."""
-    return jnp.expand_dims(x, (1, *range(3, like.ndim)))
-
-
 def _take_columns(x: Array, columns: Int[Array, "B S"]) -> Array:
     """Return the columns of keys, values or scales [B, K, T, ...] for each slot."""
-    return jnp.take_along_axis(x, _per_slot(columns, x), axis=2)
+    columns = jnp.expand_dims(columns, (1, *range(3, x.ndim)))  # [B, 1, S] or [B, 1, S, 1]
+    return jnp.take_along_axis(x, columns, axis=2)

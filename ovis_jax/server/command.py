@@ -11,7 +11,9 @@ from ovis_jax.console import (
     AdaptersOption,
     DtypeOption,
     KVCacheDtypeOption,
+    MaxModelLenOption,
     MaxNewTokensOption,
+    MaxNumSeqsOption,
     MaxPartitionOption,
     ModelOption,
     QuantizationOption,
@@ -47,20 +49,11 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar=API_KEY, help="API key that clients must send.")
     ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(min=1, help="Maximum number of answers generated at the same time.")
-    ] = 8,
+    max_num_seqs: MaxNumSeqsOption = 8,
     max_queued_requests: Annotated[
         int, typer.Option(min=1, help="Maximum number of waiting requests.")
     ] = 64,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Maximum total length of a prompt and its answer, in positions. The default is the"
-            " model's maximum prompt length plus --max-new-tokens.",
-        ),
-    ] = None,
+    max_model_len: MaxModelLenOption = None,
     prefill_chunk: Annotated[
         int, typer.Option(min=1, help="Number of prompt positions per prefill step.")
     ] = 128,

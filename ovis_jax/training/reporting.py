@@ -9,22 +9,15 @@ from jax import Array
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn
 from tensorboardX import SummaryWriter
+
+from ovis_jax.console import SECONDS_BETWEEN_LINES, throughput_bar
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "loss.png"
 SMOOTHING = 0.05
 """The displayed rate is an exponential moving average over about 1 / SMOOTHING steps."""
-SECONDS_BETWEEN_LINES = 60
-"""If the output is not a terminal, a line is printed at this interval instead of the bar."""
 
 
 class MetricsWriter:
@@ -91,16 +84,8 @@ class ProgressBar:
     """
 
     def __init__(self, console: Console, step: int, max_steps: int):
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-        )
         self._console, self._max_steps = console, max_steps
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._progress = throughput_bar(console, TextColumn("loss {task.fields[loss]:.4f}"))
         self._task = self._progress.add_task(
             "", total=max_steps, completed=step, loss=0.0, rate=0.0
         )

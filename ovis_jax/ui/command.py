@@ -9,6 +9,7 @@ from ovis_jax.console import (
     AdaptersOption,
     DtypeOption,
     KVCacheDtypeOption,
+    MaxNumSeqsOption,
     ModelOption,
     QuantizationOption,
     TensorParallelOption,
@@ -39,9 +40,7 @@ def ui(
             help="Port to listen on; by default, the first free port from 7860 on.",
         ),
     ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(min=1, help="Maximum number of answers generated at the same time.")
-    ] = 4,
+    max_num_seqs: MaxNumSeqsOption = 4,
     max_model_len: Annotated[
         int | None,
         typer.Option(
