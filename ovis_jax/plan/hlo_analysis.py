@@ -145,7 +145,7 @@ def count_weight_sized_operations(
 
     Returns:
       The numbers of "copies" (including transposes), "dequantized" (float arrays computed from a
-      stored int8 or int4 array of the same size), "all-gathers" and "all-reduces" whose result has
+      stored int8 or int4 array of the same size, except by a kernel, whose result is a product), "all-gathers" and "all-reduces" whose result has
       the dimensions of a weight matrix in any order. Dimensions of size 1 are ignored.
     """
     known = {_dimensions(shape) for shape in weight_shapes}
@@ -185,8 +185,8 @@ def count_weight_sized_operations(
         for array, opcode in zip(x.results, last_operations(x), strict=False):
             if _dimensions(array.shape) in known and not array.in_fast_memory:
                 found["copies"] += opcode in ("copy", "transpose") and not from_fast_memory
-                is_float = array.dtype in ("bf16", "f16", "f32")
-                found["dequantized"] += is_float and math.prod(array.shape) in integers
+                is_computed = array.dtype in ("bf16", "f16", "f32") and opcode != "custom-call"
+                found["dequantized"] += is_computed and math.prod(array.shape) in integers
     for kind, arrays in _collective_results(instructions):
         if kind in ("all-gather", "all-reduce"):
             found[f"{kind}s"] += any(_dimensions(array.shape) in known for array in arrays)

@@ -99,13 +99,14 @@ ENTRY %main (w: s8[2048,3584], g: s4[28,256,128]) -> bf16[8] {
   %i = bf16[2048,3584]{1,0} convert(%h)
   %j = s8[2048,3584]{1,0:T(8,128)(4,1)S(1)} fusion(%w), kind=kLoop, calls=%relayout
   %k = s8[2048,3584]{1,0:T(8,128)(4,1)} copy(%j)
+  %l = f32[2048,3584]{1,0} custom-call(%x, %w), custom_call_target="__gpu$xla.gpu.triton"
   ROOT %f = f32[2048,3584]{1,0} convert(%x)
 }
 """
 
 
 def test_what_a_fusion_writes_is_counted():
-    """What stays inside a fusion or in fast memory is not, nor are rows of a table or floats."""
+    """What stays inside a fusion or in fast memory is not, nor are rows of a table or products."""
     shapes = [(28, 256, 128), *WEIGHTS]
     found = count_weight_sized_operations(FUSIONS, shapes)
     assert found == {"copies": 1, "dequantized": 2, "all-gathers": 0, "all-reduces": 0}
