@@ -40,7 +40,7 @@ def inspect_command(
         ),
     ] = False,
 ) -> None:
-    """Show a checkpoint's config, and the size and formats of each part, without the weights."""
+    """Show a checkpoint's config, and the size and formats of each part; no weights are read."""
     advice = (
         "give a converted folder, a folder in the Hub's layout, or ovis-tiny; a repo id must be"
         " converted first, with: ovis-jax convert REPO_ID DIR"
@@ -121,8 +121,8 @@ def verify_command(
 ) -> None:
     """Compare a checkpoint with results from the original code, stage by stage.
 
-    A quantized checkpoint is compared with the original before quantization by the mean KL
-    divergence of the next token in nats, and by the share of greedy tokens that differ.
+    If the checkpoint is quantized, the comparison has two values: the mean KL divergence of the
+    next token's distribution, in nats, and the share of greedy tokens that differ.
     """
     mesh = tensor_parallel_mesh(tensor_parallel)
     loaded: dict[str, LoadedOvis] = {}

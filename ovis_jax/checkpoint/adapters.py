@@ -293,7 +293,7 @@ def _architecture_fields(config_json: dict[str, Any]) -> dict[str, Any]:
 def _check_adapters(
     subject: str, stored: _StoredAdapters, header: SafetensorsHeader, config: OvisConfig
 ) -> None:
-    """Check that the tensors are complete adapters for matrices of a config.
+    """Check that the tensors are complete adapters for the matrices of the model.
 
     Raises:
       CheckpointValidationError: The tensors have faults; the error lists all of them.

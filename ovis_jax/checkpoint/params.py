@@ -307,8 +307,8 @@ def load_params(
       on_read: Called for each slice that is read, only once if several devices hold the same slice.
 
     Returns:
-      A nested dict of arrays with the shapes from `param_shapes`, and of `Quantized` matrices. If a
-      shape is padded for the mesh, the padding is zeros.
+      A nested dict whose leaves are arrays with the shapes from `param_shapes`, or `Quantized`
+      matrices. If a shape is padded for the mesh, the padding is zeros.
 
     Raises:
       ConfigError: `dtype` is None, and config.json does not state a supported dtype.

@@ -200,7 +200,7 @@ class _Vocabulary:
 
 @cache
 def _thread_pool(name: str) -> ThreadPoolExecutor:
-    """Return the pool with a name; its two threads have large stacks."""
+    """Return the thread pool with this name; its two threads have large stacks."""
     pool, started = ThreadPoolExecutor(2, f"ovis-{name}"), threading.Barrier(2)
     previous = threading.stack_size(STACK_BYTES)
     try:

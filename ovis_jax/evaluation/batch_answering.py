@@ -85,7 +85,7 @@ class Accuracy(NamedTuple):
 
 
 def accuracy_by_kind(outcomes: Iterable[tuple[str, bool]]) -> dict[str, Accuracy]:
-    """Count the correct answers for each kind.
+    """Compute the accuracy for each kind of question.
 
     Args:
       outcomes: The kind of each answer, and whether the answer is correct.

@@ -68,7 +68,7 @@ def eval_(
     ] = "letter",
     raw_prompts: Annotated[
         bool,
-        typer.Option("--raw-prompts", help="Ask the questions without the published prompts."),
+        typer.Option("--raw-prompts", help="Use the questions as they are, without a template."),
     ] = False,
     strict: Annotated[
         bool,

@@ -54,10 +54,10 @@ class ChatFormat:
     Attributes:
       model: Name of the language model in error messages.
       bos: The token that starts every prompt.
-      pad: The token of padding. In a text, it is masked.
+      pad: The token of padding. It is dropped from a text.
       openings: The beginning of a turn, by role. A role that is missing is not supported.
-      end_of_turn: The token after a turn's text, which the model learns in its own turns.
-      separator: Text after `end_of_turn`, which the model does not learn.
+      end_of_turn: The token after a turn's text. The model learns to end its own turns with it.
+      separator: Text after `end_of_turn`. The model does not learn it.
       default_system: Text of the system turn that is put before a conversation without one; None if
         there is none.
     """

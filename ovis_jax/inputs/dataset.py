@@ -70,7 +70,7 @@ RowImage = str | ParquetImage
 
 
 class _NextImage(NamedTuple):
-    """A place for the next image of the row; `index` is its index there, if the part states it."""
+    """Stands for the next of the row's `images`, or for the one at `index` if the part has one."""
 
     index: Any = None
 

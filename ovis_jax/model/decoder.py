@@ -167,7 +167,7 @@ class DecoderOutput(NamedTuple):
     """Output of `Decoder`.
 
     Attributes:
-      logits: Float32 logits; T is 1 if a single column was requested.
+      logits: Float32 logits; T is 1 if only one position was requested.
       key_values: For each block, the keys and values of the prompt, or the updated cache.
       hidden_states: Output of each block.
     """

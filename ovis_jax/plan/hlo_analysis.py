@@ -145,8 +145,9 @@ def count_weight_sized_operations(
 
     Returns:
       The numbers of "copies" (including transposes), "dequantized" (float arrays computed from a
-      stored int8 or int4 array of the same size, except by a kernel, whose result is a product), "all-gathers" and "all-reduces" whose result has
-      the dimensions of a weight matrix in any order. Dimensions of size 1 are ignored.
+      stored int8 or int4 array of the same size, except by a kernel, whose result is a product),
+      "all-gathers" and "all-reduces" whose result has the dimensions of a weight matrix in any
+      order. Dimensions of size 1 are ignored.
     """
     known = {_dimensions(shape) for shape in weight_shapes}
     instructions = list(_parse_instructions(hlo))
