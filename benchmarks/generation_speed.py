@@ -35,7 +35,7 @@ from benchmarks.support.results import (
     print_results,
     write_results,
 )
-from benchmarks.support.roofline import decode_cost
+from benchmarks.support.stage_costs import decode_cost
 from benchmarks.support.timing import Timings, time_in_turns
 from ovis_jax import generate
 from ovis_jax.inputs.image_processing import ImageProcessorConfig, preprocess_image

@@ -4,7 +4,7 @@
 `--model` measures a folder in the Hub's layout. Both sides take turns and run the same checkpoint
 on the same number of threads. A ratio is PyTorch's time divided by ours: above 1, ovis_jax is
 faster. The lower bound ("min ms") is computed from the fastest copy and the fastest matrix
-multiplication on this machine (benchmarks/support/roofline.py). The results of both sides must
+multiplication on this machine (benchmarks/support/stage_costs.py). The results of both sides must
 agree in float32 before anything is timed.
 """
 

@@ -29,7 +29,7 @@ from benchmarks.support.results import (
     print_results,
     write_results,
 )
-from benchmarks.support.roofline import vision_cost, visual_head_cost
+from benchmarks.support.stage_costs import vision_cost, visual_head_cost
 from benchmarks.support.timing import format_timing, time_in_turns
 
 

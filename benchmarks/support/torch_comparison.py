@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.support.random_inputs import random_inputs, tree_bytes
-from benchmarks.support.roofline import (
+from benchmarks.support.stage_costs import (
     StageCost,
     decode_cost,
     prefill_cost,
@@ -241,7 +241,7 @@ class TorchComparison:
         # PyTorch's process reads preprocessed inputs: preprocessing is part of ovis_jax.
         np.savez(inputs_path, tokens=tokens, crops=crops)
         arguments = [str(self.folder), self.dtype, str(self.threads)]
-        ours = ["benchmarks.support.cold_start_process", *arguments, PROMPT, str(image_path)]
+        ours = ["benchmarks.support.first_token_process", *arguments, PROMPT, str(image_path)]
         theirs = ["benchmarks.support.transformers_ovis", *arguments, str(inputs_path)]
         read_weights = StageCost(0, tree_bytes(self.jax_side.params))
         return StageComparison(

@@ -21,8 +21,8 @@ from PIL import Image, UnidentifiedImageError
 
 from ovis_jax.errors import ImageError
 from ovis_jax.inputs.image_processing import convert_to_rgb
-from ovis_jax.inputs.unreadable_images import (
-    describe_unreadable,
+from ovis_jax.inputs.unsupported_image_formats import (
+    describe_unsupported_format,
     is_camera_raw,
     register_heic_plugin,
 )
@@ -227,7 +227,7 @@ def open_image_header(data: bytes) -> Image.Image:
         raise TooManyPixelsError("the image has far more pixels than are read") from None
     # Pillow's decoders may raise any exception for a damaged file.
     except Exception:
-        kind, _, _ = (describe_unreadable(data) or "").partition(";")
+        kind, _, _ = (describe_unsupported_format(data) or "").partition(";")
         raise ImageError(f"the bytes are {kind} {_SUPPORTED}" if kind else _BROKEN) from None
 
 
@@ -278,7 +278,7 @@ def _decode(data: bytes, name: str, exact: bool) -> Image.Image:
             raise UnidentifiedImageError
         return _read_pixels(Image.open(io.BytesIO(data)), exact)
     except UnidentifiedImageError as error:
-        kind = describe_unreadable(data)
+        kind = describe_unsupported_format(data)
         raise ImageError(
             f"{name} is {kind}"
             if kind

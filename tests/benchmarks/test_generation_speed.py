@@ -9,7 +9,7 @@ import pytest
 from benchmarks import generation_speed
 from benchmarks.support import machine_peaks
 from benchmarks.support.benchmark_model import BenchmarkModel
-from benchmarks.support.roofline import decode_cost
+from benchmarks.support.stage_costs import decode_cost
 
 STAGES = ("preprocess", "vision", "prefill", "first_token", "step")
 

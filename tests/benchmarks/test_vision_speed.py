@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import vision_speed
 from benchmarks.support import machine_peaks
-from benchmarks.support.roofline import vision_cost, visual_head_cost
+from benchmarks.support.stage_costs import vision_cost, visual_head_cost
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from benchmarks.support.accelerator.random_model import (
 from benchmarks.support.accelerator.results import CaseRunner
 from benchmarks.support.accelerator.settings import Settings
 from benchmarks.support.random_inputs import random_inputs, tree_bytes
-from benchmarks.support.roofline import (
+from benchmarks.support.stage_costs import (
     StageCost,
     decode_cost,
     prefill_cost,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.support.roofline import StageCost, decode_cost, prefill_cost, vision_cost
+from benchmarks.support.stage_costs import StageCost, decode_cost, prefill_cost, vision_cost
 from ovis_jax import presets
 from ovis_jax.sharding import param_shapes
 

@@ -1,6 +1,6 @@
 """A process that loads a checkpoint, answers a question about an image, and prints the first token.
 
-`python -m benchmarks.support.cold_start_process FOLDER DTYPE THREADS PROMPT IMAGE`. The caller
+`python -m benchmarks.support.first_token_process FOLDER DTYPE THREADS PROMPT IMAGE`. The caller
 measures the time from the start of the process.
 """
 

@@ -47,7 +47,7 @@ def register_heic_plugin(data: bytes) -> None:
             importlib.import_module("pillow_heif").register_heif_opener()
 
 
-def describe_unreadable(data: bytes) -> str | None:
+def describe_unsupported_format(data: bytes) -> str | None:
     """Return what an unreadable file is and, after a semicolon, what to do; None if unknown."""
     if not data:
         return "an empty file; copy or download it again"
