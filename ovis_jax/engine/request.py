@@ -264,7 +264,7 @@ class Sequence:
         return "length" if self.num_tokens == self.request.max_new_tokens else None
 
     def _add_text(self, text: str, reason: FinishReason | None) -> FinishReason | None:
-        """Add text, which is the last one if there is a reason, and send what is final."""
+        """Add text, the last one if a reason is given, and send what can no longer change."""
         request, stopped = self.request, False
         if reason:
             text += self._detokenizer.finish()

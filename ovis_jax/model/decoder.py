@@ -136,7 +136,7 @@ class DecoderBlock(nn.Module):
 
 
 def _init_norm(config: DecoderConfig) -> nn.initializers.Initializer:
-    """Return the initializer of a norm's scale, with which the norm multiplies by 1."""
+    """Return the initializer of a norm's scale; with its value, the norm multiplies by 1."""
     return nn.initializers.constant(1 - config.norm_offset)
 
 

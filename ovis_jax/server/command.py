@@ -61,8 +61,8 @@ def serve(
         int | None,
         typer.Option(
             min=1,
-            help="Maximum number of prompt positions processed between two decode steps. The"
-            " default is measured at startup: as many as take the time of two decode steps.",
+            help="Maximum number of prompt positions processed between two decode steps. By"
+            " default, the number that can be processed in the time of two decode steps.",
         ),
     ] = None,
     enable_prefix_caching: Annotated[
@@ -94,7 +94,7 @@ def serve(
         typer.Option(
             min=1,
             help="Maximum number of open requests from one address. The default is half of the"
-            " maximum in total, which is 4 x (--max-num-seqs + --max-queued-requests) + 64.",
+            " maximum of all clients, 4 x (--max-num-seqs + --max-queued-requests) + 64.",
         ),
     ] = None,
     body_timeout: Annotated[

@@ -217,7 +217,7 @@ def check_json_size(body: bytes) -> None:
 
 
 def client_network(scope: Scope) -> str:
-    """Return the address of a client; of an IPv6 address, the network that one client usually has.
+    """Return the address of a client, or for IPv6 the network that one client usually has.
 
     Behind a reverse proxy that uvicorn trusts, it is the address in the header X-Forwarded-For.
     """

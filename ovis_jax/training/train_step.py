@@ -189,7 +189,7 @@ def reference_log_probs(
 ) -> Float[Array, "micro B"]:
     """Return the log-probabilities of the answers in stacked micro-batches.
 
-    With the key and the step of `train_step`, both sample the same visual words.
+    With the same key and step, this function samples the same visual words as `train_step`.
     """
     keys = _micro_batch_keys(model, key, step, batches)
     return jax.lax.map(lambda xs: _answer_log_probs(model, params, *xs), (batches, keys))

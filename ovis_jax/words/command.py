@@ -47,7 +47,7 @@ def draw_visual_words(
     quantization: QuantizationOption = None,
     tensor_parallel: TensorParallelOption = 1,
 ) -> None:
-    """Draw the entropy of an image's visual tokens as a heat map, and list its commonest words."""
+    """Draw the entropy of an image's visual tokens, and list its most frequent visual words."""
     with require_extra("train"):
         from ovis_jax.words import entropy_heatmap
     if len(image) > 2:
