@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int, Key, UInt32
 
 from ovis_jax.engine.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from ovis_jax.inference.sampling import MAX_TOP_K, Sampling, derive_image_key, sample
+from ovis_jax.model.cpu import update_slice
 from ovis_jax.model.kv_cache import Cache
 from ovis_jax.model.ovis import Ovis, Params
 
@@ -233,9 +234,7 @@ def add_visual_embeddings(
     state: PrefillState, embeddings: Float[Array, "M D"], row: Int[ArrayLike, ""]
 ) -> PrefillState:
     """Write the visual embeddings of a crop into `state.visual`, starting at `row`."""
-    embeddings = embeddings.astype(state.visual.dtype)
-    visual = jax.lax.dynamic_update_slice_in_dim(state.visual, embeddings, row, axis=0)
-    return state._replace(visual=visual)
+    return state._replace(visual=update_slice(state.visual, embeddings, row, axis=0))
 
 
 def reuse_cache(state: PrefillState, cache: Cache, slot: Int[ArrayLike, ""]) -> PrefillState:
@@ -298,7 +297,7 @@ def insert_and_sample(
     row = DecodeState(cache, sampled.tokens, jnp.ones((1,), jnp.int32), counts, params)
 
     def put(rows: Array, row: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(rows, row.astype(rows.dtype), slot, 0)
+        return update_slice(rows, row, slot, axis=0)
 
     return jax.tree.map(put, state, row), sampled
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Int, Real
 
 from ovis_jax.model.layers import matmul_precision
@@ -150,24 +150,26 @@ def lookup_rows(
     return jax.lax.platform_dependent(table, tokens, cpu=lookup_with_barrier, default=lookup)
 
 
-def write_slot(
-    row: Real[Array, "K S H"], value: Real[Array, "K 1 H"], slot: Int[Array, ""]
-) -> Real[Array, "K S H"]:
-    """Write the key or value of one position into a row of a cache.
+def update_slice(
+    array: Real[Array, "..."], update: Real[Array, "..."], start: Int[ArrayLike, ""], axis: int
+) -> Real[Array, "..."]:
+    """Replace a slice of an array along an axis, as `jax.lax.dynamic_update_slice_in_dim` does.
 
-    On a CPU, XLA would convert a whole bfloat16 row to float32 to update it. This function instead
-    selects between the old and the new values, which takes a single pass over the row.
+    On a CPU, XLA would convert a whole bfloat16 array to float32 to update it. The bits are
+    therefore updated as integers, which takes the time of the slice alone if the array is donated.
     """
 
-    def update(row: Array, value: Array, slot: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(row, value, slot, axis=1)
+    def replace(array: Array, update: Array, start: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(array, update, start, axis)
 
-    def select(row: Array, value: Array, slot: Array) -> Array:
-        is_written = jnp.arange(row.shape[1])[None, :, None] == slot  # [1, S, 1]
-        return jnp.where(is_written, value, row)
+    def replace_bits(array: Array, update: Array, start: Array) -> Array:
+        bits, new_bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (array, update))
+        return jax.lax.bitcast_convert_type(replace(bits, new_bits, start), array.dtype)
 
-    on_cpu = update if row.dtype == jnp.float32 else select
-    return jax.lax.platform_dependent(row, value, slot, cpu=on_cpu, default=update)
+    on_cpu = replace_bits if array.dtype == jnp.bfloat16 else replace
+    return jax.lax.platform_dependent(
+        array, update.astype(array.dtype), jnp.asarray(start), cpu=on_cpu, default=replace
+    )
 
 
 def squeeze_single_row(cache: Any) -> Any:

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ovis_jax.config import DecoderConfig
-from ovis_jax.model.cpu import write_slot
+from ovis_jax.model.cpu import update_slice
 from ovis_jax.model.plain_attention import run_kernel_per_device
 from ovis_jax.model.quantized_kv import QuantizedKV
 
@@ -134,7 +134,7 @@ def append_chunk(
             new = jnp.take(values, columns, axis=1).reshape(current.shape)
             is_new = (stored >= positions[0]).reshape(1, -1, tile, *[1] * (old.ndim - 2))
             current = jnp.where(is_new, new, current)
-            tiles = jax.lax.dynamic_update_slice_in_dim(tiles, current, begin, axis=1)
+            tiles = update_slice(tiles, current, begin, axis=1)
         return tiles.reshape(old.shape)
 
     def write(old: Array, values: Array) -> Array:
@@ -157,7 +157,7 @@ def append_token(block: KeyValue, key_value: NewKeyValue, positions: Int[Array, 
         if rows.ndim == 3:  # scales
             is_written = jnp.arange(rows.shape[2])[None, None] == slots[:, None, None]
             return jnp.where(is_written, values, rows)
-        return _map_rows(write_slot, rows, values, slots)
+        return _map_rows(partial(update_slice, axis=1), rows, values, slots)
 
     def write_int8_on_tpu(rows: Array, values: Array) -> Array:
         if rows.dtype != jnp.int8:
