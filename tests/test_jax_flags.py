@@ -11,7 +11,7 @@ import pytest
 from shallow import shallow_config
 
 from ovis_jax import Ovis, Sampling, generate, score, stream, visual_words
-from ovis_jax.engine.runner import ModelRunner
+from ovis_jax.engine.runner import Chunk, Crop, ModelRunner, Start
 from ovis_jax.engine.state import make_sampling_params
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model.ovis import forward
@@ -123,17 +123,18 @@ def run_train_step(model, params, inputs, key, sampling):
 def run_engine_programs(model, params, inputs, key, sampling):
     runner = ModelRunner(model, params, max_num_seqs=2, max_model_len=24, chunk_size=8)
     tokens, pixels = np.asarray(inputs.tokens)[0], np.asarray(inputs.pixels)
-    embeddings = runner.run_encoder(pixels[0], 0, 5)
-    prefill = runner.run_add_visual(runner.init_prefill_state(), embeddings, 0)
+    visual, embeddings = runner.run_encoder(runner.init_visual(), [Crop(pixels[0], 0, 0, 5)])
+    visual = runner.run_add_visual(visual, embeddings[0], 0, 0)
+    state = runner.init_decode_state()
     for start in range(0, len(tokens), runner.chunk_size):
-        prefill, logits = runner.run_prefill(prefill, tokens, start)
+        state, logits = runner.run_prefill(state, visual, [Chunk(tokens, start, 1, 0)])
     options = make_sampling_params(sampling_numbers(), 5, 0)
-    state, first = runner.run_insert(runner.init_decode_state(), 1, prefill, logits, options)
+    state, first = runner.run_start(state, logits, [Start(1, 0, options, None)])
     found = [first]
     for mode in ("greedy", "temperature", "full"):
         state, sampled = runner.run_decode(state, np.array([False, True]), mode)
         found.append(sampled)
-    runner.run_reuse(prefill, state, 1)
+    runner.run_copy(state, 1, 0)
     return logits, [(x.tokens[-1], x.logprobs[-1]) for x in jax.device_get(found)]
 
 

@@ -125,6 +125,7 @@ class Request:
         earlier request contains them.
       cached_crops: Number of crops that were not encoded, because an earlier request has.
       completion_tokens: Number of tokens generated so far, in all choices.
+      num_started: Number of choices that have been started.
       num_unfinished: Number of choices that are not yet complete.
     """
 
@@ -149,6 +150,7 @@ class Request:
     cached_tokens: int = 0
     cached_crops: int = 0
     completion_tokens: int = 0
+    num_started: int = 0
     num_unfinished: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -6,9 +6,9 @@ sampling parameters use the same programs, so they cause no recompilation.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 import jax
 import numpy as np
@@ -21,20 +21,19 @@ from ovis_jax.config import VisionConfig
 from ovis_jax.engine.state import (
     MAX_EOS_IDS,
     DecodeState,
-    PrefillState,
     SampledTokens,
     SamplingMode,
     SamplingParams,
     add_visual_embeddings,
+    copy_cache,
     decode,
-    encode_image,
+    encode_crops,
     init_decode_state,
-    init_prefill_state,
-    insert_and_sample,
+    init_visual,
     make_sampling_params,
-    prefill_chunk,
-    reuse_cache,
+    prefill_chunks,
     split_seed,
+    start_sequences,
 )
 from ovis_jax.errors import OvisError
 from ovis_jax.inference.sampling import Sampling
@@ -43,13 +42,51 @@ from ovis_jax.model.kv_cache import Cache, num_slots
 from ovis_jax.model.ovis import Ovis, Params, activation_dtype
 from ovis_jax.sharding import mesh_axis
 
+_T = TypeVar("_T")
+
+
+class Crop(NamedTuple):
+    """A crop whose visual embeddings are computed."""
+
+    pixels: Float32[np.ndarray, "h w C"]
+    lane: int
+    """The lane of its prompt."""
+    index: int
+    """The index of the crop in its prompt."""
+    seed: int
+    """The seed of its prompt."""
+
+
+class Chunk(NamedTuple):
+    """The next positions of a prompt."""
+
+    tokens: Int32[np.ndarray, "T"]
+    """Token ids of the whole prompt."""
+    start: int
+    """Number of positions that are already in the cache."""
+    slot: int
+    lane: int
+
+
+class Start(NamedTuple):
+    """A sequence that starts after its prompt."""
+
+    slot: int
+    row: int
+    """The row of the prompt's logits."""
+    params: SamplingParams
+    mask: UInt32[np.ndarray, "words"] | None
+    """The tokens that the sequence's constraint allows; None if it has none."""
+
 
 class ModelRunner:
     """Runs the programs of one model, which the constructor compiles.
 
-    Every method that takes a state donates it and returns the new one. Methods return before the
-    device has computed their results; `jax.device_get` waits for them. On a mesh, the caches are
-    sharded over the key/value heads, like the parameters; all other state is replicated.
+    Every method that takes a state or the lanes of visual embeddings donates them and returns the
+    new ones. Methods return before the device has computed their results; `jax.device_get` waits
+    for them. On a mesh, the caches are sharded over the key/value heads, like the parameters; all
+    other state is replicated. The programs for crops, chunks and starts take one of them or
+    `prefill_lanes` of them; the last one is repeated to fill a program.
 
     Args:
       model: The model.
@@ -57,6 +94,7 @@ class ModelRunner:
       max_num_seqs: Number of slots, which is the maximum number of concurrent sequences.
       max_model_len: Maximum total length of a prompt and its answer, in positions.
       chunk_size: Number of prompt positions per prefill step.
+      prefill_lanes: Maximum number of prompts that are prefilled at a time.
 
     Attributes:
       tokens_per_crop: Number of visual tokens of a crop, M.
@@ -77,6 +115,7 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         chunk_size: int,
+        prefill_lanes: int = 1,
     ):
         num_eos_ids = len(model.config.eos_ids)
         if num_eos_ids > MAX_EOS_IDS:
@@ -85,6 +124,7 @@ class ModelRunner:
             )
         self._params = params
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
+        self.prefill_lanes = min(prefill_lanes, max_num_seqs)
         self.chunk_size = min(chunk_size, max_model_len)
         self.tokens_per_crop = model.config.visual_tokenizer.tokens_per_crop
         self.ring_slots = min(
@@ -94,28 +134,30 @@ class ModelRunner:
         self._mask_length = -(-model.config.decoder.vocab_size // 32)
         dtype = activation_dtype(params)
         max_crops = self.max_model_len // self.tokens_per_crop
-        visual_rows = max_crops * self.tokens_per_crop + self.chunk_size
+        visual_rows = max(max_crops, 1) * self.tokens_per_crop
         replicated, sharded_cache = _shardings(params, model.config.decoder.num_kv_heads)
         decode_sharding = DecodeState(sharded_cache, *[replicated] * 4)
-        prefill_sharding = PrefillState(sharded_cache, replicated)
         self.init_decode_state: Callable[[], DecodeState] = jax.jit(
             partial(init_decode_state, model, max_num_seqs, max_model_len, dtype),
             out_shardings=decode_sharding,
         )
-        self.init_prefill_state: Callable[[], PrefillState] = jax.jit(
-            partial(init_prefill_state, model, visual_rows, max_model_len, dtype),
-            out_shardings=prefill_sharding,
+        self.init_visual: Callable[[], Float[Array, "lanes rows D"]] = jax.jit(
+            partial(init_visual, model, self.prefill_lanes, visual_rows, dtype),
+            out_shardings=replicated,
         )
         # Explicitly, so that the engine also runs where implicit transfers are disallowed.
         self._put_on_device = partial(jax.device_put, device=replicated)
-        self._encode_image = _compile_once(partial(encode_image, model), None, replicated)
-        self._add_visual_embeddings = _compile_once(add_visual_embeddings, 0, prefill_sharding)
-        self._reuse_cache = _compile_once(reuse_cache, 0, prefill_sharding)
-        self._prefill_chunk = _compile_once(
-            partial(prefill_chunk, model), 1, (prefill_sharding, replicated)
-        )
+        self._add_visual_embeddings = _compile_once(add_visual_embeddings, 0, replicated)
+        self._copy_cache = _compile_once(copy_cache, 0, decode_sharding)
         out_shardings = decode_sharding, replicated
-        self._insert = _compile_once(insert_and_sample, 0, out_shardings)
+        sizes = sorted({1, self.prefill_lanes})
+        self._encode_crops = {
+            n: _compile_once(partial(encode_crops, model), 1, replicated) for n in sizes
+        }
+        self._prefill_chunks = {
+            n: _compile_once(partial(prefill_chunks, model), 1, out_shardings) for n in sizes
+        }
+        self._start_sequences = {n: _compile_once(start_sequences, 0, out_shardings) for n in sizes}
         self._decode = {
             mode: _compile_once(partial(decode, model, mode), 1, out_shardings)
             for mode in get_args(SamplingMode)
@@ -130,92 +172,99 @@ class ModelRunner:
     def _warm_up(self, vision: VisionConfig) -> None:
         """Run every program once to compile it, then measure those that a budget depends on."""
         pixels = np.zeros((vision.image_size, vision.image_size, vision.num_channels), np.float32)
-        embeddings = self.run_encoder(pixels, 0, 0)
-        prefill = self.run_add_visual(self.init_prefill_state(), embeddings, 0)
-        tokens = np.zeros(1, np.int32)
-        prefill, logits = self.run_prefill(prefill, tokens, 0)
-        params = make_sampling_params(Sampling(), 0, 0)
-        state, _ = self.run_insert(self.init_decode_state(), 0, prefill, logits, params)
-        prefill = self.run_reuse(prefill, state, 0)
+        crop, chunk = Crop(pixels, 0, 0, 0), Chunk(np.zeros(1, np.int32), 0, 0, 0)
+        start = Start(0, 0, make_sampling_params(Sampling(), 0, 0), None)
+        state, visual = self.init_decode_state(), self.init_visual()
+        for n in self._encode_crops:
+            visual, embeddings = self.run_encoder(visual, [crop] * n)
+            visual = self.run_add_visual(visual, embeddings[0], 0, 0)
+            state, logits = self.run_prefill(state, visual, [chunk] * n)
+            state, _ = self.run_start(state, logits, [start] * n)
+        state = self.run_copy(state, 0, 0)
         inactive = np.zeros(self.max_num_seqs, bool)
         for mode in get_args(SamplingMode):
             for masks in (None, self.allow_all()):
                 state, _ = self.run_decode(state, inactive, mode, masks)
-        jax.block_until_ready((prefill, state))
-        seconds_per_position = _seconds(self.run_prefill, prefill, tokens, 0) / self.chunk_size
-        crop_seconds = _seconds(self.run_encoder, pixels, 0, 0)
-        step_seconds = _seconds(self.run_decode, state, inactive, "greedy")
-        self.crop_cost = math.ceil(crop_seconds / seconds_per_position)
+        jax.block_until_ready((state, visual))
+        (state, _), chunk_seconds = _timed(self.run_prefill, state, visual, [chunk])
+        (state, _), step_seconds = _timed(self.run_decode, state, inactive, "greedy")
+        _, crop_seconds = _timed(self.run_encoder, visual, [crop])
+        seconds_per_position = chunk_seconds / self.chunk_size
         self.positions_per_decode_step = math.ceil(step_seconds / seconds_per_position)
+        self.crop_cost = math.ceil(crop_seconds / seconds_per_position)
 
     def allow_all(self) -> UInt32[np.ndarray, "B n"]:
         """Return masks for `run_decode` that allow every token in every slot."""
         return np.full((self.max_num_seqs, self._mask_length), 2**32 - 1, np.uint32)
 
+    def _fill(self, items: Sequence[_T]) -> list[_T]:
+        """Return as many items as a program takes; the last one is repeated."""
+        return _repeat_last(items, 1 if len(items) == 1 else self.prefill_lanes)
+
     def run_encoder(
-        self, pixels: Float32[np.ndarray, "h w C"], crop: int, seed: int
-    ) -> Float[Array, "M D"]:
-        """Compute the visual embeddings of the prompt's crop with the index `crop`."""
-        row = np.int32(crop * self.tokens_per_crop)
-        arrays = self._put_on_device((pixels, row, split_seed(seed)))
-        return self._encode_image(self._params, *arrays)
-
-    def run_add_visual(
-        self, state: PrefillState, embeddings: Float[Array, "M D"], crop: int
-    ) -> PrefillState:
-        """Add the visual embeddings of the prompt's crop with the index `crop`."""
-        row = self._put_on_device(np.int32(crop * self.tokens_per_crop))
-        return self._add_visual_embeddings(state, embeddings, row)
-
-    def run_reuse(self, state: PrefillState, decode_state: DecodeState, slot: int) -> PrefillState:
-        """Start a prompt with a copy of the cache of a slot; `decode_state` is not donated."""
-        row = self._put_on_device(np.int32(slot))
-        return self._reuse_cache(state, decode_state.cache, row)
-
-    def run_prefill(
-        self, state: PrefillState, tokens: Int32[np.ndarray, "T"], start: int
-    ) -> tuple[PrefillState, Float[Array, "1 V"]]:
-        """Prefill the chunk of a prompt that begins at position `start`.
-
-        Args:
-          state: The state after the previous chunk, with the visual embeddings of all crops.
-          tokens: Token ids of the whole prompt.
-          start: Number of positions that are already in the cache.
+        self, visual: Float[Array, "lanes rows D"], crops: Sequence[Crop]
+    ) -> tuple[Float[Array, "lanes rows D"], tuple[Float[Array, "M D"], ...]]:
+        """Compute the visual embeddings of at most `prefill_lanes` crops.
 
         Returns:
-          The new state, and the logits at the chunk's last position.
+          The new `visual`, which contains them, and the embeddings of each crop.
         """
-        ids = np.zeros((1, self.chunk_size), np.int32)
-        positions = np.full_like(ids, -1)
-        chunk = tokens[start : start + self.chunk_size]
-        ids[0, : len(chunk)] = chunk
-        positions[0, : len(chunk)] = np.arange(start, start + len(chunk))
-        row = np.int32(np.count_nonzero(tokens[:start] == IMAGE_SLOT))
-        arrays = self._put_on_device((ids, positions, row))
-        return self._prefill_chunk(self._params, state, *arrays)
+        pixels, lanes, indices, seeds = zip(*self._fill(crops), strict=True)
+        rows = np.array(indices, np.int32) * np.int32(self.tokens_per_crop)
+        split = np.stack([split_seed(seed) for seed in seeds])
+        arrays = np.stack(pixels), np.array(lanes, np.int32), rows, split
+        program = self._encode_crops[len(lanes)]
+        visual, embeddings = program(self._params, visual, *self._put_on_device(arrays))
+        return visual, embeddings[: len(crops)]
 
-    def run_insert(
+    def run_add_visual(
         self,
-        state: DecodeState,
-        slot: int,
-        prefill: PrefillState,
-        logits: Float[Array, "1 V"],
-        sampling_params: SamplingParams,
-        mask: UInt32[np.ndarray, "n"] | None = None,
-    ) -> tuple[DecodeState, SampledTokens]:
-        """Start a sequence in a slot; `prefill` is not donated.
+        visual: Float[Array, "lanes rows D"],
+        embeddings: Float[Array, "M D"],
+        lane: int,
+        index: int,
+    ) -> Float[Array, "lanes rows D"]:
+        """Add the visual embeddings of a prompt's crop with the index `index` to a lane."""
+        numbers = self._put_on_device((np.int32(lane), np.int32(index * self.tokens_per_crop)))
+        return self._add_visual_embeddings(visual, embeddings, *numbers)
 
-        Args:
-          state: The state of all slots.
-          slot: Index of the slot.
-          prefill: The state after the prompt's last chunk.
-          logits: The logits at the prompt's last position.
-          sampling_params: Sampling parameters of the sequence.
-          mask: The tokens that the sequence's constraint allows; None if it has none.
+    def run_copy(self, state: DecodeState, source: int, target: int) -> DecodeState:
+        """Copy the cache of a slot to another slot."""
+        return self._copy_cache(state, *self._put_on_device((np.int32(source), np.int32(target))))
+
+    def run_prefill(
+        self, state: DecodeState, visual: Float[Array, "lanes rows D"], chunks: Sequence[Chunk]
+    ) -> tuple[DecodeState, Float[Array, "n V"]]:
+        """Prefill chunks of at most `prefill_lanes` prompts; `visual` is not donated.
+
+        Returns:
+          The new state, and the logits at each chunk's last position.
         """
-        mask = self.allow_all()[0] if mask is None else mask
-        row, params, mask = self._put_on_device((np.int32(slot), sampling_params, mask))
-        return self._insert(state, row, prefill.cache, logits, params, mask)
+        filled = self._fill(chunks)
+        ids = np.zeros((len(filled), self.chunk_size), np.int32)
+        positions = np.full_like(ids, -1)
+        numbers = np.zeros((3, len(filled)), np.int32)
+        for i, (tokens, start, slot, lane) in enumerate(filled):
+            chunk = tokens[start : start + self.chunk_size]
+            ids[i, : len(chunk)] = chunk
+            positions[i, : len(chunk)] = np.arange(start, start + len(chunk))
+            numbers[:, i] = slot, lane, np.count_nonzero(tokens[:start] == IMAGE_SLOT)
+        arrays = self._put_on_device((ids, positions, *numbers))
+        return self._prefill_chunks[len(filled)](self._params, state, visual, *arrays)
+
+    def run_start(
+        self, state: DecodeState, logits: Float[Array, "m V"], starts: Sequence[Start]
+    ) -> tuple[DecodeState, SampledTokens]:
+        """Start at most as many sequences as there are rows of logits, after their prompts."""
+        slots, rows, params, masks = zip(*_repeat_last(starts, len(logits)), strict=True)
+        all_allowed = self.allow_all()[0]
+        arrays = (
+            np.array(slots, np.int32),
+            np.array(rows, np.int32),
+            jax.tree.map(lambda *x: np.stack(x), *params),
+            np.stack([all_allowed if mask is None else mask for mask in masks]),
+        )
+        return self._start_sequences[len(slots)](state, logits, *self._put_on_device(arrays))
 
     def run_decode(
         self,
@@ -238,10 +287,15 @@ class ModelRunner:
         return program(self._params, state, *self._put_on_device((active, masks)))
 
 
-def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
+def _repeat_last(items: Sequence[_T], size: int) -> list[_T]:
+    return [*items, *[items[-1]] * (size - len(items))]
+
+
+def _timed(function: Callable[..., _T], *arguments: Any) -> tuple[_T, float]:
+    """Return the result of a function, and the seconds until the device has computed it."""
     start = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - start
+    result = jax.block_until_ready(function(*arguments))
+    return result, time.perf_counter() - start
 
 
 def _compile_once(

@@ -17,12 +17,12 @@ from typing import NamedTuple, cast, get_args
 import jax
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from ovis_jax.engine.constraints import ConstraintError
 from ovis_jax.engine.prefix_cache import CachedTokens, VisualEmbeddingCache
 from ovis_jax.engine.request import EngineError, Failure, Logprob, Request, Sequence, TokenLogprobs
-from ovis_jax.engine.runner import ModelRunner
+from ovis_jax.engine.runner import Chunk, Crop, ModelRunner, Start
 from ovis_jax.engine.state import SampledTokens, SamplingMode, make_sampling_params
 from ovis_jax.errors import OvisError
 from ovis_jax.inputs.image_processing import IMAGE_SLOT
@@ -49,45 +49,58 @@ class QueueFullError(OvisError):
     """Too many requests are waiting."""
 
 
-@dataclass
-class PrefillProgress:
-    """The request whose prompt is being prefilled, and its progress.
-
-    Attributes:
-      request: The request.
-      reused_slot: The slot whose cache the prompt continues; None if it starts from position 0.
-      num_crops_encoded: Number of crops that are encoded, or in the reused cache.
-      num_tokens_read: Number of prompt positions in the cache.
-      logits: Logits at the prompt's last position; None until the whole prompt is prefilled.
-      num_choices_started: Number of choices whose generation has started.
-    """
-
-    request: Request
-    reused_slot: int | None = None
-    num_crops_encoded: int = 0
-    num_tokens_read: int = 0
-    logits: Float[Array, "1 V"] | None = None
-    num_choices_started: int = 0
-
-
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """A row of the decode state.
 
     Attributes:
-      sequence: The sequence that is being generated; None if the slot is free.
-      cached: The tokens in the row's cache, also of a sequence that has ended.
-      last_used: When the sequence started, as a count of all sequences.
+      index: The row.
+      sequence: The sequence that is being generated, if any.
+      is_prefilling: Whether a prompt is being written to the row's cache.
+      cached: The tokens in the row's cache, also of a sequence that has ended. While a prompt is
+        being written, all of its tokens.
+      last_used: When the row was last taken, as a count of all rows taken.
     """
 
+    index: int
     sequence: Sequence | None = None
+    is_prefilling: bool = False
     cached: CachedTokens = field(default_factory=lambda: CachedTokens(np.zeros(0, np.int32), (), 0))
     last_used: int = 0
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a request can take the slot."""
+        return self.sequence is None and not self.is_prefilling
 
     @property
     def num_dispatched(self) -> int:
         """Number of tokens that are sampled or being sampled: one by prefill, one per step."""
         return self.cached.num_cached - self.cached.num_prompt + 1
+
+
+@dataclass(eq=False)
+class PrefillProgress:
+    """A prompt that is being prefilled.
+
+    Attributes:
+      request: The request.
+      slot: The slot whose cache the prompt is written to.
+      lane: Index of the lane with the prompt's visual embeddings.
+      num_crops_encoded: Number of crops that are encoded, or in the reused cache.
+      num_tokens_read: Number of prompt positions in the cache.
+    """
+
+    request: Request
+    slot: Slot
+    lane: int
+    num_crops_encoded: int
+    num_tokens_read: int
+
+    @property
+    def has_crops(self) -> bool:
+        """Whether crops are left to encode."""
+        return self.num_crops_encoded < len(self.request.pixels)
 
 
 class SampledStep(NamedTuple):
@@ -101,9 +114,10 @@ class SampledStep(NamedTuple):
 class Scheduler:
     """Decides what the model runs next, in a separate thread.
 
-    Prompts are prefilled in order of arrival. Between two decode steps, the thread runs at least
-    one prefill step, and more as long as they do not exceed `max_num_batched_tokens`. Running
-    sequences therefore never wait for a whole prompt.
+    Prompts are prefilled in order of arrival, as many at a time as the runner has lanes: a prefill
+    step encodes a crop, or reads a chunk, of each of them. Between two decode steps, the thread
+    runs at least one prefill step, and more as long as they do not exceed `max_num_batched_tokens`.
+    Running sequences therefore never wait for a whole prompt.
 
     The mask of a sequence with a constraint depends on its last token. Such a sequence therefore
     joins every second decode step, if its mask is ready by then. The others never wait for a mask.
@@ -141,7 +155,7 @@ class Scheduler:
         self.max_model_len, self.max_num_seqs = runner.max_model_len, runner.max_num_seqs
         self.changed = threading.Condition()
         self._runner = runner
-        self._state, self._prefill_state = runner.init_decode_state(), runner.init_prefill_state()
+        self._state, self._visual = runner.init_decode_state(), runner.init_visual()
         self._max_queued_requests = max_queued_requests
         share = math.ceil(PREFILL_SHARE * runner.positions_per_decode_step)
         self._max_num_batched_tokens = max_num_batched_tokens or share
@@ -150,10 +164,10 @@ class Scheduler:
         self.reuses_requests = enable_prefix_caching and not samples_words
         self.visual_embeddings = VisualEmbeddingCache(MAX_VISUAL_CACHE_BYTES)
         self._waiting: deque[Request] = deque()
-        self._prefill: PrefillProgress | None = None
-        self._slots = [Slot() for _ in range(runner.max_num_seqs)]
+        self._prefills: list[PrefillProgress] = []
+        self._slots = [Slot(index) for index in range(runner.max_num_seqs)]
         self._unread: deque[SampledStep] = deque()
-        self._num_started = 0
+        self._num_taken = 0
         self._closing, self._abort, self._failed = False, False, False
         self._thread = threading.Thread(target=self._run, name="ovis-engine", daemon=True)
         self._thread.start()
@@ -161,7 +175,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Number of requests whose prompt has not been fully prefilled."""
-        return len(self._waiting) + (self._prefill is not None)
+        return len(self._waiting) + len(self._prefills)
 
     @property
     def num_running(self) -> int:
@@ -230,11 +244,11 @@ class Scheduler:
                 log.exception("a step of the model failed")
                 self._fail_all()
                 self._unread.clear()
-                self._slots = [Slot() for _ in self._slots]
+                self._slots = [Slot(slot.index) for slot in self._slots]
                 self.visual_embeddings.clear()
                 try:  # the failed step may have consumed the donated state
                     self._state = self._runner.init_decode_state()
-                    self._prefill_state = self._runner.init_prefill_state()
+                    self._visual = self._runner.init_visual()
                 except Exception:
                     log.exception("the model cannot run any more")
                     with self.changed:
@@ -272,9 +286,11 @@ class Scheduler:
         with self.changed:
             removed = [request for request in self._waiting if matches(request)]
             self._waiting = deque(request for request in self._waiting if not matches(request))
-        if self._prefill and matches(self._prefill.request):
-            removed.append(self._prefill.request)
-            self._prefill = None
+        for prefill in [x for x in self._prefills if matches(x.request)]:
+            removed.append(prefill.request)
+            self._end_prefill(prefill)
+            read = prefill.request.tokens[: prefill.num_tokens_read]
+            prefill.slot.cached = self._cached_tokens(prefill.request, read)
         for slot in self._slots:
             if slot.sequence and matches(slot.sequence.request):
                 removed.append(slot.sequence.request)
@@ -285,30 +301,48 @@ class Scheduler:
         """Run prefill steps within the budget, at least one, and start sequences that are ready."""
         num_positions = 0
         while True:
-            if self._prefill is None:
-                with self.changed:
-                    if not self._waiting:
-                        return
-                    request = self._waiting.popleft()
-                self._prefill = self._begin_prefill(request)
-            prefill = self._prefill
-            if prefill.logits is None:
-                cost = self._step_cost(prefill)
-                too_long = num_positions + cost > self._max_num_batched_tokens
-                if num_positions and self.num_running and too_long:
-                    return
-                self._run_prefill_step(prefill)
-                num_positions += cost
-            if prefill.logits is not None:
-                self._start_sequences(prefill, prefill.logits)
-                if self._prefill and prefill.num_choices_started < prefill.request.num_choices:
-                    return  # all slots are in use
-                self._prefill = None
+            self._begin_prefills()
+            if not self._prefills:
+                return
+            has_crops = self._prefills[0].has_crops
+            cost = self._runner.crop_cost if has_crops else self._runner.chunk_size
+            allowed = self._runner.prefill_lanes
+            if self.num_running:
+                remaining = self._max_num_batched_tokens - num_positions
+                allowed = min(allowed, max(remaining // cost, num_positions == 0))
+            if not allowed:
+                return
+            run = self._encode_crops if has_crops else self._prefill_chunks
+            num_positions += cost * run(allowed)
 
-    def _begin_prefill(self, request: Request) -> PrefillProgress:
-        """Find the slot with the longest common prefix, and copy its cache."""
-        best, length = 0, 0
-        for number, slot in enumerate(self._slots):
+    def _begin_prefills(self) -> None:
+        """Begin to prefill waiting requests while there are free slots and lanes."""
+        lanes = self._runner.prefill_lanes
+        while len(self._prefills) < lanes and any(slot.is_free for slot in self._slots):
+            with self.changed:
+                if not self._waiting:
+                    return
+                request = self._waiting.popleft()
+            prefill = self._begin_prefill(request)
+            if prefill is None:
+                with self.changed:
+                    self._waiting.appendleft(request)
+                return
+            prefill.slot.is_prefilling = True
+            self._take(prefill.slot, request)
+            self._prefills.append(prefill)
+
+    def _begin_prefill(self, request: Request) -> PrefillProgress | None:
+        """Choose a slot for a prompt, with a copy of the longest prefix that another slot has.
+
+        Returns:
+          The prompt's progress; None if it is better to wait for another prompt's prefix.
+        """
+        lanes = set(range(self._runner.prefill_lanes))
+        lane = min(lanes - {prefill.lane for prefill in self._prefills})
+        best, length = None, MIN_CACHED_TOKENS - 1
+        # A slot that is being prefilled comes last, and is only worth waiting for if it has more.
+        for slot in sorted(self._slots, key=lambda slot: slot.is_prefilling):
             if self.reuses_requests:
                 common = slot.cached.common_prefix(
                     request.tokens,
@@ -316,89 +350,140 @@ class Scheduler:
                     self._runner.tokens_per_crop,
                     self._runner.ring_slots,
                 )
-                best, length = (number, common) if common > length else (best, length)
-        if length < MIN_CACHED_TOKENS:
-            return PrefillProgress(request)
-        request.cached_tokens = length
-        self._prefill_state = self._runner.run_reuse(self._prefill_state, self._state, best)
+                best, length = (slot, common) if common > length else (best, length)
+        if best is None:
+            return PrefillProgress(request, self._free_slots()[0], lane, 0, 0)
+        if best.is_prefilling:
+            return None
+        # A slot is continued without a copy if most of its cache is in the prompt.
+        target = best if best.is_free and 2 * length >= best.cached.num_cached else None
+        target = target or next((x for x in self._free_slots() if x is not best), best)
+        if target is not best:
+            self._state = self._runner.run_copy(self._state, best.index, target.index)
         visual_tokens = int(np.count_nonzero(request.tokens[:length] == IMAGE_SLOT))
-        request.cached_crops = visual_tokens // self._runner.tokens_per_crop
-        return PrefillProgress(request, best, request.cached_crops, length)
+        num_crops = visual_tokens // self._runner.tokens_per_crop
+        if not request.num_started:
+            request.cached_tokens, request.cached_crops = length, num_crops
+        return PrefillProgress(request, target, lane, num_crops, length)
 
-    def _step_cost(self, prefill: PrefillProgress) -> int:
-        """Return the cost of the next prefill step, in positions."""
-        has_crops = prefill.num_crops_encoded < len(prefill.request.pixels)
-        return self._runner.crop_cost if has_crops else self._runner.chunk_size
+    def _take(self, slot: Slot, request: Request) -> None:
+        """Record that a slot is taken for a request, whose prompt its cache contains or will."""
+        slot.cached = self._cached_tokens(request, request.tokens)
+        self._num_taken += 1
+        slot.last_used = self._num_taken
 
-    def _run_prefill_step(self, prefill: PrefillProgress) -> None:
-        """Encode the next crop or, once all crops are encoded, prefill the next chunk."""
-        request, runner = prefill.request, self._runner
-        while prefill.num_crops_encoded < len(request.pixels):
-            crop = prefill.num_crops_encoded
-            digest = request.crop_digests[crop] if self.reuses_requests else None
-            embeddings = cached = self.visual_embeddings.get(digest) if digest else None
-            if embeddings is None:
-                embeddings = runner.run_encoder(request.pixels[crop], crop, request.seed)
+    def _free_slots(self) -> list[Slot]:
+        """Return the free slots, those whose cache is least likely to be reused first."""
+        return sorted((x for x in self._slots if x.is_free), key=lambda slot: slot.last_used)
+
+    def _cached_tokens(self, request: Request, tokens: Int32[np.ndarray, "T"]) -> CachedTokens:
+        digests = request.crop_digests if self.reuses_requests else ()
+        return CachedTokens(tokens, digests, self.max_model_len)
+
+    def _end_prefill(self, prefill: PrefillProgress) -> None:
+        """Give back the lane of a prompt, and its slot."""
+        self._prefills.remove(prefill)
+        prefill.slot.is_prefilling = False
+
+    def _encode_crops(self, max_crops: int) -> int:
+        """Encode the next crops of all prompts, oldest prompt first; return their number."""
+        crops: list[Crop] = []
+        digests: list[bytes | None] = []
+        for prefill in self._prefills:
+            request = prefill.request
+            while prefill.has_crops:
+                index = prefill.num_crops_encoded
+                digest = request.crop_digests[index] if self.reuses_requests else None
+                cached = self.visual_embeddings.get(digest) if digest else None
+                if cached is not None:
+                    self._visual = self._runner.run_add_visual(
+                        self._visual, cached, prefill.lane, index
+                    )
+                    request.cached_crops += not request.num_started
+                elif len(crops) == max_crops or (digest and digest in digests):
+                    break  # the crop is encoded, or found in the cache, in the next step
+                else:
+                    pixels = request.pixels[index]
+                    crops.append(Crop(pixels, prefill.lane, index, request.seed))
+                    digests.append(digest)
+                prefill.num_crops_encoded += 1
+        if crops:
+            self._visual, embeddings = self._runner.run_encoder(self._visual, crops)
+            for digest, values in zip(digests, embeddings, strict=True):
                 if digest:
-                    self.visual_embeddings.put(digest, embeddings)
-            self._prefill_state = runner.run_add_visual(self._prefill_state, embeddings, crop)
-            prefill.num_crops_encoded += 1
-            if cached is None:
-                return
-            request.cached_crops += 1
-        self._prefill_state, logits = runner.run_prefill(
-            self._prefill_state, request.tokens, prefill.num_tokens_read
-        )
-        prefill.num_tokens_read += runner.chunk_size
-        if prefill.num_tokens_read >= len(request.tokens):
-            prefill.logits = logits
+                    self.visual_embeddings.put(digest, values)
+        return len(crops)
 
-    def _start_sequences(self, prefill: PrefillProgress, logits: Float[Array, "1 V"]) -> None:
-        """Start as many of a request's choices as there are free slots."""
-        request, tokenizer = prefill.request, self.processor.tokenizer
-        for number in self._free_slots(prefill):
-            if prefill.num_choices_started == request.num_choices:
-                return
-            choice, slot = prefill.num_choices_started, self._slots[number]
-            try:
-                params = make_sampling_params(
-                    request.sampling,
-                    request.seed,
-                    choice,
-                    logit_bias=request.logit_bias,
-                    stop_ids=request.stop_ids(self._eos_ids),
-                    min_tokens=request.min_tokens,
-                )
-            except Exception:  # for example, a token id that is not an int32
-                self._fail(request)
-                return
-            mask = request.matchers[choice].mask if request.matchers else None
-            self._state, sampled = self._runner.run_insert(
-                self._state, number, self._prefill_state, logits, params, mask
-            )
-            slot.sequence = Sequence(request, choice, tokenizer, self._eos_ids)
-            digests = request.crop_digests if self.reuses_requests else ()
-            slot.cached = CachedTokens(request.tokens, digests, self.max_model_len)
-            self._num_started += 1
-            slot.last_used = self._num_started
-            prefill.num_choices_started += 1
-            self._unread.append(SampledStep(sampled, [(0, slot, slot.sequence)]))
+    def _prefill_chunks(self, max_chunks: int) -> int:
+        """Read the next chunk of prompts whose crops are encoded; return the number of chunks."""
+        ready = [x for x in self._prefills if not x.has_crops][:max_chunks]
+        chunks = [Chunk(x.request.tokens, x.num_tokens_read, x.slot.index, x.lane) for x in ready]
+        self._state, logits = self._runner.run_prefill(self._state, self._visual, chunks)
+        finished: list[tuple[int, PrefillProgress]] = []
+        for row, prefill in enumerate(ready):
+            prefill.num_tokens_read += self._runner.chunk_size
+            if prefill.num_tokens_read >= len(prefill.request.tokens):
+                finished.append((row, prefill))
+        self._start_sequences(finished, logits)
+        return len(ready)
 
-    def _free_slots(self, prefill: PrefillProgress) -> list[int]:
-        """Return the free slots, those whose cache is least likely to be reused first.
+    def _start_sequences(
+        self, prefills: Iterable[tuple[int, PrefillProgress]], logits: Float[Array, "m V"]
+    ) -> None:
+        """Start the choices of requests whose prompts are prefilled.
 
-        The first one is the slot that a prompt continues, if most of its cache is in the prompt.
+        If there are fewer free slots than choices, the request waits for the others again.
+
+        Args:
+          prefills: The prompts, and their rows of `logits`.
+          logits: The logits at the prompts' last positions.
         """
+        starts: list[Start] = []
+        rows: list[tuple[int, Slot, Sequence]] = []
+        for row, prefill in prefills:
+            request = prefill.request
+            slots = [prefill.slot, *self._free_slots()]
+            for slot in slots[: request.num_choices - request.num_started]:
+                start = self._make_start(request, slot.index, row)
+                if start is None:
+                    break
+                if slot is not prefill.slot:
+                    self._state = self._runner.run_copy(self._state, prefill.slot.index, slot.index)
+                    self._take(slot, request)
+                slot.sequence = Sequence(
+                    request, request.num_started, self.processor.tokenizer, self._eos_ids
+                )
+                request.num_started += 1
+                rows.append((len(starts), slot, slot.sequence))
+                starts.append(start)
+            else:
+                self._end_prefill(prefill)
+                if request.num_started < request.num_choices:
+                    with self.changed:
+                        self._waiting.appendleft(request)
+        for first in range(0, len(starts), len(logits)):
+            group = starts[first : first + len(logits)]
+            self._state, sampled = self._runner.run_start(self._state, logits, group)
+            started = [(i - first, slot, x) for i, slot, x in rows[first : first + len(group)]]
+            self._unread.append(SampledStep(sampled, started))
 
-        def order(number: int) -> tuple[bool, int]:
-            slot = self._slots[number]
-            continues = (
-                number == prefill.reused_slot
-                and 2 * prefill.request.cached_tokens >= slot.cached.num_cached
+    def _make_start(self, request: Request, slot: int, row: int) -> Start | None:
+        """Return the start of a request's next choice; None if the request fails."""
+        choice = request.num_started
+        try:
+            params = make_sampling_params(
+                request.sampling,
+                request.seed,
+                choice,
+                logit_bias=request.logit_bias,
+                stop_ids=request.stop_ids(self._eos_ids),
+                min_tokens=request.min_tokens,
             )
-            return not continues, slot.last_used
-
-        return sorted((n for n, slot in enumerate(self._slots) if not slot.sequence), key=order)
+        except Exception:  # for example, a token id that is not an int32
+            self._fail(request)
+            return None
+        mask = request.matchers[choice].mask if request.matchers else None
+        return Start(slot, row, params, mask)
 
     def _dispatch_decode(self) -> bool:
         """Start to generate a token for running sequences; return whether there are any."""
@@ -429,8 +514,7 @@ class Scheduler:
             if slot.sequence is not None
         ]
         unconstrained = any(sequence.matcher is None for _, _, sequence in running)
-        prefilling = self._prefill is not None and self._prefill.logits is None
-        waits = not (unconstrained or prefilling or self._unread)  # there is nothing else to do
+        waits = not (unconstrained or self._prefills or self._unread)  # there is nothing else to do
         rows = []
         for number, slot, sequence in running:
             if sequence.matcher is None:
@@ -499,6 +583,7 @@ def run_engine(
     max_num_seqs: int,
     max_model_len: int,
     chunk_size: int = 128,
+    prefill_lanes: int = 1,
     max_queued_requests: int = 64,
     max_num_batched_tokens: int | None = None,
     enable_prefix_caching: bool = True,
@@ -510,6 +595,8 @@ def run_engine(
       max_num_seqs: Maximum number of concurrent sequences.
       max_model_len: Maximum total length of a prompt and its answer, in positions.
       chunk_size: Number of prompt positions per prefill step.
+      prefill_lanes: Maximum number of prompts that are prefilled at a time. With more than one, an
+        answer may depend on other requests, because a product of more rows rounds differently.
       max_queued_requests: Maximum number of waiting requests.
       max_num_batched_tokens: Maximum number of prompt positions between two decode steps, as
         described in `Scheduler`.
@@ -522,6 +609,7 @@ def run_engine(
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         chunk_size=chunk_size,
+        prefill_lanes=prefill_lanes,
     )
     scheduler = Scheduler(
         ovis,

@@ -1,8 +1,9 @@
 """The arrays of running requests, and the pure functions on them.
 
 Each sequence has a slot, which is a row of `DecodeState`. A prompt is prefilled in chunks of a
-fixed shape. The resulting cache in `PrefillState` is then inserted into a slot. `runner.py`
-compiles these functions.
+fixed shape, directly into the cache of its slot. Several prompts may be prefilled at a time; each
+of them has a lane, which holds the embeddings of its visual tokens. `runner.py` compiles these
+functions.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from jaxtyping import Bool, Float, Int, Key, UInt32
 
 from ovis_jax.engine.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from ovis_jax.inference.sampling import MAX_TOP_K, Sampling, derive_image_key, sample
+from ovis_jax.inputs.image_processing import IMAGE_SLOT
 from ovis_jax.model.cpu import update_slice
 from ovis_jax.model.kv_cache import Cache
 from ovis_jax.model.ovis import Ovis, Params
@@ -95,14 +97,6 @@ class DecodeState(NamedTuple):
     counts: Int[Array, "B V"]
     """How often each token was generated in each row; updated only in the mode "full"."""
     params: SamplingParams
-
-
-class PrefillState(NamedTuple):
-    """The prompt that is being prefilled."""
-
-    cache: Cache
-    visual: Float[Array, "rows D"]
-    """The embeddings of the prompt's visual tokens in order, then unused rows for one chunk."""
 
 
 def make_sampling_params(
@@ -215,91 +209,129 @@ def sample_tokens(
     return SampledTokens(tokens, logprobs, top)
 
 
-def encode_image(
+def encode_crops(
     model: Ovis,
     params: Params,
-    pixels: Float[Array, "h w C"],
-    row: Int[ArrayLike, ""],
-    seed: UInt32[Array, "2"],
-) -> Float[Array, "M D"]:
-    """Compute the visual embeddings of a crop; `row` is the index of its first visual token.
-
-    The row and the seed only matter to models that sample their visual words.
-    """
-    key = jax.random.fold_in(derive_image_key(make_key(seed, 0)), row)
-    return model.embed_images(params, pixels[None], key)[0]
-
-
-def add_visual_embeddings(
-    state: PrefillState, embeddings: Float[Array, "M D"], row: Int[ArrayLike, ""]
-) -> PrefillState:
-    """Write the visual embeddings of a crop into `state.visual`, starting at `row`."""
-    return state._replace(visual=update_slice(state.visual, embeddings, row, axis=0))
-
-
-def reuse_cache(state: PrefillState, cache: Cache, slot: Int[ArrayLike, ""]) -> PrefillState:
-    """Copy the cache of a slot, so that a prompt with the same beginning can continue it."""
-    row = jax.tree.map(lambda rows: jax.lax.dynamic_slice_in_dim(rows, slot, 1, axis=0), cache)
-    return state._replace(cache=row)
-
-
-def prefill_chunk(
-    model: Ovis,
-    params: Params,
-    state: PrefillState,
-    tokens: Int[Array, "1 T"],
-    positions: Int[Array, "1 T"],
-    row: Int[ArrayLike, ""],
-) -> tuple[PrefillState, Float[Array, "1 V"]]:
-    """Prefill the next chunk of a prompt.
+    visual: Float[Array, "lanes rows D"],
+    pixels: Float[Array, "n h w C"],
+    lanes: Int[Array, "n"],
+    rows: Int[Array, "n"],
+    seeds: UInt32[Array, "n 2"],
+) -> tuple[Float[Array, "lanes rows D"], tuple[Float[Array, "M D"], ...]]:
+    """Compute the visual embeddings of crops, and write them into the lanes of their prompts.
 
     Args:
       model: The model.
       params: Parameters of the model.
-      state: The state after the previous chunk. Cache entries from an earlier prompt are ignored,
-        because positions start at 0 again.
-      tokens: Token ids of the chunk, padded on the right.
-      positions: Positions of these tokens in the prompt; -1 at padding.
-      row: Row of `state.visual` with the embedding of the chunk's first visual token.
+      visual: The visual embeddings in each lane.
+      pixels: Normalized crops.
+      lanes: The lane of each crop.
+      rows: Index of each crop's first visual token in its prompt.
+      seeds: Seed of each crop's prompt. It only matters to models that sample their visual words.
 
     Returns:
-      The new state, and the float32 logits at the chunk's last position.
+      The new `visual`, and the embeddings of each crop.
     """
-    T = tokens.shape[1]
-    visual = jax.lax.dynamic_slice_in_dim(state.visual, row, T, axis=0)
-    logits, cache = model.extend(params, tokens, positions, visual[None], state.cache)
-    return PrefillState(cache, state.visual), logits
+    if model.config.visual_tokenizer.tokenize_function == "gumbel_argmax":
+
+        def encode(pixels: Array, row: Array, seed: Array) -> Array:
+            key = jax.random.fold_in(derive_image_key(make_key(seed, 0)), row)
+            return model.embed_images(params, pixels[None], key)[0]
+
+        embeddings = [encode(*crop) for crop in zip(pixels, rows, seeds, strict=True)]
+    else:
+        embeddings = list(model.embed_images(params, pixels))
+    for lane, row, values in zip(lanes, rows, embeddings, strict=True):
+        visual = add_visual_embeddings(visual, values, lane, row)
+    return visual, tuple(embeddings)
 
 
-def insert_and_sample(
+def add_visual_embeddings(
+    visual: Float[Array, "lanes rows D"],
+    embeddings: Float[Array, "M D"],
+    lane: Int[ArrayLike, ""],
+    row: Int[ArrayLike, ""],
+) -> Float[Array, "lanes rows D"]:
+    """Write the visual embeddings of a crop into a lane, starting at `row`."""
+    return update_slice(visual, embeddings[None], (lane, row, 0))
+
+
+def copy_cache(
+    state: DecodeState, source: Int[ArrayLike, ""], target: Int[ArrayLike, ""]
+) -> DecodeState:
+    """Copy the cache of a slot to another slot, so that a second sequence can continue it."""
+
+    def copy(rows: Array) -> Array:
+        row = jax.lax.dynamic_slice_in_dim(rows, source, 1, axis=0)
+        return update_slice(rows, row, (target, *[0] * (rows.ndim - 1)))
+
+    return state._replace(cache=jax.tree.map(copy, state.cache))
+
+
+def prefill_chunks(
+    model: Ovis,
+    params: Params,
     state: DecodeState,
-    slot: Int[ArrayLike, ""],
-    cache: Cache,
-    logits: Float[Array, "1 V"],
+    visual: Float[Array, "lanes rows D"],
+    tokens: Int[Array, "n T"],
+    positions: Int[Array, "n T"],
+    slots: Int[Array, "n"],
+    lanes: Int[Array, "n"],
+    rows: Int[Array, "n"],
+) -> tuple[DecodeState, Float[Array, "n V"]]:
+    """Prefill the next chunk of n prompts.
+
+    Args:
+      model: The model.
+      params: Parameters of the model.
+      state: The state of all slots. Cache entries at or after a chunk's first position are ignored.
+      visual: The visual embeddings in each lane.
+      tokens: Token ids of the chunks, padded on the right.
+      positions: Positions of these tokens in their prompts; -1 at padding.
+      slots: The slot of each prompt.
+      lanes: The lane of each prompt.
+      rows: Index of each chunk's first visual token in its prompt.
+
+    Returns:
+      The new state, and the float32 logits at each chunk's last position.
+    """
+    order = jnp.cumsum((tokens == IMAGE_SLOT).astype(jnp.int32), axis=1) - 1
+    index = jnp.maximum(rows[:, None] + order, 0)  # [n, T]
+    chunk_visual = visual[lanes[:, None], index]  # [n, T, D]
+    logits, cache = model.extend(params, tokens, positions, chunk_visual, state.cache, slots)
+    return state._replace(cache=cache), logits
+
+
+def start_sequences(
+    state: DecodeState,
+    logits: Float[Array, "m V"],
+    slots: Int[Array, "n"],
+    rows: Int[Array, "n"],
     sampling_params: SamplingParams,
-    mask: UInt32[Array, "n"],
+    masks: UInt32[Array, "n words"],
 ) -> tuple[DecodeState, SampledTokens]:
-    """Start a sequence in a slot, and sample its first token.
+    """Start sequences in slots whose cache contains their prompts, and sample their first tokens.
 
     Args:
       state: The state of all slots.
-      slot: Index of the slot.
-      cache: Cache of the prompt, with a single row.
-      logits: Logits at the prompt's last position.
-      sampling_params: Sampling parameters of the sequence.
-      mask: The tokens that the sequence's constraint allows, one bit per token id.
+      logits: Logits at the last positions of m prompts.
+      slots: The slot of each sequence.
+      rows: The row of `logits` for each sequence.
+      sampling_params: Sampling parameters of each sequence.
+      masks: The tokens that each sequence's constraint allows, one bit per token id.
     """
-    params = jax.tree.map(lambda x: jnp.asarray(x)[None], sampling_params)
+    logits = logits[rows]
     counts = jnp.zeros(logits.shape, jnp.int32)
-    num_tokens = jnp.zeros((1,), jnp.int32)
-    sampled = sample_tokens(logits, params, counts, num_tokens, "full", mask[None])
-    counts = counts.at[0, sampled.tokens[0]].set(1)
-    row = DecodeState(cache, sampled.tokens, jnp.ones((1,), jnp.int32), counts, params)
+    num_tokens = jnp.zeros(slots.shape, jnp.int32)
+    sampled = sample_tokens(logits, sampling_params, counts, num_tokens, "full", masks)
+    counts = counts.at[jnp.arange(len(slots), dtype=jnp.int32), sampled.tokens].set(1)
+    values = DecodeState(state.cache, sampled.tokens, num_tokens + 1, counts, sampling_params)
 
-    def put(rows: Array, row: Array) -> Array:
-        return update_slice(rows, row, slot, axis=0)
+    def put(old: Array, new: Array) -> Array:
+        return old.at[slots].set(new)
 
-    return jax.tree.map(put, state, row), sampled
+    # All values but the cache, which already contains the prompts.
+    return DecodeState(state.cache, *jax.tree.map(put, state[1:], values[1:])), sampled
 
 
 def decode(
@@ -346,10 +378,8 @@ def init_decode_state(
     )
 
 
-def init_prefill_state(
-    model: Ovis, num_visual_tokens: int, max_length: int, dtype: DTypeLike
-) -> PrefillState:
-    """Return an empty state for a prompt of up to `max_length` positions and its visual tokens."""
-    cache = model.empty_cache(1, max_length, dtype)
-    visual = jnp.zeros((num_visual_tokens, model.config.decoder.width), dtype)
-    return PrefillState(cache, visual)
+def init_visual(
+    model: Ovis, num_lanes: int, num_visual_tokens: int, dtype: DTypeLike
+) -> Float[Array, "lanes rows D"]:
+    """Return empty lanes for the visual embeddings of up to `num_visual_tokens` tokens each."""
+    return jnp.zeros((num_lanes, num_visual_tokens, model.config.decoder.width), dtype)

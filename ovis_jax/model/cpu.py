@@ -5,6 +5,7 @@ Every function returns the same values as its simple form, which runs on other p
 and AMX and JAX 0.10.2; only their ratios matter.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -151,24 +152,28 @@ def lookup_rows(
 
 
 def update_slice(
-    array: Real[Array, "..."], update: Real[Array, "..."], start: Int[ArrayLike, ""], axis: int
+    array: Real[Array, "..."],
+    update: Real[Array, "..."],
+    start_indices: Sequence[Int[ArrayLike, ""]],
 ) -> Real[Array, "..."]:
-    """Replace a slice of an array along an axis, as `jax.lax.dynamic_update_slice_in_dim` does.
+    """Replace a slice of an array, as `jax.lax.dynamic_update_slice` does.
 
     On a CPU, XLA would convert a whole bfloat16 array to float32 to update it. The bits are
     therefore updated as integers, which takes the time of the slice alone if the array is donated.
     """
 
-    def replace(array: Array, update: Array, start: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(array, update, start, axis)
+    def replace(array: Array, update: Array, *start_indices: Array) -> Array:
+        return jax.lax.dynamic_update_slice(array, update, start_indices)
 
-    def replace_bits(array: Array, update: Array, start: Array) -> Array:
+    def replace_bits(array: Array, update: Array, *start_indices: Array) -> Array:
         bits, new_bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (array, update))
-        return jax.lax.bitcast_convert_type(replace(bits, new_bits, start), array.dtype)
+        bits = replace(bits, new_bits, *start_indices)
+        return jax.lax.bitcast_convert_type(bits, array.dtype)
 
     on_cpu = replace_bits if array.dtype == jnp.bfloat16 else replace
+    indices = (jnp.asarray(x, jnp.int32) for x in start_indices)
     return jax.lax.platform_dependent(
-        array, update.astype(array.dtype), jnp.asarray(start), cpu=on_cpu, default=replace
+        array, update.astype(array.dtype), *indices, cpu=on_cpu, default=replace
     )
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from ovis_jax.config import DecoderConfig
 from ovis_jax.model import kv_cache
 from ovis_jax.model.attention_kernels import KernelSetting, prompt_attention
-from ovis_jax.model.kv_cache import Cache, KeyValue, KVCacheDtype
+from ovis_jax.model.kv_cache import Cache, CacheBlock, KVCacheDtype
 from ovis_jax.model.layers import ACTIVATIONS, apply_rope, rms_norm, softcap
 from ovis_jax.model.linear import Weight, init_weight, linear, weight_param
 from ovis_jax.model.plain_attention import attend, visible
@@ -39,9 +39,13 @@ class DecoderAttention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        cache: KeyValue | None,
-    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        cache: CacheBlock | None,
+        rows: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], CacheBlock]:
         """Attend to the positions in this call and in the cache.
+
+        With `rows`, the positions continue these rows of the cache, which may have other rows, too.
+        Otherwise, T is 1 and each row of the cache is continued by one position.
 
         Returns:
           The output, and either the keys and values from this call or, if there is a cache, the
@@ -66,21 +70,27 @@ class DecoderAttention(nn.Module):
             options |= {"window": self.window, "setting": self.kernel_setting}
             keys, values = kv_cache.as_arrays(key_value, x.dtype)
             out = prompt_attention(q, keys, values, positions, **options)  # [B, T, N, H]
-        elif T > 1 and self.window is not None:
+        elif rows is not None and self.window is not None:
             # The cache is updated afterwards, because the first queries still need the ring
             # buffer's old slots.
             past = kv_cache.slot_positions(positions[:, 0], kv_cache.length(cache))
             mask = visible(positions, jnp.concatenate([past, positions], axis=1), self.window)
-            keys, values = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), cache, key_value)
+            old = kv_cache.take_rows(cache, rows)
+            keys, values = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), old, key_value)
             out = attend(q, keys, values, mask, **options)  # [B, T, N, H]
-            key_value = kv_cache.append_chunk(cache, key_value, positions)
+            new = kv_cache.append_chunk(old, key_value, positions)
+            key_value = kv_cache.put_chunk(cache, new, positions, rows)
         else:
-            append = kv_cache.append_token if T == 1 else kv_cache.append_chunk
-            key_value = append(cache, key_value, positions)
+            if rows is None:
+                read = key_value = kv_cache.append_token(cache, key_value, positions)
+            else:
+                old = kv_cache.take_rows(cache, rows)
+                read = kv_cache.append_chunk(old, key_value, positions)
+                key_value = kv_cache.put_chunk(cache, read, positions, rows)
             lengths = jnp.max(positions, axis=1) + 1
-            key_positions = kv_cache.slot_positions(lengths, kv_cache.length(key_value))
+            key_positions = kv_cache.slot_positions(lengths, kv_cache.length(read))
             mask = visible(positions, key_positions, self.window)
-            out = attend(q, *key_value, mask, **options)  # [B, T, N, H]
+            out = attend(q, *read, mask, **options)  # [B, T, N, H]
         o = weight("o", D, N * H)
         return linear(out.reshape(B, T, N * H), o), key_value
 
@@ -116,8 +126,9 @@ class DecoderBlock(nn.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        cache: KeyValue | None,
-    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        cache: CacheBlock | None,
+        rows: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], CacheBlock]:
         """Add attention, then the MLP, to the residual; `DecoderAttention` describes the cache."""
         c = self.config
 
@@ -128,7 +139,7 @@ class DecoderBlock(nn.Module):
         attn = DecoderAttention(
             c, self.window, self.param_dtype, self.kernel_setting, self.int8_cache, name="attn"
         )
-        y, key_value = attn(norm("pre_attn_norm", x), positions, cache)
+        y, key_value = attn(norm("pre_attn_norm", x), positions, cache, rows)
         x += norm("post_attn_norm", y) if c.post_norms else y
         y = GatedMLP(c, self.param_dtype, name="mlp")(norm("pre_mlp_norm", x))
         x += norm("post_mlp_norm", y) if c.post_norms else y
@@ -173,7 +184,7 @@ class DecoderOutput(NamedTuple):
     """
 
     logits: Float[Array, "B T V"]
-    key_values: tuple[KeyValue, ...]
+    key_values: tuple[CacheBlock, ...]
     hidden_states: tuple[Float[Array, "B T D"], ...]
 
 
@@ -203,6 +214,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         columns: Int[Array, "B"] | None = None,
         max_length: int | None = None,
+        rows: Int[Array, "B"] | None = None,
     ) -> DecoderOutput:
         """Run all blocks.
 
@@ -210,10 +222,13 @@ class Decoder(nn.Module):
           x: Input embeddings, before any scaling by sqrt(D).
           positions: Positions, from 0 in each row; -1 at padding. With a cache, they continue each
             row, and padding must be on the right.
-          cache: KV cache of the positions read so far; None for full prompts.
+          cache: KV cache of the positions read so far; None for full prompts. T is 1, unless there
+            are `rows`.
           columns: The column in each row for which logits are computed; None for all columns.
           max_length: Number of positions in the cache that is built from full prompts; None for no
             cache.
+          rows: The row of the cache that each row of `x` continues; None if the cache has the same
+            rows as `x`.
 
         Returns:
           The logits, [B, T, V] or with `columns` [B, 1, V]; the keys and values [B, K, T, H] of the
@@ -231,7 +246,7 @@ class Decoder(nn.Module):
             block = make_block(
                 c, c.window(i), self.param_dtype, self.kernel_setting, int8_cache, name=f"block_{i}"
             )
-            x, key_value = block(x, positions, None if cache is None else cache.blocks[i])
+            x, key_value = block(x, positions, None if cache is None else cache.blocks[i], rows)
             if max_length is not None:
                 slots = kv_cache.num_slots(c, i, max_length, self.kv_cache_dtype)
                 key_value = kv_cache.cache_prompt(key_value, positions, slots)

@@ -8,7 +8,6 @@ An int8 cache has `QuantizedKV` in place of arrays. There, S is rounded up to a 
 `INT8_TILE`.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -32,6 +31,11 @@ INT8_TILE = 32
 KeyValue = tuple[Float[Array, "B K S H"] | QuantizedKV, Float[Array, "B K S H"] | QuantizedKV]
 """The keys and the values of one block."""
 
+CacheBlock = tuple[
+    Float[Array, "rows K S H"] | QuantizedKV, Float[Array, "rows K S H"] | QuantizedKV
+]
+"""The keys and the values of one block, for rows that may be others than those of the batch."""
+
 NewKeyValue = tuple[Float[Array, "B K T H"] | QuantizedKV, Float[Array, "B K T H"] | QuantizedKV]
 """The keys and the values of T new positions in one block."""
 
@@ -44,7 +48,7 @@ class Cache(NamedTuple):
       lengths: Number of positions that each row has read.
     """
 
-    blocks: tuple[KeyValue, ...]
+    blocks: tuple[CacheBlock, ...]
     lengths: Int[Array, "B"]
 
 
@@ -102,14 +106,23 @@ def cache_prompt(
     return jax.tree.map(partial(_take_columns, columns=columns), key_value)
 
 
+def take_rows(block: CacheBlock, rows: Int[Array, "B"]) -> KeyValue:
+    """Return B rows of a block's cache."""
+
+    def take(x: Array) -> Array:
+        # In slices, because a gather of rows is slower.
+        slices = [jax.lax.dynamic_slice_in_dim(x, row, 1, axis=0) for row in rows]
+        return jnp.concatenate(slices) if len(slices) > 1 else slices[0]
+
+    return jax.tree.map(take, block)
+
+
 def append_chunk(
     block: KeyValue,
     key_value: NewKeyValue,
     positions: Int[Array, "B T"],
 ) -> KeyValue:
-    """Write T positions per row into a block's cache; in a ring buffer they replace the oldest.
-
-    Only the slots of the new positions, and those that share a tile with them, are written.
+    """Write T positions per row into a block's cache; in a ring buffer, they replace the oldest.
 
     Args:
       block: The cache of the block.
@@ -117,30 +130,47 @@ def append_chunk(
       positions: Consecutive positions that continue each row; -1 at padding on the right.
     """
     S, T = length(block), positions.shape[1]
-    tile = INT8_TILE if S % INT8_TILE == 0 else 1
-    written = min(S, -(-(T + tile - 1) // tile) * tile)  # slots in the tiles from any start on
-
-    def write_row(old: Array, values: Array, positions: Array) -> Array:
-        """Write one row of keys, values or scales, [K, S, ...]."""
-        stop = jnp.max(positions) + 1
-        start = positions[0] % S
-        tiles = old.reshape(old.shape[0], S // tile, tile, *old.shape[2:])
-        # The positions that do not fit before the end of a ring buffer are written at its start.
-        for begin in (jnp.minimum(start // tile, (S - written) // tile), jnp.int32(0)):
-            current = jax.lax.dynamic_slice_in_dim(tiles, begin, written // tile, axis=1)
-            slots = begin * tile + jnp.arange(written, dtype=jnp.int32)
-            stored = slot_positions(stop[None], S)[0][slots]
-            columns = jnp.clip(stored - positions[0], 0, T - 1)
-            new = jnp.take(values, columns, axis=1).reshape(current.shape)
-            is_new = (stored >= positions[0]).reshape(1, -1, tile, *[1] * (old.ndim - 2))
-            current = jnp.where(is_new, new, current)
-            tiles = update_slice(tiles, current, begin, axis=1)
-        return tiles.reshape(old.shape)
+    first = positions[:, :1]
+    stored = slot_positions(jnp.max(positions, axis=1) + 1, S)  # [B, S]
+    columns = jnp.clip(stored - first, 0, T - 1)
 
     def write(old: Array, values: Array) -> Array:
-        return _map_rows(write_row, old, values, positions)
+        is_new = jnp.expand_dims(stored >= first, (1, *range(3, old.ndim)))
+        return jnp.where(is_new, _take_columns(values, columns), old)
 
     return jax.tree.map(write, block, key_value)
+
+
+def put_chunk(
+    block: CacheBlock,
+    new_rows: KeyValue,
+    positions: Int[Array, "B T"],
+    rows: Int[Array, "B"],
+) -> CacheBlock:
+    """Copy the slots that `append_chunk` has changed into rows of a block's cache.
+
+    Only these slots, and those that share a tile with them, are written.
+
+    Args:
+      block: The cache of the block.
+      new_rows: The rows after `append_chunk`.
+      positions: The positions that `append_chunk` has written.
+      rows: The rows of the cache.
+    """
+    S, T = length(block), positions.shape[1]
+    tile = INT8_TILE if S % INT8_TILE == 0 else 1
+    size = min(S, -(-(T + tile - 1) // tile) * tile)  # slots in the tiles from any start on
+
+    def put(cache: Array, new: Array) -> Array:
+        for i, row in enumerate(rows):
+            first = jnp.minimum(positions[i, 0] % S // tile * tile, S - size)
+            # Positions that do not fit before the end of a ring buffer are at its start.
+            for begin in (first, jnp.int32(0)):
+                changed = jax.lax.dynamic_slice_in_dim(new[i : i + 1], begin, size, axis=2)
+                cache = update_slice(cache, changed, (row, 0, begin, *[0] * (cache.ndim - 3)))
+        return cache
+
+    return jax.tree.map(put, block, new_rows)
 
 
 def append_token(block: KeyValue, key_value: NewKeyValue, positions: Int[Array, "B 1"]) -> KeyValue:
@@ -153,11 +183,16 @@ def append_token(block: KeyValue, key_value: NewKeyValue, positions: Int[Array, 
     """
     slots = positions[:, 0] % length(block)
 
+    def write_row(row: Array, value: Array, slot: Array) -> Array:
+        return update_slice(row, value, (0, slot, 0))
+
     def write(rows: Array, values: Array) -> Array:
         if rows.ndim == 3:  # scales
             is_written = jnp.arange(rows.shape[2])[None, None] == slots[:, None, None]
             return jnp.where(is_written, values, rows)
-        return _map_rows(partial(update_slice, axis=1), rows, values, slots)
+        if len(rows) == 1:  # without a batch axis, every backend updates in place
+            return write_row(rows[0], values[0], slots[0])[None]
+        return jax.vmap(write_row)(rows, values, slots)
 
     def write_int8_on_tpu(rows: Array, values: Array) -> Array:
         if rows.dtype != jnp.int8:
@@ -172,13 +207,6 @@ def append_token(block: KeyValue, key_value: NewKeyValue, positions: Int[Array, 
         tpu=partial(jax.tree.map, write_int8_on_tpu),
         default=partial(jax.tree.map, write),
     )
-
-
-def _map_rows(write_row: Callable[..., Array], *arrays: Array) -> Array:
-    """Apply a function to each row. Without a batch axis, every backend updates in place."""
-    if len(arrays[0]) == 1:
-        return write_row(*(x[0] for x in arrays))[None]
-    return jax.vmap(write_row)(*arrays)
 
 
 def _write_tiles(

@@ -264,26 +264,30 @@ class Ovis:
         params: Params,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        visual: Float[Array, "I M D"] | None,
+        visual: Float[Array, "B T D"],
         cache: Cache,
+        rows: Int[Array, "B"],
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Prefill the next chunk of prompts whose beginning is already in the cache.
 
         Args:
           params: The parameters, as described in `Ovis`.
           tokens: Token ids, as in `Inputs`.
-          positions: Positions that continue each row after `cache.lengths`, at least one per row;
-            -1 at padding, which must be on the right.
-          visual: Embeddings of the visual tokens in `tokens`, in order of appearance.
-          cache: The cache, which must have room for the new positions.
+          positions: Positions that continue each prompt, at least one per prompt; -1 at padding,
+            which must be on the right. The positions before them are in the cache.
+          visual: Embeddings of the visual tokens; only those at visual tokens are used.
+          cache: The cache, which may have more rows and must have room for the new positions.
+          rows: The row of the cache that each prompt continues.
 
         Returns:
-          Float32 logits at each row's last position, and the new cache.
+          Float32 logits at each prompt's last position, and the new cache.
         """
-        x = self.embed_inputs(params, tokens, visual)
+        x = self.embed_inputs(params, tokens, None)
+        x = jnp.where((tokens == IMAGE_SLOT)[..., None], visual.astype(x.dtype), x)
         columns = jnp.argmax(positions, axis=1)
-        out = apply(self.decoder(), params["decoder"], x, positions, cache, columns)
-        return out.logits[:, 0], Cache(out.key_values, jnp.max(positions, axis=1) + 1)
+        out = apply(self.decoder(), params["decoder"], x, positions, cache, columns, None, rows)
+        lengths = cache.lengths.at[rows].set(jnp.max(positions, axis=1) + 1)
+        return out.logits[:, 0], Cache(out.key_values, lengths)
 
     def decode(
         self, params: Params, tokens: Int[Array, "B"], cache: Cache

@@ -12,11 +12,11 @@ from ovis_jax.errors import OvisError
 
 
 def test_shapes_and_dtypes_are_checked_in_tests(runner):
-    for pixels in (np.zeros((84, 84), np.float32), np.zeros((84, 84, 3), np.float64)):
-        with pytest.raises(jaxtyping.TypeCheckError, match="pixels"):
-            runner.run_encoder(pixels, 0, 0)
-    with pytest.raises(jaxtyping.TypeCheckError, match="tokens"):
-        runner.run_prefill(runner.init_prefill_state(), np.zeros((1, 3), np.int32), 0)
+    state, visual = runner.init_decode_state(), runner.init_visual()
+    with pytest.raises(jaxtyping.TypeCheckError, match="visual"):
+        runner.run_encoder(visual[0], [])
+    with pytest.raises(jaxtyping.TypeCheckError, match="logits"):
+        runner.run_start(state, np.zeros((1, 3), np.float64), [])
 
 
 def test_too_many_stop_ids(ovis):

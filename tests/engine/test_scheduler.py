@@ -156,7 +156,7 @@ def test_a_long_prompt_does_not_stall_running_sequences(
 ):
     """With a small budget, one step of prefill runs between two decode steps."""
     steps = []
-    for name in ("run_encoder", "run_prefill", "run_insert", "run_decode"):
+    for name in ("run_encoder", "run_prefill", "run_start", "run_decode"):
         method = getattr(ModelRunner, name)
 
         def noted(self, *arguments, name=name, method=method):
@@ -172,9 +172,9 @@ def test_a_long_prompt_does_not_stall_running_sequences(
     decode_gate.open()
     for submitted in (*running, long):
         submitted.text()
-    letters = {"run_encoder": "e", "run_prefill": "p", "run_insert": "i", "run_decode": "d"}
+    letters = {"run_encoder": "e", "run_prefill": "p", "run_start": "s", "run_decode": "d"}
     work = "".join(letters[name] for name in steps)
-    third, fourth = [n for n, letter in enumerate(work) if letter == "i"][2:]
+    third, fourth = [n for n, letter in enumerate(work) if letter == "s"][2:]
     work = work[third + 1 : fourth]  # while all other slots are taken
     assert work.count("e") == 10  # the whole picture and nine cells
     assert work.count("p") == -(-len(long.request.tokens) // CHUNK_SIZE)

@@ -104,7 +104,8 @@ def test_chunks_of_prompts(shallow, int8):
     for start in range(0, max(LENGTHS), 15):
         columns = slice(start, start + 15)
         tokens, positions = inputs.tokens[:, columns], inputs.positions[:, columns]
-        logits, cache = extend(params, tokens, positions, None, cache)
+        visual = np.zeros((*tokens.shape, model.config.decoder.width), np.float32)
+        logits, cache = extend(params, tokens, positions, visual, cache, jnp.arange(2))
     assert cache.lengths.tolist() == list(LENGTHS)
 
     def check(logits, expected, exact) -> None:

@@ -64,9 +64,16 @@ def test_a_chunk_is_written_to_its_slots_alone(slots, size, starts):
     for row, column in zip(*np.nonzero(positions >= 0), strict=True):
         expected[row, :, positions[row, column] % slots] = new[row, :, column]
     block, chunk = ((x, QuantizedKV(x, x[..., 0])) for x in (old, new))
-    keys, values = jax.jit(kv_cache.append_chunk)(block, chunk, jnp.asarray(positions))
-    np.testing.assert_array_equal(keys, expected)
-    np.testing.assert_array_equal(values.scale, expected[..., 0])
+    positions = jnp.asarray(positions)
+    appended = jax.jit(kv_cache.append_chunk)(block, chunk, positions)
+    # The rows belong to a larger cache, in another order.
+    order = rows - jnp.arange(rows)
+    larger = jax.tree.map(lambda x: jnp.zeros((rows + 2, *x.shape[1:])).at[order].set(x), block)
+    larger = jax.jit(kv_cache.put_chunk)(larger, appended, positions, order)
+    for keys, values in (appended, kv_cache.take_rows(larger, order)):
+        np.testing.assert_array_equal(keys, expected)
+        np.testing.assert_array_equal(values.scale, expected[..., 0])
+    assert not any(jnp.any(x[0]) or jnp.any(x[rows + 1 :]) for x in jax.tree.leaves(larger))
 
 
 @pytest.mark.slow
@@ -106,7 +113,8 @@ def test_chunks_of_prompts(shallow):
     expected, full_cache = jax.jit(model.prefill, static_argnums=2)(params, inputs, 48)
     visual = jax.jit(model.embed_images)(params, inputs.pixels)  # [2, 9, D]
     extend, decode = jax.jit(model.extend), jax.jit(model.decode)
-    cache, logits = kv_cache.empty_cache(model.config.decoder, 2, 48, jnp.float32), None
+    cache, logits = kv_cache.empty_cache(model.config.decoder, 4, 48, jnp.float32), None
+    rows = jnp.array([2, 0])  # of a cache with more rows, in another order
     for start in range(0, max(LENGTHS), CHUNK):
         columns = slice(start, start + CHUNK)
         missing = CHUNK - inputs.tokens[:, columns].shape[1]
@@ -114,16 +122,16 @@ def test_chunks_of_prompts(shallow):
             np.pad(x[:, columns], ((0, 0), (0, missing)), constant_values=fill)
             for x, fill in ((inputs.tokens, 0), (inputs.positions, -1))
         )
-        # The embeddings of this chunk's visual slots, over the batch in order.
-        slots = [
-            visual[b, int(np.sum(inputs.tokens[b, :start] == SLOT)) :][: np.sum(row == SLOT)]
-            for b, row in enumerate(tokens)
-        ]
-        padding = jnp.zeros((18, visual.shape[-1]))
-        slots = jnp.concatenate([*slots, padding])[None, :18]
-        logits, cache = extend(params, tokens, positions, slots, cache)
+        embeddings = np.full((*tokens.shape, visual.shape[-1]), np.nan, np.float32)
+        for b, row in enumerate(tokens):
+            first = int(np.sum(inputs.tokens[b, :start] == SLOT))
+            embeddings[b, row == SLOT] = visual[b, first : first + int(np.sum(row == SLOT))]
+        logits, cache = extend(params, tokens, positions, embeddings, cache, rows)
     check("logits after chunks", logits, expected)
-    assert cache.lengths.tolist() == full_cache.lengths.tolist() == list(LENGTHS)
+    assert cache.lengths.tolist() == [LENGTHS[1], 0, LENGTHS[0], 0]
+    assert not any(jnp.any(x[1::2]) for x in jax.tree.leaves(cache.blocks))
+    cache = jax.tree.map(lambda x: x[rows], cache)
+    assert full_cache.lengths.tolist() == list(LENGTHS)
     for block, pair in enumerate(zip(cache.blocks, full_cache.blocks, strict=True)):
         stored = kv_cache.slot_positions(cache.lengths, pair[0][0].shape[2]) >= 0
         assert stored.sum() == (2 * 16, sum(LENGTHS))[block]
@@ -143,7 +151,11 @@ def test_positions_hide_the_old_content_of_a_cache(shallow):
     empty = kv_cache.empty_cache(model.config.decoder, 2, 48, jnp.float32)
     used = empty._replace(blocks=jax.tree.map(lambda x: x + 7.0, empty.blocks))
     extend = jax.jit(model.extend)
-    fresh, reused = (extend(params, tokens, positions, None, cache)[0] for cache in (empty, used))
+    visual = np.zeros((*tokens.shape, model.config.decoder.width), np.float32)
+    fresh, reused = (
+        extend(params, tokens, positions, visual, cache, jnp.arange(2))[0]
+        for cache in (empty, used)
+    )
     check("logits over a used cache", reused, fresh, 1e-5)
 
 

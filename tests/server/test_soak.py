@@ -22,4 +22,4 @@ def test_every_request_gets_a_response_and_no_state_is_left(url, scheduler):
     assert found == []
     assert is_idle(scheduler)
     assert not any(slot.sequence for slot in scheduler._slots)
-    assert scheduler._prefill is None and not scheduler._waiting
+    assert not scheduler._prefills and not scheduler._waiting
