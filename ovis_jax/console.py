@@ -105,7 +105,7 @@ SeedOption = Annotated[int, typer.Option(help="Random seed for sampling.")]
 
 
 def throughput_bar(console: Console, *columns: TextColumn) -> Progress:
-    """Return a bar of a long run, with its field `rate` in tokens/s; hidden without a terminal."""
+    """Return a progress bar with a field `rate` in tokens/s; without a terminal, it is hidden."""
     return Progress(
         BarColumn(),
         MofNCompleteColumn(),

@@ -48,8 +48,8 @@ def read_gptq_quantization(folder: Path) -> Quantization | None:
     They are in quantize_config.json, in config.json as `quantization_config`, or in both.
 
     Raises:
-      ConfigError: A setting is missing or not supported, the two files state different groups, or
-        a file cannot be read.
+      ConfigError: A setting is missing or not supported, the two files state different group sizes,
+        or a file cannot be read.
     """
     paths = [folder / "config.json", folder / GPTQ_CONFIG_FILE]
     config, stated = (JsonObject(read_json(x) if x.is_file() else {}, str(x)) for x in paths)
@@ -101,8 +101,8 @@ def gptq_constants(matched: MatchedTensors) -> list[tuple[TensorInfo, np.ndarray
     """Return the tensors that have the same numbers in all supported checkpoints.
 
     Returns:
-      Each tensor with its numbers and a description of them. The list is empty for a folder in
-      another layout.
+      Each tensor, with its expected numbers and a description of these numbers. The list is empty
+      for a folder that GPTQ did not quantize.
     """
     constants: list[tuple[TensorInfo, np.ndarray | int, str]] = []
     for name, info in matched.sources.items():
@@ -121,7 +121,7 @@ def check_gptq_constants(matched: MatchedTensors) -> None:
     """Check the numbers of the tensors that `gptq_constants` returns.
 
     Raises:
-      CheckpointValidationError: A number is different; the error lists all such tensors.
+      CheckpointValidationError: A tensor has different numbers; the error lists all such tensors.
       CheckpointError: A file has become shorter since its header was read.
       OSError: A file cannot be read.
     """
@@ -143,10 +143,10 @@ def check_gptq_constants(matched: MatchedTensors) -> None:
 
 
 def repack_gptq(qweight: np.ndarray) -> np.ndarray:
-    """Return a matrix as `pack_int4` packs it.
+    """Convert a matrix from AutoGPTQ's packing to that of `pack_int4`.
 
     Args:
-      qweight: int32 [i / 8, o], as AutoGPTQ packs it.
+      qweight: The matrix in AutoGPTQ's packing, int32 [i / 8, o].
 
     Returns:
       uint8 [o, i / 2], in a new array.

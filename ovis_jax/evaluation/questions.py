@@ -50,7 +50,7 @@ class EvalQuestion:
       id: The question's id, unique across all files.
       row: The prompt, followed by the expected answer. For a multiple-choice question, this answer
         is a letter.
-      answer_type: How answers are compared strictly.
+      answer_type: How answers are compared in strict mode.
       options: The options of a multiple-choice question; empty for other questions.
     """
 
@@ -79,7 +79,7 @@ class EvalQuestion:
         return read_answer(text, self.expected, self.options)
 
     def is_correct(self, text: str, *, strict: bool = False) -> bool:
-        """Return whether a model's text gives the expected answer, as `parse_answer` reads both."""
+        """Return whether `parse_answer` reads the expected answer from a model's text."""
         expected = self.expected
         if self.answer_type != "multiple_choice":
             expected = self.parse_answer(expected, strict=strict)

@@ -1,4 +1,4 @@
-"""Statistics of the visual words in an image, and of how certain the model is about them.
+"""Statistics of the visual words in an image, and of the model's certainty about them.
 
 Every visual token is a distribution over visual words, which are the rows of the visual embedding
 table.
@@ -121,12 +121,12 @@ def _visual_words(model: Ovis, params: Params, inputs: Inputs, k: int) -> Visual
 def shared_words(
     first: Float[Array, "W"], second: Float[Array, "W"], *, k: int = 10
 ) -> SharedWords:
-    """Find the visual words that two images share, by how much each image uses them.
+    """Find the visual words that two images share, given how much each image uses each word.
 
     Args:
       first: Mean distribution of the first image, such as the mean of `VisualWords.mean` over its
         crops.
-      second: The same for the second image.
+      second: Mean distribution of the second image.
       k: Number of words in the result; static.
 
     Raises:
