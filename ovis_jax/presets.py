@@ -134,7 +134,8 @@ def benchmark() -> OvisConfig:
 
     The model has the proportions of the 9B. The vision encoder has the same sizes as in the 9B,
     except for the depth. The decoder's width and the vocabularies are about a quarter of the 9B's.
-    The heads have the same size, so the ratio of attention scores to matrix products is the 9B's.
+    The heads have the same size as in the 9B, so the ratio between the work for attention scores
+    and that for matrix products is also the same.
     """
     decoder = DecoderConfig(
         vocab_size=64000,

@@ -4,8 +4,8 @@ A global block caches every position. A local (sliding-window) block caches only
 `sliding_window` positions, in a ring buffer. In both, position p is stored in slot p mod S. In a
 global block, S is the maximum length, so the slots are never overwritten.
 
-An int8 cache has `QuantizedKV` in place of arrays. There, S is rounded up to a multiple of
-`INT8_TILE`.
+In an int8 cache, the keys and values are `QuantizedKV` instead of arrays, and S is rounded up to a
+multiple of `INT8_TILE`.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from ovis_jax.model.plain_attention import run_kernel_per_device
 from ovis_jax.model.quantized_kv import QuantizedKV
 
 KVCacheDtype = Literal["auto", "int8"]
-"""The dtype of a KV cache; "auto" is that of the activations."""
+"""The dtype of a KV cache; "auto" is the dtype of the activations."""
 
 INT8_TILE = 32
 """Number of consecutive slots that a TPU stores in one tile of int8 numbers."""
@@ -107,9 +107,9 @@ def append_chunk(
     key_value: NewKeyValue,
     positions: Int[Array, "B T"],
 ) -> KeyValue:
-    """Write T positions per row into a block's cache; in a ring buffer they replace the oldest.
+    """Write T positions per row into a block's cache; in a ring buffer, these replace the oldest.
 
-    Only the slots of the new positions, and those that share a tile with them, are written.
+    Only the slots of the new positions, and slots in the same tiles, are written.
 
     Args:
       block: The cache of the block.
@@ -144,7 +144,7 @@ def append_chunk(
 
 
 def append_token(block: KeyValue, key_value: NewKeyValue, positions: Int[Array, "B 1"]) -> KeyValue:
-    """Write one position per row into a block's cache; in a ring buffer it replaces the oldest.
+    """Write one position per row into a block's cache; in a ring buffer, this replaces the oldest.
 
     Args:
       block: The cache of the block.
@@ -175,7 +175,7 @@ def append_token(block: KeyValue, key_value: NewKeyValue, positions: Int[Array, 
 
 
 def _map_rows(write_row: Callable[..., Array], *arrays: Array) -> Array:
-    """Apply a function to each row. Without a batch axis, every backend updates in place."""
+    """Apply a function to each row. For a single row, without vmap, XLA can update in place."""
     if len(arrays[0]) == 1:
         return write_row(*(x[0] for x in arrays))[None]
     return jax.vmap(write_row)(*arrays)
@@ -218,6 +218,6 @@ def as_arrays(
 
 
 def _take_columns(x: Array, columns: Int[Array, "B S"]) -> Array:
-    """Return the columns of keys, values or scales [B, K, T, ...] for each slot."""
+    """Gather keys, values or scales [B, K, T, ...] at one index of axis T per slot."""
     columns = jnp.expand_dims(columns, (1, *range(3, x.ndim)))  # [B, 1, S] or [B, 1, S, 1]
     return jnp.take_along_axis(x, columns, axis=2)

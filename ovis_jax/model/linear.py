@@ -1,8 +1,7 @@
 """Weight matrices, and the functions that multiply by them or look up their rows.
 
 A weight is a matrix [out, in], in the same orientation as in the checkpoint, or one of the types
-defined here. `linear` supports all types of weights, so modules do not need to change for a new
-type.
+defined here. `linear` supports all types of weights, so modules need no change for a new type.
 """
 
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ class LowRank:
     def merged(self) -> Float[Array, "o i"]:
         """Return the matrix w + b a, computed in float32 and rounded to the dtype of `w`.
 
-        The dtype for a quantized `w` is that of the adapter.
+        For a quantized `w`, the result has the dtype of the adapter.
         """
         product = jnp.matmul(
             self.b.astype(jnp.float32), self.a.astype(jnp.float32), precision="highest"
@@ -180,7 +179,7 @@ def lookup(
 
     Args:
       table: The table; int8 if it is quantized.
-      rows: The rows' numbers.
+      rows: Indices of the rows.
       dtype: Dtype of the rows from a quantized table; other tables keep their dtype.
       in_loop: Whether this is the body of a loop, where XLA's CPU backend needs a workaround.
     """

@@ -41,8 +41,8 @@ from ovis_jax.plan.workload import Workload
 
 Program = Literal["decode", "prefill", "images", "generate"]
 REQUEST_PROGRAMS: tuple[Program, ...] = ("decode", "prefill")
-"""The programs that serve requests. "images" is the part of prefill that embeds crops, and
-"generate" contains all of them."""
+"""The programs that serve requests. Other programs are "images", the part of prefill that embeds
+crops, and "generate", which contains all of these programs."""
 
 _COMPILER_PACKAGES = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}
 COMPILER_EXTRAS = {"tpu": ("tpu",), "cuda": ("cuda12", "cuda13")}
@@ -120,7 +120,8 @@ def compile_only_devices(topology: Topology) -> list[Any]:
 def gpu_target_config(topology: Topology) -> str:
     """Return the GpuTargetConfigProto for a GPU in text format.
 
-    It has the memory size of the GPU, and otherwise the properties of `DeviceSpec.gpu_target`.
+    The memory size is that of the GPU itself. All other properties are those of the GPU that
+    `DeviceSpec.gpu_target` names.
     """
     gpu = dict(_GPU_PROPERTIES[topology.device.gpu_target or topology.kind])
     name, capability = gpu.pop("name"), gpu.pop("capability")

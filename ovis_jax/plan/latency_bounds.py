@@ -34,8 +34,8 @@ def latency_bounds(workload: Workload, memory: MemoryEstimate) -> LatencyBounds:
 
     A decode step reads the decoder's weights and, if all rows have the maximum length, the full KV
     cache. A tied embedding table is read completely, because it is also the output matrix; lookups
-    in a separate table are negligible. Each block has two all-reduces over "model". With n devices,
-    each device sends 2 (n - 1) / n times the size of the result in each all-reduce.
+    in a separate table are negligible. Each block has two all-reduces over "model". In each
+    all-reduce over n devices, each device sends 2 (n - 1) / n times the size of the result.
     """
     device, peak_flops = workload.topology.device, workload.peak_flops
     n = axis_letter_sizes(workload.config, "decoder/")

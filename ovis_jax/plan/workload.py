@@ -28,9 +28,9 @@ class Workload:
     max_partition: int = 9
     """Maximum number of cells that an image is cut into."""
     dtype: str = "bfloat16"
-    """Dtype of activations, of weights that are not quantized, and of the KV cache."""
+    """Dtype of activations, of weights that are not quantized, and of the KV cache by default."""
     quantization: QuantizationFormat | None = None
-    """Quantization of the weights; None for none."""
+    """Quantization of the weights; None for no quantization."""
     kv_cache_dtype: KVCacheDtype = "auto"
     """Dtype of the KV cache; "auto" is `dtype`."""
     prompt_length: int | None = None

@@ -48,7 +48,7 @@ class HostCheckMiddleware:
         await app(scope, receive, send)
 
     def _foreign_host(self, scope: Scope) -> str | None:
-        """Return the first Host header that names another host, "" without a header, or None."""
+        """Return a foreign Host header, "" if the header is missing, or None if it is valid."""
         for header in Headers(scope=scope).getlist("host") or [""]:
             match = HOST_HEADER.fullmatch(header)
             if not match or not (_is_loopback(match[1]) or match[1].lower() == self._own_host):

@@ -1,4 +1,4 @@
-"""Binding a server's sockets before the model is loaded, which reports a port in use early."""
+"""Binding a server's sockets before the model is loaded, so that a used port is reported early."""
 
 import errno
 import socket

@@ -1,4 +1,4 @@
-"""Training batches with few shapes, made from dataset rows in an order that can be resumed.
+"""Training batches with few shapes, from dataset rows in an order that can be resumed.
 
 The library grain shuffles the rows in every epoch and prefetches them in threads. Each example is
 put into the bucket with its padded shape (positions and crops). A full bucket becomes the batch of
@@ -115,7 +115,7 @@ class _BucketDataset(grain.IterDataset):
 
 
 class _BucketIterator(grain.DatasetIterator):
-    """Iterates over batches. The state consists of the indices of the next and waiting examples."""
+    """Iterates over batches. The state is the index of the next example and of all waiting ones."""
 
     def __init__(self, dataset: _BucketDataset):
         super().__init__()

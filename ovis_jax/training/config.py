@@ -62,7 +62,7 @@ class ConfigTable(BaseModel):
 
 
 class LoraConfig(ConfigTable):
-    """The table `[lora]`, with which a run trains LoRA adapters instead of parts of the model."""
+    """The table `[lora]`. If given, the run trains LoRA adapters instead of parts of the model."""
 
     rank: PositiveInt = Field(examples=[16])
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -169,8 +169,8 @@ class TrainConfig(ConfigTable):
     model: str = Field(examples=["ovis-tiny"])
     """A converted folder, or a folder or repo id in the Hub's layout."""
     quantization: QuantizationFormat | None = None
-    """Format to quantize the matrices of the model to while it is loaded. Adapters can be trained
-    on quantized matrices (QLoRA, Dettmers et al. 2023), which stay as they are."""
+    """Format to which the model's matrices are quantized while the model is loaded. Adapters can be
+    trained on quantized matrices (QLoRA, Dettmers et al. 2023), which do not change."""
     output_dir: Path = Field(examples=["runs/first"])
     """Output folder for checkpoints, metrics and the result."""
     trainable: Parts = Field(default=(), examples=[["llm"]])

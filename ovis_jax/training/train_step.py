@@ -159,7 +159,7 @@ def _summed_loss(
     batch: TrainBatch | PreferenceBatch,
     key: Key[Array, ""] | None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Return a micro-batch's loss, summed over tokens or pairs, and the number of these."""
+    """Return a micro-batch's loss, summed over tokens or pairs, and their number."""
     dtype = config.compute_dtype
     params = join_params(cast_params(trainable, dtype), cast_params(frozen, dtype), lora_scale)
     if isinstance(batch, TrainBatch):
