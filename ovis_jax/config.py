@@ -1,7 +1,7 @@
 """The config of an Ovis model, read from the Hub's config.json into frozen dataclasses.
 
 Every field that affects the computation is required. A missing field, or a value that this
-implementation does not support, raises a `ConfigError` that names it.
+implementation does not support, raises a `ConfigError` that names the field.
 """
 
 from collections.abc import Mapping
@@ -113,8 +113,8 @@ class VisualTokenizerConfig:
       hidden_stride: Side length, in patches, of the square block that becomes one visual token.
       tokenize_function: The function that turns logits into a distribution over visual words.
       tau: Temperature in the gradient of the function "gumbel_argmax".
-      norm_eps: Epsilon of the head's LayerNorm. Config files do not state it, so it is the default
-        of torch.nn.LayerNorm.
+      norm_eps: Epsilon of the head's LayerNorm. Config files do not state this epsilon, so the
+        default of torch.nn.LayerNorm is used.
     """
 
     vision: VisionConfig
@@ -225,7 +225,8 @@ class DecoderConfig:
       model_type: The type of the decoder, by its name in transformers.
       activation: Activation of the gated MLP; "gelu" is the tanh approximation.
       norm_offset: Number added to the scale of every RMSNorm: 1 in Gemma2, 0 in Llama.
-      post_norms: Whether blocks have norms after attention and the MLP too, not only before them.
+      post_norms: Whether blocks also have norms after attention and after the MLP, not only before
+        them.
       scale_embeddings: Whether input embeddings are multiplied by sqrt(width).
       rope_scaling: Scaling of the rotary frequencies; None for no scaling.
     """
@@ -253,7 +254,7 @@ class DecoderConfig:
 
     @property
     def supports_float16(self) -> bool:
-        """Whether activations stay in the range of float16; those of Gemma2 exceed it."""
+        """Whether activations stay in the range of float16. The activations of Gemma2 exceed it."""
         return self.model_type != "gemma2"
 
     def window(self, block: int) -> int | None:

@@ -107,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_int(value: Any) -> bool:
-    """Return whether a value is an integer; numpy integers are included, bools are not."""
+    """Return whether a value is an integer: a Python or numpy integer, but not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""Configs: the published models, a model for benchmarks, and a tiny model for tests."""
+"""Configs of the published models, of a model for benchmarks, and of tiny models for tests."""
 
 from typing import Any
 
@@ -152,7 +152,7 @@ def benchmark() -> OvisConfig:
 
 
 def _published(**decoder: Any) -> OvisConfig:
-    """Return the config of a published model with Gemma2, given the sizes of its decoder."""
+    """Return the config of a published model with Gemma2, given the sizes of the decoder."""
     return _ovis(
         VisualTokenizerConfig(_siglip(depth=27), 65536, 2, "softmax"),
         DecoderConfig(vocab_size=256000, **_GEMMA2, **decoder),

@@ -27,7 +27,7 @@ from ovis_jax.sharding import (
 QuantizationFormat = Literal["int8", "int4"]
 
 _GROUP_SIZES = (128, 64, 32, 16, 8)
-"""Group sizes in order of preference; the first that divides all inputs is used."""
+"""Group sizes in order of preference. The first size that divides all inputs is used."""
 
 _INT4_MATRICES = re.compile(r"decoder/block_\d+/(attn/[qkvo]|mlp/(gate|up|down))")
 _TABLES = ("visual_embedding", "decoder/embed")
@@ -93,7 +93,7 @@ def choose_quantization(config: OvisConfig, quantization: str) -> Quantization:
 
 
 def find_undivided(config: OvisConfig, quantization: Quantization) -> list[tuple[str, int]]:
-    """Return path and inputs of every matrix whose inputs are not a multiple of the group size."""
+    """Return path and number of inputs of every matrix that the group size does not divide."""
     inputs = {path: shape[1] for path, shape in quantized_matrices(config, quantization).items()}
     return [(p, n) for p, n in inputs.items() if n % (quantization.group_of(p) or 1)]
 
@@ -196,7 +196,7 @@ def quantize_rows(rows: np.ndarray, group: int | None) -> tuple[np.ndarray, np.n
     """Quantize rows of a matrix to the nearest numbers.
 
     An int8 row uses -127 to 127. The int4 number of largest magnitude in a group becomes -8, so the
-    scale may be negative: this uses all 16 numbers, as ggml's Q4_0 does.
+    scale may be negative. In this way, all 16 numbers are used, as in ggml's Q4_0.
 
     Args:
       rows: Floating-point rows [n, i].
@@ -244,7 +244,7 @@ def _scales_and_inverses(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack_int4(q: np.ndarray) -> np.ndarray:
-    """Pack int4 [G, n, g] into uint8 [n, G g / 2]; the first of two numbers has the lower bits."""
+    """Pack int4 [G, n, g] into uint8 [n, G g / 2]; the lower bits hold the first of two numbers."""
     pairs = q.astype(np.int8).swapaxes(0, 1).reshape(q.shape[1], -1, 2).view(np.uint8)
     return (pairs[..., 0] & 15) | (pairs[..., 1] << 4)
 

@@ -148,7 +148,8 @@ def adapter_axes(config: OvisConfig) -> dict[str, str]:
 
 
 def axis_letter_sizes(config: OvisConfig, path: str) -> dict[str, int]:
-    """Return the size of every letter for a path; in the decoder, F and H have other sizes."""
+    """Return the size of every letter for a path; F and H depend on whether it is in the
+    decoder."""
     tokenizer, vision, decoder = config.visual_tokenizer, config.vision, config.decoder
     in_decoder = path.startswith("decoder/")
     return {

@@ -30,7 +30,7 @@ def read_text(path: Path) -> str:
 
 
 def is_git_lfs_pointer(path: Path) -> bool:
-    """Return whether a file is the small text that Git leaves in place of a large file.
+    """Return whether a file is a pointer: the small text that Git leaves in place of a large file.
 
     Git leaves such pointers when a repository is cloned without Git LFS.
     """

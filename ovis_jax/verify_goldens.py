@@ -55,7 +55,7 @@ int8 and 0.05 nats in int4, and changes no token; other models may lose more. If
 in the wrong order, this costs 5 to 7 nats in all matrices of the decoder, 3 to 9 nats in a table or
 the visual head, 0.2 to 2.2 nats in one matrix of a decoder block (at most 0.4 for queries and
 keys), and 0.03 to 0.7 nats in one matrix of the vision encoder. Scales that are wrong by the same
-factor are not detected if a norm follows, because it removes the factor.
+factor are not detected if a norm follows, because the norm removes the factor.
 """
 
 
@@ -76,7 +76,7 @@ class StageResult:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the tolerance; it is False for NaN."""
+        """Whether the difference is within the tolerance; False for NaN."""
         return self.difference <= self.tolerance
 
 
@@ -90,11 +90,11 @@ class GoldenFile(dict[str, np.ndarray]):
       path: The path of the .npz file.
       meta: Metadata: the prompt, the names of the images, and the dtype of the results.
       dtype: Dtype that the results were computed in.
-      is_dequantized: Whether the weights were those of a quantized checkpoint, dequantized.
+      is_dequantized: Whether the weights were the dequantized weights of a quantized checkpoint.
 
     Raises:
-      RequestError: The file is not a golden file. It is also raised later, when a missing field is
-        looked up.
+      RequestError: The file is not a golden file. The error is also raised later, when a missing
+        field is looked up.
     """
 
     def __init__(self, path: Path):

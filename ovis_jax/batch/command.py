@@ -46,7 +46,7 @@ from ovis_jax.loading import load
 from ovis_jax.mesh import tensor_parallel_mesh
 
 NUM_PREPARED = 16
-"""Number of rows that are prepared, in addition to those whose answers are generated."""
+"""Number of rows that are prepared while the answers to earlier rows are generated."""
 
 NO_TOKEN_BUDGET = 2**31
 """A maximum number of prompt positions between two decode steps that is never reached. In a batch

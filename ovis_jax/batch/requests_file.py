@@ -3,8 +3,8 @@
     {"custom_id": TEXT, "method": "POST", "url": "/v1/chat/completions", "body": {...}}
     {"image": IMAGES, "prompt": TEXT}
 
-The first line that is a JSON object decides which of the two formats a file has. Files may be
-larger than the memory: only one line is read at a time.
+The first line that is a JSON object determines which of the two formats a file has. Files may be
+larger than memory, because only one line is read at a time.
 """
 
 import codecs

@@ -223,7 +223,7 @@ def match_tensors(
 
 
 def _check_key_map(tensors: Collection[str], key_map: KeyMap) -> list[CheckpointProblem]:
-    """Return the parameters for which the key map has no key or several keys, as faults."""
+    """Return a fault for each parameter for which the key map has no key or several keys."""
     keys: defaultdict[str, list[str]] = defaultdict(list)
     for key, path in key_map.parameters.items():
         keys[path].append(key)

@@ -507,7 +507,7 @@ def find_quantization(params: Mapping[str, Any]) -> Quantization | None:
 def remove_padding(
     arrays: Mapping[str, Any], axes: Mapping[str, str], config: OvisConfig
 ) -> dict[str, Any]:
-    """Remove the rows of zeros with which arrays were padded for a mesh.
+    """Remove the rows of zeros that were added to arrays as padding for a mesh.
 
     Excess rows that are not zero cannot be padding. They are kept, so a later shape check reports
     them.

@@ -75,7 +75,7 @@ def copy_small_files(
     Args:
       source: Folder of the checkpoint.
       destination: Existing folder.
-      names: Names of the other files.
+      names: Names of the other files to copy.
       dtype: Dtype to state in the copied config.json: "F32", "F16" or "BF16"; None for no change.
 
     Raises:

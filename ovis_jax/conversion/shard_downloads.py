@@ -1,4 +1,4 @@
-"""Downloading the shards of a repository during conversion, one shard in advance."""
+"""Downloading the shards of a repository during conversion, always one shard ahead."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence

@@ -1,8 +1,8 @@
 """Constraints on answers: JSON schemas, regular expressions, lists of choices and grammars.
 
 llguidance compiles a constraint, and a `Matcher` determines which tokens may follow at each
-position of an answer. All of its work runs in threads of this module, because a complex constraint
-can take much longer for one token than a decode step.
+position of an answer. All work of llguidance runs in threads of this module, because a complex
+constraint can take much longer for one token than a decode step.
 """
 
 import json
@@ -53,7 +53,7 @@ class Constraint(NamedTuple):
 
 
 class ConstraintError(OvisError):
-    """A constraint cannot be compiled, or became too complex while an answer was generated.
+    """A constraint cannot be compiled, or becomes too complex while an answer is generated.
 
     Args:
       name: Name of the constraint.

@@ -168,7 +168,7 @@ class Request:
 class StopStringFilter:
     """Returns text up to the first stop string, even if a stop string is split over several pieces.
 
-    Text that could be the beginning of a stop string is held back until more text follows.
+    Text that could be the beginning of a stop string is held back until further text decides this.
     """
 
     def __init__(self, stop: Iterable[str]):

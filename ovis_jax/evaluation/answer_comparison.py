@@ -1,9 +1,8 @@
 """Reading the part of a model's text that is compared with the expected answer.
 
-`read_answer` reads a text as a person would who grades the answer. Its rules for options and for
-yes or no follow VLMEvalKit (`can_infer` and `YOrN_Extraction`), so that the scores are similar to
-those of VLMEvalKit. `read_answer_strictly` accepts only answers in the form that the prompt asks
-for.
+`read_answer` reads an answer like a person who grades it. Its rules for options and for yes or no
+follow VLMEvalKit (`can_infer` and `YOrN_Extraction`), so that the scores are similar to those of
+VLMEvalKit. `read_answer_strictly` accepts only answers in the form that the prompt asks for.
 """
 
 import re

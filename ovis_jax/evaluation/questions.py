@@ -146,7 +146,7 @@ def read_questions(
 def _parse_question(
     value: Any, name: str, folder: Path, raw_prompts: bool, system_turns: bool
 ) -> EvalQuestion:
-    """Parse a row, except for its id and the default of its kind."""
+    """Parse a row; the caller sets the id and, if it is missing, the kind."""
     keys = value.keys() if isinstance(value, Mapping) else ()
     if "question" not in keys and any(key in keys for key in CONVERSATION_KEYS):
         row = parse_row(value, name, folder, system_turns=system_turns)

@@ -69,9 +69,8 @@ def visual_words(model: Ovis, params: Params, inputs: Inputs, *, k: int = 10) ->
     """Summarize the distribution of every visual token.
 
     The function is pure, so it can be called inside a jitted function or under a mesh. The
-    distributions are computed in chunks, as in `generate`, so that memory is bounded. They are
-    computed from the logits in float32 for every model dtype, and without the noise of
-    gumbel_argmax.
+    distributions are computed in chunks, as in `generate`, so that memory is bounded. For every
+    model dtype, they are computed from the logits in float32, without the noise of gumbel_argmax.
 
     Args:
       model: Static.

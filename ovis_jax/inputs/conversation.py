@@ -56,7 +56,8 @@ class ChatFormat:
       bos: The token that starts every prompt.
       pad: The padding token, which is dropped if a text contains it.
       openings: The beginning of a turn, by role. Other roles are not supported.
-      end_of_turn: The token after a turn's text. The model learns to end its own turns with it.
+      end_of_turn: The token after a turn's text. At the end of an assistant turn, this token is a
+        label.
       separator: Text after `end_of_turn`. It does not contribute to the loss.
       default_system: Text of the system turn that is added to a conversation without one; None if
         no turn is added.
@@ -128,8 +129,8 @@ def parse_prompt(
     Args:
       prompt: A string, or a list of turns.
       images: One image for each "<image>" in the text and each part `{"type": "image"}`. If the
-        prompt has neither, the images are placed at the beginning of the first user turn, one per
-        line. Images in content parts are not included here.
+        prompt has neither of these, the images are placed at the beginning of the first user turn,
+        one per line. Images in content parts are not included here.
       name: Name of the prompt in error messages.
       chat_format: Format that determines the supported roles.
       parse_image_placeholders: Whether "<image>" in a text marks the place of an image, as in the
@@ -366,7 +367,7 @@ def _read_turn(
 def _read_part(
     part: Any, name: str, parse_image_placeholders: bool
 ) -> tuple[list[str], list[ImageSource | None]]:
-    """Check a content part, and return its texts and images as `_read_turn` does."""
+    """Check a content part, and return its texts and images in the form of `_read_turn`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     match part:
         case {"type": "text", "text": str(text)}:

@@ -5,7 +5,7 @@ A file is a JSON list, a JSON lines file or a parquet file of rows in one of two
     {"image": IMAGES, "conversations": TURNS}
     {"image": IMAGES, "prompt": PROMPT, "chosen": ANSWER, "rejected": ANSWER}
 
-- IMAGES is an image or a list of images; the key may also be `images`, and it is optional. An image
+- IMAGES is an image or a list of images. The key may also be `images`, and may be missing. An image
   is a path, a `data:` or `file:` URL, `{"path": PATH}` or, in a parquet file, the bytes of an image
   file, as binary or as `{"bytes": BYTES, "path": NAME}`. Images are opened only when a row is used.
 - TURNS is a list of turns, either `{"from": "human" | "gpt", "value": TEXT}` (ShareGPT, LLaVA and

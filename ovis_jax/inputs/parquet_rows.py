@@ -63,7 +63,7 @@ class ParquetImage(NamedTuple):
 
 
 def is_parquet(path: Path) -> bool:
-    """Return whether a file is a parquet file, by its first bytes."""
+    """Return whether the first bytes of a file are those of a parquet file."""
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 

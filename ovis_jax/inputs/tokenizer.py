@@ -71,7 +71,7 @@ class Tokenizer:
       special_tokens: The added tokens that decoding can skip.
       encode_ordinary: Function that encodes text without added tokens.
       byte_level: Whether each character of a piece stands for a byte.
-      clean_up_spaces: Whether decoding removes spaces as `clean_up_spaces` does.
+      clean_up_spaces: Whether decoding applies the function `clean_up_spaces`.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""The transposition that turns an image upright, by its EXIF orientation."""
+"""The transposition that turns an image upright, by the image's EXIF orientation."""
 
 WHITE_IS_ZERO = 0
 """The value of a TIFF file's PhotometricInterpretation if 0 is white."""
@@ -39,8 +39,8 @@ def to_upright_rgb(image: Image.Image, *, max_exif_bytes: float = math.inf) -> I
         values may overlap, so the copies can have up to size**2 / 48 bytes in total.
 
     Raises:
-      ImageError: The pixels are signed or 32-bit numbers, or they cannot be converted to RGB, or
-        there is too much EXIF data. Pillow's decoders may raise any exception for a damaged file.
+      ImageError: The pixels are signed or 32-bit numbers, the image cannot be converted to RGB, or
+        it has too much EXIF data. Pillow's decoders may raise any exception for a damaged file.
     """
     _scale_transparent_color(image)
     image.load()

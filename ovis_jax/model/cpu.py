@@ -120,7 +120,7 @@ def multiply_by_int8(
     Compared with a product of two bfloat16 arrays, a product of bfloat16 and int8 takes 2 to 10
     times as long, but a product of two int8 arrays takes two thirds of the time. The function
     therefore rounds each row to int8, with one scale per row. A single row takes 11 times as long
-    as two rows, so it is computed twice.
+    as two rows, so a single row is computed twice.
     """
     y = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     x_scale = jnp.max(jnp.abs(y), axis=1, keepdims=True) / 127

@@ -44,8 +44,7 @@ class DecoderAttention(nn.Module):
         """Attend to the positions in this call and in the cache.
 
         Returns:
-          The output, and either the keys and values from this call or, if there is a cache, the
-          updated cache.
+          The output, and the updated cache or, without a cache, the keys and values from this call.
         """
         c = self.config
         B, T, D = x.shape

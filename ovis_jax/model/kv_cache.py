@@ -64,7 +64,7 @@ def empty_cache(
     dtype: DTypeLike,
     kv_cache_dtype: KVCacheDtype = "auto",
 ) -> Cache:
-    """Create a cache whose rows are all empty; `dtype` is that of the activations."""
+    """Create a cache whose rows are all empty; `dtype` is the dtype of the activations."""
 
     def zeros(block: int) -> Array | QuantizedKV:
         slots = num_slots(config, block, max_length, kv_cache_dtype)

@@ -102,8 +102,8 @@ def linear(
     On a CPU, a product with an int8 matrix rounds the activations to int8, too, with one scale per
     row (Dettmers et al. 2022). Other platforms round only the matrix.
 
-    A quantized matrix is a constant: the derivative with respect to it is zero, and the derivative
-    with respect to `x` is that of the product with the dequantized matrix.
+    A quantized matrix is treated as a constant, so the derivative with respect to the matrix is
+    zero. The derivative with respect to `x` is that of the product with the dequantized matrix.
 
     Args:
       x: Activations.

@@ -20,7 +20,7 @@ LANES = 128
 """Lengths and head dimensions are padded to a multiple of this number."""
 
 KERNEL_BLOCKS = 512, 256, 128
-"""Block sizes for queries and keys; the first that divides the padded length is used."""
+"""Block sizes for queries and keys. The first size that divides the padded length is used."""
 
 
 def attend_prompt(

@@ -94,7 +94,7 @@ def abstract_inputs(workload: Workload, mesh: Mesh | AbstractMesh) -> Inputs:
 
 
 def crops_per_device(workload: Workload) -> int:
-    """Count the crops on each device; all crops if their number is not a multiple of "data"."""
+    """Count the crops on each device; all crops if axis "data" does not divide their number."""
     crops, data = workload.num_crops, workload.mesh_sizes.data
     return crops if crops % data else crops // data
 

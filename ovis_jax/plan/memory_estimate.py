@@ -82,14 +82,13 @@ def decode_temp_bytes(workload: Workload) -> int:
 def prefill_temp_bytes(workload: Workload) -> int:
     """Estimate the size of the temporary arrays in a prefill of prompts of the maximum length.
 
-    The result, in bytes on one device, is the larger of two peaks, plus the embeddings of the
-    images (s I M D), which the decoder reads. One peak is `vision_temp_bytes`. The other peak is
-    that of the decoder. Let b be the number of rows per device, m the size of the mesh axis
-    "model", and s the number of bytes per element. The decoder's peak is s b T (3 D + 3 max(F, (N +
-    K) H) / m) plus the attention scores of one block. The term 3 D is the residual and the input
-    and output of half a block (4 D if the output is summed over devices). The other term is either
-    the gated MLP, or the queries, keys, values, attention output and transposed copies for a
-    kernel.
+    The result, in bytes on one device, is the larger of `vision_temp_bytes` and the decoder's peak,
+    plus the embeddings of the images (s I M D), which the decoder reads. Let b be the number of
+    rows per device, m the size of the mesh axis "model", and s the number of bytes per element. The
+    decoder's peak is s b T (3 D + 3 max(F, (N + K) H) / m) plus the attention scores of one block.
+    The term 3 D is the residual and the input and output of half a block (4 D if the output is
+    summed over devices). The other term is either the gated MLP, or the queries, keys, values,
+    attention output and transposed copies for a kernel.
     """
     n = axis_letter_sizes(workload.config, "decoder/")
     data, model = workload.mesh_sizes
@@ -108,9 +107,10 @@ def vision_temp_bytes(workload: Workload) -> int:
 
     Let I be the number of crops per device, m the size of the mesh axis "model", and s the number
     of bytes per element. The result, in bytes on one device, is the pixels, 4 I h w C, plus the
-    larger of two terms. The first term is a SigLIP block with its residual: I P (3 s E + 4 E + s (4
-    E + 2 F) / m), plus the attention scores. The second term is the logits and probabilities over
-    visual words for the n tokens that are processed at a time: n W/m (4 + s).
+    larger of two terms. The first term is a SigLIP block with its residual,
+    I P (3 s E + 4 E + s (4 E + 2 F) / m), plus the attention scores. The second term is the logits
+    and probabilities over visual words for the n tokens that are processed at a time,
+    n W/m (4 + s).
     """
     tokenizer, vision = workload.config.visual_tokenizer, workload.config.vision
     s, m = workload.bytes_per_activation, workload.mesh_sizes.model

@@ -19,7 +19,7 @@ _QUANTIZATIONS: tuple[tuple[QuantizationFormat | None, KVCacheDtype], ...] = (
     ("int4", "auto"),
     ("int4", "int8"),
 )
-"""Quantizations of the weights and the KV cache, in the order in which they are tried."""
+"""Quantizations of the weights and of the KV cache, in the order in which they are tried."""
 
 _FORMATS = (None, "int8", "int4")
 

@@ -16,12 +16,12 @@ WRITE_TIMEOUT = 30.0
 MIN_RECEIVED = 2**14
 
 SPARE_CONNECTIONS = 64
-"""Number of connections in addition to the maximum number of requests. They are for /health and
-/metrics while the server has its maximum number of requests."""
+"""Number of connections in addition to the maximum number of requests. The spare connections are
+for /health and /metrics while the server has the maximum number of requests."""
 
 ORDER = itertools.count()
-"""Numbers the waits in the order in which they begin. The event loop's time would not do, because
-it can be the same for many waits."""
+"""Numbers the waits in the order in which they begin. The event loop's time is not used for this,
+because many waits can begin at the same time."""
 
 
 class TimedProtocol(H11Protocol):

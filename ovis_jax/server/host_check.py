@@ -22,7 +22,8 @@ class HostCheckMiddleware:
     reach, nothing is checked, because the names of the server are unknown.
 
     Starlette's TrustedHostMiddleware is not enough: it only compares names, so it has no rule for
-    127.0.0.0/8, and its error message neither names the host nor says how to allow it.
+    127.0.0.0/8. In addition, its error message neither names the host nor says how to allow this
+    host.
 
     Args:
       app: The application.

@@ -57,7 +57,7 @@ class ServerMetrics:
         cached.set_function(num_visual_bytes)
 
     def count_response(self, status: int) -> None:
-        """Count a response by its HTTP status."""
+        """Count a response with this HTTP status."""
         self._responses.labels(str(status)).inc()
 
     def record_request(self, request: Request, arrival_time: float, end_time: float) -> None:

@@ -232,7 +232,7 @@ def client_network(scope: Scope) -> str:
 
 
 def _content_length(headers: dict[bytes, bytes]) -> int:
-    """Return the checked Content-Length of a request, or 0 if it has no such header."""
+    """Return the Content-Length, which the HTTP parser has checked, or 0 if it is missing."""
     value = headers.get(b"content-length", b"")
     return int(value) if value.isdigit() else 0
 

@@ -191,7 +191,7 @@ class ResponseFormat(BaseModel):
         """Return the constraint; None for text.
 
         Raises:
-          ApiError: A JSON schema is missing, or there is one for another type (status 400).
+          ApiError: A JSON schema is missing, or is given for a type without a schema (status 400).
         """
         for name, value, expected in (
             ("json_schema", self.json_schema, self.type == "json_schema"),

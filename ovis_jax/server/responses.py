@@ -46,7 +46,7 @@ class ResponseFormatter:
         return self._object("chat.completion", choices) | {"usage": self._usage()}
 
     def first_chunk(self) -> str:
-        """Return the first chunk of a stream, which starts every choice."""
+        """Return the first chunk of a stream, in which every choice begins."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         return self._chunk([_choice(n, delta) for n in range(self.request.num_choices)])
 

@@ -84,8 +84,8 @@ def iterate_step_batches(
     iterator save and restore the position in the data.
 
     Raises:
-      DataError: Conversations and preference pairs are mixed. During iteration, it is also raised
-        if `encode_row` raises it, or if no row of the dataset is valid.
+      DataError: Conversations and preference pairs are mixed. During iteration, this error is also
+        raised if `encode_row` raises it, or if no row of the dataset is valid.
     """
     if len({row.preference is None for row in rows}) != 1:
         raise DataError(

@@ -83,8 +83,7 @@ class DataConfig(ConfigTable):
     train_files: Files = Field(min_length=1, examples=[["train.jsonl"]])
     validation_files: Files = Field(default=(), examples=[["validation.jsonl"]])
     invalid_rows: Literal["error", "skip"] = "error"
-    """Handling of invalid rows: they are an error that ends the run, or they are skipped and
-    reported."""
+    """Handling of invalid rows: an error ends the run, or the rows are skipped and reported."""
     exact_images: bool = False
     """Whether to read image files exactly as the original does. By default, they are turned upright
     by their EXIF orientation, scaled from 16 bits to 8, and put on white where transparent."""
@@ -94,7 +93,7 @@ class DataConfig(ConfigTable):
     max_partition: MaxPartitions = Field(default=(9, 1, 1), examples=["9|1|1"])
     """Maximum number of cells that an image is split into: one number for all rows, or a string
     with the numbers for rows with one image, with several images, and for video, as in the original
-    ("9|1|1"). There are no rows with videos, so the last number has no effect."""
+    ("9|1|1"). Rows with videos are not supported, so the last number has no effect."""
     max_length: PositiveInt | None = Field(default=None, examples=[2048])
     """Maximum number of positions per example. The default is the model's limit."""
     truncate: bool = False

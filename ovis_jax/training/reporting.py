@@ -103,8 +103,8 @@ class ProgressBar:
     def update(self, step: int, num_tokens: int, loss: Array) -> float:
         """Display a dispatched step, and return the number of tokens per second.
 
-        The displayed loss is that of the previous step, so that this function does not wait for the
-        current step.
+        The displayed loss is the loss of the previous step, so that this function does not wait for
+        the current step.
         """
         previous, self._loss = self._loss, loss
         shown = float(loss if previous is None else previous)  # waits for the previous step
