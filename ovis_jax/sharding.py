@@ -148,8 +148,7 @@ def adapter_axes(config: OvisConfig) -> dict[str, str]:
 
 
 def axis_letter_sizes(config: OvisConfig, path: str) -> dict[str, int]:
-    """Return the size of every letter for a path; F and H depend on whether it is in the
-    decoder."""
+    """Return the size of every letter for a path; F and H are different inside the decoder."""
     tokenizer, vision, decoder = config.visual_tokenizer, config.vision, config.decoder
     in_decoder = path.startswith("decoder/")
     return {

@@ -51,10 +51,10 @@ DIFFERENT_TOKENS_TOLERANCE: dict[QuantizationFormat, float] = {"int8": 0.1, "int
 when a quantized model is compared with the original before quantization.
 
 The tolerances separate rounding from mistakes. On ovis-tiny, rounding costs at most 0.003 nats in
-int8 and 0.05 nats in int4, and changes no token; other models may lose more. If rows or inputs are
-in the wrong order, this costs 5 to 7 nats in all matrices of the decoder, 3 to 9 nats in a table or
-the visual head, 0.2 to 2.2 nats in one matrix of a decoder block (at most 0.4 for queries and
-keys), and 0.03 to 0.7 nats in one matrix of the vision encoder. Scales that are wrong by the same
+int8 and 0.05 nats in int4, and changes no token; other models may lose more. Rows or inputs in the
+wrong order cost 5 to 7 nats if this affects all matrices of the decoder. In a single matrix, they
+cost 3 to 9 nats in a table or the visual head, 0.2 to 2.2 nats in a decoder block (at most 0.4 for
+queries and keys), and 0.03 to 0.7 nats in the vision encoder. Scales that are wrong by the same
 factor are not detected if a norm follows, because the norm removes the factor.
 """
 

@@ -1,7 +1,7 @@
 """Reading folders that AutoGPTQ quantized, such as AIDC-AI/Ovis1.6-Gemma2-9B-GPTQ-Int4.
 
-GPTQ (Frantar et al. 2022) quantizes only the seven matrices of each decoder block. AutoGPTQ stores
-four tensors in place of a matrix [o, i] with groups of g inputs:
+GPTQ (Frantar et al. 2022) quantizes only the seven matrices of each decoder block. AutoGPTQ
+replaces a matrix [o, i] by four tensors, with groups of g consecutive inputs:
 
 - `qweight` int32 [i / 8, o]: eight consecutive inputs per 32-bit word, with the first input in the
   lowest four bits.

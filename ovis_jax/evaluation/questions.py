@@ -3,12 +3,12 @@
     {"image": IMAGES, "question": TEXT, "answer": TEXT}
     {"image": IMAGES, "question": TEXT, "choices": [TEXT, ...], "answer": LETTER, NUMBER or TEXT}
 
-IMAGES is an image or a list of images, in the forms that `ovis_jax.inputs.dataset` describes, and
-the key may be `images`; `choices` may be called `options`. The optional fields are `image`, `hint`
-(inserted before the question), `kind` (accuracy is reported per kind; the default is the file's
-name) and `id`. A row from a training set is also accepted: its last answer is the expected answer,
-and the turns before it are used as the prompt without changes. An unknown key is an error, as in
-training rows.
+IMAGES is an image or a list of images, in the forms that `ovis_jax.inputs.dataset` describes. The
+key `image` may also be `images`, and `choices` may also be `options`. The optional fields are
+`image`, `hint` (inserted before the question), `kind` (accuracy is reported per kind; the default
+is the file's name) and `id`. A row from a training set is also accepted: its last answer is the
+expected answer, and the turns before it are used as the prompt without changes. An unknown key is
+an error, as in training rows.
 """
 
 from collections.abc import Mapping, Sequence

@@ -76,11 +76,11 @@ def tokenize(
 
     Args:
       logits: Logits of the words.
-      function: "softmax", which the published models use and which is computed in float32;
-        "st_argmax", which gives all the weight to the most likely word, and whose gradient is that
-        of the logits themselves; or "gumbel_argmax" (Jang et al. 2017), which gives all the weight
-        to a word sampled from the softmax, in inference and in training, and whose gradient is that
-        of the softmax of (logits + noise) / `tau`.
+      function: "softmax" is the function of the published models and is computed in float32.
+        "st_argmax" gives all the weight to the most likely word; its gradient is that of the logits
+        themselves. "gumbel_argmax" (Jang et al. 2017) gives all the weight to a word that is
+        sampled from the softmax, in inference and in training; its gradient is that of the softmax
+        of (logits + noise) / `tau`.
       key: Random key for "gumbel_argmax"; None for the most likely word.
       num_words: Number of real words. All further words are padding and get probability zero.
       tau: Temperature of "gumbel_argmax". It does not change which word is sampled.

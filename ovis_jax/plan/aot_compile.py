@@ -176,13 +176,13 @@ def analyze_program(workload: Workload, program: Program) -> dict[str, Any]:
     """Compile a program, and collect its memory use and its operations.
 
     Returns:
-      A dict with "arguments", "output", "aliased", "temp" and "peak", the program's bytes on one
-      device; "cache", the bytes of the KV cache; "collectives", by kind; "all_reduces_per_block";
-      "weight_sized", the result of `count_weight_sized_operations` for the matrices and the cache
-      (without the cache if a prompt fills it, because then the prompt's keys have the same shape);
-      "kernels", by name; and "compile_seconds". If the device memory is too small, the dict
-      contains only "error", the compiler's message, and "peak", the requested bytes (None if the
-      message does not state them).
+      A dict with the program's bytes on one device ("arguments", "output", "aliased", "temp" and
+      "peak"), the bytes of the KV cache ("cache"), "collectives" by kind, "all_reduces_per_block",
+      "kernels" by name, "compile_seconds", and "weight_sized": the result of
+      `count_weight_sized_operations` for the matrices and the cache. The cache is left out of this
+      count if a prompt fills it, because the prompt's keys then have the same shape. If the device
+      memory is too small, the dict contains only "error" (the compiler's message) and "peak" (the
+      requested bytes, or None if the message does not state them).
     """
     start = time.perf_counter()
     try:

@@ -144,10 +144,10 @@ def count_weight_sized_operations(
       weight_shapes: Full and per-device shapes of the weight matrices, or of the blocks of a cache.
 
     Returns:
-      The numbers of "copies" (including transposes), "dequantized" (float arrays computed from a
-      stored int8 or int4 array of the same size, except by a kernel, because the result of a kernel
-      is a product), "all-gathers" and "all-reduces" whose result has the dimensions of a weight
-      matrix in any order. Dimensions of size 1 are ignored.
+      The numbers of operations whose result has the dimensions of a weight matrix in any order:
+      "copies" (including transposes), "dequantized" (float arrays computed from a stored int8 or
+      int4 array of the same size), "all-gathers" and "all-reduces". The result of a kernel is not
+      counted as dequantized, because it is a product. Dimensions of size 1 are ignored.
     """
     known = {_dimensions(shape) for shape in weight_shapes}
     instructions = list(_parse_instructions(hlo))

@@ -71,10 +71,10 @@ def all_reduces_per_decode_step(workload: Workload) -> int:
 def total_prefill_flops(workload: Workload) -> float:
     """Count the FLOPs of prompts with the maximum length and all crops, on all devices together.
 
-    The count includes the decoder's matrices at every position, the output matrix once per row,
-    attention over all visible positions, the vision encoder's matrices at every patch and its
-    attention, and the visual head and embedding table at every visual token. A multiply-add counts
-    as two FLOPs.
+    The count includes the decoder's matrices at every position, its attention over all visible
+    positions, and the output matrix once per row. It also includes the vision encoder's matrices at
+    every patch, its attention, and the visual head and embedding table at every visual token. A
+    multiply-add counts as two FLOPs.
     """
     c, n = workload.config, axis_letter_sizes(workload.config, "decoder/")
     T, B = workload.prompt_positions, workload.batch_size
