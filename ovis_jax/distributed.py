@@ -22,7 +22,7 @@ REPORT_SECONDS = 5.0
 def initialize_distributed(
     coordinator_address: str, num_processes: int, process_id: int, *, timeout: float = 300.0
 ) -> None:
-    """Join this process to a group of processes whose devices JAX uses together.
+    """Let this process join a group of processes whose devices JAX uses together.
 
     Call this function before JAX creates any array. Afterwards, `jax.devices()` lists the devices
     of all processes. Every process must then build the same mesh and call `load`, `generate` and

@@ -119,7 +119,7 @@ def read_positive_number_fields(
     Args:
       cls: The dataclass.
       obj: The JSON object.
-      key_names: Keys in the object by name of the dataclass field, where the two names differ.
+      key_names: Keys in the object, by field name, of the fields whose name and key differ.
     """
     readers = {int: obj.get_positive_int, float: obj.get_positive_number}
     return {

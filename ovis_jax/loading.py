@@ -142,7 +142,7 @@ class LoadedOvis:
         """Answer one prompt piece by piece; the arguments are those of `ask`.
 
         Yields:
-          The next piece of the answer's text. The pieces join to the result of `ask`.
+          The next piece of the answer's text. Joined together, the pieces are the result of `ask`.
 
         Raises:
           OvisError: The prompt, an image or an option is invalid.

@@ -40,8 +40,8 @@ class Quantization:
     Attributes:
       format: "int8" or "int4".
       group_size: Number of inputs per scale of an int4 matrix; None for "int8".
-      decoder_only: Whether only the int4 matrices of the decoder's blocks are quantized, as by
-        GPTQ. Otherwise, all other matrices are int8.
+      decoder_only: Whether only the int4 matrices of the decoder's blocks are quantized, as in GPTQ
+        checkpoints. Otherwise, all other matrices are int8.
     """
 
     format: QuantizationFormat

@@ -269,8 +269,8 @@ def param_shardings(
 
     Raises:
       OvisError: The mesh has none of the axes in the rules, the size of a letter is not divisible
-        by its mesh axis (U and W are padded), or the rules shard two dimensions of a parameter over
-        the same mesh axis.
+        by the size of its mesh axis (U and W are padded), or the rules shard two dimensions of a
+        parameter over the same mesh axis.
     """
     return _shardings(param_axes(config), config, mesh, rules)
 

@@ -291,7 +291,7 @@ def mean_kl_divergence(expected: np.ndarray, found: np.ndarray) -> float:
 
     Args:
       expected: Logits [n, V] of the reference.
-      found: Logits [n, V] of the model that approximates it.
+      found: Logits [n, V] of the model that approximates the reference.
     """
     if found.shape != expected.shape:
         return math.inf

@@ -158,7 +158,7 @@ def load_adapters(
       CheckpointError: The adapters belong to a model with a different config, or the tensors are
         not complete adapters with the recorded rank. The error lists all faults.
       ConfigError: The file adapters.json or adapter_config.json cannot be read, lacks a field, or
-        asks for more than LoRA on matrices.
+        requires anything but LoRA on matrices.
       OvisError: `folder` contains no adapters, or the rules cannot shard them over the mesh.
       OSError: A file cannot be read.
     """

@@ -210,7 +210,7 @@ def _encode_header(tensors: TensorSpecs, metadata: Mapping[str, str] | None) -> 
 
 
 def _read_ahead(threads: Executor, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
-    """Yield chunks while a thread reads the next chunk.
+    """Yield chunks; while the caller uses a chunk, a thread reads the next one.
 
     The first chunk is read in the calling thread: reading it may wait for a download, and only a
     wait in the main thread can be interrupted.

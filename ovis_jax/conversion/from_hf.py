@@ -93,7 +93,7 @@ class ConversionPlan:
       matched: The source tensors, each matched with a parameter.
       source_names: Names of the source tensors in `matched`, by name in the result, in file order.
         The numbers and the scales of a quantized matrix have the same source.
-      dtype: Dtype of the tensors of the result that are not quantized: "F32", "F16" or "BF16".
+      dtype: Dtype of the tensors in the result that are not quantized: "F32", "F16" or "BF16".
       stored: The quantization of a source that GPTQ quantized; None for any other source.
       quantization: The quantization of the result; None if the result is not quantized.
       processor_files: Names of the files to copy.
@@ -111,7 +111,7 @@ class ConversionPlan:
 
     @cached_property
     def tensors(self) -> TensorSpecs:
-        """Dtypes and shapes of the result, in the order of the source files."""
+        """Dtypes and shapes of the tensors in the result, in the order of the source files."""
         specs = stored_specs(self.config, self.quantization, self.dtype)
         return {name: specs[name] for name in self.source_names}
 

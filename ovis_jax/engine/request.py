@@ -110,7 +110,7 @@ class Request:
       deadline: Time, as in `time.monotonic()`, at which the request fails if it is not complete.
       on_event: Called in the engine's thread with each `Delta`, or with a single `Failure`.
       num_choices: Number of answers to generate.
-      stop: Stop strings. An answer ends before the first of them.
+      stop: Stop strings. An answer ends before the first stop string.
       stop_token_ids: Ids that end an answer, in addition to the model's own stop ids.
       ignore_eos: Whether the model's own stop ids do not end an answer.
       min_tokens: Number of tokens before which neither a stop id nor a stop string ends an answer.

@@ -72,7 +72,7 @@ class EvalQuestion:
     def parse_answer(self, text: str, *, strict: bool = False) -> str:
         """Return the part of a model's text that is compared with the expected answer.
 
-        With `strict`, `read_answer_strictly` reads the text, and `read_answer` otherwise.
+        With `strict`, `read_answer_strictly` reads the text; otherwise, `read_answer` does.
         """
         if strict:
             return read_answer_strictly(text, self.answer_type, self.options)

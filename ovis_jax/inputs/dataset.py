@@ -45,7 +45,7 @@ METADATA_KEYS = (
     " category split language license model metadata width height score_chosen score_rejected"
     " __index_level_0__ __key__ __url__"
 ).split()
-"""Keys that describe a row or a turn without changing what is learned; they are ignored."""
+"""Keys that describe a row or a turn without affecting training; they are ignored."""
 
 CONVERSATION_KEYS = ("conversations", "messages", "prompt")
 IMAGE_KEYS = ("image", "images")
@@ -246,7 +246,7 @@ def select_fields(value: Any, known: Collection[str], where: str = "") -> dict[s
 
     Args:
       value: The object.
-      known: The keys that it may have, in addition to `METADATA_KEYS`.
+      known: The keys that the object may have, in addition to `METADATA_KEYS`.
       where: Prefix of error messages.
 
     Raises:

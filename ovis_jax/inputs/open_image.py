@@ -84,7 +84,7 @@ class _LimitedFile(io.BytesIO):
     """An image file in memory that can be read `MAX_READS` times.
 
     Pillow parses the segments of JPEG, the chunks of PNG, the blocks of GIF and the runs of BMP
-    files in Python. For a file that consists of millions of them, this takes many seconds.
+    files in Python. For a file with millions of such parts, this takes many seconds.
     """
 
     _num_reads = 0
@@ -175,7 +175,7 @@ def decode_data_url(url: str) -> bytes:
     """Return the bytes that a `data:` URL contains.
 
     The URL is read as browsers read it (https://fetch.spec.whatwg.org/#data-urls): the media type
-    may be missing, and base64 may have white space and lack its padding.
+    may be missing, and base64 may contain white space and lack its padding.
 
     Raises:
       ImageError: The URL has no comma, or its base64 is invalid.

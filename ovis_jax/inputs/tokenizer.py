@@ -185,7 +185,7 @@ class Tokenizer:
         """Encode a text, without adding special tokens before or after it.
 
         Args:
-          text: Any text that has a UTF-8 form.
+          text: Any text that can be encoded as UTF-8.
           parse_special_tokens: Whether a special token such as "<eos>" that is spelled out in the
             text becomes its id, as in the original. Otherwise it is encoded as ordinary text.
 

@@ -26,7 +26,7 @@ from ovis_jax.model.quantized_kv import quantize_kv
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query attention, with a sliding window in local (sliding-window) layers."""
+    """Grouped-query attention, with a sliding window in local blocks."""
 
     config: DecoderConfig
     window: int | None

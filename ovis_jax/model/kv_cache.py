@@ -1,8 +1,8 @@
 """The KV cache: keys and values of the positions read so far.
 
 A global block caches every position. A local (sliding-window) block caches only the last
-`sliding_window` positions, in a ring buffer. In both, position p is stored in slot p mod S. In a
-global block, S is the maximum length, so the slots are never overwritten.
+`sliding_window` positions, in a ring buffer. In both kinds of block, position p is stored in slot p
+mod S. In a global block, S is the maximum length, so the slots are never overwritten.
 
 In an int8 cache, the keys and values are `QuantizedKV` instead of arrays, and S is rounded up to a
 multiple of `INT8_TILE`.

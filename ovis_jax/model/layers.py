@@ -113,9 +113,9 @@ def rope_frequencies(
 ) -> Float32[np.ndarray, "half"]:
     """Return the rotary frequencies in radians per position, on the host.
 
-    With a scaling, frequencies with a wavelength above `original / low_freq_factor` are divided by
-    `factor`. Those with a wavelength below `original / high_freq_factor` are kept. Frequencies in
-    between are interpolated between these two results.
+    With a scaling, let n be `original_max_position_embeddings`. Frequencies with a wavelength above
+    n / `low_freq_factor` are divided by `factor`. Frequencies with a wavelength below n /
+    `high_freq_factor` are kept. Frequencies in between are interpolated between these two results.
     """
     # The powers are computed in float64 on the host. On some processors, the last bit of a float32
     # power is wrong, and the angle multiplies this error by the position, which can be 8000.

@@ -181,7 +181,8 @@ def lookup(
       table: The table; int8 if it is quantized.
       rows: Indices of the rows.
       dtype: Dtype of the rows from a quantized table; other tables keep their dtype.
-      in_loop: Whether this is the body of a loop, where XLA's CPU backend needs a workaround.
+      in_loop: Whether the call is in the body of a loop, where XLA's CPU backend needs a
+        workaround.
     """
     if not isinstance(table, Quantized):
         return cpu.lookup_rows(table, rows) if in_loop else table[rows]

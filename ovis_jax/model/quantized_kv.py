@@ -1,4 +1,4 @@
-"""Keys and values in int8, for a KV cache of half the size.
+"""Keys and values in int8, for a KV cache that takes half the memory of bfloat16.
 
 Each key and each value has its own scale. The quantization is symmetric: the channel of largest
 magnitude becomes 127 or -127, so the error of every channel is at most 1/254 of that magnitude.

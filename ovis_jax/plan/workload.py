@@ -78,7 +78,8 @@ class Workload:
         Raises:
           OvisError: The model does not support the dtype, the product of the mesh sizes is not the
             number of devices, a mesh axis does not divide a dimension (the message names the
-            letter, the size and the axis), or the images alone exceed a prompt.
+            letter, the size and the axis), or the images alone are longer than the maximum length
+            of a prompt.
         """
         self.config.check_compute_dtype(self.dtype)
         data, model = self.mesh_sizes

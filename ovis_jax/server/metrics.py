@@ -17,7 +17,7 @@ class ServerMetrics:
     Args:
       max_num_seqs: Maximum number of concurrent sequences.
       num_running: Function that returns the number of sequences that are being generated.
-      num_waiting: Function that returns the number of requests whose prompt has not been read.
+      num_waiting: Function that returns the number of requests whose prompt has not been read yet.
       num_visual_bytes: Function that returns the size of all cached visual embeddings in bytes.
     """
 

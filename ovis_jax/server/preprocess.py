@@ -321,8 +321,8 @@ def convert_messages(
       its field; and the text of a last assistant message, which the answer continues.
 
     Raises:
-      ApiError: A message that is not the user's contains an image, or there is no user message to
-        answer (status 400).
+      ApiError: A message that is not from the user contains an image, or there is no user message
+        to answer (status 400).
     """
     turns: list[Turn] = []
     images: list[tuple[ImageUrl, str]] = []
