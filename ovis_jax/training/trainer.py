@@ -403,8 +403,7 @@ def _finite_metrics(metrics: StepMetrics | None, step: int) -> dict[str, float]:
 
 
 class _StopSignal:
-    """Context manager in which a first SIGTERM or SIGINT requests a stop, and a second one
-    exits."""
+    """Context manager in which the first SIGTERM or SIGINT requests a stop; a second one exits."""
 
     requested = False
 
