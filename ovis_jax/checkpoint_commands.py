@@ -74,7 +74,7 @@ def inspect_command(
 
 @dataclass
 class _PartSize:
-    """Size of a model part; `formats` are those of its parameters, in order of appearance."""
+    """The size of a model part, and the formats of its parameters in order of appearance."""
 
     tensors: int = 0
     parameters: int = 0

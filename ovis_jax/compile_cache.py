@@ -1,4 +1,4 @@
-"""The command line's persistent compilation cache, with which a second run compiles nothing."""
+"""The command line's persistent compilation cache, so that a second run compiles nothing."""
 
 import os
 import sys

@@ -1,7 +1,7 @@
 """The config of an Ovis model, read from the Hub's config.json into frozen dataclasses.
 
 Every field that affects the computation is required. A missing field, or a value that this
-implementation does not support, raises a `ConfigError` that names it.
+implementation does not support, raises a `ConfigError` that names the field.
 """
 
 from collections.abc import Mapping
@@ -113,8 +113,8 @@ class VisualTokenizerConfig:
       hidden_stride: Side length, in patches, of the square block that becomes one visual token.
       tokenize_function: The function that turns logits into a distribution over visual words.
       tau: Temperature in the gradient of the function "gumbel_argmax".
-      norm_eps: Epsilon of the head's LayerNorm. Config files do not state it, so it is the default
-        of torch.nn.LayerNorm.
+      norm_eps: Epsilon of the head's LayerNorm. Config files do not state this epsilon, so the
+        default of torch.nn.LayerNorm is used.
     """
 
     vision: VisionConfig
@@ -191,8 +191,8 @@ class RopeScaling:
     Attributes:
       factor: Divisor of the low frequencies.
       low_freq_factor: A frequency with fewer turns than this within the original context is low.
-      high_freq_factor: A frequency with more turns than this within the original context is kept.
-        Between the two factors, both results are interpolated.
+      high_freq_factor: A frequency with more turns than this within the original context is not
+        changed. Between the two factors, the frequency is interpolated.
       original_max_position_embeddings: Length of the original context in positions.
     """
 
@@ -217,15 +217,16 @@ class DecoderConfig:
 
     Attributes:
       sliding_window: Number of visible positions in every second block; None for no window.
-      query_pre_attn_scalar: Attention scores are multiplied by its power of -0.5.
+      query_pre_attn_scalar: Attention scores are multiplied by this number to the power of -0.5.
       attn_softcap: Soft cap of attention scores; None for no soft capping.
       final_softcap: Soft cap of logits; None for no soft capping.
       rope_theta: Base of the rotary frequencies.
       tie_embeddings: Whether the output matrix is the embedding table.
-      model_type: The model that has these fields, by its name in transformers.
+      model_type: The type of the decoder, by its name in transformers.
       activation: Activation of the gated MLP; "gelu" is the tanh approximation.
       norm_offset: Number added to the scale of every RMSNorm: 1 in Gemma2, 0 in Llama.
-      post_norms: Whether blocks have norms after attention and the MLP too, not only before them.
+      post_norms: Whether blocks also have norms after attention and after the MLP, not only before
+        them.
       scale_embeddings: Whether input embeddings are multiplied by sqrt(width).
       rope_scaling: Scaling of the rotary frequencies; None for no scaling.
     """
@@ -253,7 +254,7 @@ class DecoderConfig:
 
     @property
     def supports_float16(self) -> bool:
-        """Whether activations stay in the range of float16; those of Gemma2 exceed it."""
+        """Whether activations stay in the range of float16. The activations of Gemma2 exceed it."""
         return self.model_type != "gemma2"
 
     def window(self, block: int) -> int | None:
@@ -262,7 +263,7 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(cls, config: JsonObject, *, disable_tie_weight: bool) -> Self:
-        """Create the config from `llm_config`; `disable_tie_weight` is a top-level field.
+        """Create the config from `llm_config` and the top-level field `disable_tie_weight`.
 
         Either `disable_tie_weight` or `tie_word_embeddings` in `llm_config` unties the embeddings.
         """
@@ -342,7 +343,7 @@ def _read_rope(config: JsonObject) -> tuple[float, RopeScaling | None]:
     """Read the base and the scaling of the rotary angles from `llm_config`.
 
     transformers 4 writes `rope_theta`, and `rope_scaling` if the angles are scaled. transformers 5
-    writes all of it under `rope_parameters`.
+    writes both under `rope_parameters`.
     """
     config.require_absent("partial_rotary_factor", "1.0: all channels are rotated", allowed=(1,))
     is_llama = config.get("model_type") == "llama"
@@ -495,7 +496,7 @@ class OvisConfig:
     def from_folder(cls, folder: Path) -> Self:
         """Read config.json and generation_config.json of a checkpoint folder.
 
-        If generation_config.json has no pad id, it is the id of the tokenizer's pad token.
+        If generation_config.json has no pad id, the id of the tokenizer's pad token is used.
 
         Raises:
           ConfigError: A file or field is missing, cannot be read or is not supported.
@@ -533,7 +534,7 @@ _GPTQ_SETTINGS: Mapping[str, tuple[Any, bool]] = {
     "lm_head": (False, False),
     "dynamic": (None, False),
 }
-"""The only supported values of settings of GPTQ, and whether a setting is required."""
+"""The only supported value of each GPTQ setting, and whether the setting is required."""
 
 
 def read_gptq_group_size(settings: JsonObject) -> int:

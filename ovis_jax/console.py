@@ -105,7 +105,7 @@ SeedOption = Annotated[int, typer.Option(help="Random seed for sampling.")]
 
 
 def throughput_bar(console: Console, *columns: TextColumn) -> Progress:
-    """Return a bar of a long run, with its field `rate` in tokens/s; hidden without a terminal."""
+    """Return a progress bar with a field `rate` in tokens/s; without a terminal, it is hidden."""
     return Progress(
         BarColumn(),
         MofNCompleteColumn(),
@@ -149,7 +149,7 @@ def _without_quotes(text: str) -> str:
 
 
 def model_display_name(model: str) -> str:
-    """Return the displayed name of a model, which is the name of its folder or the repo id."""
+    """Return the name of a model for display: the name of the folder, or the repo id."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 

@@ -1,4 +1,4 @@
-"""Starting several processes: all must report first, then `jax.distributed.initialize` is called.
+"""Starting several processes: all must report before `jax.distributed.initialize` is called.
 
 When `jax.distributed.initialize` times out, JAX aborts the process without naming the missing
 processes. Therefore, all processes first report to the coordinator's address. If a process is
@@ -22,7 +22,7 @@ REPORT_SECONDS = 5.0
 def initialize_distributed(
     coordinator_address: str, num_processes: int, process_id: int, *, timeout: float = 300.0
 ) -> None:
-    """Join this process to a group of processes whose devices JAX uses together.
+    """Let this process join a group of processes whose devices JAX uses together.
 
     Call this function before JAX creates any array. Afterwards, `jax.devices()` lists the devices
     of all processes. Every process must then build the same mesh and call `load`, `generate` and
@@ -61,7 +61,7 @@ def initialize_distributed(
 
 
 def _collect_reports(host: str, port: int, num_processes: int, timeout: float) -> str:
-    """Process 0: wait for all reports, then send every process an error message, "" for success."""
+    """In process 0, wait for all reports, then send all processes an error message or ""."""
     end = time.monotonic() + timeout
     missing = set(range(1, num_processes))
     connections: list[socket.socket] = []
@@ -95,7 +95,7 @@ def _collect_reports(host: str, port: int, num_processes: int, timeout: float) -
 
 
 def _report(host: str, port: int, process_id: int, timeout: float) -> str:
-    """Other processes: send the index to process 0, and return the error message from its reply."""
+    """In another process, send the index to process 0, and return the error message or ""."""
     end = time.monotonic() + timeout
     while True:
         try:

@@ -107,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_int(value: Any) -> bool:
-    """Return whether a value is an integer; numpy integers are included, bools are not."""
+    """Return whether a value is an integer: a Python or numpy integer, but not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -119,7 +119,7 @@ def read_positive_number_fields(
     Args:
       cls: The dataclass.
       obj: The JSON object.
-      key_names: Keys in the object by name of the dataclass field, where the two names differ.
+      key_names: Keys in the object, by field name, of the fields whose name and key differ.
     """
     readers = {int: obj.get_positive_int, float: obj.get_positive_number}
     return {

@@ -142,7 +142,7 @@ class LoadedOvis:
         """Answer one prompt piece by piece; the arguments are those of `ask`.
 
         Yields:
-          The next piece of the answer's text. The pieces join to the result of `ask`.
+          The next piece of the answer's text. Joined together, the pieces are the result of `ask`.
 
         Raises:
           OvisError: The prompt, an image or an option is invalid.
@@ -242,8 +242,8 @@ def load(
         one of the names "tensor", "fsdp" and "tensor_fsdp", or your own dict.
       quantization: "int8" or "int4" to quantize the matrices while reading; None loads them as they
         are stored. docs/quantization.md describes the formats and what they cost in quality.
-      kv_cache_dtype: Dtype of the KV cache in generation, an attribute of the model: "auto" for the
-        dtype of the activations, or "int8" for half the size of bfloat16.
+      kv_cache_dtype: Dtype of the KV cache in generation, stored as `model.kv_cache_dtype`: "auto"
+        for the dtype of the activations, or "int8", which takes half the memory of bfloat16.
       adapters: Folder of LoRA adapters that `ovis-jax train`, `save_adapters` or PEFT wrote. Each
         adapted matrix becomes a `LowRank` in the parameters.
       on_read: Called with the key and the size in bytes of each slice that this process reads.

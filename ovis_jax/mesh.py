@@ -47,8 +47,8 @@ def tensor_parallel_mesh(num_devices: int) -> Mesh | None:
 def run_with_automatic_axes(function: Function) -> Function:
     """Wrap a function of arrays so that it runs with automatic axes.
 
-    The wrapper sets the axis types of the mesh to Auto: of the mesh in scope or, if there is none,
-    of the mesh that the arguments are sharded over. Pass the results to another wrapped function
+    The wrapper sets the axis types of a mesh to Auto. This is the mesh in scope or, if there is
+    none, the mesh that the arguments are sharded over. Pass the results to another wrapped function
     or to `replicate_if_explicit`.
     """
 

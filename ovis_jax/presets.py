@@ -1,4 +1,4 @@
-"""Configs: the published models, a model for benchmarks, and a tiny model for tests."""
+"""Configs of the published models, of a model for benchmarks, and of tiny models for tests."""
 
 from typing import Any
 
@@ -134,7 +134,8 @@ def benchmark() -> OvisConfig:
 
     The model has the proportions of the 9B. The vision encoder has the same sizes as in the 9B,
     except for the depth. The decoder's width and the vocabularies are about a quarter of the 9B's.
-    The heads have the same size, so the ratio of attention scores to matrix products is the 9B's.
+    The heads have the same size as in the 9B, so the ratio between the work for attention scores
+    and that for matrix products is also the same.
     """
     decoder = DecoderConfig(
         vocab_size=64000,
@@ -151,7 +152,7 @@ def benchmark() -> OvisConfig:
 
 
 def _published(**decoder: Any) -> OvisConfig:
-    """Return the config of a published model with Gemma2, given the sizes of its decoder."""
+    """Return the config of a published model with Gemma2, given the sizes of the decoder."""
     return _ovis(
         VisualTokenizerConfig(_siglip(depth=27), 65536, 2, "softmax"),
         DecoderConfig(vocab_size=256000, **_GEMMA2, **decoder),

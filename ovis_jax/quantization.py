@@ -1,8 +1,8 @@
-"""The quantization of a checkpoint: which matrices have integers, in which groups, how to round.
+"""The quantization of a checkpoint: the quantized matrices, their groups, and the rounding.
 
-int8 has one scale per row of a matrix, which is one output. int4 has one scale per row and group of
-consecutive inputs, and only applies to the seven matrices of each decoder block; the other matrices
-are int8, or not quantized in a checkpoint that GPTQ has quantized. Norms, biases, the patch
+int8 has one scale per row of a matrix, that is, per output. int4 has one scale per row and group of
+consecutive inputs, and only applies to the seven matrices of each decoder block. The other matrices
+are int8 or, in a checkpoint that GPTQ has quantized, not quantized. Norms, biases, the patch
 embedding and the position embedding are not quantized.
 """
 
@@ -27,7 +27,7 @@ from ovis_jax.sharding import (
 QuantizationFormat = Literal["int8", "int4"]
 
 _GROUP_SIZES = (128, 64, 32, 16, 8)
-"""Group sizes in order of preference; the first that divides all inputs is used."""
+"""Group sizes in order of preference. The first size that divides all inputs is used."""
 
 _INT4_MATRICES = re.compile(r"decoder/block_\d+/(attn/[qkvo]|mlp/(gate|up|down))")
 _TABLES = ("visual_embedding", "decoder/embed")
@@ -40,8 +40,8 @@ class Quantization:
     Attributes:
       format: "int8" or "int4".
       group_size: Number of inputs per scale of an int4 matrix; None for "int8".
-      decoder_only: Whether only the int4 matrices of the decoder's blocks are quantized, as by
-        GPTQ. Otherwise, all other matrices are int8.
+      decoder_only: Whether only the int4 matrices of the decoder's blocks are quantized, as in GPTQ
+        checkpoints. Otherwise, all other matrices are int8.
     """
 
     format: QuantizationFormat
@@ -71,7 +71,7 @@ def describe_formats(quantization: Quantization | None, dtype: str) -> str:
 
 
 def choose_quantization(config: OvisConfig, quantization: str) -> Quantization:
-    """Return the quantization with a format; int4 has the largest usual groups that divide.
+    """Return the quantization for a format; int4 uses the largest group size that is possible.
 
     Raises:
       OvisError: The format is unknown, or no group size divides the inputs of every matrix.
@@ -93,7 +93,7 @@ def choose_quantization(config: OvisConfig, quantization: str) -> Quantization:
 
 
 def find_undivided(config: OvisConfig, quantization: Quantization) -> list[tuple[str, int]]:
-    """Return the path and the inputs of every matrix that the groups do not divide."""
+    """Return path and number of inputs of every matrix that the group size does not divide."""
     inputs = {path: shape[1] for path, shape in quantized_matrices(config, quantization).items()}
     return [(p, n) for p, n in inputs.items() if n % (quantization.group_of(p) or 1)]
 
@@ -101,7 +101,7 @@ def find_undivided(config: OvisConfig, quantization: Quantization) -> list[tuple
 def quantized_matrices(
     config: OvisConfig, quantization: Quantization | None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape [o, i] of every matrix that is quantized, by path; none without one."""
+    """Return the shape [o, i] of every quantized matrix, by path."""
     if quantization is None:
         return {}
     return {
@@ -177,7 +177,7 @@ def quantized_shardings(
       num_groups: G, the number of groups of an int4 matrix; None for int8.
 
     Raises:
-      OvisError: The mesh would cut a group.
+      OvisError: The mesh would split a group.
     """
     mesh, (rows, inputs, *_) = sharding.mesh, (*sharding.spec, None, None)
     if num_groups is None:
@@ -196,7 +196,7 @@ def quantize_rows(rows: np.ndarray, group: int | None) -> tuple[np.ndarray, np.n
     """Quantize rows of a matrix to the nearest numbers.
 
     An int8 row uses -127 to 127. The int4 number of largest magnitude in a group becomes -8, so the
-    scale may be negative: this uses all 16 numbers, as ggml's Q4_0 does.
+    scale may be negative. In this way, all 16 numbers are used, as in ggml's Q4_0.
 
     Args:
       rows: Floating-point rows [n, i].
@@ -229,7 +229,7 @@ def _split_groups(rows: np.ndarray, group: int | None) -> np.ndarray:
 def _scales_and_inverses(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the scale of each row [n, i], or of each row of a group [G, n, g], and its inverse.
 
-    Both are 0 if all numbers are too small. The scale is not finite if a number is not.
+    Both are 0 if all numbers are too small. The scale is not finite if any number is not finite.
     """
     high, low = x.max(axis=-1), x.min(axis=-1)
     with np.errstate(divide="ignore", over="ignore"):
@@ -244,7 +244,7 @@ def _scales_and_inverses(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack_int4(q: np.ndarray) -> np.ndarray:
-    """Return int4 [G, n, g] as uint8 [n, G g / 2], the first of two numbers in the lower bits."""
+    """Pack int4 [G, n, g] into uint8 [n, G g / 2]; the lower bits hold the first of two numbers."""
     pairs = q.astype(np.int8).swapaxes(0, 1).reshape(q.shape[1], -1, 2).view(np.uint8)
     return (pairs[..., 0] & 15) | (pairs[..., 1] << 4)
 

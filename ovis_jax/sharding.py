@@ -62,14 +62,14 @@ PARAM_AXES: Mapping[str, str] = {
 }
 
 POST_NORMS = "/post_attn_norm", "/post_mlp_norm"
-"""Ends of the paths of norms that only blocks with `DecoderConfig.post_norms` have."""
+"""Ends of the paths of norms that exist only if `DecoderConfig.post_norms` is True."""
 
 _LOOKUP_TABLES = {"vision/position", "visual_embedding", "decoder/embed"}
-"""Two-dimensional parameters that are not multiplied by in `linear`."""
+"""Two-dimensional parameters that `linear` does not multiply by."""
 
 _PADDED_LETTERS = "UW"
-"""Letters whose dimension is padded with rows of zeros so that a mesh axis divides it. In the
-published models, W is 65531, which is odd."""
+"""Letters whose dimensions are padded with rows of zeros, so that the size of a mesh axis divides
+them. In the published models, W is 65531, which is odd."""
 
 _DIMENSION = r"\([^)]*\)|\S+"
 
@@ -93,7 +93,7 @@ _RULE_LETTERS = {*re.findall("[A-Z]", "".join(PARAM_AXES.values())), "B"}
 
 
 def parse_rules(rules: Rules | str) -> Rules:
-    """Return the rules with a name in `RULES_BY_NAME`, or check a dict of rules and return it.
+    """Return the rules for a name in `RULES_BY_NAME`, or check and return a dict of rules.
 
     Raises:
       OvisError: The name is unknown, or the dict does not map letters to names of mesh axes.
@@ -133,7 +133,7 @@ def axes_of_param(path: str) -> str:
 
 
 def supports_adapter(path: str) -> bool:
-    """Return whether a parameter can have an adapter, as a matrix that `linear` multiplies by."""
+    """Return whether a parameter can have an adapter: whether `linear` multiplies by it."""
     return len(split_axis_letters(axes_of_param(path))) == 2 and path not in _LOOKUP_TABLES
 
 
@@ -148,7 +148,7 @@ def adapter_axes(config: OvisConfig) -> dict[str, str]:
 
 
 def axis_letter_sizes(config: OvisConfig, path: str) -> dict[str, int]:
-    """Return the size of every letter for a path; F and H have different sizes in the decoder."""
+    """Return the size of every letter for a path; F and H are different inside the decoder."""
     tokenizer, vision, decoder = config.visual_tokenizer, config.vision, config.decoder
     in_decoder = path.startswith("decoder/")
     return {
@@ -194,8 +194,8 @@ def param_shapes(
 
     With a mesh, the shapes include padding. The visual embedding table has U rows, and the visual
     head has W = U - 5 rows. If a mesh axis of size n > 1 shards them, both are padded with rows of
-    zeros to U, rounded up to a multiple of n. Both get the same number of rows, so that multiplying
-    the head's words by the table needs no communication of shards.
+    zeros to the same number of rows: U, rounded up to a multiple of n. The same words are then on
+    the same device, so that multiplying the probabilities by the table needs no resharding.
     """
     return _shapes(param_axes(config), config, mesh, rules)
 
@@ -269,8 +269,8 @@ def param_shardings(
 
     Raises:
       OvisError: The mesh has none of the axes in the rules, the size of a letter is not divisible
-        by its mesh axis (U and W are padded), or the rules shard two dimensions of a parameter over
-        the same mesh axis.
+        by the size of its mesh axis (U and W are padded), or the rules shard two dimensions of a
+        parameter over the same mesh axis.
     """
     return _shardings(param_axes(config), config, mesh, rules)
 

@@ -3,8 +3,8 @@
 A golden file is an .npz file with the original's results for one prompt; tests/golden/README.md
 lists its fields. Results in float32 are compared end to end. Results in bfloat16 are compared stage
 by stage, where the input of each stage is the stored output of the previous stage. The reason is
-that a difference in the last bit in one stage can change the tokens of a model with peaked
-distributions. A quantized model is compared by its distributions of the next token.
+that a difference in the last bit of one stage can change the tokens if the model's distributions
+are peaked. For a quantized model, the distributions of the next token are compared.
 """
 
 import json
@@ -47,15 +47,15 @@ LOGITS_TOLERANCE_BF16 = 0.17
 between two correct computations (tests/golden/README.md)."""
 KL_TOLERANCE: dict[QuantizationFormat, float] = {"int8": 0.1, "int4": 0.5}
 DIFFERENT_TOKENS_TOLERANCE: dict[QuantizationFormat, float] = {"int8": 0.1, "int4": 0.25}
-"""Largest mean KL divergence in nats, and largest share of greedy tokens that differ, for a
-quantized model compared with the original before quantization.
+"""Largest allowed mean KL divergence, in nats, and largest allowed share of different greedy tokens
+when a quantized model is compared with the original before quantization.
 
 The tolerances separate rounding from mistakes. On ovis-tiny, rounding costs at most 0.003 nats in
 int8 and 0.05 nats in int4, and changes no token; other models may lose more. Rows or inputs in the
-wrong order cost 5 to 7 nats in all matrices of the decoder, 3 to 9 nats in a table or the visual
-head, 0.2 to 2.2 nats in one matrix of a decoder block (at most 0.4 for queries and keys), and 0.03
-to 0.7 nats in one matrix of the vision encoder. Scales that are wrong by the same factor are not
-detected if a norm follows, because it removes the factor.
+wrong order cost 5 to 7 nats if this affects all matrices of the decoder. In a single matrix, they
+cost 3 to 9 nats in a table or the visual head, 0.2 to 2.2 nats in a decoder block (at most 0.4 for
+queries and keys), and 0.03 to 0.7 nats in the vision encoder. Scales that are wrong by the same
+factor are not detected if a norm follows, because the norm removes the factor.
 """
 
 
@@ -65,8 +65,8 @@ class StageResult:
 
     Attributes:
       name: Name of the stage.
-      difference: The maximum difference that was found; a mean KL divergence or a share of tokens
-        for a quantized model.
+      difference: The maximum difference that was found; for a quantized model, a mean KL divergence
+        or a share of tokens.
       tolerance: The maximum difference that is allowed.
     """
 
@@ -76,7 +76,7 @@ class StageResult:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the tolerance; it is False for NaN."""
+        """Whether the difference is within the tolerance; False for NaN."""
         return self.difference <= self.tolerance
 
 
@@ -90,11 +90,11 @@ class GoldenFile(dict[str, np.ndarray]):
       path: The path of the .npz file.
       meta: Metadata: the prompt, the names of the images, and the dtype of the results.
       dtype: Dtype that the results were computed in.
-      is_dequantized: Whether the weights were those of a quantized checkpoint, dequantized.
+      is_dequantized: Whether the weights were the dequantized weights of a quantized checkpoint.
 
     Raises:
-      RequestError: The file is not a golden file. It is also raised later, when a missing field is
-        looked up.
+      RequestError: The file is not a golden file. The error is also raised later, when a missing
+        field is looked up.
     """
 
     def __init__(self, path: Path):
@@ -223,7 +223,7 @@ def _compare_end_to_end(
 
 
 def _convert_batch(processor: Processor, golden: GoldenFile) -> Inputs:
-    """Convert the inputs of a batch, whose crops are in the golden files of its rows."""
+    """Convert the inputs of a batch; the crops of its rows are in separate golden files."""
     rows = [GoldenFile(golden.path.with_name(f"{name}.npz")) for name in golden.meta["rows"]]
     pixels = np.concatenate([row["pixel_values"] for row in rows if "pixel_values" in row])
     return processor.convert_hf_inputs(golden["input_ids"], pixels, golden["attention_mask"])
@@ -246,7 +246,7 @@ def _compare_batch(ovis: LoadedOvis, inputs: Inputs, golden: GoldenFile) -> Iter
 def _compare_tokens(
     ovis: LoadedOvis, inputs: Inputs, tokens: np.ndarray, margins: np.ndarray
 ) -> StageResult:
-    """Count the greedy tokens that differ, in each row before the first margin within tolerance."""
+    """Count the greedy tokens that differ, up to each row's first margin within the tolerance."""
     num_tokens = tokens.shape[1]
     out = generate(ovis.model, ovis.params, inputs, max_new_tokens=num_tokens, eos_ids=())
     decided = np.cumprod(margins > DECODER_TOLERANCE, axis=1).astype(bool)
@@ -291,7 +291,7 @@ def mean_kl_divergence(expected: np.ndarray, found: np.ndarray) -> float:
 
     Args:
       expected: Logits [n, V] of the reference.
-      found: Logits [n, V] of the model that approximates it.
+      found: Logits [n, V] of the model that approximates the reference.
     """
     if found.shape != expected.shape:
         return math.inf
@@ -350,7 +350,7 @@ def _compare_stages(ovis: LoadedOvis, inputs: Inputs, golden: GoldenFile) -> Ite
 
 
 def _process(processor: Processor, golden: GoldenFile) -> Inputs:
-    """Process the text and the image files that are named in a golden file."""
+    """Process the prompt and the image files that a golden file names."""
     meta = golden.meta
     paths = [_find_image(name, golden.path) for name in meta["images"]]
     images = [open_image(path, exact=True) for path in paths]

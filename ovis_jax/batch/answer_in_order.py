@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class RowResult(NamedTuple):
-    """The result of a row in the form that is written to the results file, and its tokens."""
+    """A row's result as it is written to the results file, and the number of generated tokens."""
 
     value: dict[str, Any]
     num_tokens: int
@@ -47,14 +47,16 @@ async def answer_in_order(
 ) -> None:
     """Answer rows concurrently. A row that fails does not stop the others.
 
-    The next row is read only when a row is answered, so that at most `max_concurrent` rows have
-    their images in memory. The results that wait for an earlier row are small.
+    A row is read only after another row has been answered, so at most `max_concurrent` rows have
+    their images in memory. Results that wait for an earlier row are kept in memory, too, but are
+    small.
 
     Args:
       answerer: Answers each row.
       rows: The rows.
-      max_concurrent: Maximum number of rows that are being prepared, waiting or generated.
-      on_answered: Called with the number of generated tokens when any row is answered.
+      max_concurrent: Maximum number of rows that are being prepared, are waiting or are being
+        answered.
+      on_answered: Called after each row is answered, with the number of generated tokens.
       on_result: Called with each result in the order of the rows.
 
     Raises:

@@ -46,11 +46,11 @@ from ovis_jax.loading import load
 from ovis_jax.mesh import tensor_parallel_mesh
 
 NUM_PREPARED = 16
-"""Number of rows that are prepared, in addition to those whose answers are generated."""
+"""Number of rows that are prepared while the answers to earlier rows are generated."""
 
 NO_TOKEN_BUDGET = 2**31
-"""A budget of prompt positions between two decode steps that no prompt reaches. Nobody waits for
-the next token, so new rows start at once."""
+"""A maximum number of prompt positions between two decode steps that is never reached. In a batch
+run, nobody waits for the next token, so new rows can start at once."""
 
 
 def batch(
@@ -200,7 +200,7 @@ def batch(
 
 
 def _check_not_given(options: Mapping[str, Any], requests: Path) -> None:
-    """Check that no option of plain rows is given for rows in OpenAI's format."""
+    """Check that no option for plain rows is given with a file in OpenAI's format."""
     for name, value in options.items():
         if value is not None:
             raise RequestError(

@@ -26,7 +26,7 @@ class OpenAIRows:
     Args:
       scheduler: The engine.
       served_model_name: Name of the model in requests.
-      seed: Sampling seed of requests without one.
+      seed: Sampling seed of requests that do not set a seed.
       max_new_tokens: Maximum number of tokens per answer.
       max_partition: Maximum number of cells that an image is split into.
       allow_remote_images: Whether to fetch images from other servers.
@@ -58,7 +58,7 @@ class OpenAIRows:
         )
 
     async def answer(self, row: BatchRow) -> RowResult:
-        """Answer one row; the response to an invalid body has the status 400 or 404.
+        """Answer one row. If the body is invalid, the response has the status 400 or 404.
 
         Raises:
           DataError: The row is malformed.

@@ -20,7 +20,7 @@ MAX_THREADS = 4
 """Maximum number of rows whose images are decoded at the same time."""
 
 RESULT_KEYS = ("answer", "finish_reason", "error")
-"""The fields that a result adds to its row: the first two, or `error` if the row failed."""
+"""The fields that a result adds to its row: `answer` and `finish_reason`, or `error` on failure."""
 
 
 class PlainRows:
@@ -29,7 +29,7 @@ class PlainRows:
     Args:
       scheduler: The engine.
       folder: The folder that image paths are relative to.
-      prompt: Prompt of rows without `prompt`; None if every row must have one.
+      prompt: Prompt for rows without the field `prompt`; None if every row must have this field.
       sampling: Sampling parameters.
       seed: Sampling seed.
       max_new_tokens: Maximum number of tokens per answer.

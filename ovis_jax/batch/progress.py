@@ -14,7 +14,7 @@ class BatchProgress:
 
     Args:
       console: Console on which the progress is displayed.
-      num_answered: Number of rows that an earlier run has answered.
+      num_answered: Number of rows that earlier runs have answered.
       num_rows: Total number of rows.
 
     Attributes:

@@ -3,8 +3,8 @@
     {"custom_id": TEXT, "method": "POST", "url": "/v1/chat/completions", "body": {...}}
     {"image": IMAGES, "prompt": TEXT}
 
-The first line that is a JSON object decides which of the two formats a file has. Files may be
-larger than the memory: only one line is read at a time.
+The first line that is a JSON object determines which of the two formats a file has. Files may be
+larger than memory, because only one line is read at a time.
 """
 
 import codecs
@@ -20,13 +20,13 @@ from ovis_jax.errors import DataError
 from ovis_jax.user_files import GIT_LFS_POINTER, is_git_lfs_pointer
 
 RequestsFormat = Literal["openai", "plain"]
-"""The format of the rows; that of a folder of pictures is "plain"."""
+"""The format of the rows. A folder of pictures has the format "plain"."""
 
 OPENAI_KEYS = {"custom_id", "body"}
 """The keys by which a row of OpenAI's batch format is recognized."""
 
 PICTURE_SUFFIXES = set(".avif .bmp .gif .heic .heif .jpeg .jpg .png .tif .tiff .webp".split())
-"""The suffixes of the files in a folder that are pictures, in lower case."""
+"""The lower-case suffixes that identify the pictures in a folder."""
 
 
 class BatchRow(NamedTuple):
@@ -78,7 +78,7 @@ class RequestsFile:
         return self.path.parent if self.pictures is None else self.path
 
     def rows(self, start: int = 0) -> Iterator[BatchRow]:
-        """Yield the rows from the one with the index `start` on.
+        """Yield the rows, beginning with the row at index `start`.
 
         Raises:
           OSError: The file cannot be read.
@@ -139,7 +139,7 @@ def _list_pictures(folder: Path) -> RequestsFile:
 
 
 def _parse_line(line: bytes) -> Any:
-    """Return the JSON value of a line, or a `DataError` with the reason why it has none."""
+    """Return the JSON value of a line, or a `DataError` if the line is not valid JSON."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Results files: JSON lines files with one result per row of a file of requests, in its order.
+"""Results files: JSON lines files with one result per row of the requests file, in the same order.
 
 An interrupted run resumes from its results file. The settings of the run are in a second file next
 to it, because programs that read OpenAI's batch format expect only results. A results file of a
@@ -23,9 +23,9 @@ class BatchResultsFile:
 
     Args:
       path: Path of the file.
-      settings: Values by name that identify the run, as JSON.
+      settings: Settings by name that identify the run. The values must be JSON-serializable.
       num_rows: Number of rows of the file of requests.
-      has_failed: Returns whether a result is an error.
+      has_failed: Function that returns whether a result is an error.
 
     Attributes:
       path: Path of the file.

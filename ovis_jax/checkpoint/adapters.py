@@ -1,6 +1,6 @@
 """Saving LoRA adapters in a separate folder with their base model's config, and loading them.
 
-Adapters of PEFT can be loaded too. PEFT allows other ranks and scales for some of the matrices.
+Adapters that PEFT wrote can be loaded, too. Their rank and scale may differ between matrices.
 """
 
 import math
@@ -78,11 +78,11 @@ class _StoredAdapters:
 
     Attributes:
       file: Name of the file with the weights.
-      keys: Key in the file of every adapter that the config allows, by the adapter's path.
-      dtype: Dtype of the weights in the file; None for any of those that parameters can have.
-      rank: Rank of the adapter of a matrix, by the matrix's path.
-      scale: Scale of the adapter of a matrix, by the matrix's path.
-      targets: Whether the adapter of a matrix is used, by the matrix's path.
+      keys: Keys in the file, by path, of all adapter arrays that the model can have.
+      dtype: Dtype of the weights in the file; None if any dtype of parameters is allowed.
+      rank: Function that returns the rank of a matrix's adapter, given the matrix's path.
+      scale: Function that returns the scale of a matrix's adapter, given the matrix's path.
+      targets: Function that returns whether a matrix's adapter is used, given the matrix's path.
     """
 
     file: str
@@ -158,7 +158,7 @@ def load_adapters(
       CheckpointError: The adapters belong to a model with a different config, or the tensors are
         not complete adapters with the recorded rank. The error lists all faults.
       ConfigError: The file adapters.json or adapter_config.json cannot be read, lacks a field, or
-        asks for more than LoRA on matrices.
+        requires anything but LoRA on matrices.
       OvisError: `folder` contains no adapters, or the rules cannot shard them over the mesh.
       OSError: A file cannot be read.
     """
@@ -193,7 +193,7 @@ def load_adapters(
 
 
 def _own_format(file: str, config: OvisConfig, rank: int, scale: float) -> _StoredAdapters:
-    """Return the format of `save_adapters`, whose keys are the paths."""
+    """Return the format that `save_adapters` writes, in which the keys are the paths."""
     keys = {path: path for path in adapter_axes(config)}
     return _StoredAdapters(file, keys, "F32", lambda _: rank, lambda _: scale)
 
@@ -227,10 +227,10 @@ def _explain_missing(path: Path) -> str:
 def _read_arrays(
     file: Path, header: SafetensorsHeader, stored: _StoredAdapters
 ) -> tuple[dict[str, np.ndarray], int, float]:
-    """Read valid adapters as float32, and give all of them one rank and one scale.
+    """Read checked adapters as float32, and convert them to a common rank and scale.
 
     Returns:
-      The arrays by path in sorted order, their rank and their scale.
+      The arrays by path in sorted order, the common rank, and the common scale.
     """
     mapped, infos = map_file(file), {info.key: info for info in header.tensors}
     found = sorted(path for path, key in stored.keys.items() if key in infos)

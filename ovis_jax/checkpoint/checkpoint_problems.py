@@ -43,5 +43,5 @@ class DownloadValidationError(CheckpointValidationError):
 
 
 def escape_unprintable(text: str) -> str:
-    """Return text from a file, escaped if it contains control characters of a terminal."""
+    """Return text from a file, escaped if it contains terminal control characters."""
     return text if text.isprintable() else ascii(text)

@@ -26,7 +26,7 @@ PUBLISHED_SHA256: Mapping[str, Mapping[str, str]] = {
         )
     }
 }
-"""SHA-256 by repo id and file name, as shown on the Hub for the first published revision."""
+"""SHA-256 checksums by repo id and file name, which the Hub shows for the first revision."""
 
 
 def get_published_sha256(checkpoint: ResolvedCheckpoint) -> Mapping[str, str]:

@@ -19,11 +19,11 @@ CONVERSION_FILE = "conversion.json"
 FORMAT_VERSION = 1
 
 DTYPE_FIELDS = ("torch_dtype", "dtype")
-"""Names of the dtype in config.json: of transformers 4, and of transformers 5."""
+"""Names of the dtype field in config.json, in transformers 4 and in transformers 5."""
 
 
 def is_converted(folder: Path) -> bool:
-    """Return whether this library wrote a folder, so that its tensors are named by parameter path.
+    """Return whether this library wrote a folder, and so named its tensors by parameter path.
 
     Raises:
       CheckpointError: Another version of the library wrote the folder in a different format.
@@ -42,7 +42,7 @@ def is_converted(folder: Path) -> bool:
 
 
 def read_quantization(folder: Path) -> Quantization | None:
-    """Read from conversion.json how the tensors of a converted folder are quantized, if they are.
+    """Read a converted folder's quantization from conversion.json; None if it is not quantized.
 
     Raises:
       CheckpointError: The quantization is not known.
@@ -82,7 +82,7 @@ def make_conversion_record(
       tensors: Dtypes and shapes of the written tensors.
       sha256: SHA-256 by file name.
       dtype: Dtype of the tensors that are not quantized: "F32", "F16" or "BF16".
-      quantization: The quantization of the others; None if there are none.
+      quantization: The quantization of the other tensors; None if no tensor is quantized.
       **provenance: Fields that describe the source.
     """
     return {

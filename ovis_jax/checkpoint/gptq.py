@@ -1,16 +1,16 @@
 """Reading folders that AutoGPTQ quantized, such as AIDC-AI/Ovis1.6-Gemma2-9B-GPTQ-Int4.
 
-GPTQ (Frantar et al. 2022) quantizes only the seven matrices of each decoder block. AutoGPTQ stores
-four tensors in place of a matrix [o, i] with groups of g inputs:
+GPTQ (Frantar et al. 2022) quantizes only the seven matrices of each decoder block. AutoGPTQ
+replaces a matrix [o, i] by four tensors, with groups of g consecutive inputs:
 
-- `qweight` int32 [i / 8, o]: eight consecutive inputs per word, the first in the lowest four bits.
+- `qweight` int32 [i / 8, o]: eight consecutive inputs per 32-bit word, with the first input in the
+  lowest four bits.
 - `scales` [i / g, o], in any floating-point dtype.
-- `qzeros` int32 [i / g, o / 8]: eight zero points per word, each minus 1.
+- `qzeros` int32 [i / g, o / 8]: eight zero points per 32-bit word, each reduced by 1.
 - `g_idx` int32 [i]: the group of each input.
 
 The matrix is scale * (code - zero). Only symmetric zero points (8) and groups in the order of the
-inputs are supported. The codes minus 8 are then the numbers of an int4 matrix, so nothing is
-rounded.
+inputs are supported. A code minus 8 is then a number of an int4 matrix, so nothing is rounded.
 """
 
 from pathlib import Path
@@ -43,13 +43,13 @@ _BIAS_REASON = "the matrix has no bias, and AutoGPTQ writes zeros"
 
 
 def read_gptq_quantization(folder: Path) -> Quantization | None:
-    """Read the settings of GPTQ in a folder in the Hub's layout; None if there are none.
+    """Read the GPTQ settings of a folder in the Hub's layout; None if it has no such settings.
 
-    They are in quantize_config.json, in config.json as `quantization_config`, or in both.
+    The settings are in quantize_config.json, in `quantization_config` of config.json, or in both.
 
     Raises:
-      ConfigError: A setting is missing or not supported, the two files state different groups, or
-        a file cannot be read.
+      ConfigError: A setting is missing or not supported, the two files state different group sizes,
+        or a file cannot be read.
     """
     paths = [folder / "config.json", folder / GPTQ_CONFIG_FILE]
     config, stated = (JsonObject(read_json(x) if x.is_file() else {}, str(x)) for x in paths)
@@ -98,11 +98,11 @@ def make_gptq_key_map(config: OvisConfig, quantization: Quantization) -> KeyMap:
 
 
 def gptq_constants(matched: MatchedTensors) -> list[tuple[TensorInfo, np.ndarray | int, str]]:
-    """Return the tensors that have the same numbers in all supported checkpoints.
+    """Return the tensors whose numbers are the same in all supported checkpoints.
 
     Returns:
-      Each tensor with its numbers and a description of them. The list is empty for a folder in
-      another layout.
+      Each tensor, with its expected numbers and a description of these numbers. The list is empty
+      for a folder that GPTQ did not quantize.
     """
     constants: list[tuple[TensorInfo, np.ndarray | int, str]] = []
     for name, info in matched.sources.items():
@@ -121,7 +121,7 @@ def check_gptq_constants(matched: MatchedTensors) -> None:
     """Check the numbers of the tensors that `gptq_constants` returns.
 
     Raises:
-      CheckpointValidationError: A number is different; the error lists all such tensors.
+      CheckpointValidationError: A tensor has different numbers; the error lists all such tensors.
       CheckpointError: A file has become shorter since its header was read.
       OSError: A file cannot be read.
     """
@@ -143,10 +143,10 @@ def check_gptq_constants(matched: MatchedTensors) -> None:
 
 
 def repack_gptq(qweight: np.ndarray) -> np.ndarray:
-    """Return a matrix as `pack_int4` packs it.
+    """Convert a matrix from AutoGPTQ's packing to that of `pack_int4`.
 
     Args:
-      qweight: int32 [i / 8, o], as AutoGPTQ packs it.
+      qweight: The matrix in AutoGPTQ's packing, int32 [i / 8, o].
 
     Returns:
       uint8 [o, i / 2], in a new array.

@@ -45,7 +45,7 @@ def download_files(repo_id: str, revision: str | None, patterns: Sequence[str]) 
 
 
 def download_file(repo_id: str, commit: str, file_name: str, tqdm_class: type[tqdm] = tqdm) -> None:
-    """Download one file into its commit's folder in the Hub's cache, unless it is already there.
+    """Download a file to its commit's folder in the Hub's cache, unless the file already exists.
 
     Raises:
       OvisError, OSError: The request fails, as in `download_files`.
@@ -61,9 +61,9 @@ def read_remote_header(
 
     Args:
       repo_id: The repository.
-      commit: Its commit.
+      commit: The commit of the repository.
       folder: The commit's folder in the Hub's cache.
-      path: Path in `folder` that the file has once it is downloaded.
+      path: Path that the file has in `folder` after it is downloaded.
 
     Returns:
       The header, or None if the repository has no such file.
@@ -119,7 +119,7 @@ def delete_from_cache(path: Path) -> None:
 
 @contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
-    """Convert errors from huggingface_hub to one line that says what to do and omits the token.
+    """Convert huggingface_hub's errors to one-line errors that say what to do and omit the token.
 
     Raises:
       OvisError: The repository or revision does not exist, or the token cannot read it.

@@ -59,12 +59,12 @@ HUB_KEYS: Mapping[str, str] = {
     "llm.model.norm.weight": "decoder/final_norm",
     "llm.lm_head.weight": "decoder/unembed",
 }
-"""Patterns of parameter paths, by pattern of keys on the Hub."""
+"""Patterns of parameter paths, by the corresponding patterns of keys on the Hub."""
 
 LLAMA_HUB_KEYS: Mapping[str, str] = {
     f"{_LLM_BLOCK}.post_attention_layernorm.weight": "decoder/block_*/pre_mlp_norm",
 }
-"""Keys that name a different norm in Llama, whose blocks only have norms before their parts."""
+"""Keys of norms that have a different role in Llama, where no norm follows attention or the MLP."""
 
 OUTPUT_KEY, EMBEDDING_KEY = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
 
@@ -87,7 +87,7 @@ UNUSED_HUB_KEYS: Mapping[str, tuple[str, str]] = {
     f"{_VISION}.head.mlp.fc2.weight": ("E F", _HEAD_REASON),
     f"{_VISION}.head.mlp.fc2.bias": ("E", _HEAD_REASON),
 }
-"""Keys of published checkpoints that the model never uses, each with the axes and the reason."""
+"""Keys of published checkpoints that the model never uses, each with its axes and the reason."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class KeyMap:
     """The tensor keys that one checkpoint layout has for one config.
 
     Attributes:
-      parameters: Name of the tensor by key: the path of a parameter or, for a quantized matrix, of
-        one of its arrays.
+      parameters: Name of each tensor by key. The name is the path of a parameter or, for a
+        quantized matrix, the path of one of its arrays.
       unused: Reason why the model never uses a tensor, by the tensor's key.
-      tensors: Axes and dtype of every tensor by name, as in `stored_tensors`; several dtypes have
-        spaces between them. None for the tensors of a checkpoint that is not quantized.
+      tensors: Axes and dtype of every tensor by name, as in `stored_tensors`; several allowed
+        dtypes are separated by spaces. None if the checkpoint is not quantized.
     """
 
     parameters: Mapping[str, str]
@@ -116,9 +116,9 @@ class MatchedTensors:
         `param_shapes`.
       unused_found: Tensors in the files that the model never uses, each with the reason.
       unused_missing: Keys of never-used tensors that are not in the files.
-      tied_output: The output matrix in the files although the embeddings are tied, and the
-        embedding that it must equal, as `check_tied_output` does; None if there is none. It is
-        also in `unused_found`.
+      tied_output: If the embeddings are tied and the files still contain an output matrix, this
+        matrix and the embedding that it must equal (see `check_tied_output`); otherwise None. The
+        matrix is also in `unused_found`.
     """
 
     sources: Mapping[str, TensorInfo]
@@ -223,7 +223,7 @@ def match_tensors(
 
 
 def _check_key_map(tensors: Collection[str], key_map: KeyMap) -> list[CheckpointProblem]:
-    """Return the parameters for which the key map has no key or several keys, as faults."""
+    """Return a fault for each parameter for which the key map has no key or several keys."""
     keys: defaultdict[str, list[str]] = defaultdict(list)
     for key, path in key_map.parameters.items():
         keys[path].append(key)
@@ -250,9 +250,9 @@ def find_tensor_problems(
     Args:
       info: The tensor.
       axes: The tensor's expected axes, such as "(N H) D".
-      sizes: The size of each letter.
-      stored_dtype: The expected dtype, or several dtypes with spaces between them; None accepts any
-        floating-point dtype of parameters.
+      sizes: The size of each axis letter.
+      stored_dtype: The expected dtype, or several allowed dtypes separated by spaces; None accepts
+        any dtype in `DTYPES`.
 
     Returns:
       One row for each fault.

@@ -96,7 +96,7 @@ class ResumableDir:
     def _resume(self, partial: Path) -> None:
         """Keep the files that an earlier attempt with the same inputs finished; remove all others.
 
-        After a power failure, a recorded file may have lost data. Its size shows this.
+        After a power failure, a recorded file may be incomplete, which its size reveals.
         """
         try:
             record = json.loads(self._record.read_text(encoding="utf-8"))
@@ -138,8 +138,7 @@ def resumable_dir(folder: Path, inputs: Mapping[str, Any]) -> Iterator[Resumable
     The block writes into `<folder>.partial/files`, which is renamed to `folder` when the block
     succeeds. If the process is killed or the block raises, `<folder>.partial` remains, and the next
     call with the same inputs keeps its finished files. If the block raises `CheckpointError`, the
-    source is invalid, so `<folder>.partial` is removed. It remains if only a downloaded shard was
-    invalid.
+    source is invalid, so `<folder>.partial` is removed, unless only a downloaded shard was invalid.
 
     Args:
       folder: Folder to create; it must either not exist or be empty.

@@ -93,7 +93,7 @@ _ROWS_PER_COMPARISON = 4096
 _ROWS_PER_BLOCK = 1024
 
 OnRead = Callable[[str, int], None]
-"""Called for each slice of a tensor that this process reads, with the key and the slice's size."""
+"""A function that is called with a tensor's key and a size in bytes for each slice that is read."""
 
 
 def match_checkpoint(
@@ -108,8 +108,8 @@ def match_checkpoint(
       folder: A converted folder, or a folder in the Hub's layout.
       config: Config that determines the expected parameters.
       dtype: Dtype that parameters will be cast to, whatever their stored dtype; None for the dtype
-        in config.json, in which every parameter must then be stored. If GPTQ quantized the folder,
-        None is for the dtype of the text embedding.
+        in config.json, which must then be the stored dtype of every parameter. If GPTQ quantized
+        the folder, None stands for the dtype of the text embedding.
       read_header: Function that reads a header, as in `read_tensor_index`.
 
     Returns:
@@ -117,9 +117,9 @@ def match_checkpoint(
 
     Raises:
       ConfigError: `dtype` is None, and config.json does not state a supported dtype.
-      CheckpointError: The folder does not contain exactly the parameters of `config`, it has an
-        output matrix that differs from the embedding with which config.json ties it, or its
-        quantization is not supported.
+      CheckpointError: The folder does not contain exactly the parameters of `config`, its output
+        matrix differs from the embedding although config.json ties the two, or its quantization is
+        not supported.
     """
     quantization = read_stored_quantization(folder)
     if quantization is not None and (undivided := find_undivided(config, quantization)):
@@ -160,8 +160,8 @@ def read_stored_quantization(folder: Path) -> Quantization | None:
 def read_stored_dtype(folder: Path, read_header: HeaderReader = read_header_if_present) -> str:
     """Read the dtype of the tensors that are not quantized: "F32", "F16" or "BF16".
 
-    It is the dtype in config.json. If GPTQ quantized the folder, config.json may still state the
-    dtype from before, so it is the dtype of the text embedding.
+    The dtype is read from config.json. If GPTQ quantized the folder, config.json may still state
+    the dtype from before the quantization, so the dtype of the text embedding is returned instead.
 
     Raises:
       ConfigError: The dtype is not supported, or a setting of GPTQ is not supported.
@@ -180,7 +180,7 @@ def read_stored_dtype(folder: Path, read_header: HeaderReader = read_header_if_p
 def resolve_quantization(
     folder: Path, config: OvisConfig, quantization: str | None
 ) -> tuple[Quantization | None, Quantization | None]:
-    """Return how the matrices in a folder are quantized, and how they are after reading.
+    """Return the stored quantization of a folder's matrices, and their quantization after reading.
 
     Args:
       folder: A converted folder or a folder in the Hub's layout.
@@ -189,8 +189,8 @@ def resolve_quantization(
 
     Raises:
       CheckpointError, ConfigError: As in `read_stored_quantization`.
-      OvisError: The quantization is unknown or does not fit the config, or the matrices are
-        quantized differently.
+      OvisError: The quantization is unknown or does not fit the config, or the stored matrices are
+        already quantized differently.
     """
     stored = read_stored_quantization(folder)
     wanted = stored if quantization is None else choose_quantization(config, quantization)
@@ -203,16 +203,16 @@ def resolve_quantization(
 
 
 def files_with_checked_values(matched: MatchedTensors) -> list[Path]:
-    """Return the files with tensors whose numbers `check_values` compares."""
+    """Return the files that contain the tensors that `check_values` reads."""
     infos = [*(matched.tied_output or ()), *(info for info, _, _ in gptq_constants(matched))]
     return sorted({info.path for info in infos})
 
 
 def check_values(matched: MatchedTensors) -> None:
-    """Check the tensors whose numbers are known: copies and the constants of GPTQ.
+    """Check the tensors whose numbers are known: a copy of a tied embedding, and GPTQ's constants.
 
     Raises:
-      CheckpointValidationError: A number is another.
+      CheckpointValidationError: A number differs from its known value.
       CheckpointError: A file has become shorter since its header was read.
       OSError: A file cannot be read.
     """
@@ -222,7 +222,7 @@ def check_values(matched: MatchedTensors) -> None:
 
 
 def check_tied_output(output: TensorInfo, embedding: TensorInfo) -> None:
-    """Check that an output matrix equals the embedding with which config.json ties it.
+    """Check that an output matrix equals the embedding that config.json ties it to.
 
     Raises:
       CheckpointValidationError: A row differs.
@@ -293,7 +293,7 @@ def load_params(
     """Read the parameters from a converted folder or a folder in the Hub's layout.
 
     On a CPU without a mesh, the arrays use the memory-mapped files without a copy (a donated array
-    is copied first). Do not write to these files afterwards; replace them by renaming instead.
+    is copied first). Do not write to these files afterwards; replace a file by renaming a new one.
 
     Args:
       folder: The checkpoint.
@@ -304,11 +304,11 @@ def load_params(
       rules: Sharding rules for the mesh.
       quantization: "int8" or "int4" to quantize the matrices while reading, one matrix at a time.
         None loads them as they are stored; stored quantized matrices stay quantized.
-      on_read: Called for each slice that is read, only once if several devices hold the same slice.
+      on_read: Called once for each slice that is read, even if several devices hold the same slice.
 
     Returns:
       A nested dict whose leaves are arrays with the shapes from `param_shapes`, or `Quantized`
-      matrices. If a shape is padded for the mesh, the padding is zeros.
+      matrices. If a shape is padded for the mesh, the padding consists of zeros.
 
     Raises:
       ConfigError: `dtype` is None, and config.json does not state a supported dtype.
@@ -351,7 +351,7 @@ def load_params(
 
 
 def quantize_matrix(matrix: np.ndarray, group: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize a matrix as `quantize_rows` does, in blocks of rows that threads share."""
+    """Quantize a matrix with `quantize_rows`, in blocks of rows that several threads process."""
     starts = range(0, len(matrix), _ROWS_PER_BLOCK)
     with ThreadPoolExecutor() as threads:
         blocks = [matrix[start : start + _ROWS_PER_BLOCK] for start in starts]
@@ -398,7 +398,7 @@ def put_on_devices(
       sharding: Sharding of the result; None for the default device.
       shape: Shape of the result if there is a sharding; the part beyond `array` is filled with
         zeros.
-      on_slice: Called with the size in bytes of each slice of `array` that is used.
+      on_slice: Called once with the size in bytes of each slice of `array` that devices receive.
 
     Raises:
       CheckpointError: A number is too large for the dtype.
@@ -495,7 +495,7 @@ def save_params(
 
 
 def find_quantization(params: Mapping[str, Any]) -> Quantization | None:
-    """Return the quantization of parameters by path, as their first int4 or int8 matrix has it."""
+    """Return the quantization of parameters by path; None if no matrix is quantized."""
     matrices = {path: x for path, x in params.items() if isinstance(x, Quantized)}
     groups = (x.q.shape[-1] for x in matrices.values() if x.q.ndim == 3)
     if (group_size := next(groups, None)) is not None:
@@ -507,9 +507,10 @@ def find_quantization(params: Mapping[str, Any]) -> Quantization | None:
 def remove_padding(
     arrays: Mapping[str, Any], axes: Mapping[str, str], config: OvisConfig
 ) -> dict[str, Any]:
-    """Remove the rows of zeros that pad arrays for a mesh beyond the sizes in the config.
+    """Remove the rows of zeros that were added to arrays as padding for a mesh.
 
-    Rows that are not zero cannot be padding. They stay, so the shape check reports them later.
+    Excess rows that are not zero cannot be padding. They are kept, so a later shape check reports
+    them.
 
     Args:
       arrays: Arrays by path.

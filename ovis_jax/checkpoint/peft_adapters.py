@@ -1,7 +1,7 @@
 """Reading the settings of LoRA adapters from the folder format of the PyTorch library PEFT.
 
-PEFT applies an adapter to a module if the file has tensors for it and the config targets it. A
-field that changes the result and is not supported raises an error with its name.
+PEFT applies an adapter to a module if the file has tensors for the module and the config targets
+the module. An unsupported field that would change the result raises an error that names the field.
 """
 
 import math
@@ -37,7 +37,7 @@ _ADVICE = "merge the adapters into the model with PEFT, and convert the result"
 
 
 def find_peft_modules(config: OvisConfig) -> dict[str, str]:
-    """Return the module name in PyTorch of each matrix that can have an adapter, by its path."""
+    """Return the PyTorch module names of all matrices that can have an adapter, by path."""
     keys = make_hub_key_map(config).parameters
     return {
         path: key.removesuffix(".weight") for key, path in keys.items() if supports_adapter(path)
@@ -116,7 +116,7 @@ class PeftConfig:
         )
 
     def _matches(self, key: str, names: str | list[str], module: str) -> bool:
-        """Return whether a regular expression, or the end of a name in a list, matches a module."""
+        """Return whether a module matches a regular expression or ends with a name in a list."""
         if isinstance(names, str):
             return self._match(key, names, module)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -137,7 +137,7 @@ class PeftConfig:
         )
 
     def _find(self, pattern_key: str, key: str, module: str) -> tuple[JsonObject, str]:
-        """Return the object and the key in it that set a module's number."""
+        """Return the JSON object, and the key in this object, that set a module's rank or alpha."""
         if self.fields.get_optional(pattern_key, None):
             patterns = self.fields.get_object(pattern_key)
             for pattern in patterns.values:

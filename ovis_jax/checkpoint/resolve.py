@@ -56,7 +56,7 @@ def resolve_checkpoint(
     Args:
       checkpoint: A folder, the name of a bundled checkpoint, or a repo id of the Hub.
       revision: Branch, tag or commit, for a repo id only.
-      weights: Whether to download the weights too, or only all other files.
+      weights: Whether to download the weights; all other files are always downloaded.
 
     Raises:
       OvisError: There is no such checkpoint, `revision` is given without a repo id, or the
@@ -120,7 +120,7 @@ def _download_checkpoint(
 
 
 def _reject_adapters(folder: Path, label: str, model_files: tuple[str, ...]) -> None:
-    """Reject a folder of adapters, which has none of the files of a model.
+    """Reject a folder that contains adapters but none of a model's files.
 
     Raises:
       OvisError: `folder` contains adapters and no model.

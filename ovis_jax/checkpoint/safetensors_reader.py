@@ -198,7 +198,7 @@ def _shorten(value: Any) -> str:
 def _find_layout_faults(
     path: Path, tensors: Iterable[TensorInfo], data_start: int, size: int, *, complete: bool
 ) -> Iterator[CheckpointProblem]:
-    """Yield overlaps and missing data; if every entry is `complete`, also gaps and excess data."""
+    """Yield overlaps and missing data; if the entries are `complete`, also gaps and excess data."""
     end = data_start
     for info in sorted(tensors, key=lambda info: (info.start, info.stop)):
         if info.start < end or (complete and info.start > end):
@@ -226,7 +226,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def view_tensor(mapped: mmap.mmap, info: TensorInfo) -> np.ndarray:
-    """Return a tensor as a read-only array over a mapped file; only used parts are read from disk.
+    """Return a tensor as a read-only view of a mapped file; only parts that are used are read.
 
     Raises:
       CheckpointError: The file has become shorter since its header was read.
@@ -241,7 +241,7 @@ def view_tensor(mapped: mmap.mmap, info: TensorInfo) -> np.ndarray:
 
 
 def read_chunks(info: TensorInfo, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor in chunks; a chunk is valid until the third chunk after it.
+    """Yield the bytes of a tensor in chunks; each chunk is valid until two more have been yielded.
 
     Args:
       info: The tensor.

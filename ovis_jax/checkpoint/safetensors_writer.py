@@ -28,7 +28,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 """Default maximum size of the tensors in one shard, in bytes."""
 
 TensorSpecs = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Dtype ("F32", "F16" or "BF16") and shape of each tensor, by name."""
+"""Safetensors dtype, such as "BF16", and shape of each tensor, by name."""
 
 ChunkReader = Callable[[str], Iterable[memoryview]]
 """A function that takes a tensor name and yields the tensor's bytes in chunks."""
@@ -107,7 +107,8 @@ def write_shards(
       shards: Tensor names by file name, as returned by `plan_shards`.
       metadata: Strings for the header of every shard.
       checksums: Whether to compute the SHA-256 of each file.
-      resumable: Record of the finished shards, which are kept. Each new shard is added to it.
+      resumable: Record of the finished shards, which are kept. Each new shard is added to the
+        record.
 
     Returns:
       SHA-256 by file name; all values are None without checksums.
@@ -197,7 +198,7 @@ def write_safetensors(
 
 
 def _encode_header(tensors: TensorSpecs, metadata: Mapping[str, str] | None) -> bytes:
-    """Encode the length and the JSON of a header, padded to a total multiple of 64 bytes."""
+    """Encode a header's length and JSON, padded so that the total is a multiple of 64 bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     stop = 0
     for name, (dtype, shape) in tensors.items():
@@ -209,10 +210,10 @@ def _encode_header(tensors: TensorSpecs, metadata: Mapping[str, str] | None) -> 
 
 
 def _read_ahead(threads: Executor, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
-    """Yield chunks while a thread reads the next chunk.
+    """Yield chunks; while the caller uses a chunk, a thread reads the next one.
 
-    The first chunk is read in the calling thread, because it may have to wait for a download, and
-    only a wait in the main thread can be interrupted.
+    The first chunk is read in the calling thread: reading it may wait for a download, and only a
+    wait in the main thread can be interrupted.
     """
     iterator = iter(chunks)
     chunk = next(iterator, None)
@@ -261,6 +262,6 @@ def cast_array(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def split_array(array: np.ndarray) -> Iterator[memoryview]:
-    """Return the bytes of an array in chunks, in the form that `write_safetensors` expects."""
+    """Yield the bytes of an array in chunks, in the form that `write_safetensors` expects."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     return (data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES))

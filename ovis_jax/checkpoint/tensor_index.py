@@ -103,10 +103,10 @@ def read_tensor_index(
 
 
 def path_inside_folder(folder: Path, name: str) -> Path | None:
-    """Join a folder and a file name from a file in it; None if the name leads out of the folder.
+    """Join a folder and a file name stated in one of its files; None if the name leads outside.
 
-    Symbolic links in the folder are followed, wherever they lead: the owner of the folder made
-    them, as huggingface_hub does in its cache.
+    Symbolic links in the folder may lead anywhere, because only its owner can create them. For
+    example, huggingface_hub creates links in its cache.
     """
     # A name such as "../here/x" must not leave the folder and come back.
     outside = Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name
@@ -114,7 +114,7 @@ def path_inside_folder(folder: Path, name: str) -> Path | None:
 
 
 def _explain_missing_weights(folder: Path) -> str:
-    """Return what a folder without an index contains instead, and what to do."""
+    """Return what a folder without an index contains instead, and advice."""
     if shards := sorted(path.name for path in folder.glob("*.safetensors")):
         if shards[0].startswith("gptq_model-"):
             return (

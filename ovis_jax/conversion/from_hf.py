@@ -2,9 +2,9 @@
 
 A conversion renames tensors and never reshapes them, so it can process them as a stream, without
 holding a whole tensor in memory. With `--quantization`, it reads each matrix twice, block by block:
-once for the scales and once for the numbers. The int4 matrices of GPTQ are transposed, one at a
-time. The result is written to DST.partial. If the conversion is interrupted, running the same
-command again keeps the finished shards and converts the others.
+once for the scales and once for the numbers. GPTQ's int4 matrices are an exception: they are
+transposed, one at a time. The result is written to DST.partial. If the conversion is interrupted,
+running the same command again keeps the finished shards and converts the others.
 
 If SRC is a repo id, the configs and the headers of all shards are read first. The headers contain
 shapes and dtypes, which the index file lacks, so all faults are known before anything is written.
@@ -91,11 +91,11 @@ class ConversionPlan:
       config: Config of the model.
       headers: Headers of the source files, by path.
       matched: The source tensors, each matched with a parameter.
-      source_names: Name of the source tensor in `matched` by name in the result, in file order. The
-        numbers and the scales of a matrix that is quantized have the same source.
-      dtype: Dtype of the tensors of the result that are not quantized: "F32", "F16" or "BF16".
-      stored: The quantization of the source, by GPTQ; None if it is not quantized.
-      quantization: The quantization of the result; None if it is not quantized.
+      source_names: Names of the source tensors in `matched`, by name in the result, in file order.
+        The numbers and the scales of a quantized matrix have the same source.
+      dtype: Dtype of the tensors in the result that are not quantized: "F32", "F16" or "BF16".
+      stored: The quantization of a source that GPTQ quantized; None for any other source.
+      quantization: The quantization of the result; None if the result is not quantized.
       processor_files: Names of the files to copy.
     """
 
@@ -111,23 +111,23 @@ class ConversionPlan:
 
     @cached_property
     def tensors(self) -> TensorSpecs:
-        """Dtypes and shapes of the result, in the order of the source files."""
+        """Dtypes and shapes of the tensors in the result, in the order of the source files."""
         specs = stored_specs(self.config, self.quantization, self.dtype)
         return {name: specs[name] for name in self.source_names}
 
     @property
     def unused(self) -> list[tuple[TensorInfo, str]]:
-        """The source tensors that have no place in the result, each with the reason."""
+        """The source tensors that are not part of the result, each with the reason."""
         used = {*self.source_names.values()}
         constants = [info for name, info in self.matched.sources.items() if name not in used]
         return [*((info, CONSTANT_REASON) for info in constants), *self.matched.unused_found]
 
     def source_of(self, name: str) -> TensorInfo:
-        """Return the source tensor of a tensor of the result."""
+        """Return the source of a tensor in the result."""
         return self.matched.sources[self.source_names[name]]
 
     def read_tensor(self, name: str) -> Iterator[memoryview]:
-        """Yield the bytes of a tensor of the result in chunks."""
+        """Yield the bytes of a tensor in the result, in chunks."""
         info, path, (dtype, _) = self.source_of(name), self.source_names[name], self.tensors[name]
         if dtype in DTYPES and path == name:
             return read_cast_chunks(info, dtype)
@@ -137,7 +137,7 @@ class ConversionPlan:
         return read(info, cast(Quantization, self.quantization).group_of(path))
 
     def plan_shards(self, max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:
-        """Return the parameter paths in each output file."""
+        """Return the names of the tensors in each output file."""
         source_files = {name: self.source_of(name).path for name in self.source_names}
         return plan_shards(self.tensors, max_shard_bytes, source_files)
 
@@ -317,7 +317,7 @@ def convert_from_hf(
 
 
 def _download_and_check_values(checkpoint: ResolvedCheckpoint, matched: MatchedTensors) -> None:
-    """Check known numbers in the shards of a repo id, which `match_checkpoint` has not seen.
+    """Download the shards of a repo id that contain known numbers, and check these numbers.
 
     Raises:
       CheckpointError, OvisError, OSError: As in `check_values` and `download_file`.
@@ -371,7 +371,7 @@ def _provide_shards(
 
 
 def print_conversion_plan(console: Console, plan: ConversionPlan) -> None:
-    """Print each source tensor with its parameter, or with why it is not used, and the totals."""
+    """Print each source tensor with its parameter or the reason why it is unused, then totals."""
     tensors, unused = plan.tensors, plan.unused
     used = {path: plan.matched.sources[path] for path in plan.source_names.values()}
     quantized = {"I8": " as int8", "U8": " as int4"}

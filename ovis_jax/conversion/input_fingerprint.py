@@ -22,10 +22,10 @@ def describe_inputs(
     *options: Any,
     origin: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Describe everything that a result depends on, so that only the same conversion resumes it.
+    """Describe everything that a result depends on, so that only the same conversion is resumed.
 
     Args:
-      sources: Tensors that are read, by their name in the result.
+      sources: Tensors that are read, by name in the result.
       tensors: Dtypes and shapes of the result.
       *options: Additional options, as JSON.
       origin: Identification of the source if its files may be remote. If None, the files are
@@ -75,7 +75,7 @@ def copy_small_files(
     Args:
       source: Folder of the checkpoint.
       destination: Existing folder.
-      names: Names of the other files.
+      names: Names of the other files to copy.
       dtype: Dtype to state in the copied config.json: "F32", "F16" or "BF16"; None for no change.
 
     Raises:

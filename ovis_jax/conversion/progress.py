@@ -1,4 +1,4 @@
-"""Output of a conversion: a progress bar, and a note when it is interrupted."""
+"""Output of a conversion: a progress bar, and a note if the conversion is interrupted."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

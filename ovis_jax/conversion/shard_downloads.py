@@ -1,4 +1,4 @@
-"""Downloading the shards of a repository during conversion, one shard in advance."""
+"""Downloading the shards of a repository during conversion, always one shard ahead."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ _STOP_SECONDS = 10  # maximum time to wait for a download to stop
 
 
 class ShardDownloader:
-    """Context manager that downloads shards one in advance, and can delete the used shards.
+    """Context manager that downloads each shard while the previous one is used.
 
     Args:
       checkpoint: The repository at a commit.
@@ -95,7 +95,7 @@ class ShardDownloader:
         return path.relative_to(self._checkpoint.folder).as_posix()
 
     def _start_download(self, path: Path) -> Future[dict[str, list[int]]]:
-        """Download a shard in a daemon thread; the threads of an executor are not daemons."""
+        """Start to download a shard in a daemon thread; an executor's threads are not daemons."""
         if path not in self._downloads:
             future = self._downloads[path] = Future()
 

@@ -22,7 +22,7 @@ from ovis_jax.quantization import pack_int4, quantize_rows, row_scales
 
 
 def read_cast_chunks(info: TensorInfo, dtype: str) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor in chunks, cast to a dtype; `read_chunks` describes the chunks.
+    """Yield the bytes of a tensor cast to a dtype, in chunks as in `read_chunks`.
 
     Args:
       info: The tensor.
@@ -41,7 +41,7 @@ def read_cast_chunks(info: TensorInfo, dtype: str) -> Iterator[memoryview]:
 
 
 def read_quantized_chunks(info: TensorInfo, group: int | None) -> Iterator[memoryview]:
-    """Yield the numbers of a matrix in chunks as they are stored, quantized by `quantize_rows`.
+    """Quantize a matrix with `quantize_rows`, and yield the numbers in chunks as they are stored.
 
     Args:
       info: The matrix [o, i].
@@ -56,7 +56,7 @@ def read_quantized_chunks(info: TensorInfo, group: int | None) -> Iterator[memor
 
 
 def read_scale_chunks(info: TensorInfo, group: int | None) -> Iterator[memoryview]:
-    """Yield the scales of a matrix in chunks; the arguments are those of `read_quantized_chunks`.
+    """Yield the scales of a matrix in chunks. The arguments are as in `read_quantized_chunks`.
 
     Raises:
       CheckpointError, OSError: The matrix cannot be read, as in `read_cast_chunks`.
@@ -73,7 +73,7 @@ def _read_rows(info: TensorInfo) -> Iterator[np.ndarray]:
 
 
 def read_repacked_chunks(info: TensorInfo) -> Iterator[memoryview]:
-    """Yield an int4 matrix of GPTQ in chunks as `pack_int4` packs it.
+    """Yield a GPTQ matrix in chunks, converted to the packing of `pack_int4`.
 
     Args:
       info: The tensor `qweight` int32 [i / 8, o].

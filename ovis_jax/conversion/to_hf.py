@@ -66,7 +66,7 @@ _METADATA = {"format": "pt"}  # transformers rejects files without it
 class _ExportPlan:
     """The tensors that an export writes, by key on the Hub; computed from headers and configs.
 
-    A tensor that is not in `sources` is written as zeros. `paths` are the parameter paths.
+    A tensor that is not in `sources` is written as zeros. `paths` maps keys to parameter paths.
     """
 
     sources: dict[str, TensorInfo]
@@ -100,16 +100,16 @@ def export_to_hf(
     """Write a converted checkpoint in the Hub's layout; `dst` appears only when it is complete.
 
     A converted folder lacks the tensors that the model never uses. The export copies them from
-    `source` or, without `source`, writes zeros. If adapters are merged into a folder in the Hub's
-    layout and there is no `source`, its never-used tensors are kept.
+    `source` or, without `source`, writes zeros. If `src` is in the Hub's layout, as is possible
+    with `merge`, and there is no `source`, the never-used tensors of `src` are kept.
 
     Args:
       src: A converted folder; with `merge` also a folder in the Hub's layout or the name of a
         bundled checkpoint.
       dst: Folder to create; it must either not exist or be empty. An interrupted export in
         `dst`.partial is resumed.
-      source: Folder in the Hub's layout or name of a bundled checkpoint that the never-used tensors
-        are copied from. They are cast to the dtype of the result.
+      source: Folder in the Hub's layout, or name of a bundled checkpoint, from which the never-used
+        tensors are copied. They are cast to the dtype of the result.
       merge: Folder of LoRA adapters to merge. They are merged in float32, one matrix at a time.
       dtype: Dtype to cast every tensor to: "float32", "bfloat16" or "float16"; None for no cast.
       progress: Called after every chunk with the progress.
@@ -124,7 +124,7 @@ def export_to_hf(
       CheckpointError: The tensors in `src` do not match its config, a never-used tensor is missing
         from `source`, or the adapters belong to a model with a different config. The error lists
         all faults.
-      OvisError: `src` is not a converted folder, or it is quantized, `merge` contains no adapters,
+      OvisError: `src` is not a converted folder or is quantized, `merge` contains no adapters,
         `source` is not in the Hub's layout, `dtype` is not supported, `dst` is not empty, another
         process is writing it, or `dst`.partial was started with different inputs.
       OSError: A file cannot be read or written, or the disk has too little space.
@@ -218,7 +218,7 @@ def _find_unused_tensors(
 ) -> dict[str, TensorInfo]:
     """Find the never-used tensors in a folder in the Hub's layout, and check their shapes.
 
-    If `required_by` is given (the option that names the folder), all of these tensors must exist.
+    If `required_by`, the option that names the folder, is given, all of these tensors must exist.
     """
     index = read_tensor_index(folder)
     problems = list(index.problems)

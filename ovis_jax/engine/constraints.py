@@ -1,8 +1,8 @@
 """Constraints on answers: JSON schemas, regular expressions, lists of choices and grammars.
 
-llguidance compiles a constraint to a `Matcher`, which says for each position of an answer which
-tokens may follow. All of its work runs in threads of this module, because a complex constraint can
-take much longer for one token than a decode step.
+llguidance compiles a constraint, and a `Matcher` determines which tokens may follow at each
+position of an answer. All work of llguidance runs in threads of this module, because a complex
+constraint can take much longer for one token than a decode step.
 """
 
 import json
@@ -27,22 +27,23 @@ MAX_CHARACTERS: dict[ConstraintKind, int] = {
     "choice": 2**17,
     "grammar": 2**14,
 }
-"""Maximum length of a constraint. Compiling a grammar in the GBNF format takes quadratic time."""
+"""Maximum number of characters in a constraint. The maximum for grammars is lower, because
+compiling a grammar in the GBNF format takes quadratic time."""
 
 STACK_BYTES = 2**29
-"""Stack size of the threads. The compiler's recursion is as deep as references are nested in a
-constraint. The longest chains within `MAX_CHARACTERS` need about a quarter of this. It is only
-reserved address space until it is used."""
+"""Stack size of the threads, in bytes. The compiler's recursion is as deep as the nesting of
+references in a constraint. The deepest nesting that `MAX_CHARACTERS` allows needs about a quarter
+of this size. A stack takes no memory until it is used."""
 
 PARSER_LIMITS = {"max_lexer_states": 50_000, "verbose_errors": False}
-"""Limits other than llguidance's own. A state takes one to two kB of memory."""
+"""Limits that differ from llguidance's defaults. Each lexer state takes 1 to 2 kB of memory."""
 
 
 class Constraint(NamedTuple):
     """A constraint on an answer.
 
-    The value is a JSON schema, a regular expression that the whole answer matches, a list of
-    strings in JSON, or a grammar in the Lark or GBNF format.
+    The value is a JSON schema, a regular expression that the whole answer must match, a JSON list
+    of strings, or a grammar in the Lark or GBNF format.
     """
 
     name: str
@@ -52,11 +53,11 @@ class Constraint(NamedTuple):
 
 
 class ConstraintError(OvisError):
-    """A constraint cannot be compiled, or an answer to it became too complex to continue.
+    """A constraint cannot be compiled, or becomes too complex while an answer is generated.
 
     Args:
       name: Name of the constraint.
-      reason: What is wrong with it.
+      reason: What is wrong with the constraint.
     """
 
     def __init__(self, name: str, reason: str):
@@ -65,17 +66,17 @@ class ConstraintError(OvisError):
 
 
 class Matcher:
-    """The position of one answer in its constraint.
+    """The progress of one answer through its constraint.
 
     `advance` returns at once. `is_complete` and `mask` are valid after `wait`.
 
     Args:
       name: Name of the constraint.
       matcher: llguidance's matcher.
-      mask: Array for the mask, which the constructor computes.
+      mask: Array to write masks into; the constructor writes the first mask.
 
     Attributes:
-      mask: The tokens that may follow, one bit per token id; the lowest bit comes first.
+      mask: The tokens that may follow, as one bit per token id, starting with the lowest bit.
       is_complete: Whether nothing can follow, so that the answer ends.
 
     Raises:
@@ -103,7 +104,7 @@ class Matcher:
             self._pending.result()
 
     def advance(self, token: int) -> None:
-        """Add a token that `mask` allows to the answer; the work is done in another thread."""
+        """Append a token, which `mask` must allow, to the answer; another thread does the work."""
         self._pending = _thread_pool("masks").submit(self._advance, token)
 
     def _advance(self, token: int) -> None:
@@ -150,7 +151,8 @@ class ConstraintCompiler:
           num_choices: Number of matchers to return.
 
         Returns:
-          A future of one matcher per choice, or of a `ConstraintError`.
+          A future whose result is one matcher per choice, or whose exception is a
+          `ConstraintError`.
         """
         return _thread_pool("constraints").submit(self._compile, constraint, num_choices)
 
@@ -193,14 +195,14 @@ class _Vocabulary:
         self._tokenizer = tokenizer
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Encode a text that a constraint prescribes."""
+        """Encode a text that a constraint requires."""
         text = text.decode() if isinstance(text, bytes) else text
         return self._tokenizer.encode(text, parse_special_tokens=False)
 
 
 @cache
 def _thread_pool(name: str) -> ThreadPoolExecutor:
-    """Return the thread pool with this name; its two threads have large stacks."""
+    """Return the thread pool called `name`, which has two threads with large stacks."""
     pool, started = ThreadPoolExecutor(2, f"ovis-{name}"), threading.Barrier(2)
     previous = threading.stack_size(STACK_BYTES)
     try:
@@ -212,7 +214,7 @@ def _thread_pool(name: str) -> ThreadPoolExecutor:
 
 
 def _one_line(message: str) -> str:
-    """Return the part of an error message of llguidance that is meant for users."""
+    """Return the part of llguidance's error message that is meant for users, as one line."""
     message = " ".join(message.split("\n<")[0].split())
     message = message.replace("NoExtensionBias", "no answer can satisfy it")
     return message if len(message) <= 300 else f"{message[:300]}..."

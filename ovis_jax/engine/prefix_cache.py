@@ -1,4 +1,4 @@
-"""Reuse of earlier requests: the visual embeddings of crops, and rows of the KV cache."""
+"""Reuse of results of earlier requests: visual embeddings of crops, and rows of the KV cache."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ from ovis_jax.inputs.image_processing import IMAGE_SLOT
 
 
 def crop_digests(pixels: Float32[np.ndarray, "I h w C"]) -> tuple[bytes, ...]:
-    """Return a hash of the content of each crop. Collisions cannot be constructed."""
+    """Return a cryptographic hash of each crop's content. Collisions cannot be constructed."""
     return tuple(blake2b(crop.tobytes(), digest_size=20).digest() for crop in pixels)
 
 
 class VisualEmbeddingCache:
-    """The visual embeddings of crops by digest. The least recently used ones are dropped.
+    """The visual embeddings of crops, by digest. The least recently used embeddings are dropped.
 
     Args:
-      max_bytes: Maximum total size.
+      max_bytes: Maximum total size, in bytes.
 
     Attributes:
-      num_bytes: Total size of the embeddings in the cache.
+      num_bytes: Total size of the embeddings in the cache, in bytes.
     """
 
     def __init__(self, max_bytes: int):
@@ -32,14 +32,14 @@ class VisualEmbeddingCache:
         self.num_bytes = 0
 
     def get(self, digest: bytes) -> Float[Array, "M D"] | None:
-        """Return the embeddings of a crop, or None if the cache does not have them."""
+        """Return the embeddings of a crop, or None if they are not in the cache."""
         found = self._embeddings.get(digest)
         if found is not None:
             self._embeddings.move_to_end(digest)
         return found
 
     def put(self, digest: bytes, embeddings: Float[Array, "M D"]) -> None:
-        """Add the embeddings of a crop that the cache does not have."""
+        """Add the embeddings of a crop, which must not be in the cache yet."""
         self._embeddings[digest] = embeddings
         self.num_bytes += embeddings.nbytes
         while self.num_bytes > self._max_bytes:
@@ -61,8 +61,8 @@ class CachedTokens:
 
     Attributes:
       num_prompt: Number of tokens of the prompt.
-      num_cached: Number of positions that the row contains once the device has run all steps. The
-        last ones may be of tokens that have not been appended yet.
+      num_cached: Number of positions in the row after the device has run all dispatched steps. The
+        tokens at the last of these positions may not have been appended yet.
     """
 
     def __init__(self, prompt: Int32[np.ndarray, "T"], digests: Sequence[bytes], max_length: int):
@@ -72,7 +72,7 @@ class CachedTokens:
         self._digests = digests
 
     def append(self, token: int) -> None:
-        """Append a sampled token. It is in the cache only when a later step has read it."""
+        """Append a sampled token. Its key and value are cached once a later step has read it."""
         if self._num_tokens < len(self._tokens):  # the last token at the maximum length is not read
             self._tokens[self._num_tokens] = token
             self._num_tokens += 1
@@ -84,16 +84,17 @@ class CachedTokens:
         tokens_per_crop: int,
         ring_slots: int,
     ) -> int:
-        """Return how many positions of a prompt can be reused; its last position never is.
+        """Return how many cached positions a prompt can reuse; its last position is always read.
 
-        A ring buffer that has wrapped around has lost its first positions. The row can then only be
-        continued from its end. The slot after the end of a row is undefined.
+        A ring buffer that has wrapped around has lost its first positions, so the row can only be
+        continued from its end. The same holds for a ring buffer that is just full, because the slot
+        after the end of a row is undefined.
 
         Args:
           tokens: Token ids of the prompt.
           digests: Digests of the prompt's crops.
-          tokens_per_crop: Number of visual tokens of a crop, M.
-          ring_slots: Number of slots of the smallest cache of a block.
+          tokens_per_crop: M, the number of visual tokens per crop.
+          ring_slots: Number of slots per row in the block with the smallest cache.
         """
         length = min(self._num_tokens, self.num_cached, len(tokens) - 1)
         differences = np.flatnonzero(self._tokens[:length] != tokens[:length])

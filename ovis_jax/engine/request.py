@@ -1,4 +1,4 @@
-"""Requests to the engine and their output, which is text that ends before a stop string."""
+"""Requests to the engine, and their output: text, which ends before the first stop string."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -21,7 +21,7 @@ FinishReason = Literal["stop", "length"]
 MAX_LOGIT_BIAS = 1024
 """Maximum number of token ids in a request's `logit_bias`."""
 MAX_STOP_TOKEN_IDS = 64
-"""Maximum number of a request's `stop_token_ids`."""
+"""Maximum number of ids in a request's `stop_token_ids`."""
 
 
 class Logprob(NamedTuple):
@@ -56,7 +56,7 @@ class Failure(NamedTuple):
     message: str
     code: str
     param: str | None = None
-    """Name of the part of the request that caused it; None if the request did not cause it."""
+    """Name of the part of the request that caused the failure; None for other causes."""
 
 
 class EngineError(OvisError):
@@ -101,8 +101,8 @@ class Request:
     """A request to the engine.
 
     Attributes:
-      tokens: Token ids of the prompt, int32 [T], without padding; each visual token has an
-        IMAGE_SLOT.
+      tokens: Token ids of the prompt, int32 [T], without padding, with one IMAGE_SLOT per visual
+        token.
       pixels: Crops of the images, float32 [I, h, w, C].
       sampling: Sampling parameters as plain numbers, not arrays.
       seed: Sampling seed, from 0 to 2**64 - 1.
@@ -110,20 +110,21 @@ class Request:
       deadline: Time, as in `time.monotonic()`, at which the request fails if it is not complete.
       on_event: Called in the engine's thread with each `Delta`, or with a single `Failure`.
       num_choices: Number of answers to generate.
-      stop: Stop strings. An answer ends before the first of them.
+      stop: Stop strings. An answer ends before the first stop string.
       stop_token_ids: Ids that end an answer, in addition to the model's own stop ids.
       ignore_eos: Whether the model's own stop ids do not end an answer.
       min_tokens: Number of tokens before which neither a stop id nor a stop string ends an answer.
-      logit_bias: Token ids and the numbers that are added to their logits.
+      logit_bias: The numbers that are added to logits, by token id.
       top_logprobs: Number of most likely tokens to report at each position; None for no
         log-probabilities at all.
-      matchers: A matcher of the request's constraint per choice; empty if there is no constraint.
-      stream: Whether to send a `Delta` for each new piece of text; otherwise, one per choice.
+      matchers: One matcher of the request's constraint per choice; empty if there is no constraint.
+      stream: Whether to send a `Delta` for each new piece of text; otherwise, only one `Delta` is
+        sent per choice.
       aborted: Whether the caller aborted the request; no more events are then sent.
-      first_token_time: Time of the first token, as in `time.monotonic()`; None before it.
+      first_token_time: Time of the first token, as in `time.monotonic()`; None before that time.
       cached_tokens: Number of prompt positions that were not read, because the KV cache of an
         earlier request contains them.
-      cached_crops: Number of crops that were not encoded, because an earlier request has.
+      cached_crops: Number of crops that were not encoded, because their embeddings were cached.
       completion_tokens: Number of tokens generated so far, in all choices.
       num_started: Number of choices that have been started.
       num_unfinished: Number of choices that are not yet complete.
@@ -169,7 +170,7 @@ class Request:
 class StopStringFilter:
     """Returns text up to the first stop string, even if a stop string is split over several pieces.
 
-    Text that could be the beginning of a stop string is held back until this is decided.
+    Text that could be the beginning of a stop string is held back until further text decides this.
     """
 
     def __init__(self, stop: Iterable[str]):
@@ -229,7 +230,8 @@ class Sequence:
     def append(self, token: TokenLogprobs) -> FinishReason | None:
         """Add a token, and pass the new text to the request's `on_event`.
 
-        With a constraint, only `check_constraint` says whether the token completes the answer.
+        With a constraint, call `check_constraint` to find out whether the token completes the
+        answer.
 
         Returns:
           The reason why the sequence is complete, or None if it is not complete.
@@ -249,7 +251,7 @@ class Sequence:
         return self._add_text(self._detokenizer.push(token.token.token_id), reason)
 
     def check_constraint(self) -> FinishReason | None:
-        """Wait for the matcher, which must exist, and end the sequence if its answer is complete.
+        """Wait for the matcher, which must exist, and end the sequence if the answer is complete.
 
         Returns:
           The reason why the sequence is complete, or None if it is not complete.
@@ -266,7 +268,7 @@ class Sequence:
         return "length" if self.num_tokens == self.request.max_new_tokens else None
 
     def _add_text(self, text: str, reason: FinishReason | None) -> FinishReason | None:
-        """Add text, the last one if a reason is given, and send what can no longer change."""
+        """Add text, and send what can no longer change; a reason ends the sequence."""
         request, stopped = self.request, False
         if reason:
             text += self._detokenizer.finish()
@@ -283,7 +285,7 @@ class Sequence:
         return reason
 
     def _send(self, reason: FinishReason | None, stopped: bool) -> None:
-        """Send the text that is final, and the tokens whose text starts in it."""
+        """Send the text that is final, and the tokens whose text starts in this text."""
         end = self._num_final if stopped or reason is None else self._num_decoded + 1
         ready = tuple(token for start, token in self._logprobs if start < end)
         self._logprobs = [(start, token) for start, token in self._logprobs if start >= end]

@@ -1,8 +1,8 @@
 """Reading the part of a model's text that is compared with the expected answer.
 
-`read_answer` reads as people grade; its rules for options and for yes or no follow VLMEvalKit
-(`can_infer` and `YOrN_Extraction`), so that both give similar scores for the same answers.
-`read_answer_strictly` accepts only answers in the form that the prompt asks for.
+`read_answer` reads an answer like a person who grades it. Its rules for options and for yes or no
+follow VLMEvalKit (`can_infer` and `YOrN_Extraction`), so that the scores are similar to those of
+VLMEvalKit. `read_answer_strictly` accepts only answers in the form that the prompt asks for.
 """
 
 import re
@@ -20,10 +20,10 @@ ANSWER_PREFIX = re.compile(
     r"(?:answer|option|choice)\b(?: is| would be)?[\s:=\"'“„]*(?:[-–—] )?(?:option |choice )?",
     re.IGNORECASE,
 )
-"""The beginning of texts such as "The answer is C." and "Answer: (B)"."""
+"""Pattern for the beginning of texts such as "The answer is C." and "Answer: (B)"."""
 
 LAST_WORDS = 4
-"""A letter in a sentence names an option if it is one of the last words, as in VLMEvalKit."""
+"""A letter in a sentence names an option if it is among this many last words, as in VLMEvalKit."""
 
 NEGATION = re.compile(
     r"\b(?:no|not|nor|neither|never|cannot|except|wrong|incorrect)\b|n['’]t\b", re.IGNORECASE
@@ -31,7 +31,7 @@ NEGATION = re.compile(
 
 
 def read_answer_strictly(text: str, answer_type: AnswerType, options: Sequence[str]) -> str:
-    """Return the answer in a text that has the form which the prompt asks for.
+    """Return the answer in a text, which must have the form that the prompt asks for.
 
     For a multiple-choice question, the result is the option's letter, or "" if the text names no
     option. A letter counts if it is the whole text or is followed by punctuation, as in "B." or
@@ -52,21 +52,21 @@ def read_answer_strictly(text: str, answer_type: AnswerType, options: Sequence[s
 
 
 def read_answer(text: str, expected: str, options: Sequence[str]) -> str:
-    """Return the answer in a text as people grade it.
+    """Return the answer in a text, as a person would read it.
 
-    Upper and lower case, Markdown emphasis, articles, the last punctuation mark and introductions
-    such as "The answer is" do not matter.
+    Case, Markdown emphasis, articles, the last punctuation mark and introductions such as "The
+    answer is" are ignored.
 
     Args:
       text: The text of the model, or an expected answer.
-      expected: The expected answer, which decides what the text may say: yes or no, a letter, or
+      expected: The expected answer, which determines the kind of answer: yes or no, a letter, or
         any text.
       options: The options of a multiple-choice question; empty for other questions.
 
     Returns:
-      For a multiple-choice question or an expected letter, the letter, or "" if the text names no
-      option, names several, or negates the one that it names. For an expected yes or no, "yes",
-      "no" or "". Otherwise, the text without what does not matter.
+      For a multiple-choice question or an expected letter: the letter in the text, or "" if the
+      text names no option or several options, or negates the option that it names. For an expected
+      yes or no: "yes", "no" or "". Otherwise: the text without the parts that are ignored.
     """
     if options:
         return _read_letter(text, OPTION_LETTERS[: len(options)], options)
@@ -122,14 +122,14 @@ def _read_letter(text: str, letters: str, options: Sequence[str]) -> str:
 
 
 def _other_letters(text: str, letters: str, letter: str) -> set[str]:
-    """Return the other letters that the text after a letter lists, as in "or B" and "B. a cat"."""
+    """Return the other letters that are listed after a letter, as in "or B" and "B. a cat"."""
     text = re.sub(r"\b[AI] (?!(?:or|and)\b)(?=\w\w)", "", text)  # "A dog", "I think"
     listed = rf"(?:^|\b(?:and|or) |[/,&] ?)\(?([{letters}])(?!\w)|\b([{letters}])[).:](?=\s*\w)"
     return {first or second for first, second in re.findall(listed, text)} - {letter}
 
 
 def _whole(option: str) -> str:
-    """Return a pattern that finds an option, but not in a longer word or number."""
+    """Return a pattern that finds an option, but not as part of a longer word or number."""
     return rf"(?<![\w/-])(?<!\d[.,:]){re.escape(option)}(?![\w/-]|[.,:]\d)"
 
 
@@ -151,14 +151,14 @@ def _read_yes_or_no(text: str) -> str:
 
 
 def _without_emphasis(text: str) -> str:
-    """Return a text without Markdown emphasis, quotes around it and repeated spaces."""
+    """Return a text without Markdown emphasis, surrounding quotes and repeated spaces."""
     without = re.sub(r"(?<!\w)(?:[*`]|__)+|(?:[*`]|__)+(?!\w)", "", text)  # "2*3" stays
     text = " ".join((without if without.strip() else text).split())
     return text.strip("\"'“”„ ") or text
 
 
 def _plain(text: str) -> str:
-    """Return a text without what does not matter; at least one word remains."""
+    """Return a text without the parts that `read_answer` ignores; at least one word remains."""
     text = _without_emphasis(text)
     for pattern in (ANSWER_PREFIX, re.compile(r"(?:an?|the) ", re.IGNORECASE)):
         if (match := pattern.match(text)) and text[match.end() :].strip(" .!"):

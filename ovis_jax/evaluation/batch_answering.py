@@ -47,7 +47,7 @@ class EvalPrompt(NamedTuple):
 def harness_prompt(text: str, images: Sequence[Any] = ()) -> EvalPrompt:
     """Return a harness's question as a prompt.
 
-    If the number of "<image>" in it is not the number of images, all of them are removed.
+    If the number of "<image>" marks differs from the number of images, all marks are removed.
     """
     if text.count(IMAGE_PLACEHOLDER) != len(images):
         text = text.replace(IMAGE_PLACEHOLDER, "")

@@ -30,7 +30,7 @@ class OvisForLmmsEval(lmms):
     Args:
       pretrained: The checkpoint, as for `ovis_jax.load`.
       batch_size: Number of questions per batch. "auto" is rejected.
-      max_batch_size: Ignored; lmms-eval uses it with "auto" only.
+      max_batch_size: Ignored; lmms-eval uses this argument only with "auto".
       device: Ignored; JAX chooses the device.
       dtype: Dtype of the computation; None for the checkpoint's dtype.
       adapters: Folder of LoRA adapters.

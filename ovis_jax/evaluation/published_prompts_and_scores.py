@@ -32,7 +32,7 @@ class PublishedBenchmarks:
     metric_notes: Mapping[str, str]
 
     def find_benchmark(self, name: str) -> str | None:
-        """Return the benchmark with a name or alias, ignoring case and punctuation, or None."""
+        """Return the benchmark with this name or alias, ignoring case and punctuation, or None."""
         wanted = _letters_and_digits(name)
         for benchmark in next(iter(self.scores.values())):
             if wanted in (_letters_and_digits(benchmark), *self.aliases.get(benchmark, ())):

@@ -3,12 +3,12 @@
     {"image": IMAGES, "question": TEXT, "answer": TEXT}
     {"image": IMAGES, "question": TEXT, "choices": [TEXT, ...], "answer": LETTER, NUMBER or TEXT}
 
-IMAGES is an image or a list of images, in the forms that `ovis_jax.inputs.dataset` describes, and
-the key may be `images`; `choices` may be called `options`. The optional fields are `image`, `hint`
-(inserted before the question), `kind` (accuracy is reported per kind; the default is the file's
-name) and `id`. A row from a training set is also accepted: its last answer is the expected answer,
-and the turns before it are used as the prompt without changes. An unknown key is an error, as in
-training rows.
+IMAGES is an image or a list of images, in the forms that `ovis_jax.inputs.dataset` describes. The
+key `image` may also be `images`, and `choices` may also be `options`. The optional fields are
+`image`, `hint` (inserted before the question), `kind` (accuracy is reported per kind; the default
+is the file's name) and `id`. A row from a training set is also accepted: its last answer is the
+expected answer, and the turns before it are used as the prompt without changes. An unknown key is
+an error, as in training rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ class EvalQuestion:
       id: The question's id, unique across all files.
       row: The prompt, followed by the expected answer. For a multiple-choice question, this answer
         is a letter.
-      answer_type: How answers are compared strictly.
+      answer_type: How answers are compared in strict mode.
       options: The options of a multiple-choice question; empty for other questions.
     """
 
@@ -72,14 +72,14 @@ class EvalQuestion:
     def parse_answer(self, text: str, *, strict: bool = False) -> str:
         """Return the part of a model's text that is compared with the expected answer.
 
-        With `strict`, `read_answer_strictly` reads the text, and `read_answer` otherwise.
+        With `strict`, `read_answer_strictly` reads the text; otherwise, `read_answer` does.
         """
         if strict:
             return read_answer_strictly(text, self.answer_type, self.options)
         return read_answer(text, self.expected, self.options)
 
     def is_correct(self, text: str, *, strict: bool = False) -> bool:
-        """Return whether a model's text gives the expected answer, as `parse_answer` reads both."""
+        """Return whether `parse_answer` reads the expected answer from a model's text."""
         expected = self.expected
         if self.answer_type != "multiple_choice":
             expected = self.parse_answer(expected, strict=strict)
@@ -146,7 +146,7 @@ def read_questions(
 def _parse_question(
     value: Any, name: str, folder: Path, raw_prompts: bool, system_turns: bool
 ) -> EvalQuestion:
-    """Parse a row, except for its id and the default of its kind."""
+    """Parse a row; the caller sets the id and, if it is missing, the kind."""
     keys = value.keys() if isinstance(value, Mapping) else ()
     if "question" not in keys and any(key in keys for key in CONVERSATION_KEYS):
         row = parse_row(value, name, folder, system_turns=system_turns)

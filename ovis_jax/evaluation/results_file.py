@@ -44,7 +44,7 @@ def fingerprint_model(folders: Sequence[Path]) -> str:
 def fingerprint_questions(questions: Sequence[EvalQuestion]) -> str:
     """Hash the prompts, the expected answers, and the image paths relative to the question file.
 
-    For an image in a parquet file, its place in the file is hashed.
+    An image in a parquet file is represented by its place in the file.
     """
     digest = hashlib.sha256()
     for question in questions:
@@ -66,7 +66,7 @@ class ResultsFile:
 
     Args:
       path: Path of the file; None keeps the results in memory only.
-      header: Strings and numbers by name that identify the evaluation.
+      header: Strings and numbers, by name, that identify the evaluation.
 
     Attributes:
       results: All results, including those that were already in the file.

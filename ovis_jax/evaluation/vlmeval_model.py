@@ -88,7 +88,7 @@ class OvisForVLMEvalKit(BaseModel):
 
 
 def message_to_prompt(message: Message) -> EvalPrompt:
-    """Convert a message to one text in which "<image>" marks the place of each image.
+    """Convert a message to a prompt, in whose text "<image>" marks the place of each image.
 
     If the message consists of one image and one text, the image comes first.
 

@@ -27,11 +27,11 @@ class Generation(NamedTuple):
     """The tokens generated for each row of a batch."""
 
     tokens: Int[Array, "B n"]
-    """Token ids, including the stop id; after it, the pad id."""
+    """Token ids up to and including the stop id, followed by pad ids."""
     lengths: Int[Array, "B"]
     """Number of tokens in each row, including the stop id."""
     log_probs: Float[Array, "B n"]
-    """Log-probability of each token under the model, before sampling parameters; 0 at padding."""
+    """Log-probability of each token, before sampling parameters are applied; 0 at padding."""
 
 
 class GenerationState(NamedTuple):
@@ -46,7 +46,7 @@ class GenerationState(NamedTuple):
 
 
 class GenerationOptions(NamedTuple):
-    """Options that all steps share. Stop ids are an array, so changing them compiles nothing."""
+    """Options of all steps. Stop ids are an array, so changing them causes no recompilation."""
 
     sampling: Sampling
     eos_ids: Int[Array, "stops"]
@@ -272,7 +272,7 @@ def _decode_loop(
     first: int,
     end: int | Array,
 ) -> tuple[GenerationState, Generation]:
-    """Fill the columns from `first` to before `end` of `out`; stop early when every row is done."""
+    """Fill columns `first` to `end` - 1 of `out`; stop early when every row is done."""
 
     def more(carry: tuple[GenerationState, Generation, Array]) -> Array:
         state, _, column = carry

@@ -36,19 +36,21 @@ class Sampling:
     top_k: ArrayLike | None = None
     """Sample only from the k most likely tokens; k is a whole number of at least 1."""
     top_p: ArrayLike | None = None
-    """Sample only from the fewest most likely tokens with a total probability of at least p, in (0,
-    1]; 1 keeps all tokens. Of equally likely tokens, those with the lowest ids are kept."""
+    """Sample only from the smallest set of most likely tokens whose total probability is at least
+    p, in (0, 1]; 1 keeps all tokens. Of equally likely tokens, those with the lowest ids are
+    kept."""
     repetition_penalty: ArrayLike | None = None
     """For tokens that were generated before, positive logits are divided by the penalty and
     negative logits are multiplied by it; it must be above 0. Prompt tokens are not penalized, as in
     the original, which passes prompts as embeddings."""
     frequency_penalty: ArrayLike | None = None
-    """A token's logit is reduced by the penalty for each time that it was generated before."""
+    """A token's logit is reduced by the penalty for each time that the token was generated
+    before."""
     presence_penalty: ArrayLike | None = None
-    """A token's logit is reduced by the penalty if it was generated before."""
+    """A token's logit is reduced once by the penalty if the token was generated before."""
     min_p: ArrayLike | None = None
-    """Sample only from tokens with at least the fraction p of the highest probability, in [0,
-    1]."""
+    """Sample only from tokens whose probability is at least p times the highest probability; p is
+    in [0, 1]."""
 
     @property
     def needs_counts(self) -> bool:
@@ -97,7 +99,7 @@ class Sampling:
         return self.map(put)
 
     def map(self, function: Callable[[ArrayLike, DTypeLike], ArrayLike]) -> "Sampling":
-        """Apply a function to every value that is not None and its dtype, int32 or float32."""
+        """Apply a function of a value and its dtype, int32 or float32, to every value but None."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         dtypes = {"top_k": np.int32}
         return Sampling(
@@ -202,10 +204,11 @@ def top_k_top_p(
     Args:
       logits: Float32 logits.
       k: Number of tokens to keep; ties with the k-th token are also kept.
-      p: Among the k tokens, keep the fewest most likely tokens that have at least the fraction p of
-        their total probability (nucleus sampling, Holtzman et al. 2019), and at least one token. Of
-        tokens with equal logits, those with the lowest ids are kept. With p = 1, all are kept. The
-        number of tokens is that of `TopPLogitsWarper` in transformers.
+      p: Fraction of the total probability of the k tokens (nucleus sampling, Holtzman et al. 2019).
+        The smallest set of most likely tokens that has at least this fraction is kept, but at least
+        one token. Of tokens with equal logits, those with the lowest ids are kept. With p = 1, all
+        k tokens are kept. The number of tokens is the same as with `TopPLogitsWarper` in
+        transformers.
     """
     keys = _ordered_bits(logits)
     if k is not None:
@@ -233,7 +236,7 @@ def top_k_top_p(
 
 
 def _ordered_bits(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
-    """Convert float32 numbers to integers in the same order."""
+    """Convert float32 numbers to integers that sort in the same order."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0 is 0
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
@@ -241,10 +244,10 @@ def _ordered_bits(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
 def _first_key_above(
     keys: UInt32[Array, "B V"], weights: Float[Array, "B V"], limit: Float[Array, "#B 1"]
 ) -> UInt32[Array, "B 1"]:
-    """Return the lowest key for which all weights up to this key sum to more than the limit.
+    """Return the lowest key at which the sum of the weights of all keys up to it exceeds the limit.
 
-    Each pass over the row finds two bits of the key. This is faster than sorting a vocabulary. If
-    no key is above the limit, the result is the highest uint32.
+    Each pass over the row finds two bits of the key. This is faster than sorting the vocabulary. If
+    the sum of all weights does not exceed the limit, the result is the highest uint32.
     """
     digits = jnp.arange(1, 4, dtype=jnp.uint32)[None, :, None]
 

@@ -44,7 +44,7 @@ class Scores(NamedTuple):
 
     @property
     def mean_log_probs(self) -> Float[Array, "B choices"]:
-        """Log-probability per token, which does not favor short answers. Empty answers have -inf.
+        """Log-probability per token, which does not favor short answers; -inf for empty answers.
 
         The perplexity is exp(-mean_log_probs).
         """

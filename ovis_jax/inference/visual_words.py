@@ -1,4 +1,4 @@
-"""Statistics of the visual words in an image, and of how certain the model is about them.
+"""Statistics of the visual words in an image, and of the model's certainty about them.
 
 Every visual token is a distribution over visual words, which are the rows of the visual embedding
 table.
@@ -69,9 +69,8 @@ def visual_words(model: Ovis, params: Params, inputs: Inputs, *, k: int = 10) ->
     """Summarize the distribution of every visual token.
 
     The function is pure, so it can be called inside a jitted function or under a mesh. The
-    distributions are computed in chunks, as in `generate`, so that memory is bounded. They are
-    computed from the logits in float32 for every model dtype, and without the noise of
-    gumbel_argmax.
+    distributions are computed in chunks, as in `generate`, so that memory is bounded. For every
+    model dtype, they are computed from the logits in float32, without the noise of gumbel_argmax.
 
     Args:
       model: Static.
@@ -121,12 +120,12 @@ def _visual_words(model: Ovis, params: Params, inputs: Inputs, k: int) -> Visual
 def shared_words(
     first: Float[Array, "W"], second: Float[Array, "W"], *, k: int = 10
 ) -> SharedWords:
-    """Find the visual words that two images share, by how much each image uses them.
+    """Find the visual words that two images share, given how much each image uses each word.
 
     Args:
       first: Mean distribution of the first image, such as the mean of `VisualWords.mean` over its
         crops.
-      second: The same for the second image.
+      second: Mean distribution of the second image.
       k: Number of words in the result; static.
 
     Raises:

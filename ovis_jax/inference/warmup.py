@@ -50,9 +50,9 @@ def warmup(
     """Compile the programs for batches with given shapes, without running the model.
 
     Afterwards, `generate` compiles nothing for inputs with these shapes. The same holds for
-    `stream` if `chunk_size` was given. The calls must have the same `max_new_tokens`, the same set
-    of sampling parameters that are None, and the same number of stop ids, and they must agree on
-    whether there is a key. The values of the sampling parameters, the stop ids and the key do not
+    `stream` if `chunk_size` was given. These later calls must have the same `max_new_tokens` and
+    the same number of stop ids, set the same sampling parameters, and pass a key if and only if
+    `warmup` was given one. The values of the sampling parameters, the stop ids and the key do not
     matter.
 
     Args:

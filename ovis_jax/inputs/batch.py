@@ -47,7 +47,7 @@ class Example(NamedTuple):
 
 
 def truncate_left(example: Example, max_length: int, tokens_per_crop: int) -> Example:
-    """Keep the last `max_length` positions; drop a crop completely if it is partly cut off."""
+    """Keep the last `max_length` positions; a crop that would be cut is dropped completely."""
     tokens, labels = example.tokens[-max_length:], example.labels[-max_length:]
     num_crops, rest = divmod(np.count_nonzero(tokens == IMAGE_SLOT), tokens_per_crop)
     # The remaining slots of a partly cut crop come first, and so do the pixels of all dropped

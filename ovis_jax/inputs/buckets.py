@@ -25,8 +25,8 @@ CROP_BUCKET = 1
 def bucket_size(length: int, unit: int) -> int:
     """Return the smallest default size that is at least `length`.
 
-    The default sizes are the first 8 multiples of `unit`, then 4 equal steps until each doubling.
-    The padding is less than `unit` or less than a fifth of the result. Zero stays zero.
+    The default sizes are the first 8 multiples of `unit`, then 4 equal steps for each doubling. The
+    padding is less than `unit` or less than a fifth of the result. Zero stays zero.
     """
     step = unit
     while 8 * step < length:

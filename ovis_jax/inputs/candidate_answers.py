@@ -30,7 +30,8 @@ def encode_answers(
 
     Args:
       processor: Processor of the model.
-      answers: The answers to each prompt, at least one. The number may differ between prompts.
+      answers: The answers to each prompt, at least one per prompt. Their number may differ between
+        prompts.
       add_end_of_turn: Whether to add the end-of-turn token to each answer. Without this token, the
         score of "A" is the probability of all answers that begin with "A".
       strip: Whether to remove white space around an answer. Pass False for text that continues an

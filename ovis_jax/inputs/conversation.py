@@ -54,12 +54,13 @@ class ChatFormat:
     Attributes:
       model: Name of the language model in error messages.
       bos: The token that starts every prompt.
-      pad: The token of padding. It is dropped from a text.
-      openings: The beginning of a turn, by role. A role that is missing is not supported.
-      end_of_turn: The token after a turn's text. The model learns to end its own turns with it.
-      separator: Text after `end_of_turn`. The model does not learn it.
-      default_system: Text of the system turn that is put before a conversation without one; None if
-        there is none.
+      pad: The padding token, which is dropped if a text contains it.
+      openings: The beginning of a turn, by role. Other roles are not supported.
+      end_of_turn: The token after a turn's text. At the end of an assistant turn, this token is a
+        label.
+      separator: Text after `end_of_turn`. It does not contribute to the loss.
+      default_system: Text of the system turn that is added to a conversation without one; None if
+        no turn is added.
     """
 
     model: str
@@ -128,8 +129,8 @@ def parse_prompt(
     Args:
       prompt: A string, or a list of turns.
       images: One image for each "<image>" in the text and each part `{"type": "image"}`. If the
-        prompt has neither, the images are placed at the beginning of the first user turn, one per
-        line. Images in content parts are not included here.
+        prompt has neither of these, the images are placed at the beginning of the first user turn,
+        one per line. Images in content parts are not included here.
       name: Name of the prompt in error messages.
       chat_format: Format that determines the supported roles.
       parse_image_placeholders: Whether "<image>" in a text marks the place of an image, as in the
@@ -197,12 +198,12 @@ def encode_prompt(
       assistant_prefix: Text that the answer begins with.
       chat_format: The model's format.
       parse_special_tokens: Whether special tokens spelled out in a text become their ids.
-      parse_image_placeholders: Whether "<image>" marks the place of an image; a prefix may then not
-        contain it.
+      parse_image_placeholders: Whether "<image>" marks the place of an image. If so, the prefix
+        must not contain "<image>".
       name: Name of the prompt in error messages.
 
     Raises:
-      PromptError: The last turn is not a user turn, or the prefix contains the place of an image.
+      PromptError: The last turn is not a user turn, or the prefix contains an "<image>" mark.
     """
     if turns[-1].role != "user":
         role = "the assistant's" if turns[-1].role == "assistant" else "a system turn"
@@ -233,7 +234,7 @@ def encode_conversation(
 ) -> EncodedConversation:
     """Encode a conversation for training; assistant texts and end-of-turn tokens become labels.
 
-    If the format has a default system turn and the first turn is no system turn, it comes first.
+    The format's default system turn, if any, is prepended unless the first turn is a system turn.
     """
     if chat_format.default_system is not None and turns[0].role != "system":
         turns = [ParsedTurn("system", (chat_format.default_system,)), *turns]
@@ -265,7 +266,7 @@ def encode_turn_content(
     add_end_of_turn: bool = True,
     parse_special_tokens: bool = True,
 ) -> list[int]:
-    """Encode the texts of a turn, with IMAGE_TOKEN_ID for the image between two of them.
+    """Encode the texts of a turn, with an IMAGE_TOKEN_ID between each two consecutive texts.
 
     The texts are encoded separately, as in the original.
     """
@@ -326,7 +327,7 @@ def _type_error(value: object, name: str, expected: str) -> PromptError:
 def _read_turn(
     turn: Turn, name: str, chat_format: ChatFormat, parse_image_placeholders: bool
 ) -> tuple[list[str], list[ImageSource | None]]:
-    """Check a turn, and return its texts and its images, with None for each image still unknown."""
+    """Check a turn, and return its texts and images; None stands for a separately passed image."""
     if not isinstance(turn, Mapping):
         raise _type_error(turn, name, "a dict with role and content")
     if not {"role", "content"} <= turn.keys():
@@ -366,7 +367,7 @@ def _read_turn(
 def _read_part(
     part: Any, name: str, parse_image_placeholders: bool
 ) -> tuple[list[str], list[ImageSource | None]]:
-    """Check a content part, and return its texts and images as `_read_turn` does."""
+    """Check a content part, and return its texts and images in the form of `_read_turn`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     match part:
         case {"type": "text", "text": str(text)}:

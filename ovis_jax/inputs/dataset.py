@@ -1,24 +1,24 @@
-"""Dataset rows in the usual spellings: conversations about images, and preference pairs.
+"""Dataset rows in the usual formats: conversations about images, and preference pairs.
 
 A file is a JSON list, a JSON lines file or a parquet file of rows in one of two forms:
 
     {"image": IMAGES, "conversations": TURNS}
     {"image": IMAGES, "prompt": PROMPT, "chosen": ANSWER, "rejected": ANSWER}
 
-- IMAGES is an image or a list of images; the key may also be `images`, and it is optional. An image
+- IMAGES is an image or a list of images. The key may also be `images`, and may be missing. An image
   is a path, a `data:` or `file:` URL, `{"path": PATH}` or, in a parquet file, the bytes of an image
   file, as binary or as `{"bytes": BYTES, "path": NAME}`. Images are opened only when a row is used.
 - TURNS is a list of turns, either `{"from": "human" | "gpt", "value": TEXT}` (ShareGPT, LLaVA and
   Ovis) or `{"role": "user" | "assistant", "content": CONTENT}` (OpenAI); the key may also be
   `messages`. CONTENT is a text or a list of OpenAI's parts, whose images are paths or data: URLs.
-  `detail` of such an image has no effect. If there is only one text, its images come before it, as
-  in the server.
+  An image's `detail` has no effect. If a turn has only one text, the images come before the text,
+  as in the server.
 - The text of a system turn, or of the key `system`, is prepended to the text of the next user turn,
   as in the server, because Gemma2 has no system turn. For Llama, it stays a system turn.
-- An assistant turn with `loss`, `train` or `weight` false or 0 does not contribute to the loss.
+- An assistant turn whose `loss`, `train` or `weight` is false or 0 does not contribute to the loss.
 - PROMPT is a text, or turns that end with a user turn; the key may also be `conversations` or
   `messages`. ANSWER is a text or one assistant turn.
-- Accuracy is reported per `kind`.
+- The key `kind` is optional; accuracy is reported per kind.
 
 `METADATA_KEYS` are ignored in rows and turns, and so are unknown keys with an empty value. Any
 other unknown key is an error.
@@ -45,7 +45,7 @@ METADATA_KEYS = (
     " category split language license model metadata width height score_chosen score_rejected"
     " __index_level_0__ __key__ __url__"
 ).split()
-"""Keys that describe a row or a turn without changing what is learned; they are ignored."""
+"""Keys that describe a row or a turn without affecting training; they are ignored."""
 
 CONVERSATION_KEYS = ("conversations", "messages", "prompt")
 IMAGE_KEYS = ("image", "images")
@@ -63,14 +63,14 @@ TURN_ROLES = {
     "system": "system",
     "developer": "system",
 }
-"""The role of a turn, by the names that data formats give it."""
+"""The roles of turns, by the names that data formats use for them."""
 
 RowImage = str | ParquetImage
 """An image of a row: a path, a `data:` or `file:` URL, or a place in a parquet file."""
 
 
 class _NextImage(NamedTuple):
-    """Stands for the next of the row's `images`, or for the one at `index` if the part has one."""
+    """Stands for the next of the row's `images`, or for the one at `index` if it is given."""
 
     index: Any = None
 
@@ -95,7 +95,7 @@ class DatasetRow:
       turns: The conversation; for a preference pair, the prompt. An assistant turn that does not
         contribute to the loss has `loss` False.
       preference: The two answers of a preference pair; None for a conversation.
-      kind: The kind that the row's answer is counted under when accuracy is reported.
+      kind: The kind of question under which the row's answer is counted when accuracy is reported.
     """
 
     name: str
@@ -246,7 +246,7 @@ def select_fields(value: Any, known: Collection[str], where: str = "") -> dict[s
 
     Args:
       value: The object.
-      known: The keys that it may have, in addition to `METADATA_KEYS`.
+      known: The keys that the object may have, in addition to `METADATA_KEYS`.
       where: Prefix of error messages.
 
     Raises:
@@ -302,7 +302,7 @@ def _is_url(image: str) -> bool:
 
 
 def read_image_source(image: Any) -> Any:
-    """Return an image as `open_image` takes it.
+    """Return an image in a form that `open_image` accepts.
 
     Raises:
       DataError: A parquet file cannot be read.

@@ -28,7 +28,8 @@ NEXT_ROW = -304
 IMAGE_END = -305
 
 COVER_THRESHOLD = 0.9
-"""A grid is good if its crops, after shrinking, keep more than this fraction of the pixels."""
+"""A grid is good if its crops, after shrinking, keep more than this fraction of the image's
+pixels."""
 
 Grid = tuple[int, int]
 """The number of rows and the number of columns."""

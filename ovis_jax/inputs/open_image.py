@@ -1,7 +1,7 @@
 """Opening images: files, bytes, data URLs and arrays are converted to Pillow images.
 
 Files are read as people see them, upright and on white, or exactly as the original reads them;
-`open_image` describes both readings. `open_image` is for trusted images. For untrusted images, call
+`open_image` describes both ways. `open_image` is for trusted images. For untrusted images, call
 `open_image_header`, `add_image_pixels` and `decode_image` in this order: they accept only common
 formats, and the number of pixels is checked before anything is decoded.
 """
@@ -44,7 +44,8 @@ IMAGE_TYPES = os.PathLike | bytes | Image.Image | SupportsArray
 """The types in `ImageSource`, except for str."""
 
 UNTRUSTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""The formats accepted from untrusted sources. Pillow reads more, some with external programs."""
+"""The formats accepted from untrusted sources. Pillow reads more formats, some of them with
+external programs."""
 
 DEFAULT_MAX_PIXELS = 100_000_000
 """Default maximum for the total number of pixels in the images of one untrusted request."""
@@ -53,11 +54,12 @@ DEFAULT_MAX_IMAGE_PIXELS = 52_000_000
 """Default maximum for the number of pixels in one untrusted image, enough for 8192 x 6144."""
 
 MAX_EXIF_BYTES = 2**17
-"""Maximum size of the EXIF data of an untrusted image; a JPEG file normally has at most half."""
+"""Maximum size of the EXIF data of an untrusted image, in bytes. A JPEG file normally has at most
+half as much."""
 
 MAX_JPEG_SCANS = 64
-"""Maximum number of scans of an untrusted JPEG file. Progressive files normally have about 10. A
-scan of a few bytes takes as long as any other."""
+"""Maximum number of scans of an untrusted JPEG file. Progressive files normally have about 10.
+Decoding a scan of a few bytes takes as long as decoding any other scan."""
 
 MAX_READS = 2**18
 """Maximum number of reads from an untrusted image file."""
@@ -82,7 +84,7 @@ class _LimitedFile(io.BytesIO):
     """An image file in memory that can be read `MAX_READS` times.
 
     Pillow parses the segments of JPEG, the chunks of PNG, the blocks of GIF and the runs of BMP
-    files in Python. For a file that consists of millions of them, this takes many seconds.
+    files in Python. For a file with millions of such parts, this takes many seconds.
     """
 
     _num_reads = 0
@@ -116,7 +118,7 @@ def open_image(source: ImageSource, name: str = "the image", *, exact: bool = Fa
     Raises:
       ImageError: The file cannot be read or decoded, or it exceeds Pillow's pixel limit. The error
         is also raised if the source is an http(s) URL, has an unsupported type, or is an array with
-        an unsupported shape or dtype. Camera raw files are errors, too, and so are signed or
+        an unsupported shape or dtype. Camera raw files are rejected, too, and so are signed or
         32-bit pixels unless `exact` is set.
     """
     match source:
@@ -173,7 +175,7 @@ def decode_data_url(url: str) -> bytes:
     """Return the bytes that a `data:` URL contains.
 
     The URL is read as browsers read it (https://fetch.spec.whatwg.org/#data-urls): the media type
-    may be missing, and base64 may have white space and lack its padding.
+    may be missing, and base64 may contain white space and lack its padding.
 
     Raises:
       ImageError: The URL has no comma, or its base64 is invalid.
@@ -289,7 +291,7 @@ def _decode(data: bytes, name: str, exact: bool) -> Image.Image:
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Check that a JPEG file is not made to be slow. Opening it already parses its EXIF data.
+    """Check that a JPEG file cannot take very long to open and decode. Opening parses EXIF data.
 
     Raises:
       ImageError: The file has too many scans or too much EXIF data.

@@ -16,7 +16,7 @@ from ovis_jax.errors import DataError, require_extra
 
 MAGIC = b"PAR1"
 CACHED_COLUMNS = 4
-"""Number of image columns of row groups that stay in memory."""
+"""Number of image columns that stay in memory; each is a column of one row group."""
 
 _lock = Lock()
 
@@ -30,7 +30,7 @@ class ParquetImage(NamedTuple):
       column: Name of the column.
       row: Index of the row in its row group.
       index: Index in the row's list of images; None if the row has a single image.
-      folder: The folder that paths of images which are not stored as bytes are relative to.
+      folder: The folder that the path is relative to if the image is not stored as bytes.
     """
 
     file: str
@@ -44,7 +44,7 @@ class ParquetImage(NamedTuple):
         """Return the bytes of the image file, or its path if the bytes are not stored.
 
         Raises:
-          DataError: The parquet file cannot be read, or it has neither bytes nor a path.
+          DataError: The parquet file cannot be read, or the image has neither bytes nor a path.
         """
         with _lock:  # so that threads do not read the same row group twice
             column = _read_column(self.file, self.row_group, self.column)
@@ -63,7 +63,7 @@ class ParquetImage(NamedTuple):
 
 
 def is_parquet(path: Path) -> bool:
-    """Return whether a file is a parquet file, by its first bytes."""
+    """Return whether the first bytes of a file are those of a parquet file."""
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 

@@ -261,8 +261,8 @@ class Processor:
 
         Raises:
           PromptError: The conversation is malformed, is too long, does not match its images, or has
-            no assistant turn that contributes to the loss. With `truncate`, it is also raised if
-            the cut would go through an image or leave no answer.
+            no assistant turn that contributes to the loss. With `truncate`, the error is also
+            raised if the cut would go through an image or leave no answer.
           ImageError: An image cannot be read, decoded or cut into crops.
         """
         name = "the conversation"

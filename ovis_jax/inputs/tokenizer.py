@@ -54,11 +54,12 @@ BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {
 """The byte that each character of a byte-level piece stands for (GPT-2's table)."""
 
 SPACE_CLEAN_UPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
-"""The strings from which transformers' clean-up of spaces removes the spaces, one after another."""
+"""The strings from which transformers' clean-up removes the spaces, one string after another."""
 
 _UNDECIDED = re.compile(r"(?:(?:'?n|[vr]'?|')? )*")
-"""Matches, in a reversed text, the end that further text may change in the clean-up of spaces: runs
-of spaces, and beginnings of the words in `SPACE_CLEAN_UPS` after them."""
+"""Matches the beginning of a reversed text, which is the end of the text. The match is the part
+that the clean-up may still change when more text follows: spaces, and beginnings of the strings in
+`SPACE_CLEAN_UPS`."""
 
 
 class Tokenizer:
@@ -70,7 +71,7 @@ class Tokenizer:
       special_tokens: The added tokens that decoding can skip.
       encode_ordinary: Function that encodes text without added tokens.
       byte_level: Whether each character of a piece stands for a byte.
-      clean_up_spaces: Whether decoding removes spaces as `clean_up_spaces` does.
+      clean_up_spaces: Whether decoding applies the function `clean_up_spaces`.
     """
 
     def __init__(
@@ -105,8 +106,7 @@ class Tokenizer:
         has a tokenizer.model.
 
         Raises:
-          ConfigError: The folder has neither of these, or a file cannot be read or is not
-            supported.
+          ConfigError: The folder has no tokenizer, or a file cannot be read or is not supported.
         """
         has_json = (folder / "tokenizer.json").exists()
         if all((folder / name).exists() for name in ("tokenizer.model", "tokenizer_config.json")):
@@ -185,7 +185,7 @@ class Tokenizer:
         """Encode a text, without adding special tokens before or after it.
 
         Args:
-          text: Any text that has a UTF-8 form.
+          text: Any text that can be encoded as UTF-8.
           parse_special_tokens: Whether a special token such as "<eos>" that is spelled out in the
             text becomes its id, as in the original. Otherwise it is encoded as ordinary text.
 
@@ -250,8 +250,8 @@ class IncrementalDetokenizer:
 
     Args:
       tokenizer: The tokenizer.
-      skip_special_tokens: Whether special tokens have no text.
-      keep_spaces: Whether to omit the tokenizer's clean-up of spaces.
+      skip_special_tokens: Whether special tokens are left out of the text.
+      keep_spaces: Whether to skip the tokenizer's clean-up of spaces.
     """
 
     def __init__(
@@ -324,7 +324,7 @@ def _read_clean_up(folder: Path) -> bool:
 
 
 def _split_pattern(added_tokens: Collection[str], broken: Collection[str]) -> re.Pattern[str]:
-    """Compile a pattern that splits a text at added tokens, taking the leftmost, then the longest.
+    """Compile a pattern that splits a text at added tokens, preferring leftmost, then longest ones.
 
     For a token in `broken`, only the first character is split off, and the rest stays in the text.
     Neither part equals the token, so no backend can recognize the token.

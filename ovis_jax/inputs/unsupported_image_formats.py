@@ -1,4 +1,4 @@
-"""Naming files that are passed as images but that Pillow cannot read, and saying what to do."""
+"""Identifying files that are passed as images but that Pillow cannot read, with advice."""
 
 import importlib
 import io

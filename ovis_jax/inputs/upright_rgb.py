@@ -1,8 +1,8 @@
 """Reading an image file as people see it: upright, with 8 bits per channel, and on white.
 
-The original reads every file with Pillow's `convert("RGB")` (`image_processing.convert_to_rgb`). It
-ignores the EXIF orientation, clips 16-bit values at 255, and drops the alpha channel, so black text
-on a transparent background becomes black on black.
+The original reads every file with Pillow's `convert("RGB")` (`image_processing.convert_to_rgb`).
+This conversion ignores the EXIF orientation, clips 16-bit values at 255, and drops the alpha
+channel, so black text on a transparent background becomes black on black.
 """
 
 import math
@@ -22,7 +22,7 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""The transposition that turns an image upright, by its EXIF orientation."""
+"""The transposition that turns an image upright, by the image's EXIF orientation."""
 
 WHITE_IS_ZERO = 0
 """The value of a TIFF file's PhotometricInterpretation if 0 is white."""
@@ -36,11 +36,11 @@ def to_upright_rgb(image: Image.Image, *, max_exif_bytes: float = math.inf) -> I
     Args:
       image: The image.
       max_exif_bytes: Maximum size of the EXIF data. Pillow copies the value of each tag, and the
-        values may overlap, so that the copies are up to size**2 / 48 bytes long.
+        values may overlap, so the copies can have up to size**2 / 48 bytes in total.
 
     Raises:
-      ImageError: The pixels are signed or 32-bit numbers, or they cannot be converted to RGB, or
-        there is too much EXIF data. Pillow's decoders may raise any exception for a damaged file.
+      ImageError: The pixels are signed or 32-bit numbers, the image cannot be converted to RGB, or
+        it has too much EXIF data. Pillow's decoders may raise any exception for a damaged file.
     """
     _scale_transparent_color(image)
     image.load()

@@ -24,14 +24,14 @@ from ovis_jax.model.plain_attention import attend, visible
 from ovis_jax.model.reverse_mode_only import reverse_mode_only
 
 AttentionKernel = Literal["auto", "plain", "blockwise", "splash", "tokamax"]
-"""A kernel for prompts and crops, or "auto" for the best kernel on the platform. With tokamax,
-which has no kernel for crops, crops use plain attention."""
+"""The name of a kernel for prompts and crops, or "auto" for the best kernel on the platform. With
+tokamax, which has no kernel for crops, crops use plain attention."""
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
 
 class KernelSetting(NamedTuple):
-    """An attention kernel, and the platform to choose it for; None for JAX's current platform."""
+    """A kernel, and the platform for which "auto" is resolved; None for JAX's current platform."""
 
     kernel: AttentionKernel = "auto"
     platform: Platform | None = None
@@ -49,7 +49,7 @@ PREFERRED_KERNELS: Mapping[tuple[str, AttentionCall], tuple[AttentionKernel, ...
     ("tpu", "prefill"): ("splash", "blockwise"),
     ("tpu", "vision"): ("splash", "plain"),
 }
-"""Kernels for more than `BLOCK_SIZE` queries, by platform and call; the first supported one is
+"""Kernels for more than `BLOCK_SIZE` queries, by platform and call. The first supported kernel is
 used."""
 
 
@@ -58,7 +58,7 @@ def unsupported_reason(kernel: str, platform: str, dtype: DTypeLike) -> str | No
 
     Args:
       kernel: The kernel.
-      platform: Platform that the program runs on; None for JAX's current platform.
+      platform: Platform that the program runs on.
       dtype: Dtype of queries, keys and values.
     """
     if kernel not in ("splash", "tokamax"):
@@ -107,7 +107,8 @@ def choose_kernel(
       used if there is at most one block of queries.
 
     Raises:
-      RequestError: The kernel or the platform is unknown, or the forced kernel cannot run there.
+      RequestError: The kernel or the platform is unknown, or the forced kernel cannot run on the
+        platform.
     """
     for name, value, known in (
         ("attention kernel", kernel, get_args(AttentionKernel)),
@@ -175,7 +176,8 @@ def attention_report(
       platform: Platform that the program runs on; None for JAX's current platform.
 
     Raises:
-      RequestError: The kernel or the platform is unknown, or the forced kernel cannot run there.
+      RequestError: The kernel or the platform is unknown, or the forced kernel cannot run on the
+        platform.
     """
     vision, decoder = config.vision, config.decoder
     E, A, P = vision.width, vision.num_heads, vision.num_patches
@@ -205,7 +207,8 @@ def prompt_attention(
     `blockwise_attention.attend_prompt` documents the arguments except for `setting`.
 
     Raises:
-      RequestError: The kernel or the platform is unknown, or the forced kernel cannot run there.
+      RequestError: The kernel or the platform is unknown, or the forced kernel cannot run on the
+        platform.
     """
     kernel = choose_kernel(setting.kernel, "prefill", q.shape[1], q.dtype, setting.platform)
     if kernel == "plain":
@@ -226,7 +229,8 @@ def crop_attention(
     """Compute attention of every patch to all patches in its crop, with the chosen kernel.
 
     Raises:
-      RequestError: The kernel or the platform is unknown, or the forced kernel cannot run there.
+      RequestError: The kernel or the platform is unknown, or the forced kernel cannot run on the
+        platform.
     """
     kernel = choose_kernel(setting.kernel, "vision", q.shape[1], q.dtype, setting.platform)
     if kernel == "plain":
@@ -236,12 +240,12 @@ def crop_attention(
 
 
 def _exclude_forward_mode(kernel: AttentionKernel, *arrays: Array) -> Iterator[Array]:
-    """Name the kernel if a program needs its tangent; splash and tokamax have only a gradient."""
+    """Return the arrays; with splash or tokamax, forward-mode differentiation raises an error."""
     excluded = kernel in ("splash", "tokamax")
     name = f"the attention kernel {kernel!r}"
     return (reverse_mode_only(x, name) if excluded else x for x in arrays)
 
 
 def _kernel_module(kernel: AttentionKernel) -> Any:
-    """Import a kernel's module when it is needed, because Pallas and tokamax are slow to import."""
+    """Import a kernel's module only when needed, because Pallas and tokamax are slow to import."""
     return import_module(f"ovis_jax.model.{kernel}_attention")

@@ -1,4 +1,4 @@
-"""Attention in blocks of queries, in plain JAX, which avoids an array of all attention scores.
+"""Attention in blocks of queries, in plain JAX, so that no array contains all attention scores.
 
 Each block is plain attention for a few queries, so the results differ from plain attention only by
 rounding. The backward pass recomputes the scores of a block instead of storing them.
@@ -20,8 +20,8 @@ CPU."""
 NUM_PARTS = 4
 """Number of parts that a prompt is split into. Each part loops over its blocks.
 
-A part reads only the keys that are visible to it. With more parts, more of the masked scores are
-skipped (37 % with 4 parts, at most 50 %), but compilation takes longer.
+A part reads only the keys that are visible to it. With more parts, more masked scores are skipped
+(37 % of all scores with 4 parts, at most 50 %), but compilation takes longer.
 """
 
 
@@ -39,16 +39,16 @@ def attend_prompt(
 
     Args:
       q: Queries, after rotary embedding.
-      k: Keys in the same columns.
-      v: Values in the same columns.
-      positions: Positions, which increase by one from column to column in each row; -1 at padding,
+      k: Keys of the same tokens.
+      v: Values of the same tokens.
+      positions: Positions, which increase by one from token to token in each row; -1 at padding,
         which may be on either side. At padding, the result is finite but meaningless.
       window: Number of positions that are visible to a query, including its own; None for no limit.
       scale: Factor by which the scores are multiplied.
       cap: Soft cap of the scaled scores; None for no soft capping.
 
     Returns:
-      The result that `attend` returns with the mask from `visible`.
+      The same result as that of `attend` with the mask from `visible`.
     """
     B, T, N, H = q.shape
     if T <= BLOCK_SIZE:

@@ -1,8 +1,8 @@
 """Workarounds for XLA's CPU backend.
 
-Every function returns the same values as its simple form, which runs on other platforms; only
-`multiply_by_int8` rounds its activations, too. The times were measured on two cores with AVX-512
-and AMX and JAX 0.10.2; only their ratios matter.
+Every function returns the same values as the simple form that runs on other platforms, except for
+`multiply_by_int8`, which also rounds the activations. The times were measured with JAX 0.10.2 on
+two cores with AVX-512 and AMX; only their ratios matter.
 """
 
 from collections.abc import Sequence
@@ -35,10 +35,10 @@ def multiply_by_weight(x: Array, w: Array, out_dtype: DTypeLike) -> Array:
     - With two leading axes, XLA transposes the weight, and a loop over tokens begins by copying all
       weights in transposed form. The function therefore merges the leading axes into one.
 
-    The gradients are those of autodiff, but computed with products in the dtype of `x`. Autodiff
-    multiplies bfloat16 arrays in float32, which is 4 to 7 times slower. In float32, autodiff sums
-    over two axes of rows, so XLA first transposes the gradient of the result, which is 4 times
-    slower.
+    The gradients equal those of autodiff, but are computed with products in the dtype of `x`.
+    Autodiff multiplies bfloat16 arrays in float32, which is 4 to 7 times slower. In float32,
+    autodiff sums over two axes of rows, so XLA first transposes the gradient of the result, which
+    is 4 times slower.
     """
     # Inside `jax.shard_map`, the operands of a primitive must vary over the same mesh axes.
     x_axes, w_axes = (jax.typeof(y).manual_axis_type.varying for y in (x, w))
@@ -88,7 +88,7 @@ def _gradient_of_weight(dy: Array, x: Array, w: Any, *, out_dtype: DTypeLike) ->
 def _multiply_batch(
     arrays: tuple[Array, Array], axes: tuple[int | None, int | None], *, out_dtype: DTypeLike
 ) -> tuple[Array, int]:
-    """Multiply under `jax.vmap`; a batch of activations has the same weight in the usual case."""
+    """Multiply under `jax.vmap`; usually, only the activations are batched."""
     x, w = arrays
     x_axis, w_axis = axes
     if x_axis is not None and w_axis is None:
@@ -118,9 +118,10 @@ def multiply_by_int8(
 ) -> Float[Array, "*rows o"]:
     """Multiply rows by an int8 matrix, in programs that run on a CPU; the result is float32.
 
-    A product of bfloat16 and int8 takes 2 to 10 times as long as a product in bfloat16, but a
-    product of int8 and int8 takes two thirds. The function therefore rounds each row to int8 with a
-    scale of its own. A single row takes 11 times as long as two, so it is computed twice.
+    Compared with a product of two bfloat16 arrays, a product of bfloat16 and int8 takes 2 to 10
+    times as long, but a product of two int8 arrays takes two thirds of the time. The function
+    therefore rounds each row to int8, with one scale per row. A single row takes 11 times as long
+    as two rows, so a single row is computed twice.
     """
     y = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     x_scale = jnp.max(jnp.abs(y), axis=1, keepdims=True) / 127
@@ -138,7 +139,7 @@ def lookup_rows(
 ) -> Float[Array, "*shape D"]:
     """Return the rows `table[tokens]`; for use inside a loop over tokens.
 
-    XLA converts bfloat16 rows to float32 to read them, and therefore converts the whole table
+    XLA converts bfloat16 rows to float32 when it reads them, and therefore converts the whole table
     before the loop. A barrier that makes the table look different in every step prevents this.
     """
 
@@ -181,8 +182,8 @@ def squeeze_single_row(cache: Any) -> Any:
     """Remove the batch axis of a `Cache` with one row, before a loop over tokens.
 
     XLA drops axes of size 1 in matrix products. If the loop carries the batch axis, XLA copies the
-    cache four times per step, between the shapes with and without that axis. A cache with several
-    rows is returned unchanged.
+    cache four times per step to add and remove this axis. A cache with several rows is returned
+    unchanged.
     """
     blocks = jax.tree.map(lambda x: x[0] if x.shape[0] == 1 else x, cache.blocks)
     return cache._replace(blocks=blocks)

@@ -1,8 +1,8 @@
 """The decoder, from input embeddings to logits over text tokens.
 
-It is Gemma2 (Gemma Team 2024) or Llama 3 (Llama Team 2024). The fields of `DecoderConfig` say how
-the two differ: norms, activation, soft caps, sliding windows, and the scaling of embeddings and of
-rotary frequencies.
+The decoder is Gemma2 (Gemma Team 2024) or Llama 3 (Llama Team 2024). The fields of `DecoderConfig`
+describe the differences: norms, activation, soft caps, sliding windows, and the scaling of
+embeddings and of rotary frequencies.
 """
 
 import math
@@ -26,7 +26,7 @@ from ovis_jax.model.quantized_kv import quantize_kv
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query attention, with a sliding window in local (sliding-window) layers."""
+    """Grouped-query attention, with a sliding window in local blocks."""
 
     config: DecoderConfig
     window: int | None
@@ -48,8 +48,7 @@ class DecoderAttention(nn.Module):
         Otherwise, T is 1 and each row of the cache is continued by one position.
 
         Returns:
-          The output, and either the keys and values from this call or, if there is a cache, the
-          updated cache.
+          The output, and the updated cache or, without a cache, the keys and values from this call.
         """
         c = self.config
         B, T, D = x.shape
@@ -147,12 +146,12 @@ class DecoderBlock(nn.Module):
 
 
 def _init_norm(config: DecoderConfig) -> nn.initializers.Initializer:
-    """Return the initializer of a norm's scale; with its value, the norm multiplies by 1."""
+    """Return an initializer for the scale of a norm, so that the new norm multiplies by 1."""
     return nn.initializers.constant(1 - config.norm_offset)
 
 
 def scale_embeddings(config: DecoderConfig, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Multiply embeddings by sqrt(D), rounded to the dtype of `x`, if the config says so."""
+    """Multiply embeddings by sqrt(D), rounded to the dtype of `x`, if the config requires it."""
     return x * jnp.asarray(math.sqrt(x.shape[-1]), x.dtype) if config.scale_embeddings else x
 
 
@@ -196,8 +195,8 @@ class Decoder(nn.Module):
       param_dtype: Dtype of the parameters that `init` creates.
       remat: Whether the backward pass recomputes each block instead of storing its activations.
       kernel_setting: Attention kernel for prompts.
-      kv_cache_dtype: Dtype of the KV cache. In an int8 cache, keys and values are rounded before
-        any attention, so it does not matter how a prompt is divided into chunks.
+      kv_cache_dtype: Dtype of the KV cache. For an int8 cache, keys and values are rounded before
+        any attention, so that results do not depend on how a prompt is divided into chunks.
     """
 
     config: DecoderConfig
@@ -220,19 +219,20 @@ class Decoder(nn.Module):
 
         Args:
           x: Input embeddings, before any scaling by sqrt(D).
-          positions: Positions, from 0 in each row; -1 at padding. With a cache, they continue each
-            row, and padding must be on the right.
+          positions: Positions, from 0 in each row; -1 at padding. With a cache, the positions
+            continue each row, and padding must be on the right.
           cache: KV cache of the positions read so far; None for full prompts. T is 1, unless there
             are `rows`.
-          columns: The column in each row for which logits are computed; None for all columns.
+          columns: Index in axis T, one per row, for which logits are computed; None for all
+            indices.
           max_length: Number of positions in the cache that is built from full prompts; None for no
             cache.
           rows: The row of the cache that each row of `x` continues; None if the cache has the same
             rows as `x`.
 
         Returns:
-          The logits, [B, T, V] or with `columns` [B, 1, V]; the keys and values [B, K, T, H] of the
-          prompts or the updated cache, for each block; and the hidden states.
+          The logits, [B, T, V] or, with `columns`, [B, 1, V]; for each block, the keys and values
+          [B, K, T, H] of the prompts or the updated cache; and the hidden states.
         """
         c = self.config
         V, D = c.vocab_size, c.width

@@ -1,7 +1,7 @@
-"""Multiplication by int4 matrices whose groups of inputs have scales of their own.
+"""Multiplication by int4 matrices in which each group of inputs has its own scales.
 
-XLA supports int4 arrays, which take four bits per number in device memory. Its compilers only avoid
-a dequantized copy of the whole matrix in some forms of the product, which differ by platform.
+XLA supports int4 arrays, which take four bits per number in device memory. It avoids a dequantized
+copy of the whole matrix only if the product is written in certain forms, which differ by platform.
 """
 
 from typing import Any
@@ -22,10 +22,11 @@ _MIN_TPU_ROWS = 8
 """With fewer rows, XLA for TPUs computes the product elementwise and copies the matrix."""
 
 _OUT_TILE = 64
-"""Number of the outputs that a program of the GPU kernel computes."""
+"""Number of outputs that each program instance of the GPU kernel computes."""
 
 _MIN_KERNEL_GROUP = 32
-"""Smallest group for the GPU kernel: Triton multiplies matrices of at least 16 columns."""
+"""Smallest group size for the GPU kernel, which multiplies half a group at a time: Triton only
+multiplies matrices with at least 16 columns."""
 
 
 def multiply_by_int4(
@@ -83,7 +84,7 @@ def _multiply_tiles(x: Array, q: Array, scale: Array) -> Array:
 
 
 def multiply_in_kernel(x: Array, q: Array, scale: Array, interpret: bool = False) -> Array:
-    """Multiply in a Triton kernel, which reads two numbers per byte.
+    """Multiply in a Triton kernel, which unpacks two numbers from each byte.
 
     Args:
       x: bfloat16 activations [rows, i].

@@ -1,11 +1,11 @@
 """The KV cache: keys and values of the positions read so far.
 
 A global block caches every position. A local (sliding-window) block caches only the last
-`sliding_window` positions, in a ring buffer. In both, position p is stored in slot p mod S. In a
-global block, S is the maximum length, so the slots are never overwritten.
+`sliding_window` positions, in a ring buffer. In both kinds of block, position p is stored in slot p
+mod S. In a global block, S is the maximum length, so the slots are never overwritten.
 
-An int8 cache has `QuantizedKV` in place of arrays. There, S is rounded up to a multiple of
-`INT8_TILE`.
+In an int8 cache, the keys and values are `QuantizedKV` instead of arrays, and S is rounded up to a
+multiple of `INT8_TILE`.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ from ovis_jax.model.plain_attention import run_kernel_per_device
 from ovis_jax.model.quantized_kv import QuantizedKV
 
 KVCacheDtype = Literal["auto", "int8"]
-"""The dtype of a KV cache; "auto" is that of the activations."""
+"""The dtype of a KV cache; "auto" is the dtype of the activations."""
 
 INT8_TILE = 32
 """Number of consecutive slots that a TPU stores in one tile of int8 numbers."""
@@ -68,7 +68,7 @@ def empty_cache(
     dtype: DTypeLike,
     kv_cache_dtype: KVCacheDtype = "auto",
 ) -> Cache:
-    """Create a cache whose rows are all empty; `dtype` is that of the activations."""
+    """Create a cache whose rows are all empty; `dtype` is the dtype of the activations."""
 
     def zeros(block: int) -> Array | QuantizedKV:
         slots = num_slots(config, block, max_length, kv_cache_dtype)
@@ -122,7 +122,7 @@ def append_chunk(
     key_value: NewKeyValue,
     positions: Int[Array, "B T"],
 ) -> KeyValue:
-    """Write T positions per row into a block's cache; in a ring buffer, they replace the oldest.
+    """Write T positions per row into a block's cache; in a ring buffer, these replace the oldest.
 
     Args:
       block: The cache of the block.
@@ -174,7 +174,7 @@ def put_chunk(
 
 
 def append_token(block: KeyValue, key_value: NewKeyValue, positions: Int[Array, "B 1"]) -> KeyValue:
-    """Write one position per row into a block's cache; in a ring buffer it replaces the oldest.
+    """Write one position per row into a block's cache; in a ring buffer, this replaces the oldest.
 
     Args:
       block: The cache of the block.
@@ -246,6 +246,6 @@ def as_arrays(
 
 
 def _take_columns(x: Array, columns: Int[Array, "B S"]) -> Array:
-    """Return the columns of keys, values or scales [B, K, T, ...] for each slot."""
+    """Gather keys, values or scales [B, K, T, ...] at one index of axis T per slot."""
     columns = jnp.expand_dims(columns, (1, *range(3, x.ndim)))  # [B, 1, S] or [B, 1, S, 1]
     return jnp.take_along_axis(x, columns, axis=2)

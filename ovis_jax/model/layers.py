@@ -25,12 +25,12 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {"gelu": gelu, "silu": jax
 
 
 def matmul_precision(x: Array) -> jax.lax.Precision | None:
-    """Return the precision for matrix products of `x`, so that float32 is not rounded."""
+    """Return the precision for matrix products with `x`, so that float32 inputs are not rounded."""
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def over_last_axis(vector: Shaped[Array, "channels"], x: Array) -> Shaped[Array, "..."]:
-    """Give a vector over the last axis of `x` the rank of `x`, for `jax_numpy_rank_promotion`."""
+    """Add leading axes to a vector to get the rank of `x`, as `jax_numpy_rank_promotion` needs."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
@@ -113,9 +113,9 @@ def rope_frequencies(
 ) -> Float32[np.ndarray, "half"]:
     """Return the rotary frequencies in radians per position, on the host.
 
-    With a scaling, frequencies with a wavelength above `original / low_freq_factor` are divided by
-    `factor`. Those with a wavelength below `original / high_freq_factor` are kept. Those between
-    are interpolated between both results.
+    With a scaling, let n be `original_max_position_embeddings`. Frequencies with a wavelength above
+    n / `low_freq_factor` are divided by `factor`. Frequencies with a wavelength below n /
+    `high_freq_factor` are kept. Frequencies in between are interpolated between these two results.
     """
     # The powers are computed in float64 on the host. On some processors, the last bit of a float32
     # power is wrong, and the angle multiplies this error by the position, which can be 8000.

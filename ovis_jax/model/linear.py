@@ -1,8 +1,7 @@
 """Weight matrices, and the functions that multiply by them or look up their rows.
 
 A weight is a matrix [out, in], in the same orientation as in the checkpoint, or one of the types
-defined here. `linear` supports all types of weights, so modules do not need to change for a new
-type.
+defined here. `linear` supports all types of weights, so modules need no change for a new type.
 """
 
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ class LowRank:
     def merged(self) -> Float[Array, "o i"]:
         """Return the matrix w + b a, computed in float32 and rounded to the dtype of `w`.
 
-        The dtype for a quantized `w` is that of the adapter.
+        For a quantized `w`, the result has the dtype of the adapter.
         """
         product = jnp.matmul(
             self.b.astype(jnp.float32), self.a.astype(jnp.float32), precision="highest"
@@ -103,8 +102,8 @@ def linear(
     On a CPU, a product with an int8 matrix rounds the activations to int8, too, with one scale per
     row (Dettmers et al. 2022). Other platforms round only the matrix.
 
-    A quantized matrix is a constant: the derivative with respect to it is zero, and the derivative
-    with respect to `x` is that of the product with the dequantized matrix.
+    A quantized matrix is treated as a constant, so the derivative with respect to the matrix is
+    zero. The derivative with respect to `x` is that of the product with the dequantized matrix.
 
     Args:
       x: Activations.
@@ -180,9 +179,10 @@ def lookup(
 
     Args:
       table: The table; int8 if it is quantized.
-      rows: The rows' numbers.
+      rows: Indices of the rows.
       dtype: Dtype of the rows from a quantized table; other tables keep their dtype.
-      in_loop: Whether this is the body of a loop, where XLA's CPU backend needs a workaround.
+      in_loop: Whether the call is in the body of a loop, where XLA's CPU backend needs a
+        workaround.
     """
     if not isinstance(table, Quantized):
         return cpu.lookup_rows(table, rows) if in_loop else table[rows]

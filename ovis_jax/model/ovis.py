@@ -65,7 +65,7 @@ class ForwardStates(NamedTuple):
 
 
 def activation_dtype(params: Mapping[str, Any]) -> jnp.dtype:
-    """Return the dtype in which the model computes: that of its norms, which are not quantized."""
+    """Return the dtype of the activations: that of the norms, which are never quantized."""
     return params["decoder"]["final_norm"].dtype
 
 
@@ -87,9 +87,10 @@ class Ovis:
       remat: Whether the backward pass recomputes each block instead of storing its activations.
       attention_kernel: Attention kernel for prompts and crops; "auto" chooses one for the platform.
       platform: Platform that the program is compiled for; None for JAX's current platform.
-        `ovis_jax.model.attention_kernels.attention_report` lists the kernels that are used there.
-      kv_cache_dtype: Dtype of the KV cache: "auto" for that of the activations, or "int8" for half
-        the size of bfloat16, which rounds keys and values. Methods without a cache ignore it.
+        `ovis_jax.model.attention_kernels.attention_report` lists the kernels that a platform uses.
+      kv_cache_dtype: Dtype of the KV cache: "auto" for the dtype of the activations, or "int8",
+        which takes half the memory of bfloat16 and rounds keys and values. Methods without a cache
+        ignore it.
 
     Raises:
       RequestError: The kernel, the platform or the dtype of the KV cache is unknown.
@@ -156,7 +157,8 @@ class Ovis:
         """Compute visual embeddings and the results of all earlier stages, for all crops at once.
 
         Logits and probabilities contain only real words, without padding words. If the caller uses
-        them, removing the padding gathers them from the mesh; otherwise, it costs nothing.
+        these arrays, removing the padding gathers them from all devices; otherwise, this costs
+        nothing.
         """
         c = self.config.visual_tokenizer
         vision = self.encode_vision(params, pixels)
@@ -167,7 +169,7 @@ class Ovis:
         return ImageStates(vision, VisualTokens(tokens.features, *unpadded), embeddings)
 
     def decoder(self, *, remat: bool = False) -> Decoder:
-        """Return the decoder module, with the model's attention kernel and dtype of the cache."""
+        """Return the decoder module, with the model's attention kernel and KV cache dtype."""
         setting = KernelSetting(self.attention_kernel, self.platform)
         return Decoder(
             self.config.decoder,
@@ -216,7 +218,7 @@ class Ovis:
     def forward(
         self, params: Params, inputs: Inputs, key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "B T V"], ForwardStates]:
-        """Compute float32 logits at every position, without a cache, and the stages before them."""
+        """Compute float32 logits at every position without a cache, and return all stages, too."""
         pixels = jnp.asarray(inputs.pixels)
         images = self.embed_images_with_states(params, pixels, key) if len(pixels) else None
         visual = None if images is None else images.embeddings
@@ -268,7 +270,7 @@ class Ovis:
         cache: Cache,
         rows: Int[Array, "B"],
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Prefill the next chunk of prompts whose beginning is already in the cache.
+        """Prefill the next chunk of each prompt; the previous chunks are already in the cache.
 
         Args:
           params: The parameters, as described in `Ovis`.

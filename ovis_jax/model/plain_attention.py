@@ -1,4 +1,4 @@
-"""Plain attention, the mask that positions determine, and running kernels on a mesh."""
+"""Plain attention, the mask, which depends only on positions, and running kernels on a mesh."""
 
 from collections.abc import Callable
 
@@ -14,13 +14,13 @@ from ovis_jax.model.quantized_kv import QuantizedKV
 from ovis_jax.sharding import mesh_axis
 
 MASKED_SCORE = jnp.finfo(jnp.float32).min
-"""Score of a masked key. It is finite, so a row in which all keys are masked has no NaN."""
+"""Score of a masked key. It is finite, so that a query whose keys are all masked gives no NaN."""
 
 
 def visible(
     query_positions: Int[Array, "B T"], key_positions: Int[Array, "B S"], window: int | None
 ) -> Bool[Array, "B T S"]:
-    """Return the mask of the keys that are visible to each query: its own and earlier positions.
+    """Return the mask of the keys that each query sees: those at its own and earlier positions.
 
     Args:
       query_positions: Absolute positions of the queries.
@@ -45,8 +45,8 @@ def attend(
     """Compute grouped-query attention: query head n attends to key head n // (N / K).
 
     Scores, soft capping and softmax are computed in float32. The attention weights are rounded to
-    the dtype of `q`. The scales of quantized keys multiply the scores, and those of quantized
-    values multiply the weights, so that no dequantized keys and values are stored.
+    the dtype of `q`. The scores are multiplied by the scales of quantized keys, and the weights by
+    the scales of quantized values, so that no dequantized keys and values are stored.
 
     Args:
       q: Queries.
@@ -96,7 +96,7 @@ def _split_scale(
 def run_kernel_per_device(
     kernel: Callable[..., Array], *arrays: Shaped[Array, "B ..."]
 ) -> Shaped[Array, "B heads length H"]:
-    """Run a function on each device of a mesh, for the device's own rows and heads.
+    """Run a kernel on each device of a mesh, for the rows and heads on this device.
 
     The compiler cannot shard a custom kernel, so this function shards the arguments explicitly. The
     mesh is the mesh in scope or, if there is none, the mesh of the first array. If a mesh axis does

@@ -1,8 +1,7 @@
-"""Keys and values in int8, for a KV cache of half the size.
+"""Keys and values in int8, for a KV cache that takes half the memory of bfloat16.
 
-Each key and each value has a scale of its own. The quantization is symmetric: the channel of
-largest magnitude becomes 127 or -127, so the error of every channel is at most 1/254 of that
-magnitude.
+Each key and each value has its own scale. The quantization is symmetric: the channel of largest
+magnitude becomes 127 or -127, so the error of every channel is at most 1/254 of that magnitude.
 """
 
 from typing import NamedTuple

@@ -10,9 +10,9 @@ from ovis_jax.errors import RequestError
 
 
 def reverse_mode_only(x: Array, name: str) -> Array:
-    """Return `x`; computing its tangent raises an error that names what has no forward mode.
+    """Return `x`; computing its tangent raises an error that names the unsupported function.
 
-    JAX has the same error for functions with `jax.custom_vjp`, but cannot say which function it is.
+    JAX raises a similar error for functions with `jax.custom_vjp`, but does not name the function.
 
     Raises:
       RequestError: The program needs the tangent, as for `jax.jvp`, `jax.jacfwd` or `jax.hessian`.

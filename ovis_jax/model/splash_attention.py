@@ -1,8 +1,8 @@
 """Splash attention for TPUs, a Pallas kernel that keeps the scores on the chip.
 
 The kernel is `jax.experimental.pallas.ops.tpu.splash_attention`. It supports grouped-query
-attention and gradients, and it skips blocks of masked keys. On other platforms, the kernel is
-interpreted, which is slow and only meant for tests.
+attention and gradients, and it skips blocks of masked keys. On other platforms, Pallas interprets
+the kernel, which is slow and only meant for tests.
 """
 
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ LANES = 128
 """Lengths and head dimensions are padded to a multiple of this number."""
 
 KERNEL_BLOCKS = 512, 256, 128
-"""Block sizes for queries and keys; the first that divides the padded length is used."""
+"""Block sizes for queries and keys. The first size that divides the padded length is used."""
 
 
 def attend_prompt(

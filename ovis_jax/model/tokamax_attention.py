@@ -22,10 +22,11 @@ from ovis_jax.model import blockwise_attention
 from ovis_jax.model.plain_attention import run_kernel_per_device
 
 IMPLEMENTATIONS = ("mosaic", "triton")
-"""tokamax's names for its kernels; the first that the device supports is used."""
+"""tokamax's names for its kernels. The first kernel that the device supports is used."""
 
 TILE = 128
-"""Columns are padded to a multiple of this number, the queries per tile of the Mosaic kernel."""
+"""Lengths are padded to a multiple of this number, which is the number of queries per tile in the
+Mosaic kernel."""
 
 # tokamax logs this for every block, but the defaults work well and users cannot change them.
 logging.getLogger("absl").addFilter(

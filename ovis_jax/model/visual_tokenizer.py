@@ -69,20 +69,20 @@ def tokenize(
     num_words: int | None = None,
     tau: float = 1.0,
 ) -> Float[Array, "I M W"]:
-    """Convert logits to distributions over visual words, as the original's `tokenize_function`.
+    """Convert logits to distributions over visual words, like the original's `tokenize_function`.
 
-    The hard functions are constant almost everywhere, so their gradients are straight-through
-    estimators (Bengio et al. 2013), which pass through another function in the backward pass.
+    The two argmax functions are constant almost everywhere, so straight-through estimators replace
+    their gradients (Bengio et al. 2013): the backward pass uses the gradient of another function.
 
     Args:
-      logits: Logits with one column per word.
-      function: "softmax", which the published models use and which is computed in float32;
-        "st_argmax", which gives all the weight to the most likely word, and has the gradient of the
-        logits themselves; or "gumbel_argmax" (Jang et al. 2017), which gives all the weight to a
-        word sampled from the softmax, both in inference and in training, and has the gradient of
-        the softmax of the logits with noise, divided by `tau`.
+      logits: Logits of the words.
+      function: "softmax" is the function of the published models and is computed in float32.
+        "st_argmax" gives all the weight to the most likely word; its gradient is that of the logits
+        themselves. "gumbel_argmax" (Jang et al. 2017) gives all the weight to a word that is
+        sampled from the softmax, in inference and in training; its gradient is that of the softmax
+        of (logits + noise) / `tau`.
       key: Random key for "gumbel_argmax"; None for the most likely word.
-      num_words: Number of real words. The columns after them are padding and get probability zero.
+      num_words: Number of real words. All further words are padding and get probability zero.
       tau: Temperature of "gumbel_argmax". It does not change which word is sampled.
 
     Returns:
@@ -106,7 +106,7 @@ def tokenize(
 
 @jax.custom_jvp
 def _straight_through(hard: Float[Array, "I M W"], soft: Float[Array, "I M W"]) -> Array:
-    """Return `hard` with the derivative of `soft`, which is not computed in a forward pass."""
+    """Return `hard` with the derivative of `soft`; a program without derivatives drops `soft`."""
     return hard
 
 
@@ -132,7 +132,7 @@ def embed_words(
 class VisualTokenizer(nn.Module):
     """The head, the LayerNorm over the visual words, and the tokenize function.
 
-    Logits and probabilities have one column for each row of the head, including padding.
+    Logits and probabilities have one value for each row of the head, including padding rows.
 
     Attributes:
       config: Config of the visual tokenizer.
@@ -169,16 +169,15 @@ def scan_visual_tokens(
 ) -> tuple[Any, Any]:
     """Apply a function to all visual tokens in chunks, to bound the memory.
 
-    A chunk has m tokens from every crop, so crops that are sharded over devices do not move. The
-    number of chunks divides M, so no chunk is padded.
+    A chunk has m tokens from every crop, so crops that are sharded over devices stay on their
+    device. The number of chunks divides M, so no chunk is padded.
 
     Args:
       config: Config of the visual tokenizer.
       params: Parameters of the visual tokenizer.
       features: Output of the vision encoder.
       function: Function that takes the carry and a chunk's `VisualTokens`, and returns the new
-        carry and arrays [I, m, ...]. On a mesh, the logits and probabilities include padding
-        columns.
+        carry and arrays [I, m, ...]. On a mesh, the logits and probabilities include padding words.
       carry: The carry for the first call.
       key: Random key for "gumbel_argmax"; each chunk samples with its own key.
 

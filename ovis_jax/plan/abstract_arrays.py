@@ -21,7 +21,7 @@ def abstract_params(workload: Workload, mesh: Mesh | AbstractMesh) -> dict[str, 
     """Describe every parameter by path: its array, or the two arrays of a `Quantized` matrix.
 
     Raises:
-      OvisError: The mesh cannot shard a parameter, or would cut a group of an int4 matrix.
+      OvisError: The mesh cannot shard a parameter, or would split a group of an int4 matrix.
     """
     config, quantization = workload.config, None
     if workload.quantization is not None:
@@ -94,7 +94,7 @@ def abstract_inputs(workload: Workload, mesh: Mesh | AbstractMesh) -> Inputs:
 
 
 def crops_per_device(workload: Workload) -> int:
-    """Count the crops on each device; all crops if mesh axis "data" does not divide them."""
+    """Count the crops on each device; all crops if axis "data" does not divide their number."""
     crops, data = workload.num_crops, workload.mesh_sizes.data
     return crops if crops % data else crops // data
 
@@ -102,7 +102,7 @@ def crops_per_device(workload: Workload) -> int:
 def matrix_shapes(workload: Workload) -> list[tuple[int, ...]]:
     """Return the full and the per-device shapes of all matrices.
 
-    For an int4 matrix, they include both its shape and that of its groups.
+    For an int4 matrix, the result includes both the shape [o, i] and the shape [G, o, g].
     """
     unquantized = replace(workload, quantization=None)
     trees = (abstract_params(x, workload.abstract_mesh) for x in (workload, unquantized))

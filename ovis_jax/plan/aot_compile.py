@@ -41,8 +41,8 @@ from ovis_jax.plan.workload import Workload
 
 Program = Literal["decode", "prefill", "images", "generate"]
 REQUEST_PROGRAMS: tuple[Program, ...] = ("decode", "prefill")
-"""The programs that serve requests. "images" is the part of prefill that embeds crops, and
-"generate" contains all of them."""
+"""The programs that serve requests. Other programs are "images", the part of prefill that embeds
+crops, and "generate", which contains all of these programs."""
 
 _COMPILER_PACKAGES = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}
 COMPILER_EXTRAS = {"tpu": ("tpu",), "cuda": ("cuda12", "cuda13")}
@@ -120,7 +120,8 @@ def compile_only_devices(topology: Topology) -> list[Any]:
 def gpu_target_config(topology: Topology) -> str:
     """Return the GpuTargetConfigProto for a GPU in text format.
 
-    It has the memory size of the GPU, and otherwise the properties of `DeviceSpec.gpu_target`.
+    The memory size is that of the GPU itself. All other properties are those of the GPU that
+    `DeviceSpec.gpu_target` names.
     """
     gpu = dict(_GPU_PROPERTIES[topology.device.gpu_target or topology.kind])
     name, capability = gpu.pop("name"), gpu.pop("capability")
@@ -175,13 +176,13 @@ def analyze_program(workload: Workload, program: Program) -> dict[str, Any]:
     """Compile a program, and collect its memory use and its operations.
 
     Returns:
-      A dict with "arguments", "output", "aliased", "temp" and "peak", the program's bytes on one
-      device; "cache", the bytes of the KV cache; "collectives", by kind; "all_reduces_per_block";
-      "weight_sized", the result of `count_weight_sized_operations` for the matrices and the cache
-      (without the cache if a prompt fills it, because then the prompt's keys have the same shape);
-      "kernels", by name; and "compile_seconds". If the device memory is too small, the dict
-      contains only "error", the compiler's message, and "peak", the requested bytes (None if the
-      message does not state them).
+      A dict with the program's bytes on one device ("arguments", "output", "aliased", "temp" and
+      "peak"), the bytes of the KV cache ("cache"), "collectives" by kind, "all_reduces_per_block",
+      "kernels" by name, "compile_seconds", and "weight_sized": the result of
+      `count_weight_sized_operations` for the matrices and the cache. The cache is left out of this
+      count if a prompt fills it, because the prompt's keys then have the same shape. If the device
+      memory is too small, the dict contains only "error" (the compiler's message) and "peak" (the
+      requested bytes, or None if the message does not state them).
     """
     start = time.perf_counter()
     try:

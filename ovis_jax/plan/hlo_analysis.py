@@ -20,8 +20,8 @@ _SAME_VALUES = {
     *("bitcast", "copy", "copy-start", "copy-done", "transpose", "slice-start", "slice-done"),
     *("get-tuple-element", "custom-call", "opt-barrier"),
 }
-"""Opcodes whose result has the values of the first operand. On a TPU, the custom call ConcatBitcast
-puts the slices of an array together again."""
+"""Opcodes whose result has the same values as the first operand. On a TPU, the custom call
+ConcatBitcast reassembles an array from its slices."""
 
 # This matches Pallas kernels on TPU and GPU and NVIDIA's libraries, but not XLA's own annotations.
 _KERNEL = re.compile(
@@ -62,7 +62,7 @@ def collective_counts_and_bytes(hlo: str) -> dict[str, dict[str, int]]:
 
 
 def _item_bits(dtype: str) -> int:
-    """Return the size of a dtype whose name in HLO contains it, such as bf16, s4 or f8e4m3fn."""
+    """Return the number of bits of a dtype, which its name in HLO states: bf16, s4 or f8e4m3fn."""
     bits = re.search(r"\d+", dtype)
     return int(bits[0]) if bits else 8  # pred
 
@@ -93,23 +93,23 @@ class _Array(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     in_fast_memory: bool
-    """Whether it is in VMEM, the fast memory of a TPU core."""
+    """Whether the array is in VMEM, the fast memory of a TPU core."""
 
 
 class _Instruction(NamedTuple):
     """An instruction in HLO text."""
 
     computation: str
-    """Name of the computation that contains it."""
+    """Name of the computation that contains the instruction."""
     is_root: bool
-    """Whether its result is the result of the computation."""
+    """Whether the instruction's result is the result of the computation."""
     name: str
     results: list[_Array]
     opcode: str
     operands: list[str]
-    """Names of the instructions whose results it reads."""
+    """Names of the instructions whose results this instruction reads."""
     calls: str | None
-    """Name of the computation that a fusion calls."""
+    """Name of the computation that a fusion calls; None for other instructions."""
 
 
 def _parse_instructions(hlo: str) -> Iterator[_Instruction]:
@@ -136,18 +136,18 @@ def count_weight_sized_operations(
     """Count the operations that write an array with the shape of a weight matrix into memory.
 
     Operations inside a fusion are not counted, because their results stay in registers or in fast
-    memory. What a fusion itself writes is counted. Moving a result from fast memory to device
-    memory is not a copy.
+    memory. The results of the fusion itself are counted. Moving a result from fast memory to device
+    memory is not counted as a copy.
 
     Args:
       hlo: HLO text of a compiled program.
       weight_shapes: Full and per-device shapes of the weight matrices, or of the blocks of a cache.
 
     Returns:
-      The numbers of "copies" (including transposes), "dequantized" (float arrays computed from a
-      stored int8 or int4 array of the same size, except by a kernel, whose result is a product),
-      "all-gathers" and "all-reduces" whose result has the dimensions of a weight matrix in any
-      order. Dimensions of size 1 are ignored.
+      The numbers of operations whose result has the dimensions of a weight matrix in any order:
+      "copies" (including transposes), "dequantized" (float arrays computed from a stored int8 or
+      int4 array of the same size), "all-gathers" and "all-reduces". The result of a kernel is not
+      counted as dequantized, because it is a product. Dimensions of size 1 are ignored.
     """
     known = {_dimensions(shape) for shape in weight_shapes}
     instructions = list(_parse_instructions(hlo))
@@ -156,7 +156,7 @@ def count_weight_sized_operations(
     fused = {x.calls for x in instructions if x.opcode == "fusion"}
 
     def last_operations(x: _Instruction) -> list[str]:
-        """Return the opcode that computes each result, also for the results of a fusion."""
+        """Return the opcode that computes each result; for a fusion, the opcode inside it."""
         if x.opcode == "fusion" and x.calls in roots:
             return last_operations(roots[x.calls])
         if x.opcode == "tuple":
@@ -166,7 +166,7 @@ def count_weight_sized_operations(
         return [x.opcode]
 
     def is_stored(name: str) -> bool:
-        """Return whether an array is an argument of the program or the loop, or a part of one."""
+        """Return whether an array is all or part of an argument of the program or the loop."""
         x = by_name.get(name)
         return x is not None and (
             x.opcode == "parameter" or (x.opcode in _SAME_VALUES and is_stored(x.operands[0]))

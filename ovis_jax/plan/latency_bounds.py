@@ -34,8 +34,8 @@ def latency_bounds(workload: Workload, memory: MemoryEstimate) -> LatencyBounds:
 
     A decode step reads the decoder's weights and, if all rows have the maximum length, the full KV
     cache. A tied embedding table is read completely, because it is also the output matrix; lookups
-    in a separate table are negligible. Each block has two all-reduces over "model". With n devices,
-    each device sends 2 (n - 1) / n times the size of the result in each all-reduce.
+    in a separate table are negligible. Each block has two all-reduces over "model". In each
+    all-reduce over n devices, each device sends 2 (n - 1) / n times the size of the result.
     """
     device, peak_flops = workload.topology.device, workload.peak_flops
     n = axis_letter_sizes(workload.config, "decoder/")
@@ -71,10 +71,10 @@ def all_reduces_per_decode_step(workload: Workload) -> int:
 def total_prefill_flops(workload: Workload) -> float:
     """Count the FLOPs of prompts with the maximum length and all crops, on all devices together.
 
-    The count includes the decoder's matrices at every position, the output matrix once per row,
-    attention over all visible positions, the vision encoder's matrices at every patch and its
-    attention, and the visual head and embedding table at every visual token. A multiply-add counts
-    as two FLOPs.
+    The count includes the decoder's matrices at every position, its attention over all visible
+    positions, and the output matrix once per row. It also includes the vision encoder's matrices at
+    every patch, its attention, and the visual head and embedding table at every visual token. A
+    multiply-add counts as two FLOPs.
     """
     c, n = workload.config, axis_letter_sizes(workload.config, "decoder/")
     T, B = workload.prompt_positions, workload.batch_size

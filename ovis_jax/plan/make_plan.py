@@ -142,7 +142,7 @@ def _why_not_compiled(workload: Workload) -> str | None:
 
 
 def _notes(workload: Workload) -> list[str]:
-    """Return what a reader of the plan must know about the devices."""
+    """Return notes about the devices that readers of the plan need."""
     if workload.topology.device.has_bfloat16 or workload.dtype != "bfloat16":
         return []
     return [

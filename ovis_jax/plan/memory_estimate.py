@@ -34,7 +34,7 @@ class MemoryEstimate:
 
     @property
     def activations(self) -> int:
-        """Bytes of the temporary arrays in the program that needs more of them."""
+        """Bytes of the temporary arrays in a decode step or a prefill, whichever needs more."""
         return max(self.decode_temp, self.prefill_temp)
 
     @property
@@ -67,9 +67,9 @@ def estimate_memory(workload: Workload) -> MemoryEstimate:
 def decode_temp_bytes(workload: Workload) -> int:
     """Estimate the size of the temporary arrays in a decode step, in bytes on one device.
 
-    Let b be the rows per device, and m the size of the mesh axis `model`. The float32 arrays and
-    their numbers of items are: the logits, 2 b V/m; the attention scores and weights of one block,
-    2 b N/m S; the residual, 3 b D; and the gated MLP, 2 b F/m.
+    Let b be the number of rows per device, and m the size of the mesh axis "model". These are the
+    float32 arrays, with their numbers of elements: logits, 2 b V/m; attention scores and weights of
+    one block, 2 b N/m S; residual, 3 b D; and gated MLP, 2 b F/m.
     """
     n = axis_letter_sizes(workload.config, "decoder/")
     data, model = workload.mesh_sizes
@@ -83,12 +83,12 @@ def prefill_temp_bytes(workload: Workload) -> int:
     """Estimate the size of the temporary arrays in a prefill of prompts of the maximum length.
 
     The result, in bytes on one device, is the larger of `vision_temp_bytes` and the decoder's peak,
-    plus the embeddings of the images (s I M D), which the decoder reads. Let b be the rows per
-    device, m the size of the mesh axis `model`, and s the bytes per item. The decoder's peak is
-    s b T (3 D + 3 max(F, (N + K) H) / m) plus the attention scores of one block. The term 3 D is
-    the residual and the input and output of half a block (4 D if the output is summed over
-    devices). The other term is either the gated MLP, or the queries, keys, values, attention output
-    and transposed copies for a kernel.
+    plus the embeddings of the images (s I M D), which the decoder reads. Let b be the number of
+    rows per device, m the size of the mesh axis "model", and s the number of bytes per element. The
+    decoder's peak is s b T (3 D + 3 max(F, (N + K) H) / m) plus the attention scores of one block.
+    The term 3 D is the residual and the input and output of half a block (4 D if the output is
+    summed over devices). The other term is either the gated MLP, or the queries, keys, values,
+    attention output and transposed copies for a kernel.
     """
     n = axis_letter_sizes(workload.config, "decoder/")
     data, model = workload.mesh_sizes
@@ -105,11 +105,12 @@ def prefill_temp_bytes(workload: Workload) -> int:
 def vision_temp_bytes(workload: Workload) -> int:
     """Estimate the size of the temporary arrays of the vision encoder and the visual tokenizer.
 
-    Let I be the crops per device, m the size of the mesh axis `model`, and s the bytes per item.
-    The result, in bytes on one device, is the pixels, 4 I h w C, plus the larger of two terms. The
-    first is a SigLIP block with its residual: I P (3 s E + 4 E + s (4 E + 2 F) / m), plus the
-    attention scores. The second is the logits and probabilities over visual words of the n tokens
-    that are processed at a time: n W/m (4 + s).
+    Let I be the number of crops per device, m the size of the mesh axis "model", and s the number
+    of bytes per element. The result, in bytes on one device, is the pixels, 4 I h w C, plus the
+    larger of two terms. The first term is a SigLIP block with its residual,
+    I P (3 s E + 4 E + s (4 E + 2 F) / m), plus the attention scores. The second term is the logits
+    and probabilities over visual words for the n tokens that are processed at a time,
+    n W/m (4 + s).
     """
     tokenizer, vision = workload.config.visual_tokenizer, workload.config.vision
     s, m = workload.bytes_per_activation, workload.mesh_sizes.model
@@ -129,7 +130,7 @@ def _score_bytes(
     """Return the bytes of the float32 attention scores on one device, with sharded heads.
 
     Splash attention and tokamax keep the scores on the chip. Other kernels need four such arrays at
-    once; blockwise attention needs them only for two blocks of queries.
+    once. Blockwise attention needs these arrays only for two blocks of queries.
     """
     platform = "tpu" if workload.topology.device.platform == "tpu" else "gpu"
     kernel = choose_kernel("auto", call, length, dtype=workload.dtype, platform=platform)

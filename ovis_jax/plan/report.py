@@ -12,7 +12,7 @@ from ovis_jax.plan.topologies import GIB
 
 
 def plan_summary_line(plan: dict[str, Any]) -> str:
-    """Return one line that says if a plan fits, or else the shortfall and the smallest change."""
+    """Say in one line whether a plan fits and, if not, the shortfall and the smallest change."""
     size = f"batch-size {plan['batch']}, max-model-len {plan['max_length']}"
     where = f"{plan['topology']}, {size}"
     if plan["fits"]:

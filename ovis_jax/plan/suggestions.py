@@ -19,7 +19,7 @@ _QUANTIZATIONS: tuple[tuple[QuantizationFormat | None, KVCacheDtype], ...] = (
     ("int4", "auto"),
     ("int4", "int8"),
 )
-"""Quantizations of the weights and the KV cache, in the order in which they are tried."""
+"""Quantizations of the weights and of the KV cache, in the order in which they are tried."""
 
 _FORMATS = (None, "int8", "int4")
 
@@ -58,7 +58,7 @@ def smallest_fitting_change(
 
     Returns:
       The command-line options of the change, such as "--batch-size 4", and the changed workload.
-      None if no known topology of that kind is large enough.
+      None if no known topology of the same kind is large enough.
     """
     num_devices = workload.topology.num_devices
     for model in range(workload.mesh_sizes.model + 1, num_devices + 1):
@@ -97,7 +97,7 @@ def smallest_fitting_change(
 
 
 def _stronger_quantizations(workload: Workload) -> list[tuple[str, Workload]]:
-    """Return workloads with fewer bits, the smallest change first, and their options."""
+    """Return workloads with stronger quantization and their options, the smallest change first."""
     found = []
     for quantization, kv_cache_dtype in _QUANTIZATIONS:
         options = []

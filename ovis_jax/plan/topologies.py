@@ -29,9 +29,10 @@ class DeviceSpec:
     """The shapes of the known topologies, smallest first."""
     devices_per_chip: int = 1
     gpu_target: Literal["h100", "a100"] | None = None
-    """The GPU whose architecture programs are compiled for; None for TPUs, and if none is close."""
+    """The GPU whose architecture programs are compiled for; None for TPUs, and for GPUs that are
+    too different."""
     emulated_bfloat16_flops: float | None = None
-    """Peak rate of bfloat16 operations if they are computed in float32; None if not."""
+    """Peak rate of bfloat16 operations that are computed in float32; None if they are not."""
 
     @property
     def has_bfloat16(self) -> bool:
@@ -121,7 +122,8 @@ _CLOUD_VERSIONS = {
     "v5p": ("v5p", 2),
     "v4": ("v4", 2),
 }
-"""The kind, and how much Google Cloud counts per chip: 2 for TensorCores, by version in a name."""
+"""The kind of device and the number that Google Cloud counts per chip (2 if it counts TensorCores),
+by the version in a name."""
 
 CLOUD_TOPOLOGIES = {
     f"{version}-{topology.num_devices * per_chip}": topology
@@ -129,15 +131,15 @@ CLOUD_TOPOLOGIES = {
     for topology in (Topology(kind, shape) for shape in DEVICES[kind].shapes)
     if per_chip == 1 or topology.num_devices >= 4
 }
-"""Topologies by the names that Google Cloud calls accelerator types, such as v5p-8."""
+"""Topologies by accelerator type of Google Cloud, such as v5p-8."""
 
 
 def parse_topology(name: str) -> Topology:
-    """Parse a topology such as v5e:2x4 or h100:8, or a name of Google Cloud such as v5litepod-8.
+    """Parse a topology such as v5e:2x4 or h100:8, or a Google Cloud name such as v5litepod-8.
 
     Raises:
       OvisError: The name is unknown. The message suggests the closest topology and lists all
-        topologies; for a name of Google Cloud, it lists the known numbers.
+        topologies; for a Google Cloud name, it lists the known names of that version.
     """
     normalized = name.strip().lower()
     if normalized in CLOUD_TOPOLOGIES:

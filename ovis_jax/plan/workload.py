@@ -28,9 +28,9 @@ class Workload:
     max_partition: int = 9
     """Maximum number of cells that an image is cut into."""
     dtype: str = "bfloat16"
-    """Dtype of activations, of weights that are not quantized, and of the KV cache."""
+    """Dtype of activations, of weights that are not quantized, and of the KV cache by default."""
     quantization: QuantizationFormat | None = None
-    """Quantization of the weights; None for none."""
+    """Quantization of the weights; None for no quantization."""
     kv_cache_dtype: KVCacheDtype = "auto"
     """Dtype of the KV cache; "auto" is `dtype`."""
     prompt_length: int | None = None
@@ -78,7 +78,8 @@ class Workload:
         Raises:
           OvisError: The model does not support the dtype, the product of the mesh sizes is not the
             number of devices, a mesh axis does not divide a dimension (the message names the
-            letter, the size and the axis), or the images alone exceed a prompt.
+            letter, the size and the axis), or the images alone are longer than the maximum length
+            of a prompt.
         """
         self.config.check_compute_dtype(self.dtype)
         data, model = self.mesh_sizes

@@ -1,4 +1,4 @@
-"""Connections that are closed if their clients are silent, so that others can always connect."""
+"""Closing the connections of silent clients, so that other clients can always connect."""
 
 import asyncio
 import itertools
@@ -7,8 +7,8 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_TIMEOUT = 10.0
-"""Maximum time for the head of a request to arrive, in seconds. It starts when the client connects
-or when the previous response ends."""
+"""Maximum time for the head of a request to arrive, in seconds. The time starts when the client
+connects or when the previous response ends."""
 
 WRITE_TIMEOUT = 30.0
 """Maximum time for a client to receive `MIN_RECEIVED` bytes that are ready, in seconds."""
@@ -16,21 +16,23 @@ WRITE_TIMEOUT = 30.0
 MIN_RECEIVED = 2**14
 
 SPARE_CONNECTIONS = 64
-"""Number of connections in addition to the maximum number of requests. On these, /health and
-/metrics are answered while the server has all the requests that it accepts."""
+"""Number of connections in addition to the maximum number of requests. The spare connections are
+for /health and /metrics while the server has the maximum number of requests."""
 
 ORDER = itertools.count()
-"""Numbers the beginnings of waits. The time of an event loop can be the same for many of them."""
+"""Numbers the waits in the order in which they begin. The event loop's time is not used for this,
+because many waits can begin at the same time."""
 
 
 class TimedProtocol(H11Protocol):
-    """An HTTP/1.1 connection with time limits; the one that waits longest makes room for a new one.
+    """An HTTP/1.1 connection with time limits, which may be closed to make room for a new one.
 
     uvicorn has no time limit for the head of a request or for a client that does not read. Its
     `limit_concurrency` counts silent connections and rejects requests to every path, so that a few
-    hundred silent connections make /health fail. Here, it is the maximum number of open
-    connections. When it is exceeded, the connection that has waited longest for the head of a
-    request is closed. The number of requests is limited by `AuthAndLimitsMiddleware`.
+    hundred silent connections make /health fail. Here, `limit_concurrency` is the maximum number of
+    open connections. When a new connection exceeds this maximum, the connection that has waited
+    longest for the head of a request is closed. The number of requests is limited by
+    `AuthAndLimitsMiddleware`.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
@@ -45,25 +47,25 @@ class TimedProtocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: Any) -> None:
-        """Start the time for the first head, and close another connection if there are too many."""
+        """Start the timeout for the first head, and close a connection if there are too many."""
         super().connection_made(transport)
         self._start_timer(HEAD_TIMEOUT)
         if self._max_connections is not None and len(self.connections) > self._max_connections:
             self._close_longest_waiting()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the time."""
+        """Stop the timeout."""
         self._stop_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Stop the time once a head has arrived; the middleware limits the time of the body."""
+        """Stop the timeout once a head has arrived; the middleware has a timeout for the body."""
         super().data_received(data)
         if not self.waits_for_head and not self.flow.write_paused:
             self._stop_timer()
 
     def on_response_complete(self) -> None:
-        """Start the time for the next head, unless it has already arrived."""
+        """Start the timeout for the next head, unless it has already arrived."""
         self._waiting_since = next(ORDER)
         if not self.flow.write_paused:
             self._start_timer(HEAD_TIMEOUT)
@@ -72,12 +74,12 @@ class TimedProtocol(H11Protocol):
             self._stop_timer()
 
     def pause_writing(self) -> None:
-        """Start the time for the client to receive what is ready."""
+        """Start the timeout for the client to receive the bytes that are ready."""
         super().pause_writing()
         self._start_timer(WRITE_TIMEOUT)
 
     def resume_writing(self) -> None:
-        """Stop the time for the client to receive, and continue with that for the next head."""
+        """Stop the timeout for receiving; if no request is open, start that for the next head."""
         super().resume_writing()
         self._stop_timer()
         if self.waits_for_head:

@@ -22,7 +22,8 @@ class HostCheckMiddleware:
     reach, nothing is checked, because the names of the server are unknown.
 
     Starlette's TrustedHostMiddleware is not enough: it only compares names, so it has no rule for
-    127.0.0.0/8, and its error message neither names the host nor says how to allow it.
+    127.0.0.0/8. In addition, its error message neither names the host nor says how to allow this
+    host.
 
     Args:
       app: The application.
@@ -48,7 +49,7 @@ class HostCheckMiddleware:
         await app(scope, receive, send)
 
     def _foreign_host(self, scope: Scope) -> str | None:
-        """Return the first Host header that names another host, "" without a header, or None."""
+        """Return a foreign Host header, "" if the header is missing, or None if it is valid."""
         for header in Headers(scope=scope).getlist("host") or [""]:
             match = HOST_HEADER.fullmatch(header)
             if not match or not (_is_loopback(match[1]) or match[1].lower() == self._own_host):

@@ -1,4 +1,4 @@
-"""Threads that decode images, those of the request with the fewest pixels first."""
+"""Threads that decode images, starting with the request with the fewest pixels."""
 
 import asyncio
 import heapq
@@ -11,7 +11,7 @@ R = TypeVar("R")
 
 
 class ImageThreads:
-    """Runs functions in threads; of those that wait, the one with the fewest pixels is next.
+    """Runs functions in threads; of the waiting functions, the one with the fewest pixels is next.
 
     A `ThreadPoolExecutor` alone runs its functions in order of arrival. A few huge images would
     then delay everyone else's small images by minutes.

@@ -28,7 +28,7 @@ from ovis_jax.server.errors import ApiError, bad_request
 
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-"""The prefix of all public IPv6 addresses, except for those that embed an IPv4 address."""
+"""The prefix of all public IPv6 addresses, except for addresses that embed an IPv4 address."""
 
 FETCH_TIMEOUT = 10.0
 """Maximum time for fetching one image, in seconds."""

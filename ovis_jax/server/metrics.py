@@ -17,8 +17,8 @@ class ServerMetrics:
     Args:
       max_num_seqs: Maximum number of concurrent sequences.
       num_running: Function that returns the number of sequences that are being generated.
-      num_waiting: Function that returns the number of requests whose prompt has not been read.
-      num_visual_bytes: Function that returns the size of the visual embeddings that are kept.
+      num_waiting: Function that returns the number of requests whose prompt has not been read yet.
+      num_visual_bytes: Function that returns the size of all cached visual embeddings in bytes.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ServerMetrics:
         cached.set_function(num_visual_bytes)
 
     def count_response(self, status: int) -> None:
-        """Count a response by its HTTP status."""
+        """Count a response with this HTTP status."""
         self._responses.labels(str(status)).inc()
 
     def record_request(self, request: Request, arrival_time: float, end_time: float) -> None:

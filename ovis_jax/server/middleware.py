@@ -25,8 +25,8 @@ RETRY = {"Retry-After": "1"}
 class AuthAndLimitsMiddleware:
     """ASGI middleware that checks requests to /v1 and /tokenize, and counts the responses.
 
-    All other paths are answered at once, however many requests there are, because their bodies are
-    not read and their answers are short.
+    Requests to all other paths are answered at once, however many there are, because their bodies
+    are not read and the answers are short.
 
     FastAPI's `max_body_size` is not used, because it would reject a large body before the API key
     is checked, and it would respond in plain text instead of the API's error format.
@@ -170,7 +170,7 @@ class AuthAndLimitsMiddleware:
         return bytes(body)
 
     def _check_body_size(self, client: str, size: int, *, new: bool = False) -> None:
-        """Raise an `ApiError` for a body of `size` bytes; a `new` one has not been counted yet."""
+        """Raise an `ApiError` if a body is too large; a `new` body has not been counted yet."""
         if size > self._max_body_bytes:
             text = (
                 f"the body is longer than {self._max_body_bytes} bytes, the maximum;"
@@ -217,9 +217,9 @@ def check_json_size(body: bytes) -> None:
 
 
 def client_network(scope: Scope) -> str:
-    """Return the address of a client, or for IPv6 the network that one client usually has.
+    """Return the address of a client; for IPv6, the /64 network that usually has a single client.
 
-    Behind a reverse proxy that uvicorn trusts, it is the address in the header X-Forwarded-For.
+    Behind a reverse proxy that uvicorn trusts, the address is that in the header X-Forwarded-For.
     """
     host = (scope.get("client") or ("unknown", 0))[0]
     try:
@@ -232,7 +232,7 @@ def client_network(scope: Scope) -> str:
 
 
 def _content_length(headers: dict[bytes, bytes]) -> int:
-    """Return the size of a body that its header states, or 0; the HTTP parser has checked it."""
+    """Return the Content-Length, which the HTTP parser has checked, or 0 if it is missing."""
     value = headers.get(b"content-length", b"")
     return int(value) if value.isdigit() else 0
 

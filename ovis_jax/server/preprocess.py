@@ -37,12 +37,12 @@ from ovis_jax.server.request_schema import (
 )
 
 MAX_TOKEN_CHARACTERS = 64
-"""Maximum number of characters in a token. A text with more characters per position is rejected
-before it is tokenized."""
+"""Maximum number of characters in a token. A text that is longer than this number times the maximum
+number of positions is rejected before it is tokenized."""
 
 MAX_THREADS = 2
-"""Maximum number of requests whose images are decoded at the same time. As many threads encode the
-prompts without images."""
+"""Maximum number of requests whose images are decoded at the same time. The same number of threads
+encodes prompts without images."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class Preprocessor:
             raise bad_request("prompt", str(error), "invalid_prompt") from None
 
     def _check_text_length(self, param: str, *texts: str) -> None:
-        """Raise an `ApiError` if texts are so long that they need not be tokenized."""
+        """Raise an `ApiError` if texts are so long that tokenizing them is pointless."""
         if sum(map(len, texts)) > MAX_TOKEN_CHARACTERS * self.max_model_len:
             raise self._too_long(param, "the text is far longer than the model can read")
 
@@ -321,8 +321,8 @@ def convert_messages(
       its field; and the text of a last assistant message, which the answer continues.
 
     Raises:
-      ApiError: A message that is not the user's contains an image, or there is no user message to
-        answer (status 400).
+      ApiError: A message that is not from the user contains an image, or there is no user message
+        to answer (status 400).
     """
     turns: list[Turn] = []
     images: list[tuple[ImageUrl, str]] = []

@@ -1,7 +1,7 @@
 """The request bodies of the API.
 
-Unknown fields are ignored, so that clients can send what other servers understand; a header of the
-response lists them. Fields that would change the answer are rejected by name.
+Unknown fields are ignored, so that clients can send fields for other servers; a response header
+lists the ignored fields. Known fields of other servers that would change the answer are rejected.
 """
 
 import json
@@ -18,7 +18,8 @@ FIELDS = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 MAX_MESSAGES = 4096
 """Maximum number of messages."""
 MAX_PARTS = 4096
-"""Maximum number of content parts per message. `middleware.MAX_JSON_VALUES` limits their total."""
+"""Maximum number of content parts per message. `middleware.MAX_JSON_VALUES` limits the total number
+in all messages."""
 
 Ignored = Annotated[Any, Field(description="Accepted, without effect on the answer.")]
 
@@ -76,7 +77,8 @@ UNSUPPORTED_EXTENSIONS: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
     "xtc_probability": (0,),
 }
-"""Fields of other servers that would change the answer, with the values that would not."""
+"""Fields of other servers that would change the answer, each with the values that would not change
+it."""
 
 
 def unsupported(*harmless: Any) -> Any:
@@ -133,7 +135,7 @@ class ChatMessage(BaseModel):
     """One message.
 
     System and developer messages are prepended to the text of the next user message. If the last
-    message is the assistant's, the answer continues it.
+    message is from the assistant, the answer continues this message.
     """
 
     model_config = FIELDS
@@ -189,7 +191,7 @@ class ResponseFormat(BaseModel):
         """Return the constraint; None for text.
 
         Raises:
-          ApiError: A JSON schema is missing, or there is one for another type (status 400).
+          ApiError: A JSON schema is missing, or is given for a type without a schema (status 400).
         """
         for name, value, expected in (
             ("json_schema", self.json_schema, self.type == "json_schema"),

@@ -46,7 +46,7 @@ class ResponseFormatter:
         return self._object("chat.completion", choices) | {"usage": self._usage()}
 
     def first_chunk(self) -> str:
-        """Return the first chunk of a stream, which starts every choice."""
+        """Return the first chunk of a stream, in which every choice begins."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         return self._chunk([_choice(n, delta) for n in range(self.request.num_choices)])
 
@@ -110,7 +110,7 @@ class ResponseFormatter:
 def token_text(tokenizer: Tokenizer, token_id: int) -> tuple[str, bytes]:
     r"""Return the text of a token in the form of OpenAI's API, and its bytes.
 
-    A token that is a part of a longer character has no text, so it is written as bytes:\xNN.
+    A token that is only part of a character has no text, so it is written as bytes:\xNN.
     """
     data = tokenizer.token_bytes(token_id)
     try:

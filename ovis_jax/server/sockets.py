@@ -1,4 +1,4 @@
-"""Binding a server's sockets before the model is loaded, which reports a port in use early."""
+"""Binding a server's sockets before the model is loaded, so that a used port is reported early."""
 
 import errno
 import socket
@@ -13,11 +13,11 @@ UNSUPPORTED_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 @contextmanager
 def bind_sockets(host: str, port: int) -> Iterator[list[socket.socket]]:
-    """Bind a port at every address of a host; clients can connect after the server calls `listen`.
+    """Bind a port on every address of a host; clients can connect after the server calls `listen`.
 
     Args:
       host: An address or a host name.
-      port: The port; 0 for any port that is free at every address.
+      port: The port; 0 for any port that is free on every address.
 
     Raises:
       OvisError: The port is already in use, or the host is not this machine.

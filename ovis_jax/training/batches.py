@@ -1,4 +1,4 @@
-"""Training batches with few shapes, made from dataset rows in an order that can be resumed.
+"""Training batches with few shapes, from dataset rows in an order that can be resumed.
 
 The library grain shuffles the rows in every epoch and prefetches them in threads. Each example is
 put into the bucket with its padded shape (positions and crops). A full bucket becomes the batch of
@@ -84,8 +84,8 @@ def iterate_step_batches(
     iterator save and restore the position in the data.
 
     Raises:
-      DataError: Conversations and preference pairs are mixed. During iteration, it is also raised
-        if `encode_row` raises it, or if no row of the dataset is valid.
+      DataError: Conversations and preference pairs are mixed. During iteration, this error is also
+        raised if `encode_row` raises it, or if no row of the dataset is valid.
     """
     if len({row.preference is None for row in rows}) != 1:
         raise DataError(
@@ -115,7 +115,7 @@ class _BucketDataset(grain.IterDataset):
 
 
 class _BucketIterator(grain.DatasetIterator):
-    """Iterates over batches. The state consists of the indices of the next and waiting examples."""
+    """Iterates over batches. The state is the index of the next example and of all waiting ones."""
 
     def __init__(self, dataset: _BucketDataset):
         super().__init__()

@@ -62,7 +62,7 @@ class ConfigTable(BaseModel):
 
 
 class LoraConfig(ConfigTable):
-    """The table `[lora]`, with which a run trains LoRA adapters instead of parts of the model."""
+    """The table `[lora]`. If given, the run trains LoRA adapters instead of parts of the model."""
 
     rank: PositiveInt = Field(examples=[16])
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -83,8 +83,7 @@ class DataConfig(ConfigTable):
     train_files: Files = Field(min_length=1, examples=[["train.jsonl"]])
     validation_files: Files = Field(default=(), examples=[["validation.jsonl"]])
     invalid_rows: Literal["error", "skip"] = "error"
-    """Handling of invalid rows: they are an error that ends the run, or they are skipped and
-    reported."""
+    """Handling of invalid rows: an error ends the run, or the rows are skipped and reported."""
     exact_images: bool = False
     """Whether to read image files exactly as the original does. By default, they are turned upright
     by their EXIF orientation, scaled from 16 bits to 8, and put on white where transparent."""
@@ -94,7 +93,7 @@ class DataConfig(ConfigTable):
     max_partition: MaxPartitions = Field(default=(9, 1, 1), examples=["9|1|1"])
     """Maximum number of cells that an image is split into: one number for all rows, or a string
     with the numbers for rows with one image, with several images, and for video, as in the original
-    ("9|1|1"). There are no rows with videos, so the last number has no effect."""
+    ("9|1|1"). Rows with videos are not supported, so the last number has no effect."""
     max_length: PositiveInt | None = Field(default=None, examples=[2048])
     """Maximum number of positions per example. The default is the model's limit."""
     truncate: bool = False
@@ -169,8 +168,8 @@ class TrainConfig(ConfigTable):
     model: str = Field(examples=["ovis-tiny"])
     """A converted folder, or a folder or repo id in the Hub's layout."""
     quantization: QuantizationFormat | None = None
-    """Format to quantize the matrices of the model to while it is loaded. Adapters can be trained
-    on quantized matrices (QLoRA, Dettmers et al. 2023), which stay as they are."""
+    """Format to which the model's matrices are quantized while the model is loaded. Adapters can be
+    trained on quantized matrices (QLoRA, Dettmers et al. 2023), which do not change."""
     output_dir: Path = Field(examples=["runs/first"])
     """Output folder for checkpoints, metrics and the result."""
     trainable: Parts = Field(default=(), examples=[["llm"]])

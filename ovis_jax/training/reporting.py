@@ -101,10 +101,10 @@ class ProgressBar:
         self._progress.stop()
 
     def update(self, step: int, num_tokens: int, loss: Array) -> float:
-        """Display a step that has been dispatched, and return the tokens per second.
+        """Display a dispatched step, and return the number of tokens per second.
 
-        The displayed loss is that of the previous step, so that this function does not wait for the
-        current step.
+        The displayed loss is the loss of the previous step, so that this function does not wait for
+        the current step.
         """
         previous, self._loss = self._loss, loss
         shown = float(loss if previous is None else previous)  # waits for the previous step

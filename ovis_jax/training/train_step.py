@@ -107,14 +107,15 @@ def train_step(
     """Update the trainable parameters with the gradient over all micro-batches together.
 
     Args:
-      model: The model; static. With `remat`, its blocks are recomputed in the backward pass.
+      model: The model; static. With `remat`, the model's blocks are recomputed in the backward
+        pass.
       config: Config of the step; static.
       state: The current state; donated.
       frozen: Frozen parameters by path, in any dtype or quantized.
       batches: The micro-batches, stacked by `stack_micro_batches`.
       lora_scale: Factor by which the adapters' products are multiplied; static.
       key: Random key of the run, only needed if the model samples visual words ("gumbel_argmax").
-        The number of the step is folded into it.
+        The number of the step is folded into the key.
 
     Returns:
       The next state, and the metrics over all micro-batches.
@@ -159,7 +160,7 @@ def _summed_loss(
     batch: TrainBatch | PreferenceBatch,
     key: Key[Array, ""] | None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Return a micro-batch's loss, summed over tokens or pairs, and the number of these."""
+    """Return a micro-batch's loss, summed over tokens or pairs, and their number."""
     dtype = config.compute_dtype
     params = join_params(cast_params(trainable, dtype), cast_params(frozen, dtype), lora_scale)
     if isinstance(batch, TrainBatch):

@@ -13,7 +13,7 @@ from ovis_jax.model.lora import attach_adapters
 from ovis_jax.model.ovis import Params
 
 TrainablePart = Literal["visual_tokenizer", "visual_embedding", "llm"]
-"""The name of a part of the model, as in the original."""
+"""The name of a part of the model, as in the original code."""
 
 TRAINABLE_PARTS: Sequence[TrainablePart] = get_args(TrainablePart)
 

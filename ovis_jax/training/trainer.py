@@ -124,7 +124,8 @@ class Trainer:
         the current step and saves a checkpoint.
 
         Returns:
-          True if the run is complete. If it is False, calling this again resumes the run.
+          True if the run is complete; False if it was stopped. In that case, calling `train` again
+          resumes the run.
 
         Raises:
           DataError: A row is invalid, and the config does not skip invalid rows.
@@ -275,7 +276,7 @@ class Trainer:
         return batch._replace(reference_chosen=log_probs[0], reference_rejected=log_probs[1])
 
     def _run_settings(self) -> dict[str, Any]:
-        """Return the settings that determine the result; others may change in a resumed run."""
+        """Return the settings that determine the result; a resumed run may change all others."""
         config = self._config
         values = config.model_dump(
             mode="json",
@@ -310,7 +311,7 @@ class Trainer:
         return self._config.output_dir / name
 
     def _write_result(self) -> None:
-        """Write the adapters, or the model with the initial model's tokenizer."""
+        """Write the adapters, or the model together with the initial model's tokenizer."""
         folder, config = self._result_folder, self._model.config
         if folder.exists():
             return

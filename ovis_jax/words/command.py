@@ -111,7 +111,7 @@ def _print_words(
     top: int,
     console: Console,
 ) -> None:
-    """Print the most frequent visual words of an image, or those that two images share."""
+    """Print the most frequent visual words of an image, or the words that two images share."""
     shared = shared_words(jnp.asarray(probabilities[0]), jnp.asarray(probabilities[-1]), k=top)
     table, dtype = ovis.params["visual_embedding"], activation_dtype(ovis.params)
     rows = lookup(table, jnp.asarray(shared.words), dtype)

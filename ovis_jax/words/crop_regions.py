@@ -1,4 +1,4 @@
-"""The regions of an image that its crops and their visual tokens cover."""
+"""The regions of an image that are covered by its crops and by their visual tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
