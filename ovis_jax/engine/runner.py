@@ -86,7 +86,7 @@ class ModelRunner:
     new ones. Methods return before the device has computed their results; `jax.device_get` waits
     for them. On a mesh, the caches are sharded over the key/value heads, like the parameters; all
     other state is replicated. The programs for crops, chunks and starts take one of them or
-    `prefill_lanes` of them; the last one is repeated to fill a program.
+    `max_num_partial_prefills` of them; the last one is repeated to fill a program.
 
     Args:
       model: The model.
@@ -94,7 +94,7 @@ class ModelRunner:
       max_num_seqs: Number of slots, which is the maximum number of concurrent sequences.
       max_model_len: Maximum total length of a prompt and its answer, in positions.
       chunk_size: Number of prompt positions per prefill step.
-      prefill_lanes: Maximum number of prompts that are prefilled at a time.
+      max_num_partial_prefills: Maximum number of prompts that are prefilled at a time.
 
     Attributes:
       tokens_per_crop: Number of visual tokens of a crop, M.
@@ -115,7 +115,7 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         chunk_size: int,
-        prefill_lanes: int = 1,
+        max_num_partial_prefills: int = 1,
     ):
         num_eos_ids = len(model.config.eos_ids)
         if num_eos_ids > MAX_EOS_IDS:
@@ -124,7 +124,7 @@ class ModelRunner:
             )
         self._params = params
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
-        self.prefill_lanes = min(prefill_lanes, max_num_seqs)
+        self.max_num_partial_prefills = min(max_num_partial_prefills, max_num_seqs)
         self.chunk_size = min(chunk_size, max_model_len)
         self.tokens_per_crop = model.config.visual_tokenizer.tokens_per_crop
         self.ring_slots = min(
@@ -142,7 +142,7 @@ class ModelRunner:
             out_shardings=decode_sharding,
         )
         self.init_visual: Callable[[], Float[Array, "lanes rows D"]] = jax.jit(
-            partial(init_visual, model, self.prefill_lanes, visual_rows, dtype),
+            partial(init_visual, model, self.max_num_partial_prefills, visual_rows, dtype),
             out_shardings=replicated,
         )
         # Explicitly, so that the engine also runs where implicit transfers are disallowed.
@@ -150,7 +150,7 @@ class ModelRunner:
         self._add_visual_embeddings = _compile_once(add_visual_embeddings, 0, replicated)
         self._copy_cache = _compile_once(copy_cache, 0, decode_sharding)
         out_shardings = decode_sharding, replicated
-        sizes = sorted({1, self.prefill_lanes})
+        sizes = sorted({1, self.max_num_partial_prefills})
         self._encode_crops = {
             n: _compile_once(partial(encode_crops, model), 1, replicated) for n in sizes
         }
@@ -199,12 +199,12 @@ class ModelRunner:
 
     def _fill(self, items: Sequence[_T]) -> list[_T]:
         """Return as many items as a program takes; the last one is repeated."""
-        return _repeat_last(items, 1 if len(items) == 1 else self.prefill_lanes)
+        return _repeat_last(items, 1 if len(items) == 1 else self.max_num_partial_prefills)
 
     def run_encoder(
         self, visual: Float[Array, "lanes rows D"], crops: Sequence[Crop]
     ) -> tuple[Float[Array, "lanes rows D"], tuple[Float[Array, "M D"], ...]]:
-        """Compute the visual embeddings of at most `prefill_lanes` crops.
+        """Compute the visual embeddings of at most `max_num_partial_prefills` crops.
 
         Returns:
           The new `visual`, which contains them, and the embeddings of each crop.
@@ -235,7 +235,7 @@ class ModelRunner:
     def run_prefill(
         self, state: DecodeState, visual: Float[Array, "lanes rows D"], chunks: Sequence[Chunk]
     ) -> tuple[DecodeState, Float[Array, "n V"]]:
-        """Prefill chunks of at most `prefill_lanes` prompts; `visual` is not donated.
+        """Prefill chunks of at most `max_num_partial_prefills` prompts; `visual` is not donated.
 
         Returns:
           The new state, and the logits at each chunk's last position.

@@ -306,7 +306,7 @@ class Scheduler:
                 return
             has_crops = self._prefills[0].has_crops
             cost = self._runner.crop_cost if has_crops else self._runner.chunk_size
-            allowed = self._runner.prefill_lanes
+            allowed = self._runner.max_num_partial_prefills
             if self.num_running:
                 remaining = self._max_num_batched_tokens - num_positions
                 allowed = min(allowed, max(remaining // cost, num_positions == 0))
@@ -317,7 +317,7 @@ class Scheduler:
 
     def _begin_prefills(self) -> None:
         """Begin to prefill waiting requests while there are free slots and lanes."""
-        lanes = self._runner.prefill_lanes
+        lanes = self._runner.max_num_partial_prefills
         while len(self._prefills) < lanes and any(slot.is_free for slot in self._slots):
             with self.changed:
                 if not self._waiting:
@@ -338,7 +338,7 @@ class Scheduler:
         Returns:
           The prompt's progress; None if it is better to wait for another prompt's prefix.
         """
-        lanes = set(range(self._runner.prefill_lanes))
+        lanes = set(range(self._runner.max_num_partial_prefills))
         lane = min(lanes - {prefill.lane for prefill in self._prefills})
         best, length = None, MIN_CACHED_TOKENS - 1
         # A slot that is being prefilled comes last, and is only worth waiting for if it has more.
@@ -583,7 +583,7 @@ def run_engine(
     max_num_seqs: int,
     max_model_len: int,
     chunk_size: int = 128,
-    prefill_lanes: int = 1,
+    max_num_partial_prefills: int = 1,
     max_queued_requests: int = 64,
     max_num_batched_tokens: int | None = None,
     enable_prefix_caching: bool = True,
@@ -595,8 +595,9 @@ def run_engine(
       max_num_seqs: Maximum number of concurrent sequences.
       max_model_len: Maximum total length of a prompt and its answer, in positions.
       chunk_size: Number of prompt positions per prefill step.
-      prefill_lanes: Maximum number of prompts that are prefilled at a time. With more than one, an
-        answer may depend on other requests, because a product of more rows rounds differently.
+      max_num_partial_prefills: Maximum number of prompts that are prefilled at a time. If it is
+        more than one, an answer may depend on other requests, because products of more rows are
+        rounded differently.
       max_queued_requests: Maximum number of waiting requests.
       max_num_batched_tokens: Maximum number of prompt positions between two decode steps, as
         described in `Scheduler`.
@@ -609,7 +610,7 @@ def run_engine(
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         chunk_size=chunk_size,
-        prefill_lanes=prefill_lanes,
+        max_num_partial_prefills=max_num_partial_prefills,
     )
     scheduler = Scheduler(
         ovis,

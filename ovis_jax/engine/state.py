@@ -381,5 +381,5 @@ def init_decode_state(
 def init_visual(
     model: Ovis, num_lanes: int, num_visual_tokens: int, dtype: DTypeLike
 ) -> Float[Array, "lanes rows D"]:
-    """Return empty lanes for the visual embeddings of up to `num_visual_tokens` tokens each."""
+    """Return empty lanes, each for the visual embeddings of up to `num_visual_tokens` tokens."""
     return jnp.zeros((num_lanes, num_visual_tokens, model.config.decoder.width), dtype)

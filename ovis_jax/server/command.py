@@ -65,6 +65,14 @@ def serve(
             " default, the number that can be processed in the time of two decode steps.",
         ),
     ] = None,
+    max_num_partial_prefills: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Maximum number of prompts that are processed at a time. If it is more than 1,"
+            " an answer may depend on other requests, because rounding differs.",
+        ),
+    ] = 1,
     enable_prefix_caching: Annotated[
         bool, typer.Option(help="Reuse the KV cache and the images of earlier requests.")
     ] = True,
@@ -93,8 +101,8 @@ def serve(
         int | None,
         typer.Option(
             min=1,
-            help="Maximum number of open requests from one address. The default is half of the"
-            " maximum of all clients, 4 x (--max-num-seqs + --max-queued-requests) + 64.",
+            help="Maximum number of open requests from one address. By default, half of the"
+            " maximum for all clients together, which is 4 x (--max-num-seqs + --max-queued-requests) + 64.",
         ),
     ] = None,
     body_timeout: Annotated[
@@ -180,6 +188,7 @@ def serve(
             chunk_size=prefill_chunk,
             max_queued_requests=max_queued_requests,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_num_partial_prefills=max_num_partial_prefills,
             enable_prefix_caching=enable_prefix_caching,
         ) as scheduler:
             name = served_model_name or model_display_name(model)

@@ -329,3 +329,41 @@ def test_an_int8_cache_gives_the_same_answers(ovis, scheduler, submit, scenes):
     assert found == []
     assert texts == [submit(scheduler, *pair).text() for pair in asked]
     assert texts[:3] == [int8.ask(*pair) for pair in asked[:3]]
+
+
+@pytest.mark.slow
+def test_several_prompts_are_prefilled_together(ovis, submit, request, monkeypatch):
+    """A prompt waits for the one before it if both begin alike."""
+    sizes = []
+
+    def note(name):
+        method = getattr(ModelRunner, name)
+
+        def noted(self, *arguments):
+            sizes.append((name, len(arguments[-1])))
+            return method(self, *arguments)
+
+        monkeypatch.setattr(ModelRunner, name, noted)
+
+    options = {"max_num_partial_prefills": 3, "max_num_batched_tokens": 1000}
+    with run_engine(ovis, **SIZES, **options) as scheduler:
+        note("run_encoder")
+        note("run_prefill")
+        gate = request.getfixturevalue("decode_gate")
+        running = submit(scheduler, "Go on.", **ENDLESS)
+        gate.run(0)  # the other requests wait until all are in the queue
+        sizes.clear()
+        asked = [
+            (f"<image>\n{n} <image>\nHere?", [make_image(n), make_image(7)]) for n in (1, 2, 3)
+        ]
+        asked.append(asked[2])
+        together = [submit(scheduler, *pair, max_new_tokens=4) for pair in asked]
+        gate.open()
+        texts = [one.text() for one in (*together, running)]
+        assert all(texts) and texts[2] == texts[3]
+        # Four different pictures; the common one is encoded once.
+        assert sum(n for name, n in sizes if name == "run_encoder") == 4
+        assert [one.request.cached_crops for one in together] == [0, 1, 1, 2]
+        assert max(n for name, n in sizes if name == "run_prefill") == 3
+        tokens = together[3].request.tokens
+        assert together[3].request.cached_tokens == len(tokens) - 1
