@@ -102,7 +102,8 @@ def serve(
         typer.Option(
             min=1,
             help="Maximum number of open requests from one address. By default, half of the"
-            " maximum for all clients together, which is 4 x (--max-num-seqs + --max-queued-requests) + 64.",
+            " maximum for all clients together, which is 4 x (--max-num-seqs +"
+            " --max-queued-requests) + 64.",
         ),
     ] = None,
     body_timeout: Annotated[
