@@ -6,6 +6,7 @@ VENV_NEWEST ?= .venv-newest
 VENV_TPU ?= .venv-tpu
 VENV_ACCELERATOR ?= .venv-accelerator
 VENV_CLIENTS ?= .venv-clients
+VENV_RAY ?= .venv-ray
 BIN := $(VENV)/bin
 
 # $(call python,CANDIDATES,MINOR): the first candidate that runs and is at least Python 3.MINOR.
@@ -14,8 +15,8 @@ PYENV_PYTHONS := $(sort $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.*/
 PYTHON ?= $(call python,python3 python3.11 python3.12 python3.13 python3.14 $(PYENV_PYTHONS),11)
 PYTHON_NEWEST ?= $(call python,python3.14 python3.13 python3 $(PYENV_PYTHONS),13)
 
-.PHONY: demo test test-fast test-exhaustive test-newest test-tpu test-clients lint format dist bench bench-parts bench-train \
-	bench-quantization bench-train-memory bench-accelerators accelerator bench-conversion bench-full-size \
+.PHONY: demo test test-fast test-exhaustive test-newest test-tpu test-clients test-ray lint format dist bench bench-parts \
+	bench-train bench-quantization bench-train-memory bench-accelerators accelerator bench-conversion bench-full-size \
 	bench-serving docs page-picture ovis-tiny pink short clean
 
 # Converts the bundled checkpoint and asks it about four pictures.
@@ -60,6 +61,10 @@ test-tpu: $(VENV_TPU)/tpu
 # they require other versions of shared packages than the tests.
 test-clients: $(VENV_CLIENTS)/clients
 	$(VENV_CLIENTS)/bin/python -m pytest tests/clients
+
+# The Ray Serve application with two replicas. Ray has its own environment, because it is large.
+test-ray: $(VENV_RAY)/ray
+	$(VENV_RAY)/bin/python -m pytest -W ignore tests/server/test_ray_app.py
 
 lint: $(VENV)/test $(VENV)/dev
 	$(BIN)/ruff check .
@@ -190,7 +195,7 @@ short: $(VENV)/train
 	done
 
 clean:
-	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_TPU) $(VENV_ACCELERATOR) $(VENV_CLIENTS) checkpoints
+	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_TPU) $(VENV_ACCELERATOR) $(VENV_CLIENTS) $(VENV_RAY) checkpoints
 
 # Stamp files: environments with a set of extras, reinstalled when pyproject.toml changes.
 $(VENV)/bin/python:
@@ -230,6 +235,11 @@ $(VENV_ACCELERATOR)/$(ACCELERATOR): pyproject.toml
 $(VENV_CLIENTS)/clients: pyproject.toml
 	test -x $(VENV_CLIENTS)/bin/python || $(PYTHON) -m venv $(VENV_CLIENTS)
 	$(VENV_CLIENTS)/bin/python -m pip install --quiet --editable '.[serve,clients]'
+	@touch $@
+
+$(VENV_RAY)/ray: pyproject.toml
+	test -x $(VENV_RAY)/bin/python || $(PYTHON) -m venv $(VENV_RAY)
+	$(VENV_RAY)/bin/python -m pip install --quiet --editable '.[ray]' pytest beartype hypothesis openai
 	@touch $@
 
 $(VENV_NEWEST)/test: pyproject.toml

@@ -135,7 +135,7 @@ def main(
         chunk_size=prefill_chunk,
         max_queued_requests=4 * concurrency,
     ) as scheduler:
-        app = create_app(scheduler, "ovis-tiny", limits=RequestLimits(request_timeout=600))
+        app = create_app([scheduler], "ovis-tiny", limits=RequestLimits(request_timeout=600))
         with run_server(uvicorn.Server(uvicorn.Config(app, log_level="warning"))) as url:
             found = compare_throughput(url, bodies, concurrency, rounds)
             if requests:

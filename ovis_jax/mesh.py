@@ -44,6 +44,21 @@ def tensor_parallel_mesh(num_devices: int) -> Mesh | None:
     return None if num_devices == 1 else data_model_mesh(1, num_devices)
 
 
+def data_parallel_meshes(num_engines: int, num_devices: int) -> list[Mesh | None]:
+    """Create a mesh for tensor parallelism for each of several engines, of separate devices.
+
+    Returns:
+      Meshes of `num_devices` devices; for a single engine, the mesh of `tensor_parallel_mesh`.
+
+    Raises:
+      OvisError: There are fewer than `num_engines` x `num_devices` devices.
+    """
+    if num_engines == 1:
+        return [tensor_parallel_mesh(num_devices)]
+    mesh = data_model_mesh(num_engines, num_devices)
+    return [Mesh(devices[None], mesh.axis_names) for devices in mesh.devices]
+
+
 def run_with_automatic_axes(function: Function) -> Function:
     """Wrap a function of arrays so that it runs with automatic axes.
 

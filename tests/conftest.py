@@ -41,7 +41,12 @@ GOLDEN = Path(__file__).parent / "golden"
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 MISSING_FOR_BROWSER = browsers.missing()
 HAS_CLIENTS = all(importlib.util.find_spec(name) for name in ("langchain_openai", "litellm"))
-MISSING = {"torch": not HAS_TORCH, "browser": bool(MISSING_FOR_BROWSER), "clients": not HAS_CLIENTS}
+MISSING = {
+    "torch": not HAS_TORCH,
+    "browser": bool(MISSING_FOR_BROWSER),
+    "clients": not HAS_CLIENTS,
+    "ray": importlib.util.find_spec("ray") is None,
+}
 """Marker -> whether what its tests need is missing here."""
 
 

@@ -63,7 +63,7 @@ def decode_gate(monkeypatch):
 
 @pytest.fixture(scope="session")
 def app(scheduler):
-    return create_app(scheduler, "ovis-tiny", limits=LIMITS)
+    return create_app([scheduler], "ovis-tiny", limits=LIMITS)
 
 
 @pytest.fixture(scope="session")

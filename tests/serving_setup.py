@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,15 +38,15 @@ ENDLESS_FIELDS: dict[str, Any] = {
 
 
 @contextmanager
-def running_server(app, scheduler: Scheduler | None = None, shutdown_timeout: float = 0.0):
+def running_server(app, schedulers: Sequence[Scheduler] = (), shutdown_timeout: float = 0.0):
     """Serve an application from a thread; yields the server and its URL.
 
-    With a scheduler it stops like `ovis-jax serve`, otherwise like any other uvicorn server.
+    With schedulers it stops like `ovis-jax serve`, otherwise like any other uvicorn server.
     """
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60)
     server = uvicorn.Server(config)
-    if scheduler:
-        server = DrainingServer(config, scheduler, shutdown_timeout)
+    if schedulers:
+        server = DrainingServer(config, schedulers, shutdown_timeout)
     with server_throughput.run_server(server) as url:
         yield server, url
 
@@ -56,23 +56,27 @@ class DecodeGate:
 
     def __init__(self):
         self._changed = threading.Condition()
-        self._permits, self._blocked = 0, False
+        self._permits, self._num_blocked = 0, 0
 
     def enter(self) -> None:
         """Called by the engine before a step."""
         with self._changed:
-            self._blocked = True
+            self._num_blocked += 1
             self._changed.notify_all()
             assert self._changed.wait_for(lambda: self._permits > 0, 60)
             self._permits -= 1
-            self._blocked = False
+            self._num_blocked -= 1
 
-    def run(self, steps: int) -> None:
-        """Let the engine run some steps, and wait until it is blocked before the next one."""
+    def run(self, steps: int, num_engines: int = 1) -> None:
+        """Let an engine run some steps, and wait until all engines are blocked before the next."""
+
+        def all_blocked() -> bool:
+            return self._permits == 0 and self._num_blocked == num_engines
+
         with self._changed:
             self._permits += steps
             self._changed.notify_all()
-            assert self._changed.wait_for(lambda: self._permits == 0 and self._blocked, 60)
+            assert self._changed.wait_for(all_blocked, 60)
 
     def open(self) -> None:
         """Let the engine run freely from now on."""

@@ -332,14 +332,12 @@ class Scheduler:
             self._take(prefill.slot, request)
             self._prefills.append(prefill)
 
-    def _begin_prefill(self, request: Request) -> PrefillProgress | None:
-        """Choose a slot for a prompt, with a copy of the longest prefix that another slot has.
+    def find_prefix(self, request: Request) -> tuple[Slot | None, int]:
+        """Return the slot with the longest reusable prefix of a prompt, and the prefix's length.
 
-        Returns:
-          The prompt's progress; None if it is better to wait for another prompt's prefix.
+        If no prefix is worth reusing, the result is None and 0. Other threads may call this for an
+        estimate.
         """
-        lanes = set(range(self._runner.max_num_partial_prefills))
-        lane = min(lanes - {prefill.lane for prefill in self._prefills})
         best, length = None, MIN_CACHED_TOKENS - 1
         # A slot that is being prefilled comes last, and is only worth waiting for if it has more.
         for slot in sorted(self._slots, key=lambda slot: slot.is_prefilling):
@@ -351,6 +349,17 @@ class Scheduler:
                     self._runner.ring_slots,
                 )
                 best, length = (slot, common) if common > length else (best, length)
+        return best, length if best else 0
+
+    def _begin_prefill(self, request: Request) -> PrefillProgress | None:
+        """Choose a slot for a prompt, with a copy of the longest prefix that another slot has.
+
+        Returns:
+          The prompt's progress; None if it is better to wait for another prompt's prefix.
+        """
+        lanes = set(range(self._runner.max_num_partial_prefills))
+        lane = min(lanes - {prefill.lane for prefill in self._prefills})
+        best, length = self.find_prefix(request)
         if best is None:
             return PrefillProgress(request, self._free_slots()[0], lane, 0, 0)
         if best.is_prefilling:

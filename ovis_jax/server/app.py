@@ -5,7 +5,7 @@ import json
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -30,6 +30,7 @@ from ovis_jax.server.errors import (
     validation_error,
 )
 from ovis_jax.server.host_check import HostCheckMiddleware
+from ovis_jax.server.load_balancing import EngineLoad, choose_engine
 from ovis_jax.server.metrics import ServerMetrics
 from ovis_jax.server.middleware import AuthAndLimitsMiddleware
 from ovis_jax.server.preprocess import Preprocessor, RequestLimits
@@ -60,13 +61,13 @@ class ChatService:
     """Answers chat-completions requests.
 
     Attributes:
-      scheduler: The engine.
+      schedulers: The engines. The one that received the last request is the last.
       preprocessor: Converts request bodies to engine requests.
       model_name: Name of the model in requests.
       metrics: Metrics of the server.
     """
 
-    scheduler: Scheduler
+    schedulers: list[Scheduler]
     preprocessor: Preprocessor
     model_name: str
     metrics: ServerMetrics
@@ -74,22 +75,27 @@ class ChatService:
     async def complete(self, body: ChatRequest, http_request: HttpRequest) -> Response:
         """Answer a request, either with a complete response or with a stream."""
         self.check_model(body.model)
-        self.scheduler.check_accepting()  # check this before images are decoded
+        self._accepting()  # check this before images are decoded
         arrival_time, events = time.monotonic(), EventStream()
         request = await self.preprocessor.preprocess(body, events.put)
-        self.scheduler.submit(request)
-        tokenizer = self.scheduler.processor.tokenizer
+        scheduler = await self._submit(request)
+        tokenizer = self.preprocessor.processor.tokenizer
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         formatter = ResponseFormatter(self.model_name, request, tokenizer, include_usage)
         headers = _warning_header(body)
+
+        def finish() -> None:
+            scheduler.abort(request)
+            self.metrics.record_request(request, arrival_time, time.monotonic())
+
         if not request.stream:
-            return await self._respond(formatter, events, http_request, arrival_time, headers)
+            return await self._respond(formatter, events, http_request, finish, headers)
 
         async def on_close(message: Any) -> None:
-            self.scheduler.abort(request)  # this also works if the stream has not started
+            scheduler.abort(request)  # this also works if the stream has not started
 
         return EventSourceResponse(
-            self._stream(formatter, events, arrival_time),
+            self._stream(formatter, events, finish),
             headers=headers,
             sep="\n",
             client_close_handler_callable=on_close,
@@ -97,12 +103,39 @@ class ChatService:
             shutdown_grace_period=math.inf,  # the engine ends all streams when it is closed
         )
 
+    def _accepting(self) -> list[Scheduler]:
+        """Return the engines that accept a request, at least one; raise the error if none does."""
+        accepting, errors = [], []
+        for scheduler in self.schedulers:
+            try:
+                scheduler.check_accepting()
+                accepting.append(scheduler)
+            except (QueueFullError, EngineError) as error:
+                errors.append(error)
+        if not accepting:  # a full queue is temporary, so it matters more than a failed engine
+            raise min(errors, key=lambda error: isinstance(error, EngineError))
+        return accepting
+
+    async def _submit(self, request: Request) -> Scheduler:
+        """Submit a request to one of the engines, and return this engine."""
+        cached = dict.fromkeys(self.schedulers, 0)
+        if len(self.schedulers) > 1:  # in a thread, because it may hash many crops
+            found = await asyncio.to_thread(lambda: [x.find_prefix(request)[1] for x in cached])
+            cached = dict(zip(cached, found, strict=True))
+        accepting = self._accepting()
+        loads = [EngineLoad(x.num_waiting + x.num_running, cached[x]) for x in accepting]
+        chosen = accepting[choose_engine(loads, len(request.tokens), accepting[0].max_num_seqs)]
+        chosen.submit(request)
+        self.schedulers.remove(chosen)
+        self.schedulers.append(chosen)
+        return chosen
+
     async def _respond(
         self,
         formatter: ResponseFormatter,
         events: EventStream,
         http_request: HttpRequest,
-        arrival_time: float,
+        finish: Callable[[], None],
         headers: dict[str, str],
     ) -> Response:
         async def end_on_disconnect() -> None:
@@ -119,10 +152,10 @@ class ChatService:
             return JSONResponse(formatter.completion(deltas), headers=headers)
         finally:
             watcher.cancel()
-            self._finish(formatter.request, arrival_time)
+            finish()
 
     async def _stream(
-        self, formatter: ResponseFormatter, events: EventStream, arrival_time: float
+        self, formatter: ResponseFormatter, events: EventStream, finish: Callable[[], None]
     ) -> AsyncIterator[dict[str, str]]:
         try:
             yield {"data": formatter.first_chunk()}
@@ -134,11 +167,7 @@ class ChatService:
         except EngineError as error:
             yield {"data": json.dumps(_api_error(error).body())}
         finally:
-            self._finish(formatter.request, arrival_time)
-
-    def _finish(self, request: Request, arrival_time: float) -> None:
-        self.scheduler.abort(request)
-        self.metrics.record_request(request, arrival_time, time.monotonic())
+            finish()
 
     async def tokenize(self, body: TokenizeRequest) -> Response:
         """Count and return the token ids of a conversation or of a text, as vLLM does."""
@@ -170,6 +199,17 @@ class ChatService:
         if name != self.model_name:
             message = f"model: this server has no {name!r}, only {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def _add_engine(metrics: ServerMetrics, name: str, scheduler: Scheduler) -> None:
+    metrics.add_engine(
+        name,
+        scheduler.max_num_seqs,
+        num_running=lambda: scheduler.num_running,
+        num_waiting=lambda: scheduler.num_waiting,
+        num_visual_bytes=lambda: scheduler.visual_embeddings.num_bytes,
+        is_accepting=lambda: scheduler.failure is None,
+    )
 
 
 def _warning_header(body: PromptOptions) -> dict[str, str]:
@@ -216,7 +256,7 @@ async def _error_response(request: HttpRequest, error: Exception) -> Response:
 
 
 def create_app(
-    scheduler: Scheduler,
+    schedulers: Sequence[Scheduler],
     model_name: str,
     *,
     limits: RequestLimits | None = None,
@@ -227,7 +267,7 @@ def create_app(
     """Create the application for one model.
 
     Args:
-      scheduler: The engine.
+      schedulers: The engines, which all have the same model and the same limits.
       model_name: Name of the model in requests.
       limits: Limits on each request.
       api_key: API key that clients must send to /tokenize and paths below /v1; None for a server
@@ -237,22 +277,19 @@ def create_app(
       allow_origins: Origins of web pages whose scripts may use the server (CORS); "*" for all.
     """
     limits = limits or RequestLimits()
-    preprocessor = Preprocessor(
-        scheduler.processor, limits, scheduler.max_model_len, max_choices=scheduler.max_num_seqs
-    )
-    metrics = ServerMetrics(
-        scheduler.max_num_seqs,
-        num_running=lambda: scheduler.num_running,
-        num_waiting=lambda: scheduler.num_waiting,
-        num_visual_bytes=lambda: scheduler.visual_embeddings.num_bytes,
-    )
-    service = ChatService(scheduler, preprocessor, model_name, metrics)
+    processor, max_num_seqs = schedulers[0].processor, schedulers[0].max_num_seqs
+    max_model_len = schedulers[0].max_model_len
+    preprocessor = Preprocessor(processor, limits, max_model_len, max_choices=max_num_seqs)
+    metrics = ServerMetrics()
+    for number, scheduler in enumerate(schedulers):
+        _add_engine(metrics, str(number), scheduler)
+    service = ChatService(list(schedulers), preprocessor, model_name, metrics)
     description: dict[str, Any] = {
         "id": model_name,
         "object": "model",
         "created": int(time.time()),
         "owned_by": "ovis-jax",
-        "max_model_len": scheduler.max_model_len,
+        "max_model_len": max_model_len,
     }
     handled = RequestValidationError, QueueFullError, EngineError, HTTPException, Exception
     app = FastAPI(
@@ -306,13 +343,24 @@ def create_app(
 
     @app.get("/health", responses={503: {"description": "No more requests are accepted."}})
     async def health() -> Response:
-        """Return whether requests are accepted, and the current load."""
-        closed = scheduler.failure is not None
+        """Return whether requests are accepted, and the current load in total and per engine."""
+        engines = [
+            {
+                "status": scheduler.failure.code if scheduler.failure else "ok",
+                "max_num_seqs": scheduler.max_num_seqs,
+                "running": scheduler.num_running,
+                "waiting": scheduler.num_waiting,
+            }
+            for scheduler in schedulers
+        ]
+        closed = all(engine["status"] != "ok" for engine in engines)
         body = {
             "status": "closed" if closed else "ok",
-            "max_num_seqs": scheduler.max_num_seqs,
-            "running": scheduler.num_running,
-            "waiting": scheduler.num_waiting,
+            **{
+                name: sum(engine[name] for engine in engines)
+                for name in ("max_num_seqs", "running", "waiting")
+            },
+            "engines": engines,
         }
         return JSONResponse(body, 503 if closed else 200)
 

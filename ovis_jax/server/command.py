@@ -20,11 +20,11 @@ from ovis_jax.console import (
     TensorParallelOption,
     model_display_name,
 )
-from ovis_jax.engine.scheduler import run_engine
+from ovis_jax.engine.data_parallel import run_engines
 from ovis_jax.errors import OvisError, require_extra
 from ovis_jax.inputs.open_image import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_PIXELS
 from ovis_jax.loading import load
-from ovis_jax.mesh import tensor_parallel_mesh
+from ovis_jax.mesh import data_parallel_meshes
 from ovis_jax.server.sockets import bind_sockets, http_url
 
 API_KEY = "OVIS_API_KEY"
@@ -103,7 +103,7 @@ def serve(
             min=1,
             help="Maximum number of open requests from one address. By default, half of the"
             " maximum for all clients together, which is 4 x (--max-num-seqs +"
-            " --max-queued-requests) + 64.",
+            " --max-queued-requests) per engine, plus 64.",
         ),
     ] = None,
     body_timeout: Annotated[
@@ -135,6 +135,14 @@ def serve(
     kv_cache_dtype: KVCacheDtypeOption = "auto",
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
+    data_parallel: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Number of engines. Each has its own copy of the model, on --tensor-parallel"
+            " devices, and its own --max-num-seqs and --max-queued-requests.",
+        ),
+    ] = 1,
 ) -> None:
     """Serve a model through OpenAI's chat-completions API."""
     with require_extra("serve"):
@@ -159,7 +167,7 @@ def serve(
     limits = RequestLimits(
         max_body_bytes=max_body_bytes,
         max_total_body_bytes=max_total_body_bytes,
-        max_requests=4 * (max_num_seqs + max_queued_requests) + 64,
+        max_requests=4 * data_parallel * (max_num_seqs + max_queued_requests) + 64,
         max_requests_per_client=max_requests_per_client,
         body_timeout=body_timeout,
         max_images=max_images,
@@ -171,19 +179,21 @@ def serve(
         allow_remote_images=allow_remote_images,
     )
     with bind_sockets(host, port) as sockets:
-        mesh = tensor_parallel_mesh(tensor_parallel)
+        meshes = data_parallel_meshes(data_parallel, tensor_parallel)
         ovis = load(
             model,
             dtype=dtype,
             quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,
             adapters=adapters,
-            mesh=mesh,
+            mesh=meshes[0],
         )
         max_model_len = max_model_len or ovis.config.multimodal_max_length + max_new_tokens
-        notes.print(f"compiling for {max_num_seqs} sequences of {max_model_len} positions")
-        with run_engine(
+        engines = "" if data_parallel == 1 else f" in each of {data_parallel} engines"
+        notes.print(f"compiling for {max_num_seqs} sequences of {max_model_len} positions{engines}")
+        with run_engines(
             ovis,
+            meshes,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             chunk_size=prefill_chunk,
@@ -191,11 +201,11 @@ def serve(
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_partial_prefills=max_num_partial_prefills,
             enable_prefix_caching=enable_prefix_caching,
-        ) as scheduler:
+        ) as schedulers:
             name = served_model_name or model_display_name(model)
             config = uvicorn.Config(
                 create_app(
-                    scheduler,
+                    schedulers,
                     name,
                     limits=limits,
                     api_key=api_key,
@@ -213,4 +223,4 @@ def serve(
             url = http_url(host, sockets[0].getsockname()[1])
             notes.print(f"serving {name!r} at {url}/v1", soft_wrap=True)
             with suppress(KeyboardInterrupt):  # uvicorn raises it again after the shutdown
-                DrainingServer(config, scheduler, shutdown_timeout).run(sockets=sockets)
+                DrainingServer(config, schedulers, shutdown_timeout).run(sockets=sockets)

@@ -12,24 +12,12 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 
 class ServerMetrics:
-    """The metrics of one server, in a separate registry.
+    """The metrics of one server, in a separate registry."""
 
-    Args:
-      max_num_seqs: Maximum number of concurrent sequences.
-      num_running: Function that returns the number of sequences that are being generated.
-      num_waiting: Function that returns the number of requests whose prompt has not been read yet.
-      num_visual_bytes: Function that returns the size of all cached visual embeddings in bytes.
-    """
-
-    def __init__(
-        self,
-        max_num_seqs: int,
-        num_running: Callable[[], int],
-        num_waiting: Callable[[], int],
-        num_visual_bytes: Callable[[], int],
-    ):
+    def __init__(self):
         self._registry = registry = CollectorRegistry()
-        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        counter = partial(Counter, registry=registry)
+        gauge = partial(Gauge, labelnames=["engine"], registry=registry)
         seconds = partial(Histogram, buckets=SECONDS, registry=registry)
         self._responses = counter(
             "ovis_requests", "Requests to /v1 and /tokenize, by HTTP status.", ["status"]
@@ -48,13 +36,42 @@ class ServerMetrics:
         self._latency = seconds(
             "ovis_e2e_request_latency_seconds", "Time from a request's arrival to its last token."
         )
-        waiting = gauge("ovis_num_requests_waiting", "Requests whose prompt has not been read.")
-        waiting.set_function(num_waiting)
-        running = gauge("ovis_num_seqs_running", "Sequences that are being generated.")
-        running.set_function(num_running)
-        gauge("ovis_max_num_seqs", "Maximum of ovis_num_seqs_running.").set(max_num_seqs)
-        cached = gauge("ovis_visual_cache_bytes", "Size of the visual embeddings that are kept.")
-        cached.set_function(num_visual_bytes)
+        self._waiting = gauge(
+            "ovis_num_requests_waiting", "Requests whose prompt has not been read."
+        )
+        self._running = gauge("ovis_num_seqs_running", "Sequences that are being generated.")
+        self._max_num_seqs = gauge("ovis_max_num_seqs", "Maximum of ovis_num_seqs_running.")
+        self._visual_bytes = gauge(
+            "ovis_visual_cache_bytes", "Size of the visual embeddings that are kept."
+        )
+        self._accepting = gauge(
+            "ovis_engine_accepting", "1 while the engine accepts requests, otherwise 0."
+        )
+
+    def add_engine(
+        self,
+        name: str,
+        max_num_seqs: int,
+        num_running: Callable[[], int],
+        num_waiting: Callable[[], int],
+        num_visual_bytes: Callable[[], int],
+        is_accepting: Callable[[], bool],
+    ) -> None:
+        """Add an engine, whose metrics are read by functions.
+
+        Args:
+          name: Value of the label `engine`.
+          max_num_seqs: Maximum number of concurrent sequences.
+          num_running: Returns the number of sequences that are being generated.
+          num_waiting: Returns the number of requests whose prompt has not been read.
+          num_visual_bytes: Returns the size of the visual embeddings that are kept.
+          is_accepting: Returns whether the engine accepts requests.
+        """
+        self._max_num_seqs.labels(name).set(max_num_seqs)
+        self._running.labels(name).set_function(num_running)
+        self._waiting.labels(name).set_function(num_waiting)
+        self._visual_bytes.labels(name).set_function(num_visual_bytes)
+        self._accepting.labels(name).set_function(is_accepting)
 
     def count_response(self, status: int) -> None:
         """Count a response with this HTTP status."""

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import threading
+from collections.abc import Sequence
 
 import uvicorn
 
@@ -17,20 +18,24 @@ class DrainingServer(uvicorn.Server):
 
     Args:
       config: Configuration of the server.
-      scheduler: The engine that the application uses.
+      schedulers: The engines that the application uses.
       shutdown_timeout: Maximum time for running requests to finish, in seconds.
     """
 
-    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, shutdown_timeout: float):
+    def __init__(
+        self, config: uvicorn.Config, schedulers: Sequence[Scheduler], shutdown_timeout: float
+    ):
         super().__init__(config)
-        self._scheduler, self._shutdown_timeout = scheduler, shutdown_timeout
+        self._schedulers, self._shutdown_timeout = schedulers, shutdown_timeout
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the engine, and then the connections."""
-        closing = threading.Thread(
-            target=self._scheduler.close, args=(self._shutdown_timeout,), daemon=True
-        )
-        closing.start()
-        while closing.is_alive() and not self.force_exit:
+        """Close the engines, all at the same time, and then the connections."""
+        closing = [
+            threading.Thread(target=scheduler.close, args=(self._shutdown_timeout,), daemon=True)
+            for scheduler in self._schedulers
+        ]
+        for thread in closing:
+            thread.start()
+        while any(thread.is_alive() for thread in closing) and not self.force_exit:
             await asyncio.sleep(0.05)
         await super().shutdown(sockets)

@@ -398,7 +398,7 @@ def test_scripts_of_allowed_origins_may_use_the_server(scheduler):
         "access-control-request-headers": "authorization, content-type",
     }
     app = create_app(
-        scheduler, "ovis-tiny", limits=LIMITS, api_key="key", allow_origins=[origin["origin"]]
+        [scheduler], "ovis-tiny", limits=LIMITS, api_key="key", allow_origins=[origin["origin"]]
     )
     path = "/v1/chat/completions"
     name = "access-control-allow-origin"
@@ -412,7 +412,7 @@ def test_scripts_of_allowed_origins_may_use_the_server(scheduler):
     answer = client.get("/v1/models", headers=origin | {"authorization": "Bearer key"})
     assert answer.status_code == 200 and answer.headers[name] == origin["origin"]
     assert "Warning" in answer.headers["access-control-expose-headers"]
-    closed = TestClient(create_app(scheduler, "ovis-tiny", limits=LIMITS))
+    closed = TestClient(create_app([scheduler], "ovis-tiny", limits=LIMITS))
     assert name not in closed.get("/v1/models", headers=origin).headers
     assert closed.options(path, headers=preflight | origin).status_code == 405
 
@@ -661,14 +661,19 @@ def test_health_and_metrics(url, complete, scheduler):
         "ovis_e2e_request_latency_seconds_count": 1,
     }.items():
         assert after[name] - before.get(name, 0) == added, name
-    assert after["ovis_max_num_seqs"] == MAX_NUM_SEQS
-    assert after["ovis_num_seqs_running"] == after["ovis_num_requests_waiting"] == 0
-    found = httpx.get(f"{url}/health").json()
-    assert found == {"status": "ok", "max_num_seqs": MAX_NUM_SEQS, "running": 0, "waiting": 0}
+    for name, value in {
+        "ovis_max_num_seqs": MAX_NUM_SEQS,
+        "ovis_num_seqs_running": 0,
+        "ovis_num_requests_waiting": 0,
+        "ovis_engine_accepting": 1,
+    }.items():
+        assert after[f'{name}{{engine="0"}}'] == value, name
+    load = {"status": "ok", "max_num_seqs": MAX_NUM_SEQS, "running": 0, "waiting": 0}
+    assert httpx.get(f"{url}/health").json() == load | {"engines": [load]}
 
 
 def test_api_key(scheduler):
-    app = create_app(scheduler, "ovis-tiny", limits=LIMITS, api_key="sésame")
+    app = create_app([scheduler], "ovis-tiny", limits=LIMITS, api_key="sésame")
     with running_server(app) as (_, url):
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic sesame"}):
             answer = httpx.get(f"{url}/v1/models", headers=headers)

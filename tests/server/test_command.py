@@ -26,11 +26,11 @@ def run_serve(make_scheduler, monkeypatch, capsys):
         compiled, servers = {}, []
 
         @contextmanager
-        def run_engine(ovis, **sizes):
-            compiled.update(sizes)
-            yield make_scheduler()
+        def run_engines(ovis, meshes, **sizes):
+            compiled.update(sizes, meshes=meshes)
+            yield [make_scheduler() for _ in meshes]
 
-        monkeypatch.setattr("ovis_jax.server.command.run_engine", run_engine)
+        monkeypatch.setattr("ovis_jax.server.command.run_engines", run_engines)
 
         def run(server, sockets):
             servers.append((server.config, [bound.getsockname() for bound in sockets]))
@@ -54,6 +54,7 @@ def test_the_server_and_its_app(run_serve):
     assert host == "127.0.0.1" and f"at http://127.0.0.1:{port}/v1" in notes
     assert "note:" not in notes and config.timeout_graceful_shutdown > 1
     assert compiled == {
+        "meshes": [None],
         "max_num_seqs": MAX_NUM_SEQS,
         "max_model_len": 1024 + 2048,
         "chunk_size": 128,
@@ -70,6 +71,19 @@ def test_the_server_and_its_app(run_serve):
     assert model["id"] == "ovis-tiny"
     assert client.post("/tokenize", json={"prompt": "a"}).status_code == 401
     assert client.get("/health", headers={"host": "evil.example"}).status_code == 403
+
+
+@pytest.mark.slow
+def test_several_engines(run_serve):
+    options = dict(port=0, max_num_seqs=MAX_NUM_SEQS, tensor_parallel=2)
+    (config, _), compiled, notes = run_serve(data_parallel=3, **options)
+    assert [mesh.devices.size for mesh in compiled["meshes"]] == [2, 2, 2]
+    assert "in each of 3 engines" in notes
+    assert config.limit_concurrency == 4 * 3 * (MAX_NUM_SEQS + 64) + 64 + SPARE_CONNECTIONS
+    client = TestClient(config.app, base_url="http://localhost")
+    assert client.get("/health").json()["max_num_seqs"] == 3 * MAX_NUM_SEQS
+    with pytest.raises(OvisError, match="data 5 x model 2 needs 10 devices, and JAX has 8"):
+        run_serve(data_parallel=5, **options)
 
 
 def test_a_note_says_that_a_server_is_open(run_serve):

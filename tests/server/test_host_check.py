@@ -40,7 +40,7 @@ def assert_rejected(response: Any, host: str) -> None:
 
 
 def test_a_server_on_loopback(scheduler):
-    app = create_app(scheduler, "ovis-tiny", limits=LIMITS, host="127.0.0.1")
+    app = create_app([scheduler], "ovis-tiny", limits=LIMITS, host="127.0.0.1")
     client = TestClient(app)
     for host in OWN:
         assert client.get("/health", headers={"host": host}).status_code == 200
@@ -52,7 +52,7 @@ def test_a_server_on_loopback(scheduler):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", None])
 def test_a_server_on_other_addresses_accepts_every_host(scheduler, host):
-    app = create_app(scheduler, "ovis-tiny", limits=LIMITS, host=host)
+    app = create_app([scheduler], "ovis-tiny", limits=LIMITS, host=host)
     assert TestClient(app).get("/health", headers={"host": "gpu.example"}).status_code == 200
 
 

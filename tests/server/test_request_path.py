@@ -19,6 +19,7 @@ CALLS = {
 """Which of the six files each of them imports."""
 HELPERS = {
     "server.host_check",
+    "server.load_balancing",
     "server.middleware",
     "server.request_schema",
     "server.images",
@@ -26,7 +27,13 @@ HELPERS = {
     "server.errors",
     "server.metrics",
 }
-STARTUP = {"server.command", "server.connections", "server.sockets", "server.shutdown"}
+STARTUP = {
+    "server.command",
+    "server.connections",
+    "server.ray_app",
+    "server.shutdown",
+    "server.sockets",
+}
 
 
 def own_imports(module: str) -> set[str]:

@@ -31,9 +31,9 @@ from ovis_jax.server.responses import ResponseFormatter
 def test_a_full_queue_and_a_shutdown(make_scheduler, decode_gate):
     """A full queue rejects requests, and streams end normally although the server shuts down."""
     scheduler = make_scheduler(max_queued_requests=1)
-    app = create_app(scheduler, "ovis-tiny", limits=LIMITS)
+    app = create_app([scheduler], "ovis-tiny", limits=LIMITS)
     with (
-        running_server(app, scheduler, shutdown_timeout=60.0) as (server, url),
+        running_server(app, [scheduler], shutdown_timeout=60.0) as (server, url),
         OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
     ):
         request = {"messages": user_message("Go on."), **FIELDS, **ENDLESS_FIELDS}
@@ -55,11 +55,11 @@ def test_a_full_queue_and_a_shutdown(make_scheduler, decode_gate):
 def test_a_server_that_shuts_down_sends_503(make_scheduler, decode_gate, monkeypatch):
     """To new requests, and to those that are not complete after the shutdown timeout."""
     scheduler = make_scheduler()
-    app = create_app(scheduler, "ovis-tiny", limits=LIMITS)
+    app = create_app([scheduler], "ovis-tiny", limits=LIMITS)
     body = {"messages": user_message("Go on."), **FIELDS, "max_tokens": LIMITS.max_tokens}
     body |= ENDLESS_FIELDS["extra_body"]
     with (
-        running_server(app, scheduler, shutdown_timeout=0.0) as (server, url),
+        running_server(app, [scheduler], shutdown_timeout=0.0) as (server, url),
         ThreadPoolExecutor() as pool,
         httpx.Client(base_url=url, timeout=120) as client,
     ):
@@ -93,8 +93,8 @@ def test_a_second_ctrl_c_stops_the_server_at_once(make_scheduler, monkeypatch):
         closed.set()
 
     monkeypatch.setattr(scheduler, "close", blocked)
-    app = create_app(scheduler, "ovis-tiny", limits=LIMITS)
-    with running_server(app, scheduler, shutdown_timeout=60.0) as (server, _):
+    app = create_app([scheduler], "ovis-tiny", limits=LIMITS)
+    with running_server(app, [scheduler], shutdown_timeout=60.0) as (server, _):
         server.should_exit = server.force_exit = True
     assert not may_close.is_set() and not closed.is_set()
     may_close.set()
@@ -103,7 +103,7 @@ def test_a_second_ctrl_c_stops_the_server_at_once(make_scheduler, monkeypatch):
 
 def test_failures_of_the_server_and_of_the_model(make_scheduler, runner, monkeypatch):
     scheduler = make_scheduler()
-    app = create_app(scheduler, "ovis-tiny", limits=LIMITS)
+    app = create_app([scheduler], "ovis-tiny", limits=LIMITS)
 
     def fails(*arguments):
         raise RuntimeError("nobody expects this")
@@ -127,7 +127,7 @@ def test_failures_of_the_server_and_of_the_model(make_scheduler, runner, monkeyp
 
 def test_a_deadline_and_a_closed_engine_are_503(make_scheduler, monkeypatch):
     scheduler = make_scheduler()
-    app = create_app(scheduler, "ovis-tiny", limits=LIMITS)
+    app = create_app([scheduler], "ovis-tiny", limits=LIMITS)
     with (
         running_server(app) as (_, url),
         OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=2) as client,
