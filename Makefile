@@ -239,7 +239,7 @@ $(VENV_CLIENTS)/clients: pyproject.toml
 
 $(VENV_RAY)/ray: pyproject.toml
 	test -x $(VENV_RAY)/bin/python || $(PYTHON) -m venv $(VENV_RAY)
-	$(VENV_RAY)/bin/python -m pip install --quiet --editable '.[ray]' pytest beartype hypothesis openai
+	$(VENV_RAY)/bin/python -m pip install --quiet --editable '.[ray]' pytest beartype hypothesis httpx openai
 	@touch $@
 
 $(VENV_NEWEST)/test: pyproject.toml

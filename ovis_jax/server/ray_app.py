@@ -88,13 +88,12 @@ class Replica:
 def build(args: Arguments) -> serve.Application:
     """Return the application, for `serve run`, a Serve config file or `serve.run`."""
     options: dict[str, Any] = {
+        "num_replicas": args.num_replicas,
         "ray_actor_options": args.ray_actor_options,
         "max_ongoing_requests": args.max_num_seqs + args.max_queued_requests,
     }
     if args.autoscaling_config or args.num_replicas == "auto":
         target = {"target_ongoing_requests": args.max_num_seqs}
         options["autoscaling_config"] = target | (args.autoscaling_config or {})
-    if args.num_replicas:
-        options["num_replicas"] = args.num_replicas
     deployment = serve.deployment(name="ovis", **options)
     return deployment(serve.ingress()(Replica)).bind(args)
