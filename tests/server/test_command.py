@@ -60,6 +60,7 @@ def test_the_server_and_its_app(run_serve):
         "chunk_size": 128,
         "max_queued_requests": 64,
         "max_num_batched_tokens": None,
+        "max_num_partial_prefills": 1,
         "enable_prefix_caching": True,
     }
     assert config.http is TimedProtocol
