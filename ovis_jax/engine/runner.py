@@ -57,6 +57,7 @@ class ModelRunner:
       max_num_seqs: Number of slots, which is the maximum number of concurrent sequences.
       max_model_len: Maximum total length of a prompt and its answer, in positions.
       chunk_size: Number of prompt positions per prefill step.
+      supports_constraints: Whether to compile the programs for requests with a constraint, too.
 
     Attributes:
       tokens_per_crop: Number of visual tokens of a crop, M.
@@ -77,6 +78,7 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         chunk_size: int,
+        supports_constraints: bool = True,
     ):
         num_eos_ids = len(model.config.eos_ids)
         if num_eos_ids > MAX_EOS_IDS:
@@ -125,9 +127,9 @@ class ModelRunner:
             for mode in get_args(SamplingMode)
             if mode != "greedy"  # "temperature" samples the same tokens
         }
-        self._warm_up(model.config.vision)
+        self._warm_up(model.config.vision, supports_constraints)
 
-    def _warm_up(self, vision: VisionConfig) -> None:
+    def _warm_up(self, vision: VisionConfig, supports_constraints: bool) -> None:
         """Run every program once to compile it, then measure those that a budget depends on."""
         pixels = np.zeros((vision.image_size, vision.image_size, vision.num_channels), np.float32)
         embeddings = self.run_encoder(pixels, 0, 0)
@@ -139,7 +141,7 @@ class ModelRunner:
         prefill = self.run_reuse(prefill, state, 0)
         inactive = np.zeros(self.max_num_seqs, bool)
         for mode in get_args(SamplingMode):
-            for masks in (None, self.allow_all()):
+            for masks in (None, self.allow_all()) if supports_constraints else (None,):
                 state, _ = self.run_decode(state, inactive, mode, masks)
         jax.block_until_ready((prefill, state))
         seconds_per_position = _seconds(self.run_prefill, prefill, tokens, 0) / self.chunk_size
