@@ -35,7 +35,8 @@ UNDONE = "The question is in the text box again."
 BoxContent = dict[str, Any]
 """The content of the text box: a dict with the "text" and the paths of the "files"."""
 Update = dict[Any, Any]
-"""New values of components; the other components stay as they are."""
+"""New values of components; the other components stay as they are. Gradio would empty all of them
+after a handler that yields nothing."""
 
 REMOVE_FROM_BOX = """(box, taken) => [{
   text: box.text.startsWith(taken.text) ? box.text.slice(taken.text.length) : box.text,
@@ -148,12 +149,14 @@ class PageEvents:
         """Ask the question in the text box."""
         with self._reserve(request) as stream:
             if stream is None:
+                yield gr.skip()
                 return
             uploads, problems = await asyncio.to_thread(open_uploaded_images, box["files"])
             if not (box["text"].strip() or box["files"]):
                 problems = ["Write a question or attach a picture."]
             if problems:
                 gr.Warning(html.escape(problems[0]), title="Not sent")
+                yield gr.skip()
                 return
             yield self._take(box)
             images = [image for _, image in uploads]
@@ -176,6 +179,7 @@ class PageEvents:
         example = self._examples[number]
         with self._reserve(request) as stream:
             if stream is None:
+                yield gr.skip()
                 return
             uploads, _ = await asyncio.to_thread(open_uploaded_images, example["files"])
             images = [image for _, image in uploads]
@@ -189,6 +193,7 @@ class PageEvents:
         """Ask the last question again."""
         with self._reserve(request) as stream:
             if stream is None or not conversation.exchanges:
+                yield gr.skip()
                 return
             async for update in self._answer(stream, conversation.ask_again(), *settings):
                 yield update
@@ -207,6 +212,7 @@ class PageEvents:
         message = _checked_index(edited.index, 2 * len(conversation.exchanges), "question")
         with self._reserve(request) as stream:
             if stream is None:
+                yield gr.skip()
                 return
             text = str(edited.value)
             if not (text.strip() or conversation.exchanges[message // 2].files):

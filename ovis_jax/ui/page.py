@@ -20,7 +20,7 @@ from ovis_jax.engine.scheduler import Scheduler
 from ovis_jax.server.host_check import HostCheckMiddleware
 from ovis_jax.ui.conversation import Conversation
 from ovis_jax.ui.crop_preview import NO_IMAGES_HTML
-from ovis_jax.ui.events import REMOVE_FROM_BOX, BoxContent, Components, PageEvents
+from ovis_jax.ui.events import EMPTY_BOX, REMOVE_FROM_BOX, BoxContent, Components, PageEvents
 from ovis_jax.ui.security import KnownFilesBlocks, PageSecurityMiddleware
 
 ASSETS = Path(__file__).parents[1] / "assets" / "page"
@@ -94,7 +94,8 @@ def create_page(scheduler: Scheduler, model_name: str) -> gr.Blocks:
                 )
                 with gr.Accordion("Generation settings", open=False, elem_id="controls"):
                     system_text, *controls = _generation_controls()
-        taken, removed = gr.JSON(visible="hidden"), gr.Number(0, visible="hidden")
+        taken = gr.JSON(EMPTY_BOX | {"number": 0}, visible="hidden")
+        removed = gr.Number(0, visible="hidden")
         exported = gr.Textbox(visible="hidden")
         components = Components(
             chat=chat,
@@ -229,7 +230,7 @@ def _text_box() -> gr.MultimodalTextbox:
     return gr.MultimodalTextbox(
         show_label=False,
         elem_id="box",
-        placeholder="Ask a question. Attach, drop or paste pictures.",
+        placeholder="Ask, or attach a picture",
         file_count="multiple",
         file_types=["image"],
         max_plain_text_length=2**31,  # Gradio would make a file of a longer text that is pasted
@@ -267,7 +268,7 @@ def _generation_controls() -> list[Component]:
         gr.Number(
             0,
             label="Seed",
-            info="used with a temperature above 0; asking again adds 1",
+            info="used with a temperature above 0; each retry adds 1",
             precision=0,
             minimum=0,
             maximum=2**32 - 1,

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 from pathlib import Path
 
 import numpy as np
@@ -87,12 +88,13 @@ def other_page(visit, url):
     page.close()
 
 
-def attach(page: Page, *paths: Path) -> None:
+def attach(page: Page, *paths: Path, total: int = 0) -> None:
+    """Attach pictures, and wait until the page shows the total number of them."""
     # Not set_input_files, which does nothing for the file that was attached last.
     with page.expect_file_chooser() as chooser:
         page.click("#box [data-testid=upload-button]")
     chooser.value.set_files(paths)
-    expect(page.locator("#pictures figure")).to_have_count(len(paths))
+    expect(page.locator("#pictures figure")).to_have_count(total or len(paths))
 
 
 def ask(page: Page, text: str) -> None:
@@ -102,6 +104,10 @@ def ask(page: Page, text: str) -> None:
 
 def answers(page: Page):
     return page.locator("#chat [data-testid=bot]")
+
+
+def questions(page: Page):
+    return page.locator("#chat [data-testid=user]")
 
 
 @pytest.mark.usefixtures("show_every_token")
@@ -207,19 +213,206 @@ def test_leaving_the_page_aborts_the_request(other_page, scheduler, decode_gate,
 def test_broken_file_gets_a_message(page, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(SHAPES.read_bytes()[:200])
+    page.fill("#box textarea", "a draft")
     page.set_input_files("#box input[type=file]", [broken, SHAPES])
     toast = page.locator(".toast-body")
     expect(toast).to_contain_text("broken.png cannot be shown: the bytes are not a complete")
     assert "Traceback" not in page.content() and str(tmp_path) not in toast.inner_text()
-    expect(page.locator("#pictures figure")).to_have_count(1)  # the other file is kept
+    expect(page.locator("#box .thumbnail-item")).to_have_count(1)  # the other file is kept
+    expect(page.locator("#pictures figure")).to_have_count(1)
+    expect(page.locator("#box textarea")).to_have_value("a draft")
 
 
-def test_rejected_question_returns_to_the_text_box(page):
+def test_draft_survives_an_answer_and_enter_is_held_back(page, decode_gate, submitted):
+    attach(page, SHAPES)
+    ask(page, "Describe the picture.")
+    decode_gate.run(8)
+    expect(page.locator("#box textarea")).to_have_value("")
+    attach(page, EXAMPLES / "wide.png", total=2)
+    page.fill("#box textarea", "What colour is the star?")
+    page.press("#box textarea", "Enter")
+    decode_gate.open()
+    expect(answers(page)).to_contain_text("at the bottom left.")
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    assert len(submitted) == 1
+    expect(page.locator("#box textarea")).to_have_value("What colour is the star?")
+    expect(page.locator("#box .thumbnail-item")).to_have_count(1)
+    page.press("#box textarea", "Enter")
+    expect(answers(page)).to_have_count(2)
+    expect(answers(page).last).to_contain_text("purple")
+    assert len(submitted) == 2 and len(submitted[1].pixels) == 1 + 3
+    expect(page.locator("#box textarea")).to_have_value("")
+    expect(page.locator("#box .thumbnail-item")).to_have_count(0)
+
+
+def test_text_that_is_typed_while_a_question_is_sent_stays_in_the_box(page, submitted):
+    """Also if the server takes its time, and Enter is pressed again."""
+    held = []
+    attach(page, SHAPES)
+    page.fill("#box textarea", "Describe the picture.")
+    page.route("**/queue/join*", lambda route: held.append(route))
+    with page.expect_request(
+        lambda request: '"Describe the picture."' in (request.post_data or "")
+    ):
+        page.press("#box textarea", "Enter")
+    page.keyboard.type(" And then?")
+    page.press("#box textarea", "Enter")
+    for route in held:
+        route.continue_()
+    page.unroute("**/queue/join*")
+    expect(answers(page)).to_contain_text("at the bottom left.")
+    expect(page.locator("#box textarea")).to_have_value(" And then?")
+    expect(page.locator("#box .thumbnail-item")).to_have_count(0)
+    expect(page.locator("#pictures figure")).to_have_count(1)
+    assert len(submitted) == 1
+
+
+def test_long_text_is_pasted_as_text(page):
+    text = "many words " * 200
+    page.locator("#box textarea").evaluate(
+        """(area, text) => { const data = new DataTransfer(); data.setData("text", text);
+        window.pasted = area.dispatchEvent(
+            new ClipboardEvent("paste", {clipboardData: data, cancelable: true})); }""",
+        text,
+    )
+    assert page.evaluate("window.pasted")  # the page leaves it to the browser
+
+
+def test_question_without_an_answer_can_be_undone(page):
     question = "word " * MAX_MODEL_LEN + "?"
+    attach(page, SHAPES)
     ask(page, question)
     expect(answers(page)).to_contain_text("positions long")
-    expect(page.locator("#box textarea")).to_have_value(question)
-    expect(page.locator("#note")).to_contain_text("not part of the conversation")
+    expect(page.locator("#note")).to_contain_text("The question has no answer.")
+    page.fill("#box textarea", "a draft")
+    page.click("#chat [aria-label=Undo]")
+    expect(page.locator("#box textarea")).to_have_value(f"{question}\na draft")
+    expect(page.locator("#box .thumbnail-item")).to_have_count(1)
+    expect(answers(page)).to_have_count(0)
+    expect(page.locator("#pictures figure")).to_have_count(1)
+
+
+def test_retry_asks_the_same_question_with_another_seed(page, submitted):
+    ask(page, "Who are you?")
+    expect(page.locator("#note")).to_contain_text("written")
+    page.fill("#box textarea", "a draft")
+    page.click("#chat [aria-label=Retry]")
+    expect(page.locator("#box .stop-button")).to_have_count(0)
+    expect(page.locator("#note")).to_contain_text("written")
+    expect(answers(page)).to_have_count(1)
+    first, second = submitted
+    assert np.array_equal(first.tokens, second.tokens)
+    assert (first.seed, second.seed) == (0, 1)
+    expect(page.locator("#box textarea")).to_have_value("a draft")
+
+
+def test_editing_a_question_removes_what_follows(page, submitted):
+    attach(page, EXAMPLES / "wide.png")
+    ask(page, "Where is the green heart?")
+    expect(answers(page)).to_contain_text("left")
+    attach(page, SHAPES, total=2)
+    ask(page, "Which of the two pictures has more shapes?")
+    expect(answers(page)).to_have_count(2)
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    page.locator("#chat [aria-label=Edit]").first.click()
+    expect(page.locator("#chat .edit-textarea")).to_have_value("Where is the green heart?")
+    page.fill("#chat .edit-textarea", "What colour is the star?")
+    page.click("#chat [aria-label=Submit]")
+    expect(answers(page)).to_have_count(1)
+    expect(answers(page)).to_contain_text("purple")
+    expect(questions(page)).to_have_text(["", "What colour is the star?"])
+    expect(page.locator("#pictures figure")).to_have_count(1)
+    assert len(submitted) == 3 and len(submitted[2].pixels) == 3
+
+
+def test_question_cannot_be_emptied(page, submitted):
+    ask(page, "Who are you?")
+    expect(page.locator("#note")).to_contain_text("written")
+    page.click("#chat [aria-label=Edit]")
+    page.fill("#chat .edit-textarea", " ")
+    page.click("#chat [aria-label=Submit]")
+    expect(page.locator(".toast-body")).to_contain_text("The question is empty.")
+    expect(questions(page)).to_have_text("Who are you?")
+    assert len(submitted) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# 1 *a* **b** _c_ ~~d~~ `e` | f | > g",
+        "- one\n- two\n\n1. three\n    four  five\tsix",
+        "<b>bold</b> <img src=x> &amp; &#42; <!-- no -->",
+        "$$x^2$$ [a](https://b.org) www.c.org d@e.org https://f.org ![g](h)",
+        "%%%LATEX_BLOCK_0%%% \\*i\\* ```\nj\n``` “quoted” 你好 🙂 ---",
+    ],
+)
+def test_questions_are_shown_and_edited_as_typed(page, text):
+    ask(page, text)
+    expect(answers(page)).to_have_count(1)
+    assert questions(page).inner_text() == text
+    assert questions(page).locator("p *").count() == 0
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    page.click("#chat [aria-label=Edit]")
+    expect(page.locator("#chat .edit-textarea")).to_have_value(text)
+    page.click("#chat [aria-label=Cancel]")
+
+
+def test_system_text_is_read_before_the_first_question(page, submitted, ovis):
+    page.click("#controls button")
+    expect(page.locator("#seed input")).to_have_value("0")  # see test_controls_reach_the_engine
+    page.fill("#system textarea", " Be brief. ")
+    for question in ("Who are you?", "Why?"):
+        ask(page, question)
+        expect(page.locator("#box .stop-button")).to_have_count(0)
+        expect(page.locator("#note")).to_contain_text("written")
+    expect(answers(page)).to_have_count(2)
+    page.fill("#system textarea", "")
+    page.click("#controls button")
+    expected = ovis.processor.encode("Be brief.\n\nWho are you?").tokens
+    first, second = submitted
+    assert np.array_equal(first.tokens, expected)
+    start = len(expected) - 1
+    assert np.array_equal(second.tokens[:start], expected[:start])
+
+
+def test_conversation_is_exported_as_json(page):
+    attach(page, EXAMPLES / "word.png")
+    ask(page, 'Which "word" is in the picture?')
+    expect(answers(page)).to_have_count(1)
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    (answer,) = answers(page).all_inner_texts()
+    with page.expect_download() as download:
+        page.click("#export")
+    assert download.value.suggested_filename == "conversation.json"
+    question = {"role": "user", "content": 'Which "word" is in the picture?'}
+    assert json.loads(Path(download.value.path()).read_text()) == {
+        "model": "ovis-tiny",
+        "messages": [
+            question | {"pictures": ["word.png"]},
+            {"role": "assistant", "content": answer.strip()},
+        ],
+    }
+
+
+def test_phone(visit, url):
+    """The chat has nearly the whole width, and nothing is cut."""
+    browser = visit.context.browser
+    context = browser.new_context(viewport={"width": 360, "height": 740}, is_mobile=True)
+    page = context.new_page()
+    page.goto(url)
+    expect(page.locator("#chat .example")).to_have_count(4)
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    chat = page.locator("#chat").bounding_box()
+    assert chat and chat["width"] >= 330
+    for inner in page.locator("#chat .example-text").all():
+        box, outer = inner.bounding_box(), inner.locator("xpath=ancestor::button").bounding_box()
+        assert box and outer and outer["x"] <= box["x"]
+        assert box["x"] + box["width"] <= outer["x"] + outer["width"] <= chat["x"] + chat["width"]
+        assert outer["y"] + outer["height"] <= chat["y"] + chat["height"]
+    page.click("#chat .example >> nth=0")
+    expect(answers(page)).to_contain_text("yellow")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    context.close()
 
 
 def test_image_mark_in_a_text_is_text(page, submitted):
@@ -254,7 +447,7 @@ def test_rejected_seed_does_not_end_the_visit(controls, seed, bound):
     page.fill("#seed input", seed)
     ask(page, "Who?")
     expect(page.locator(".toast-body")).to_contain_text(bound)
-    expect(answers(page)).to_contain_text("was not asked")
+    expect(answers(page)).to_have_count(0)
     expect(page.locator("#box textarea")).to_have_value("Who?")
     expect(page.locator("#box .submit-button")).to_be_enabled()
     expect(page.locator("#new")).to_be_enabled()
@@ -268,18 +461,41 @@ def test_failing_model_does_not_end_the_visit(page, monkeypatch, caplog):
         patch.setattr(ModelRunner, "run_prefill", run_prefill)
         ask(page, "Who?")
         expect(answers(page)).to_contain_text("the model failed")
-    expect(page.locator("#box textarea")).to_have_value("Who?")
     assert "on fire" in caplog.text and "on fire" not in page.content()
-    page.click("#box .submit-button")
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    page.click("#chat [aria-label=Retry]")
     expect(page.locator("#note")).to_contain_text("written")
-    expect(answers(page)).to_have_count(2)
-    expect(answers(page).last).not_to_contain_text("failed")
+    expect(answers(page)).to_have_count(1)
+    expect(answers(page)).not_to_contain_text("failed")
 
 
-def test_image_without_a_question_is_rejected(page):
+def test_failing_page_does_not_end_the_visit(page, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(events, "sampling_from_controls", None)
+        ask(page, "Who?")
+        expect(answers(page)).to_contain_text("the page failed; the server's log has the details")
+    assert "not callable" in caplog.text and "not callable" not in page.content()
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    expect(page.locator("#new")).to_be_enabled()
+
+
+def test_picture_alone_asks_to_be_described(page):
     attach(page, SHAPES)
     page.click("#box .submit-button")
-    expect(page.locator(".toast-body")).to_contain_text("the question is empty")
+    expect(answers(page)).to_contain_text("There is a big yellow circle at the top")
+    expect(questions(page).last).to_have_text("Describe the picture.")
+
+
+def test_empty_question_is_not_sent(page, submitted):
+    ask(page, "Who are you?")
+    expect(answers(page)).to_have_count(1)
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    page.press("#box textarea", "Enter")
+    expect(page.locator(".toast-body")).to_contain_text("Write a question or attach a picture.")
+    expect(answers(page)).to_have_count(1)
+    page.fill("#box textarea", "Why?")
+    expect(page.locator("#box textarea")).to_have_value("Why?")
+    assert len(submitted) == 1
 
 
 def test_controls_reach_the_engine(page, scheduler, monkeypatch):
