@@ -306,6 +306,22 @@ def test_retry_asks_the_same_question_with_another_seed(page, submitted):
     expect(page.locator("#box textarea")).to_have_value("a draft")
 
 
+def test_enter_during_a_retry_is_held_back(page, submitted, request):
+    ask(page, "Who are you?")
+    expect(answers(page)).to_have_count(1)
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    decode_gate = request.getfixturevalue("decode_gate")
+    page.click("#chat [aria-label=Retry]")
+    decode_gate.run(1)
+    page.fill("#box textarea", "Why?")
+    with page.expect_response("**/queue/join*"):
+        page.press("#box textarea", "Enter")
+    decode_gate.open()
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    expect(page.locator("#box textarea")).to_have_value("Why?")
+    assert len(submitted) == 2
+
+
 def test_editing_a_question_removes_what_follows(page, submitted):
     attach(page, EXAMPLES / "wide.png")
     ask(page, "Where is the green heart?")
