@@ -27,7 +27,7 @@ UPDATE_INTERVAL = 0.05
 """Minimum time between two updates of an answer, in seconds. Each update sends the whole chat."""
 
 EMPTY_BOX = {"text": "", "files": []}
-NO_ANSWER = "The question has no answer. Edit it, ask again, or undo to get it back."
+NO_ANSWER = "The question has no answer. Edit it, retry, or undo to get it back."
 STOPPED_EARLY = "stopped before the answer began"
 FAILED = "the page failed; the server's log has the details"
 UNDONE = "The question is in the text box again."

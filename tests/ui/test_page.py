@@ -464,6 +464,7 @@ def test_rejected_seed_does_not_end_the_visit(controls, seed, bound):
     ask(page, "Who?")
     expect(page.locator(".toast-body")).to_contain_text(bound)
     expect(answers(page)).to_have_count(0)
+    expect(page.locator("#chat .error")).to_be_hidden()
     expect(page.locator("#box textarea")).to_have_value("Who?")
     expect(page.locator("#box .submit-button")).to_be_enabled()
     expect(page.locator("#new")).to_be_enabled()
