@@ -47,7 +47,7 @@ def test_prompt_leaves_out_earlier_questions_without_an_answer(first):
 @pytest.mark.parametrize("num_questions", [1, 2])
 def test_system_text_is_placed_like_that_of_the_server(first, num_questions):
     conversation = first.ask("Why?") if num_questions == 2 else first.ask_again()
-    messages = [{"role": "system", "content": " Be brief. "}]
+    messages: list[Any] = [{"role": "system", "content": " Be brief. "}]
     image = {"type": "image_url", "image_url": "data:,"}
     messages.append({"role": "user", "content": [image, {"type": "text", "text": "Who?"}]})
     if num_questions == 2:
