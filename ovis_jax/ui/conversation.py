@@ -69,7 +69,7 @@ class Conversation:
         text = text.strip() or (DESCRIBE_ONE if len(images) == 1 else DESCRIBE_MANY)
         return Conversation((*self.exchanges, Exchange(text, tuple(files), tuple(images))))
 
-    def ask_again(self) -> "Conversation":
+    def retry(self) -> "Conversation":
         """Remove the answer to the last question."""
         last = self.exchanges[-1]
         again = replace(last, answer=None, problem="", num_retries=last.num_retries + 1)

@@ -53,9 +53,10 @@ class Components:
 
     Attributes:
       chat: The chat. It is never an input, because a browser could insert any path into it.
-      box: The text box. While the page is open, only `REMOVE_FROM_BOX` and `PageEvents.undo` change
-        its content, so that nothing is lost that a visitor types in the meantime.
-      taken: Content that the browser must remove from the box, with a number.
+      box: The text box. An answer changes its content only by `REMOVE_FROM_BOX`, so that nothing is
+        lost that the visitor types in the meantime.
+      taken: Content that the browser must remove from the box, with a number. After that, the
+        preview is drawn again.
       last_taken: The number of `taken`, on the server.
       status: The status line.
       new_chat: The button for a new chat.
@@ -158,10 +159,9 @@ class PageEvents:
                 gr.Warning(html.escape(problems[0]), title="Not sent")
                 yield gr.skip()
                 return
-            yield self._take(box)
             images = [image for _, image in uploads]
             asked = conversation.ask(box["text"], box["files"], images)
-            async for update in self._answer(stream, asked, *settings):
+            async for update in self._answer(stream, box, asked, *settings):
                 yield update
 
     async def ask_example(
@@ -184,10 +184,10 @@ class PageEvents:
             uploads, _ = await asyncio.to_thread(open_uploaded_images, example["files"])
             images = [image for _, image in uploads]
             asked = conversation.ask(example["text"], example["files"], images)
-            async for update in self._answer(stream, asked, *settings):
+            async for update in self._answer(stream, EMPTY_BOX, asked, *settings):
                 yield update
 
-    async def ask_again(
+    async def retry(
         self, request: gr.Request, conversation: Conversation, *settings: Any
     ) -> AsyncIterator[Update]:
         """Ask the last question again."""
@@ -195,7 +195,8 @@ class PageEvents:
             if stream is None or not conversation.exchanges:
                 yield gr.skip()
                 return
-            async for update in self._answer(stream, conversation.ask_again(), *settings):
+            asked = conversation.retry()
+            async for update in self._answer(stream, EMPTY_BOX, asked, *settings):
                 yield update
 
     async def edit(
@@ -219,9 +220,8 @@ class PageEvents:
                 gr.Warning("The question is empty.", title="Not sent")
                 yield {self._components.chat: conversation.messages()}
                 return
-            yield self._take(EMPTY_BOX)  # draws the preview again
             asked = conversation.edit(message // 2, text)
-            async for update in self._answer(stream, asked, *settings):
+            async for update in self._answer(stream, EMPTY_BOX, asked, *settings):
                 yield update
 
     async def undo(
@@ -287,6 +287,7 @@ class PageEvents:
     async def _answer(
         self,
         stream: EventStream,
+        taken: BoxContent,
         conversation: Conversation,
         max_partition: int,
         system_text: str,
@@ -296,11 +297,15 @@ class PageEvents:
         max_tokens: int,
         seed: int | None,
     ) -> AsyncIterator[Update]:
-        """Generate the answer to the last question until the model or the visitor ends it."""
+        """Generate the answer to the last question until the model or the visitor ends it.
+
+        `taken` is what the question has taken from the text box. Even if it is empty, the preview
+        is drawn again.
+        """
         components, processor = self._components, self._scheduler.processor
-        chat, start_time = conversation.messages(), time.monotonic()
-        yield {
-            components.chat: chat,
+        start_time = time.monotonic()
+        yield self._take(taken) | {
+            components.chat: conversation.messages(),
             components.conversation: conversation,
             components.box: gr.MultimodalTextbox(submit_btn=False, stop_btn=True),
             components.status: _status_line("Reading …"),

@@ -43,7 +43,6 @@ SAVE_FILE = """(text) => {
   link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
   link.download = "conversation.json";
   link.click();
-  URL.revokeObjectURL(link.href);
 }"""
 """JavaScript that saves a text as a file, so that the server needs no file."""
 
@@ -133,7 +132,7 @@ def create_page(scheduler: Scheduler, model_name: str) -> gr.Blocks:
         gr.on([box.change, removed.change, max_partition.change], **preview_images)
         box.submit(events.ask, [box, conversation, *settings], **asking)
         chat.example_select(events.ask_example, [conversation, *settings], **asking)
-        chat.retry(events.ask_again, [conversation, *settings], **asking)
+        chat.retry(events.retry, [conversation, *settings], **asking)
         chat.edit(events.edit, [conversation, *settings], **asking)
         box.stop(events.stop_answer, queue=False, **private)
         undone = [chat, box, status, conversation]

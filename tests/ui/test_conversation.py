@@ -46,7 +46,7 @@ def test_prompt_leaves_out_earlier_questions_without_an_answer(first):
 
 @pytest.mark.parametrize("num_questions", [1, 2])
 def test_system_text_is_placed_like_that_of_the_server(first, num_questions):
-    conversation = first.ask("Why?") if num_questions == 2 else first.ask_again()
+    conversation = first.ask("Why?") if num_questions == 2 else first.retry()
     messages: list[Any] = [{"role": "system", "content": " Be brief. "}]
     image = {"type": "image_url", "image_url": "data:,"}
     messages.append({"role": "user", "content": [image, {"type": "text", "text": "Who?"}]})
@@ -70,9 +70,9 @@ def test_images_alone_ask_to_be_described():
     assert two.exchanges[0].text == "Describe the pictures."
 
 
-def test_asking_again_editing_and_undoing(first):
+def test_retrying_editing_and_undoing(first):
     second = first.ask("Why?").with_answer("So.")
-    again = second.ask_again()
+    again = second.retry()
     assert again.num_retries == 1 and again.exchanges[-1].answer is None
     assert again.with_answer("Because.").exchanges[0] is first.exchanges[0]
     (edited,) = second.edit(0, "Where?").exchanges

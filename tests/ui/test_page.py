@@ -154,8 +154,11 @@ def test_two_images(page):
 
 
 def test_example_takes_one_click(page):
+    page.fill("#box textarea", "a draft")
     page.locator("#chat .example", has_text="Which word").click()
     expect(answers(page)).to_have_text("The word is WOLF.")
+    expect(page.locator("#pictures figure")).to_have_count(1)
+    expect(page.locator("#box textarea")).to_have_value("a draft")
 
 
 @pytest.mark.usefixtures("show_every_token")
@@ -251,21 +254,25 @@ def test_draft_survives_an_answer_and_enter_is_held_back(page, decode_gate, subm
     expect(page.locator("#box .thumbnail-item")).to_have_count(0)
 
 
-def test_text_that_is_typed_while_a_question_is_sent_stays_in_the_box(page, submitted):
+def test_text_that_is_typed_while_a_question_is_sent_stays_in_the_box(page, submitted, monkeypatch):
     """Also if the server takes its time, and Enter is pressed again."""
-    held = []
+    received, go_on = threading.Event(), threading.Event()
+    open_images = events.open_uploaded_images
+
+    def open_slowly(paths):
+        received.set()
+        assert go_on.wait(60)
+        return open_images(paths)
+
     attach(page, SHAPES)
-    page.fill("#box textarea", "Describe the picture.")
-    page.route("**/queue/join*", lambda route: held.append(route))
-    with page.expect_request(
-        lambda request: '"Describe the picture."' in (request.post_data or "")
-    ):
-        page.press("#box textarea", "Enter")
+    monkeypatch.setattr(events, "open_uploaded_images", open_slowly)
+    ask(page, "Describe the picture.")
+    assert received.wait(60)
+    page.focus("#box textarea")
+    page.keyboard.press("End")
     page.keyboard.type(" And then?")
     page.press("#box textarea", "Enter")
-    for route in held:
-        route.continue_()
-    page.unroute("**/queue/join*")
+    go_on.set()
     expect(answers(page)).to_contain_text("at the bottom left.")
     expect(page.locator("#box textarea")).to_have_value(" And then?")
     expect(page.locator("#box .thumbnail-item")).to_have_count(0)
