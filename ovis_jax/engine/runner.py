@@ -95,6 +95,7 @@ class ModelRunner:
       max_model_len: Maximum total length of a prompt and its answer, in positions.
       chunk_size: Number of prompt positions per prefill step.
       max_num_partial_prefills: Maximum number of prompts that are prefilled at a time.
+      supports_constraints: Whether to compile the programs for requests with a constraint, too.
 
     Attributes:
       tokens_per_crop: Number of visual tokens of a crop, M.
@@ -116,6 +117,7 @@ class ModelRunner:
         max_model_len: int,
         chunk_size: int,
         max_num_partial_prefills: int = 1,
+        supports_constraints: bool = True,
     ):
         num_eos_ids = len(model.config.eos_ids)
         if num_eos_ids > MAX_EOS_IDS:
@@ -167,9 +169,9 @@ class ModelRunner:
             for mode in get_args(SamplingMode)
             if mode != "greedy"  # "temperature" samples the same tokens
         }
-        self._warm_up(model.config.vision)
+        self._warm_up(model.config.vision, supports_constraints)
 
-    def _warm_up(self, vision: VisionConfig) -> None:
+    def _warm_up(self, vision: VisionConfig, supports_constraints: bool) -> None:
         """Run every program once to compile it, then measure those that a budget depends on."""
         pixels = np.zeros((vision.image_size, vision.image_size, vision.num_channels), np.float32)
         crop, chunk = Crop(pixels, 0, 0, 0), Chunk(np.zeros(1, np.int32), 0, 0, 0)
@@ -183,7 +185,7 @@ class ModelRunner:
         state = self.run_copy(state, 0, 0)
         inactive = np.zeros(self.max_num_seqs, bool)
         for mode in get_args(SamplingMode):
-            for masks in (None, self.allow_all()):
+            for masks in (None, self.allow_all()) if supports_constraints else (None,):
                 state, _ = self.run_decode(state, inactive, mode, masks)
         jax.block_until_ready((state, visual))
         (state, _), chunk_seconds = _timed(self.run_prefill, state, visual, [chunk])

@@ -596,6 +596,7 @@ def run_engine(
     max_queued_requests: int = 64,
     max_num_batched_tokens: int | None = None,
     enable_prefix_caching: bool = True,
+    supports_constraints: bool = True,
 ) -> Iterator[Scheduler]:
     """Compile the programs of a model, and run a scheduler until the block ends.
 
@@ -612,6 +613,7 @@ def run_engine(
         described in `Scheduler`.
       enable_prefix_caching: Whether to reuse the KV cache and the visual embeddings of earlier
         requests.
+      supports_constraints: Whether to compile the programs for requests with a constraint, too.
     """
     runner = ModelRunner(
         ovis.model,
@@ -620,6 +622,7 @@ def run_engine(
         max_model_len=max_model_len,
         chunk_size=chunk_size,
         max_num_partial_prefills=max_num_partial_prefills,
+        supports_constraints=supports_constraints,
     )
     scheduler = Scheduler(
         ovis,

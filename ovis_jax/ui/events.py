@@ -2,9 +2,13 @@
 
 import asyncio
 import html
+import itertools
+import logging
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ovis_jax.ui import gradio_isolation  # noqa: F401  must come before Gradio
@@ -23,130 +27,300 @@ UPDATE_INTERVAL = 0.05
 """Minimum time between two updates of an answer, in seconds. Each update sends the whole chat."""
 
 EMPTY_BOX = {"text": "", "files": []}
-PENDING_ANSWER = "…"
-NOT_STARTED = "The model was not asked; the message at the top says why."
-QUESTION_RESTORED = "This question is not part of the conversation. It is in the text box again."
+NO_ANSWER = "The question has no answer. Edit it, retry, or undo to get it back."
+STOPPED_EARLY = "stopped before the answer began"
+FAILED = "the page failed; the server's log has the details"
+UNDONE = "The question is in the text box again."
 
 BoxContent = dict[str, Any]
 """The content of the text box: a dict with the "text" and the paths of the "files"."""
-ChatMessages = tuple[dict[str, Any], ...]
-"""The messages that the chat shows. They are stored on the server, because a browser could insert
-the path of any file into messages that it sends back, and Gradio would serve a copy of the file."""
+Update = dict[Any, Any]
+"""New values of components; the other components stay as they are. Gradio would empty all of them
+after a handler that yields nothing."""
+
+REMOVE_FROM_BOX = """(box, taken) => [{
+  text: box.text.startsWith(taken.text) ? box.text.slice(taken.text.length) : box.text,
+  files: box.files.filter((file) => !taken.files.includes(file.path)),
+}, taken.number]"""
+"""JavaScript that removes `Components.taken` from the box, and keeps what came after it."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Components:
+    """The components of the page that the handlers change.
+
+    Attributes:
+      chat: The chat. It is never an input, because a browser could insert any path into it.
+      box: The text box. An answer changes its content only by `REMOVE_FROM_BOX`, so that nothing is
+        lost that the visitor types in the meantime.
+      taken: Content that the browser must remove from the box, with a number. After that, the
+        preview is drawn again.
+      last_taken: The number of `taken`, on the server.
+      status: The status line.
+      new_chat: The button for a new chat.
+      preview: The preview of the images.
+      conversation: The conversation.
+      previewed: Description of what `preview` shows.
+    """
+
+    chat: gr.Chatbot
+    box: gr.MultimodalTextbox
+    taken: gr.JSON
+    last_taken: gr.State
+    status: gr.HTML
+    new_chat: gr.Button
+    preview: gr.HTML
+    conversation: gr.State
+    previewed: gr.State
 
 
 class PageEvents:
     """The event handlers of the page, for all visitors.
 
-    Several visitors can be answered at the same time. Each handler returns new values for
-    components of the page, in the order given in its docstring.
+    Several visitors can be answered at the same time. While a visitor is being answered, all of the
+    visitor's events that would change the conversation are ignored.
+
+    The settings of an answer are the maximum number of cells per image, the system text, the
+    temperature, top p, top k, the maximum number of tokens and the seed.
 
     Args:
       scheduler: The engine.
+      components: The components that the handlers change.
       examples: The questions that the page offers.
+      model_name: Name of the model in exported conversations.
     """
 
-    def __init__(self, scheduler: Scheduler, examples: Sequence[BoxContent]):
-        self._scheduler, self._examples = scheduler, examples
-        self._events: dict[str, EventStream] = {}  # of each session's last answer
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        components: Components,
+        examples: Sequence[BoxContent],
+        model_name: str,
+    ):
+        self._scheduler, self._components = scheduler, components
+        self._examples, self._model_name = examples, model_name
+        self._running: dict[str, EventStream] = {}  # of each session that is being answered
+        self._counter = itertools.count(1)
 
     def preview_images(
-        self, box: BoxContent, conversation: Conversation, max_partition: int, last_preview: Any
-    ) -> tuple:
+        self,
+        box: BoxContent,
+        conversation: Conversation,
+        max_partition: int,
+        previewed: Any,
+        last_taken: int,
+        removed: int,
+    ) -> Update:
         """Draw the crops of all images, and remove other files from the text box.
 
         Args:
           box: The content of the text box.
           conversation: The conversation, whose images are drawn first.
           max_partition: Maximum number of cells per image.
-          last_preview: Description of the current preview, which the previous call returned as its
-            third value.
-
-        Returns:
-          The text box, the preview, and a description of the preview.
+          previewed: Description of the current preview.
+          last_taken: Number of the last `Components.taken`.
+          removed: Number of the one that the browser removed last. If it is not the same, this
+            handler is called again.
         """
-        preview = tuple(box["files"]), len(conversation.images), max_partition
-        if preview == last_preview:  # the images are the same, only the text has changed
-            return gr.skip(), gr.skip(), gr.skip()
+        if removed != last_taken:  # some images of the conversation are still in the box
+            return gr.skip()
+        asked = [path for exchange in conversation.prompted for path in exchange.files]
+        shown = (*asked, *box["files"]), max_partition
+        if shown == previewed:  # the images are the same, only the text has changed
+            return gr.skip()
         uploads, problems = open_uploaded_images(box["files"])
-        new_box = gr.skip()
+        update: Update = {}
         if problems:
-            new_box = box | {"files": [path for path, _ in uploads]}
-            preview = tuple(new_box["files"]), *preview[1:]
-        images = [*conversation.images, *(image for _, image in uploads)]
+            usable = [path for path, _ in uploads]
+            unusable = [path for path in box["files"] if path not in usable]
+            update = self._take({"text": "", "files": unusable})
+            shown = (*asked, *usable), max_partition
+        images = [image for exchange in conversation.prompted for image in exchange.images]
+        images += [image for _, image in uploads]
         rendered, more = render_crop_previews(self._scheduler.processor, images, int(max_partition))
         for problem in [*problems, *more]:
             gr.Warning(html.escape(problem), title="Unusable picture")
-        return new_box, rendered, preview
+        return update | {self._components.preview: rendered, self._components.previewed: shown}
 
-    def select_example(self, selected: gr.SelectData) -> BoxContent:
-        """Return the example that was clicked, for the text box.
+    async def ask(
+        self, request: gr.Request, box: BoxContent, conversation: Conversation, *settings: Any
+    ) -> AsyncIterator[Update]:
+        """Ask the question in the text box."""
+        with self._reserve(request) as stream:
+            if stream is None:
+                yield gr.skip()
+                return
+            uploads, problems = await asyncio.to_thread(open_uploaded_images, box["files"])
+            if not (box["text"].strip() or box["files"]):
+                problems = ["Write a question or attach a picture."]
+            if problems:
+                gr.Warning(html.escape(problems[0]), title="Not sent")
+                yield gr.skip()
+                return
+            images = [image for _, image in uploads]
+            asked = conversation.ask(box["text"], box["files"], images)
+            async for update in self._answer(stream, box, asked, *settings):
+                yield update
+
+    async def ask_example(
+        self,
+        request: gr.Request,
+        selected: gr.SelectData,
+        conversation: Conversation,
+        *settings: Any,
+    ) -> AsyncIterator[Update]:
+        """Ask the example that was clicked.
 
         Of the data from the browser, only the index is used, never a text or a path.
         """
-        index = selected.index
-        if type(index) is not int or not 0 <= index < len(self._examples):
-            raise gr.Error("There is no such example.", title="Not sent", print_exception=False)
-        return self._examples[index]
+        number = _checked_index(selected.index, len(self._examples), "example")
+        example = self._examples[number]
+        with self._reserve(request) as stream:
+            if stream is None:
+                yield gr.skip()
+                return
+            uploads, _ = await asyncio.to_thread(open_uploaded_images, example["files"])
+            images = [image for _, image in uploads]
+            asked = conversation.ask(example["text"], example["files"], images)
+            async for update in self._answer(stream, EMPTY_BOX, asked, *settings):
+                yield update
 
-    def submit_question(
+    async def retry(
+        self, request: gr.Request, conversation: Conversation, *settings: Any
+    ) -> AsyncIterator[Update]:
+        """Ask the last question again."""
+        with self._reserve(request) as stream:
+            if stream is None or not conversation.exchanges:
+                yield gr.skip()
+                return
+            asked = conversation.retry()
+            async for update in self._answer(stream, EMPTY_BOX, asked, *settings):
+                yield update
+
+    async def edit(
         self,
-        box: BoxContent,
-        messages: ChatMessages,
-        conversation: Conversation,
         request: gr.Request,
-    ) -> tuple:
-        """Move the question from the text box to the conversation.
-
-        Returns:
-          The text box, the chat, its messages, the conversation, the question, the status line and
-          the button for a new chat.
-        """
-        uploads, problems = open_uploaded_images(box["files"])
-        try:
-            if problems:
-                raise OvisError(problems[0])
-            conversation = conversation.with_question(box["text"], [image for _, image in uploads])
-        except OvisError as error:
-            text = html.escape(str(error))
-            raise gr.Error(text, title="Not sent", print_exception=False) from None
-        self._events.pop(str(request.session_hash), None)  # it may have been stopped
-        pictures = (
-            {"role": "user", "content": {"path": path, "alt_text": "a picture"}}
-            for path in box["files"]
-        )
-        messages = (*messages, *pictures, {"role": "user", "content": box["text"].strip()})
-        new_box = gr.MultimodalTextbox(value=EMPTY_BOX, submit_btn=False, stop_btn=True)
-        chat = [*messages, _assistant_message(PENDING_ANSWER)]
-        button = gr.Button(interactive=False)
-        return new_box, chat, messages, conversation, box, _status_line("Reading …"), button
-
-    async def generate_answer(
-        self,
-        messages: ChatMessages,
+        edited: gr.EditData,
         conversation: Conversation,
-        question: BoxContent,
+        *settings: Any,
+    ) -> AsyncIterator[Update]:
+        """Ask an edited question, and forget everything after it.
+
+        Of the data from the browser, only the index and the new text are used.
+        """
+        message = _checked_index(edited.index, 2 * len(conversation.exchanges), "question")
+        with self._reserve(request) as stream:
+            if stream is None:
+                yield gr.skip()
+                return
+            text = str(edited.value)
+            if not (text.strip() or conversation.exchanges[message // 2].files):
+                gr.Warning("The question is empty.", title="Not sent")
+                yield {self._components.chat: conversation.messages()}
+                return
+            asked = conversation.edit(message // 2, text)
+            async for update in self._answer(stream, EMPTY_BOX, asked, *settings):
+                yield update
+
+    async def undo(
+        self, request: gr.Request, box: BoxContent, conversation: Conversation
+    ) -> Update:
+        """Move the last question to the beginning of the text box, and forget its answer."""
+        components = self._components
+        if str(request.session_hash) in self._running or not conversation.exchanges:
+            return gr.skip()
+        last, conversation = conversation.exchanges[-1], conversation.without_last()
+        text = "\n".join(filter(None, (last.text, box["text"])))
+        return {
+            components.chat: conversation.messages(),
+            components.conversation: conversation,
+            components.box: {"text": text, "files": [*last.files, *box["files"]]},
+            components.status: _status_line(UNDONE),
+        }
+
+    async def start_new_chat(self, request: gr.Request) -> Update:
+        """Reset the page to an empty conversation and an empty text box."""
+        components = self._components
+        if str(request.session_hash) in self._running:
+            return gr.skip()
+        return {
+            components.chat: [],
+            components.conversation: Conversation(),
+            components.box: EMPTY_BOX,
+            components.status: "",
+            components.preview: NO_IMAGES_HTML,
+            components.previewed: None,
+        }
+
+    def export(self, conversation: Conversation, system_text: str) -> str:
+        """Return the conversation as JSON, which the browser saves."""
+        return conversation.to_json(self._model_name, system_text)
+
+    async def stop_answer(self, request: gr.Request) -> None:
+        """Stop the visitor's answer, because the stop button was pressed or the page was closed."""
+        if stream := self._running.get(str(request.session_hash)):
+            stream.put(None)
+
+    def _take(self, content: BoxContent) -> Update:
+        """Remove content from the box."""
+        number = next(self._counter)
+        return {
+            self._components.taken: content | {"number": number},
+            self._components.last_taken: number,
+        }
+
+    @contextmanager
+    def _reserve(self, request: gr.Request) -> Iterator[EventStream | None]:
+        """Reserve a session for one answer; yield None if another one is running."""
+        session = str(request.session_hash)
+        if session in self._running:
+            yield None
+            return
+        stream = self._running[session] = EventStream()
+        try:
+            yield stream
+        finally:
+            del self._running[session]
+
+    async def _answer(
+        self,
+        stream: EventStream,
+        taken: BoxContent,
+        conversation: Conversation,
         max_partition: int,
+        system_text: str,
         temperature: float,
         top_p: float,
         top_k: int,
         max_tokens: int,
         seed: int | None,
-        request: gr.Request,
-    ) -> AsyncIterator[tuple]:
+    ) -> AsyncIterator[Update]:
         """Generate the answer to the last question until the model or the visitor ends it.
 
-        Yields:
-          The chat, its messages, the conversation, the text box, the status line and the button for
-          a new chat.
+        `taken` is what the question has taken from the text box. Even if it is empty, the preview
+        is drawn again.
         """
-        events = self._events.setdefault(str(request.session_hash), EventStream())
-        start_time, max_model_len = time.monotonic(), self._scheduler.max_model_len
-        text, finish_reason, unchanged, update_time = "", None, gr.skip(), 0.0
+        components, processor = self._components, self._scheduler.processor
+        start_time = time.monotonic()
+        yield self._take(taken) | {
+            components.chat: conversation.messages(),
+            components.conversation: conversation,
+            components.box: gr.MultimodalTextbox(submit_btn=False, stop_btn=True),
+            components.status: _status_line("Reading …"),
+            components.new_chat: gr.Button(interactive=False),
+        }
+        text, finish_reason, update_time = "", None, 0.0
+        max_model_len = self._scheduler.max_model_len
         try:
+            turns, images = conversation.prompt(
+                system_text, has_system_turns=processor.chat_format.has_system_turns
+            )
             example = await asyncio.to_thread(
-                self._scheduler.processor.encode,
-                conversation.turns,
-                conversation.images,
+                processor.encode,
+                turns,
+                images,
                 max_partition=int(max_partition),
                 max_length=max_model_len - 1,
                 parse_special_tokens=False,
@@ -157,38 +331,40 @@ class PageEvents:
                 tokens=example.tokens,
                 pixels=example.pixels,
                 sampling=sampling_from_controls(temperature, top_p, top_k),
-                seed=int(seed or 0),
+                seed=int(seed or 0) + conversation.num_retries,
                 max_new_tokens=min(int(max_tokens), max_model_len - len(example.tokens)),
                 deadline=math.inf,
-                on_event=events.put,
+                on_event=stream.put,
             )
             self._scheduler.submit(answer)
             try:
-                async for delta in events.deltas(num_choices=1):
+                async for delta in stream.deltas(num_choices=1):
                     text, finish_reason = text + delta.text, delta.finish_reason
                     if time.monotonic() - update_time > UPDATE_INTERVAL:
-                        chat = [*messages, _assistant_message(text)]
-                        status = _status(answer, start_time)
-                        yield chat, unchanged, unchanged, unchanged, status, unchanged
+                        yield {
+                            components.chat: conversation.with_answer(text).messages(),
+                            components.status: _status(answer, start_time),
+                        }
                         update_time = time.monotonic()
             finally:
                 self._scheduler.abort(answer)
-        except OvisError as error:
-            yield restore_question(messages, conversation, question, str(error))
-            return
-        status = _status(answer, start_time, finish_reason or "stopped")
-        messages = (*messages, _assistant_message(text or PENDING_ANSWER))
-        conversation = conversation.with_answer(text)
-        yield list(messages), messages, conversation, _idle_box(EMPTY_BOX), status, _idle_button()
-
-    async def stop_answer(self, request: gr.Request) -> None:
-        """Stop the visitor's answer after the stop button was pressed."""
-        self._events.setdefault(str(request.session_hash), EventStream()).put(None)
-
-    async def close_session(self, request: gr.Request) -> None:
-        """Stop the visitor's answer and delete the session's data when the page is closed."""
-        if events := self._events.pop(str(request.session_hash), None):
-            events.put(None)
+            if finish_reason is None and not text:
+                raise OvisError(STOPPED_EARLY)
+            conversation = conversation.with_answer(text)
+            status = _status(answer, start_time, finish_reason or "stopped")
+        except Exception as error:  # after any of them, the visitor can go on
+            problem = str(error) if isinstance(error, OvisError) else FAILED
+            if problem == FAILED:
+                log.exception("an answer failed")
+            conversation = conversation.with_problem(problem)
+            status = _status_line(NO_ANSWER)
+        yield {
+            components.chat: conversation.messages(),
+            components.conversation: conversation,
+            components.box: gr.MultimodalTextbox(submit_btn=True, stop_btn=False),
+            components.status: status,
+            components.new_chat: gr.Button(interactive=True),
+        }
 
 
 def sampling_from_controls(temperature: float, top_p: float, top_k: int) -> Sampling:
@@ -198,42 +374,11 @@ def sampling_from_controls(temperature: float, top_p: float, top_k: int) -> Samp
     return Sampling(temperature, int(top_k) or None, top_p if top_p < 1 else None)
 
 
-def restore_question(
-    messages: ChatMessages,
-    conversation: Conversation,
-    question: BoxContent,
-    reason: str = NOT_STARTED,
-) -> tuple:
-    """Move an unanswered question back to the text box, and show the reason in the chat.
-
-    Returns:
-      The same components that `PageEvents.generate_answer` yields.
-    """
-    messages = (*messages, _assistant_message(f"⚠️ {html.escape(reason, quote=False)}"))
-    conversation, status = conversation.without_last_question(), _status_line(QUESTION_RESTORED)
-    return list(messages), messages, conversation, _idle_box(question), status, _idle_button()
-
-
-def start_new_chat() -> tuple:
-    """Reset the page to an empty conversation.
-
-    Returns:
-      The chat, its messages, the conversation, the text box, the status line, the preview, and the
-      description of the preview.
-    """
-    return [], (), Conversation(), EMPTY_BOX, "", NO_IMAGES_HTML, None
-
-
-def _idle_box(content: BoxContent) -> gr.MultimodalTextbox:
-    return gr.MultimodalTextbox(value=content, submit_btn=True, stop_btn=False)
-
-
-def _idle_button() -> gr.Button:
-    return gr.Button(interactive=True)
-
-
-def _assistant_message(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
+def _checked_index(index: Any, length: int, name: str) -> int:
+    """Return an index from a browser; anything but the index of one of `length` items fails."""
+    if type(index) is not int or not 0 <= index < length:
+        raise gr.Error(f"There is no such {name}.", title="Not sent", print_exception=False)
+    return index
 
 
 def _status(

@@ -20,7 +20,7 @@ from ovis_jax.engine.scheduler import Scheduler
 from ovis_jax.server.host_check import HostCheckMiddleware
 from ovis_jax.ui.conversation import Conversation
 from ovis_jax.ui.crop_preview import NO_IMAGES_HTML
-from ovis_jax.ui.events import EMPTY_BOX, BoxContent, PageEvents, restore_question, start_new_chat
+from ovis_jax.ui.events import EMPTY_BOX, REMOVE_FROM_BOX, BoxContent, Components, PageEvents
 from ovis_jax.ui.security import KnownFilesBlocks, PageSecurityMiddleware
 
 ASSETS = Path(__file__).parents[1] / "assets" / "page"
@@ -37,6 +37,14 @@ MAX_TOKENS_CHOICES = [64, 128, 256, 512, 1024, 2048]
 """The maximum answer lengths that visitors can choose from, in tokens."""
 
 MAX_FILE_SIZE = "50mb"
+
+SAVE_FILE = """(text) => {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  link.download = "conversation.json";
+  link.click();
+}"""
+"""JavaScript that saves a text as a file, so that the server needs no file."""
 
 UPLOAD_LIFETIME = 24 * 3600
 """Time after which an upload is deleted, in seconds. All uploads are deleted on exit."""
@@ -62,8 +70,15 @@ def create_page(scheduler: Scheduler, model_name: str) -> gr.Blocks:
             elem_id="head",
         )
         with gr.Row(elem_id="body"):
-            with gr.Column(scale=5, min_width=420):
-                chat, box, status, new_chat = _chat_column(examples)
+            with gr.Column(scale=5, min_width=320):
+                chat = _chat(examples)
+                box = _text_box()
+                with gr.Row(elem_id="foot"):
+                    status = gr.HTML(elem_id="note")
+                    export = gr.Button("Export", size="sm", scale=0, min_width=80, elem_id="export")
+                    new_chat = gr.Button(
+                        "New chat", size="sm", scale=0, min_width=100, elem_id="new"
+                    )
             with gr.Column(scale=2, min_width=320, elem_id="side"):
                 gr.HTML("<h2>What the model sees</h2>")
                 preview = gr.HTML(NO_IMAGES_HTML, elem_id="pictures")
@@ -77,56 +92,75 @@ def create_page(scheduler: Scheduler, model_name: str) -> gr.Blocks:
                     elem_id="partition",
                 )
                 with gr.Accordion("Generation settings", open=False, elem_id="controls"):
-                    controls = _generation_controls()
-        # The chat is never an input, because a browser could insert any path into it.
-        messages, conversation, question, last_preview = map(
-            gr.State, ((), Conversation(), EMPTY_BOX, None)
+                    system_text, *controls = _generation_controls()
+        taken = gr.JSON(EMPTY_BOX | {"number": 0}, visible="hidden")
+        removed = gr.Number(0, visible="hidden")
+        exported = gr.Textbox(visible="hidden")
+        components = Components(
+            chat=chat,
+            box=box,
+            taken=taken,
+            last_taken=gr.State(0),
+            status=status,
+            new_chat=new_chat,
+            preview=preview,
+            conversation=gr.State(Conversation()),
+            previewed=gr.State(None),
         )
-        events = PageEvents(scheduler, examples)
+        settings = [max_partition, system_text, *controls]
+        events = PageEvents(scheduler, components, examples, model_name)
         private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         unlimited: dict[str, Any] = private | {"concurrency_limit": None}
+        conversation = components.conversation
+        asking: dict[str, Any] = unlimited | {
+            "outputs": [chat, box, taken, components.last_taken, status, new_chat, conversation]
+        }
         preview_images: dict[str, Any] = unlimited | {
             "fn": events.preview_images,
-            "inputs": [box, conversation, max_partition, last_preview],
-            "outputs": [box, preview, last_preview],
+            "inputs": [
+                box,
+                conversation,
+                max_partition,
+                components.previewed,
+                components.last_taken,
+                removed,
+            ],
+            "outputs": [preview, components.previewed, taken, components.last_taken],
             "trigger_mode": "always_last",
         }
-        submit: dict[str, Any] = unlimited | {
-            "fn": events.submit_question,
-            "inputs": [box, messages, conversation],
-            "outputs": [box, chat, messages, conversation, question, status, new_chat],
-        }
-        answer: dict[str, Any] = unlimited | {
-            "fn": events.generate_answer,
-            "inputs": [messages, conversation, question, max_partition, *controls],
-            "outputs": [chat, messages, conversation, box, status, new_chat],
-        }
-        # This handles errors outside of `generate_answer`, such as a value that Gradio rejects.
-        restore: dict[str, Any] = unlimited | {
-            "fn": restore_question,
-            "inputs": [messages, conversation, question],
-            "outputs": answer["outputs"],
-        }
-        gr.on([box.change, max_partition.change], **preview_images)
-        box.submit(**submit).success(**answer).failure(**restore)
-        selected = chat.example_select(events.select_example, None, box, **private)
-        selected.success(**submit).success(**answer).failure(**restore)
+        taken.change(None, [box, taken], [box, removed], js=REMOVE_FROM_BOX, **private)
+        gr.on([box.change, removed.change, max_partition.change], **preview_images)
+        box.submit(events.ask, [box, conversation, *settings], **asking)
+        chat.example_select(events.ask_example, [conversation, *settings], **asking)
+        chat.retry(events.retry, [conversation, *settings], **asking)
+        chat.edit(events.edit, [conversation, *settings], **asking)
         box.stop(events.stop_answer, queue=False, **private)
-        everything = [chat, messages, conversation, box, status, preview, last_preview]
-        gr.on([new_chat.click, chat.clear], start_new_chat, None, everything, **private)
-        page.unload(events.close_session)
+        undone = [chat, box, status, conversation]
+        chat.undo(events.undo, [box, conversation], undone, **private)
+        everything = [*undone, preview, components.previewed]
+        new_chat.click(events.start_new_chat, None, everything, **private)
+        export.click(events.export, [conversation, system_text], exported, **private).success(
+            None, exported, js=SAVE_FILE, **private
+        )
+        page.unload(events.stop_answer)
     page.example_files = frozenset(path for example in examples for path in example["files"])
     box.keep_in_cache.update(page.example_files)  # `delete_cache` must not remove them
     return page
 
 
-def launch_page_in_thread(page: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> str:
+def launch_page_in_thread(
+    page: gr.Blocks,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    auth: tuple[str, str] | None = None,
+) -> str:
     """Serve a page in another thread until the page is closed.
 
     Args:
       page: The page.
       host: Address to listen on.
       port: Port to listen on; None for the first free port starting at 7860.
+      auth: User name and password that visitors must enter; None for none.
 
     Returns:
       The page's URL.
@@ -137,6 +171,7 @@ def launch_page_in_thread(page: gr.Blocks, host: str = "127.0.0.1", port: int | 
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,
+        auth=auth,
         share=False,
         quiet=True,
         prevent_thread_lock=True,
@@ -157,6 +192,7 @@ def launch_page_in_thread(page: gr.Blocks, host: str = "127.0.0.1", port: int | 
         },
         theme=_theme(),
         css_paths=ASSETS / "page.css",
+        js=(ASSETS / "page.js").read_text(),
     )
     return url
 
@@ -171,15 +207,15 @@ def _copy_examples() -> list[BoxContent]:
     ]
 
 
-def _chat_column(
-    examples: list[BoxContent],
-) -> tuple[gr.Chatbot, gr.MultimodalTextbox, gr.HTML, gr.Button]:
-    chat = gr.Chatbot(
+def _chat(examples: list[BoxContent]) -> gr.Chatbot:
+    return gr.Chatbot(
         show_label=False,
         elem_id="chat",
         height=None,
         layout="bubble",
         buttons=["copy"],
+        editable="user",
+        group_consecutive_messages=False,  # Gradio cannot edit a text in a group with a picture
         feedback_options=None,
         placeholder="Attach a picture below and ask, or try one of these:",
         examples=[
@@ -187,23 +223,30 @@ def _chat_column(
             for example in examples
         ],
     )
-    box = gr.MultimodalTextbox(
+
+
+def _text_box() -> gr.MultimodalTextbox:
+    return gr.MultimodalTextbox(
         show_label=False,
         elem_id="box",
-        placeholder="Ask a question. Attach, drop or paste pictures.",
+        placeholder="Ask, or attach a picture",
         file_count="multiple",
         file_types=["image"],
+        max_plain_text_length=2**31,  # Gradio would make a file of a longer text that is pasted
         autofocus=True,
     )
-    with gr.Row(elem_id="foot"):
-        status = gr.HTML(elem_id="note")
-        new_chat = gr.Button("New chat", size="sm", scale=0, min_width=110, elem_id="new")
-    return chat, box, status, new_chat
 
 
 def _generation_controls() -> list[Component]:
-    """Return the controls in the order of `PageEvents.generate_answer`'s parameters."""
+    """Return the controls in the order of the settings of `PageEvents`."""
     return [
+        gr.Textbox(
+            "",
+            label="System text",
+            info="instructions for all answers",
+            lines=2,
+            elem_id="system",
+        ),
         gr.Slider(
             0,
             2,
@@ -224,7 +267,7 @@ def _generation_controls() -> list[Component]:
         gr.Number(
             0,
             label="Seed",
-            info="used with a temperature above 0",
+            info="used with a temperature above 0; each retry adds 1",
             precision=0,
             minimum=0,
             maximum=2**32 - 1,

@@ -34,6 +34,8 @@ BLOCKED_ROUTES = tuple(
         "process_recording",  # runs ffmpeg on data that a visitor sends
         "component_server",
         "deep_link",
+        "vibe-",
+        "undo-vibe-",
     )
 )
 """Gradio routes that the page does not need and that fetch URLs, write files or run programs."""

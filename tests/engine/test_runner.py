@@ -23,3 +23,17 @@ def test_too_many_stop_ids(ovis):
     model = replace(ovis.model, config=replace(ovis.config, eos_ids=tuple(range(17))))
     with pytest.raises(OvisError, match="eos_token_id: 17 ids, but the engine supports at most 16"):
         ModelRunner(model, ovis.params, max_num_seqs=1, max_model_len=MAX_MODEL_LEN, chunk_size=8)
+
+
+@pytest.mark.slow
+def test_programs_with_masks_are_compiled_only_for_constraints(ovis, monkeypatch):
+    masked, run_decode = [], ModelRunner.run_decode
+
+    def record(runner, state, active, mode, masks=None):
+        masked.append(masks is not None)
+        return run_decode(runner, state, active, mode, masks)
+
+    monkeypatch.setattr(ModelRunner, "run_decode", record)
+    sizes = {"max_num_seqs": 1, "max_model_len": MAX_MODEL_LEN, "chunk_size": 8}
+    ModelRunner(ovis.model, ovis.params, **sizes, supports_constraints=False)
+    assert len(masked) > 3 and not any(masked)

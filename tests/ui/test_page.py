@@ -2,6 +2,9 @@
 
 import asyncio
 import gc
+import json
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -87,12 +90,13 @@ def other_page(visit, url):
     page.close()
 
 
-def attach(page: Page, *paths: Path) -> None:
+def attach(page: Page, *paths: Path, total: int = 0) -> None:
+    """Attach pictures, and wait until the page shows the total number of them."""
     # Not set_input_files, which does nothing for the file that was attached last.
     with page.expect_file_chooser() as chooser:
         page.click("#box [data-testid=upload-button]")
     chooser.value.set_files(paths)
-    expect(page.locator("#pictures figure")).to_have_count(len(paths))
+    expect(page.locator("#pictures figure")).to_have_count(total or len(paths))
 
 
 def ask(page: Page, text: str) -> None:
@@ -104,26 +108,34 @@ def answers(page: Page):
     return page.locator("#chat [data-testid=bot]")
 
 
+def wait_for_answer(page: Page, number: int = 1) -> None:
+    """Wait until the last of this many answers is complete."""
+    expect(answers(page)).to_have_count(number)
+    expect(answers(page).last).not_to_have_text("…")
+    expect(page.locator("#box .submit-button")).to_be_visible()
+
+
+def questions(page: Page):
+    return page.locator("#chat [data-testid=user]")
+
+
 @pytest.mark.usefixtures("show_every_token")
-def test_answer_appears_gradually_and_a_follow_up_is_understood(page, ovis):
-    page.evaluate(
-        """() => { window.seen = []; new MutationObserver(() => {
-            const bot = document.querySelector('#chat [data-testid=bot]');
-            const text = bot ? bot.innerText.trim() : '';
-            if (text && text != window.seen.at(-1)) window.seen.push(text);
-        }).observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
-    )
+def test_answer_appears_gradually_and_a_follow_up_is_understood(page, ovis, decode_gate):
     attach(page, SHAPES)
     tokens = ovis.processor.encode("Hi", [Image.open(SHAPES)]).tokens
     expect(page.locator("#tokens")).to_have_text(str(np.count_nonzero(tokens <= -300)))
     ask(page, "Describe the picture.")
+    decode_gate.run(2)
+    expect(answers(page)).to_contain_text("There is")
+    expect(answers(page)).not_to_contain_text("circle")
+    decode_gate.run(6)
+    expect(answers(page)).to_contain_text("yellow circle")
+    expect(answers(page)).not_to_contain_text("left")
+    decode_gate.open()
     expect(answers(page)).to_have_text(
         "There is a big yellow circle at the top, a small orange diamond at the top right, "
         "a big purple cross on the right and a big black cross at the bottom left."
     )
-    placeholder, *seen = page.evaluate("window.seen")
-    assert placeholder == "…" and len(set(seen)) >= 3
-    assert all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:], strict=False))
     expect(page.locator("#note")).to_contain_text("written")
     expect(page.locator("#tokens")).to_be_visible()  # the image is part of the next prompt too
     ask(page, "What colour is the diamond?")
@@ -142,8 +154,11 @@ def test_two_images(page):
 
 
 def test_example_takes_one_click(page):
+    page.fill("#box textarea", "a draft")
     page.locator("#chat .example", has_text="Which word").click()
     expect(answers(page)).to_have_text("The word is WOLF.")
+    expect(page.locator("#pictures figure")).to_have_count(1)
+    expect(page.locator("#box textarea")).to_have_value("a draft")
 
 
 @pytest.mark.usefixtures("show_every_token")
@@ -207,19 +222,237 @@ def test_leaving_the_page_aborts_the_request(other_page, scheduler, decode_gate,
 def test_broken_file_gets_a_message(page, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(SHAPES.read_bytes()[:200])
+    page.fill("#box textarea", "a draft")
     page.set_input_files("#box input[type=file]", [broken, SHAPES])
     toast = page.locator(".toast-body")
     expect(toast).to_contain_text("broken.png cannot be shown: the bytes are not a complete")
     assert "Traceback" not in page.content() and str(tmp_path) not in toast.inner_text()
-    expect(page.locator("#pictures figure")).to_have_count(1)  # the other file is kept
+    expect(page.locator("#box .thumbnail-item")).to_have_count(1)  # the other file is kept
+    expect(page.locator("#pictures figure")).to_have_count(1)
+    expect(page.locator("#box textarea")).to_have_value("a draft")
 
 
-def test_rejected_question_returns_to_the_text_box(page):
+def test_draft_survives_an_answer_and_enter_is_held_back(page, decode_gate, submitted):
+    attach(page, SHAPES)
+    ask(page, "Describe the picture.")
+    decode_gate.run(8)
+    expect(page.locator("#box textarea")).to_have_value("")
+    attach(page, EXAMPLES / "wide.png", total=2)
+    page.fill("#box textarea", "What colour is the star?")
+    page.press("#box textarea", "Enter")
+    decode_gate.open()
+    expect(answers(page)).to_contain_text("at the bottom left.")
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    assert len(submitted) == 1
+    expect(page.locator("#box textarea")).to_have_value("What colour is the star?")
+    expect(page.locator("#box .thumbnail-item")).to_have_count(1)
+    page.press("#box textarea", "Enter")
+    expect(answers(page)).to_have_count(2)
+    expect(answers(page).last).to_contain_text("purple")
+    assert len(submitted) == 2 and len(submitted[1].pixels) == 1 + 3
+    expect(page.locator("#box textarea")).to_have_value("")
+    expect(page.locator("#box .thumbnail-item")).to_have_count(0)
+
+
+def test_text_that_is_typed_while_a_question_is_sent_stays_in_the_box(page, submitted, monkeypatch):
+    """Also if the server takes its time, and Enter is pressed again."""
+    received, go_on = threading.Event(), threading.Event()
+    open_images = events.open_uploaded_images
+
+    def open_slowly(paths):
+        received.set()
+        assert go_on.wait(60)
+        return open_images(paths)
+
+    attach(page, SHAPES)
+    monkeypatch.setattr(events, "open_uploaded_images", open_slowly)
+    ask(page, "Describe the picture.")
+    assert received.wait(60)
+    page.focus("#box textarea")
+    page.keyboard.press("End")
+    page.keyboard.type(" And then?")
+    page.press("#box textarea", "Enter")
+    go_on.set()
+    expect(answers(page)).to_contain_text("at the bottom left.")
+    expect(page.locator("#box textarea")).to_have_value(" And then?")
+    expect(page.locator("#box .thumbnail-item")).to_have_count(0)
+    expect(page.locator("#pictures figure")).to_have_count(1)
+    assert len(submitted) == 1
+
+
+def test_long_text_is_pasted_as_text(page):
+    text = "many words " * 200
+    page.locator("#box textarea").evaluate(
+        """(area, text) => { const data = new DataTransfer(); data.setData("text", text);
+        window.pasted = area.dispatchEvent(
+            new ClipboardEvent("paste", {clipboardData: data, cancelable: true})); }""",
+        text,
+    )
+    assert page.evaluate("window.pasted")  # the page leaves it to the browser
+
+
+def test_question_without_an_answer_can_be_undone(page):
     question = "word " * MAX_MODEL_LEN + "?"
+    attach(page, SHAPES)
     ask(page, question)
     expect(answers(page)).to_contain_text("positions long")
-    expect(page.locator("#box textarea")).to_have_value(question)
-    expect(page.locator("#note")).to_contain_text("not part of the conversation")
+    expect(page.locator("#note")).to_contain_text("The question has no answer.")
+    page.fill("#box textarea", "a draft")
+    page.click("#chat [aria-label=Undo]")
+    expect(page.locator("#box textarea")).to_have_value(f"{question}\na draft")
+    expect(page.locator("#box .thumbnail-item")).to_have_count(1)
+    expect(answers(page)).to_have_count(0)
+    expect(page.locator("#pictures figure")).to_have_count(1)
+
+
+def test_retry_asks_the_same_question_with_another_seed(page, scheduler, submitted):
+    ask(page, "Who are you?")
+    wait_for_answer(page)
+    page.fill("#box textarea", "a draft")
+    page.click("#chat [aria-label=Retry]")
+    wait_until(scheduler, lambda: len(submitted) == 2)
+    expect(page.locator("#note")).to_contain_text("written")
+    expect(answers(page)).to_have_count(1)
+    first, second = submitted
+    assert np.array_equal(first.tokens, second.tokens)
+    assert (first.seed, second.seed) == (0, 1)
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    expect(page.locator("#box textarea")).to_have_value("a draft")
+
+
+@pytest.fixture
+def ignored(monkeypatch):
+    """Set when the server ignores an event, because the visitor is being answered."""
+    ignored, reserve = threading.Event(), events.PageEvents._reserve
+
+    @contextmanager
+    def observed(self, request):
+        with reserve(self, request) as stream:
+            if stream is None:
+                ignored.set()
+            yield stream
+
+    monkeypatch.setattr(events.PageEvents, "_reserve", observed)
+    return ignored
+
+
+def test_enter_during_a_retry_is_held_back(page, scheduler, submitted, ignored, request):
+    ask(page, "Who are you?")
+    wait_for_answer(page)
+    decode_gate = request.getfixturevalue("decode_gate")
+    page.click("#chat [aria-label=Retry]")
+    wait_until(scheduler, lambda: len(submitted) == 2)
+    page.fill("#box textarea", "Why?")
+    page.press("#box textarea", "Enter")
+    assert ignored.wait(60)
+    decode_gate.open()
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    expect(page.locator("#box textarea")).to_have_value("Why?")
+    assert len(submitted) == 2
+
+
+def test_editing_a_question_removes_what_follows(page, submitted):
+    attach(page, EXAMPLES / "wide.png")
+    ask(page, "Where is the green heart?")
+    wait_for_answer(page)
+    attach(page, SHAPES, total=2)
+    ask(page, "Which of the two pictures has more shapes?")
+    wait_for_answer(page, 2)
+    page.locator("#chat [aria-label=Edit]").first.click()
+    expect(page.locator("#chat .edit-textarea")).to_have_value("Where is the green heart?")
+    page.fill("#chat .edit-textarea", "What colour is the star?")
+    page.click("#chat [aria-label=Submit]")
+    expect(answers(page)).to_have_count(1)
+    expect(answers(page)).to_contain_text("purple")
+    expect(questions(page)).to_have_text(["", "What colour is the star?"])
+    expect(page.locator("#pictures figure")).to_have_count(1)
+    assert len(submitted) == 3 and len(submitted[2].pixels) == 3
+
+
+def test_question_cannot_be_emptied(page, submitted):
+    ask(page, "Who are you?")
+    wait_for_answer(page)
+    page.click("#chat [aria-label=Edit]")
+    page.fill("#chat .edit-textarea", " ")
+    page.click("#chat [aria-label=Submit]")
+    expect(page.locator(".toast-body")).to_contain_text("The question is empty.")
+    expect(questions(page)).to_have_text("Who are you?")
+    assert len(submitted) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# 1 *a* **b** _c_ ~~d~~ `e` | f | > g",
+        "- one\n- two\n\n1. three\n    four  five\tsix",
+        "<b>bold</b> <img src=x> &amp; &#42; <!-- no -->",
+        "$$x^2$$ [a](https://b.org) www.c.org d@e.org https://f.org ![g](h)",
+        "%%%LATEX_BLOCK_0%%% \\*i\\* ```\nj\n``` “quoted” 你好 🙂 ---",
+    ],
+)
+def test_questions_are_shown_and_edited_as_typed(page, text):
+    ask(page, text)
+    wait_for_answer(page)
+    assert questions(page).inner_text() == text
+    assert questions(page).locator("p *").count() == 0
+    page.click("#chat [aria-label=Edit]")
+    expect(page.locator("#chat .edit-textarea")).to_have_value(text)
+    page.click("#chat [aria-label=Cancel]")
+
+
+def test_system_text_is_read_before_the_first_question(page, submitted, ovis):
+    page.click("#controls button")
+    expect(page.locator("#seed input")).to_have_value("0")  # see test_controls_reach_the_engine
+    page.fill("#system textarea", " Be brief. ")
+    for number, question in enumerate(("Who are you?", "Why?"), 1):
+        ask(page, question)
+        wait_for_answer(page, number)
+    page.fill("#system textarea", "")
+    page.click("#controls button")
+    expected = ovis.processor.encode("Be brief.\n\nWho are you?").tokens
+    first, second = submitted
+    assert np.array_equal(first.tokens, expected)
+    start = len(expected) - 1
+    assert np.array_equal(second.tokens[:start], expected[:start])
+
+
+def test_conversation_is_exported_as_json(page):
+    attach(page, EXAMPLES / "word.png")
+    ask(page, 'Which "word" is in the picture?')
+    wait_for_answer(page)
+    (answer,) = answers(page).all_inner_texts()
+    with page.expect_download() as download:
+        page.click("#export")
+    assert download.value.suggested_filename == "conversation.json"
+    question = {"role": "user", "content": 'Which "word" is in the picture?'}
+    assert json.loads(Path(download.value.path()).read_text()) == {
+        "model": "ovis-tiny",
+        "messages": [
+            question | {"pictures": ["word.png"]},
+            {"role": "assistant", "content": answer.strip()},
+        ],
+    }
+
+
+def test_phone(visit, url):
+    """The chat has nearly the whole width, and nothing is cut."""
+    browser = visit.context.browser
+    context = browser.new_context(viewport={"width": 360, "height": 740}, is_mobile=True)
+    page = context.new_page()
+    page.goto(url)
+    expect(page.locator("#chat .example")).to_have_count(4)
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    chat = page.locator("#chat").bounding_box()
+    assert chat and chat["width"] >= 330
+    for inner in page.locator("#chat .example-text").all():
+        box, outer = inner.bounding_box(), inner.locator("xpath=ancestor::button").bounding_box()
+        assert box and outer and outer["x"] <= box["x"]
+        assert box["x"] + box["width"] <= outer["x"] + outer["width"] <= chat["x"] + chat["width"]
+        assert outer["y"] + outer["height"] <= chat["y"] + chat["height"]
+    page.click("#chat .example >> nth=0")
+    expect(answers(page)).to_contain_text("yellow")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    context.close()
 
 
 def test_image_mark_in_a_text_is_text(page, submitted):
@@ -227,9 +460,7 @@ def test_image_mark_in_a_text_is_text(page, submitted):
     attach(page, SHAPES)
     for number, question in enumerate(("What does <image> mean?", "Why <image>?"), 1):
         ask(page, question)
-        expect(answers(page)).to_have_count(number)
-        expect(page.locator("#note")).to_contain_text("written")
-        expect(page.locator("#box .submit-button")).to_be_visible()  # the answer is complete
+        wait_for_answer(page, number)
     assert len(submitted) == 2
     for request in submitted:
         first = np.flatnonzero(request.tokens <= -300)[0]
@@ -254,7 +485,8 @@ def test_rejected_seed_does_not_end_the_visit(controls, seed, bound):
     page.fill("#seed input", seed)
     ask(page, "Who?")
     expect(page.locator(".toast-body")).to_contain_text(bound)
-    expect(answers(page)).to_contain_text("was not asked")
+    expect(answers(page)).to_have_count(0)
+    expect(page.locator("#chat .error")).to_be_hidden()
     expect(page.locator("#box textarea")).to_have_value("Who?")
     expect(page.locator("#box .submit-button")).to_be_enabled()
     expect(page.locator("#new")).to_be_enabled()
@@ -268,18 +500,40 @@ def test_failing_model_does_not_end_the_visit(page, monkeypatch, caplog):
         patch.setattr(ModelRunner, "run_prefill", run_prefill)
         ask(page, "Who?")
         expect(answers(page)).to_contain_text("the model failed")
-    expect(page.locator("#box textarea")).to_have_value("Who?")
     assert "on fire" in caplog.text and "on fire" not in page.content()
-    page.click("#box .submit-button")
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    page.click("#chat [aria-label=Retry]")
     expect(page.locator("#note")).to_contain_text("written")
-    expect(answers(page)).to_have_count(2)
-    expect(answers(page).last).not_to_contain_text("failed")
+    wait_for_answer(page)
+    expect(answers(page)).not_to_contain_text("failed")
 
 
-def test_image_without_a_question_is_rejected(page):
+def test_failing_page_does_not_end_the_visit(page, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(events, "sampling_from_controls", None)
+        ask(page, "Who?")
+        expect(answers(page)).to_contain_text("the page failed; the server's log has the details")
+    assert "not callable" in caplog.text and "not callable" not in page.content()
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    expect(page.locator("#new")).to_be_enabled()
+
+
+def test_picture_alone_asks_to_be_described(page):
     attach(page, SHAPES)
     page.click("#box .submit-button")
-    expect(page.locator(".toast-body")).to_contain_text("the question is empty")
+    expect(answers(page)).to_contain_text("There is a big yellow circle at the top")
+    expect(questions(page).last).to_have_text("Describe the picture.")
+
+
+def test_empty_question_is_not_sent(page, submitted):
+    ask(page, "Who are you?")
+    wait_for_answer(page)
+    page.press("#box textarea", "Enter")
+    expect(page.locator(".toast-body")).to_contain_text("Write a question or attach a picture.")
+    expect(answers(page)).to_have_count(1)
+    page.fill("#box textarea", "Why?")
+    expect(page.locator("#box textarea")).to_have_value("Why?")
+    assert len(submitted) == 1
 
 
 def test_controls_reach_the_engine(page, scheduler, monkeypatch):

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from ovis_jax.errors import RequestError
-from ovis_jax.ui.events import PageEvents
+from ovis_jax.ui.events import EMPTY_BOX, PageEvents
 from ovis_jax.ui.gradio_isolation import PRIVATE_DIR, SERVED_DIR, use_empty_working_dir
 from ovis_jax.ui.page import ASSETS, EXAMPLES, create_page, launch_page_in_thread
 
@@ -36,10 +36,14 @@ API = "gradio_api"
 class Visitor:
     """Sends requests to a page as its scripts do, or forged ones."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, needs_login: bool = False):
         self.client = httpx.Client(base_url=url, timeout=120)
+        if needs_login:
+            return
         config = self.client.get("/config").json()
-        self.events: list[dict[str, Any]] = config["dependencies"]
+        self.events: list[dict[str, Any]] = [
+            event for event in config["dependencies"] if event["backend_fn"]
+        ]
         self.kinds = {part["id"]: part["type"] for part in config["components"]}
         self.values = {part["id"]: part["props"].get("value") for part in config["components"]}
 
@@ -52,9 +56,20 @@ class Visitor:
             for part in event["inputs"]
         ]
 
-    def send(self, event: dict[str, Any], data: list[Any], event_data: Any = None) -> list[Any]:
+    def event(self, name: str) -> dict[str, Any]:
+        """Return the event with this name."""
+        (event,) = (event for event in self.events if event["targets"][0][1] == name)
+        return event
+
+    def send(
+        self,
+        event: dict[str, Any],
+        data: list[Any],
+        event_data: Any = None,
+        session: str | None = None,
+    ) -> list[Any]:
         """Send an event to the queue, and return all messages until it is completed."""
-        session = uuid.uuid4().hex
+        session = session or uuid.uuid4().hex
         body = {
             "data": data,
             "event_data": event_data,
@@ -77,8 +92,8 @@ class Visitor:
 
     def select_example(self, index: Any, value: Any = None) -> tuple[dict[str, Any], list[Any]]:
         """Click an example; return the last message and all messages."""
-        (event,) = (e for e in self.events if e["targets"][0][1] == "example_select")
-        messages = self.send(event, [], {"index": index, "value": value})
+        event = self.event("example_select")
+        messages = self.send(event, self.inputs(event), {"index": index, "value": value})
         (completed,) = (x for x in messages if x["msg"] == "process_completed")
         return completed, messages
 
@@ -91,9 +106,9 @@ def open_page(scheduler):
     """Serve pages until the end of the module."""
     pages = []
 
-    def open_page() -> Visitor:
+    def open_page(auth: tuple[str, str] | None = None) -> Visitor:
         pages.append(create_page(scheduler, "ovis-tiny"))
-        return Visitor(launch_page_in_thread(pages[-1]))
+        return Visitor(launch_page_in_thread(pages[-1], auth=auth), bool(auth))
 
     yield open_page
     for page in pages:
@@ -265,10 +280,84 @@ def test_only_the_index_of_an_example_is_used(visitor, secrets):
     forged = {"path": "", "text": "x", "files": [{"path": str(secrets[-1]), "meta": META}]}
     for index, (name, text) in enumerate(EXAMPLES.items()):
         completed, _ = visitor.select_example(index, forged)
-        (box,) = completed["output"]["data"]
-        (file,) = box["files"]
-        assert box["text"] == text
-        assert visitor.get(file["path"]).content == (ASSETS / name).read_bytes()
+        question, answer = completed["output"]["data"][0]
+        picture, shown = question["content"]
+        assert shown["text"] == text and "enough" in answer["content"][0]["text"]
+        assert visitor.get(picture["file"]["path"]).content == (ASSETS / name).read_bytes()
+
+
+def test_no_event_of_a_conversation_reveals_a_file(visitor, secrets, link):
+    """Forge the data of each event after a question, then take back and export what it has done."""
+
+    def use(forged: Any, name: str) -> list[Any]:
+        session = uuid.uuid4().hex
+        data = {"index": 0, "value": forged, "previous_value": forged, "files": [forged]}
+        messages = []
+        for event, event_data in (
+            ("submit", None),
+            (name, data),
+            ("retry", None),
+            ("undo", None),
+            ("click", None),
+        ):
+            for found in visitor.events:
+                if found["targets"][0][1] == event:
+                    inputs = visitor.inputs(found)
+                    messages.append(visitor.send(found, inputs, event_data, session))
+        return messages
+
+    text = f"{secrets[-1]}"
+    forms = [text, *forgeries(secrets, link)]
+    used = [(form, name) for form in forms for name in ("edit", "retry", "undo", "click")]
+    with ThreadPoolExecutor(16) as pool:
+        received = list(pool.map(lambda arguments: use(*arguments), used))
+    assert_nothing_leaked(visitor, received, secrets)
+    for messages in received[0][:4]:  # with a text, the events do what they should
+        assert any(message.get("success") for message in messages)
+    assert text in "".join(find_strings(received[0][3]))  # it is in the text box again
+
+
+@pytest.mark.parametrize("index", [-1, 2, 10**30, "0", True, None, 1.0, [0]])
+def test_invalid_index_of_a_question_is_rejected(visitor, index):
+    session, ask, edit = uuid.uuid4().hex, visitor.event("submit"), visitor.event("edit")
+    visitor.send(ask, visitor.inputs(ask), None, session)
+    data = {"index": index, "value": "Why?", "previous_value": "Who?"}
+    *_, completed = (
+        message
+        for message in visitor.send(edit, visitor.inputs(edit), data, session)
+        if message["msg"] == "process_completed"
+    )
+    assert not completed["success"]
+    assert completed["output"]["error"] == "There is no such question."
+
+
+def test_password(open_page, caplog, capfd):
+    visitor = open_page(("ann", "s3cret:word"))
+    (example, *_) = (SERVED_DIR / "examples").glob("*.png")
+    requests = [
+        ("GET", "/config", {}),
+        ("GET", f"{API}/info", {}),
+        ("GET", f"{API}/file={example}", {}),
+        ("POST", f"{API}/upload", {"files": {"files": ("a.png", b"a")}}),
+        ("POST", f"{API}/queue/join", {"json": {"data": [], "fn_index": 0, "session_hash": "a"}}),
+        ("GET", f"{API}/queue/data?session_hash=a", {}),
+        ("POST", f"{API}/run/predict", {"json": {"data": [], "fn_index": 0}}),
+    ]
+    for method, path, content in requests:
+        assert visitor.client.request(method, path, **content).status_code == 401, path
+    assert example.name not in visitor.client.get("/").text
+
+    def log_in(password: str) -> int:
+        form = {"username": "ann", "password": password}
+        return visitor.client.post("/login", data=form).status_code
+
+    for password in ("", "s3cret", "S3cret:word", "s3cret:word "):
+        assert log_in(password) in (400, 422)
+        assert visitor.client.get("/config").status_code == 401
+    assert log_in("s3cret:word") == 200
+    assert "s3cret" not in visitor.client.get("/").text + visitor.client.get("/config").text
+    assert visitor.client.get(f"{API}/file={example}").content == example.read_bytes()
+    assert "s3cret" not in caplog.text + "".join(capfd.readouterr())
 
 
 def test_uploads_are_served_and_accepted(visitor):
@@ -307,7 +396,13 @@ def test_files_of_the_machine_are_not_served(visitor, secrets, link):
 
 @pytest.mark.parametrize(
     "path",
-    ["file=http://example.com/", "file=https://example.com/", "proxy=https://a.hf.space/", "runs"],
+    [
+        "file=http://example.com/",
+        "file=https://example.com/",
+        "proxy=https://a.hf.space/",
+        "runs",
+        "vibe-edit",
+    ],
 )
 def test_unused_routes_do_not_exist(visitor, path):
     assert visitor.client.get(f"{API}/{path}").status_code == 404
@@ -325,15 +420,17 @@ def test_empty_working_dir_protects_even_from_a_handler_that_returns_a_path(
     open_page, secrets, monkeypatch
 ):
     returned = []
-    monkeypatch.setattr(
-        PageEvents, "select_example", lambda *_: {"text": "", "files": [str(returned[-1])]}
-    )
+
+    async def undo(self, *_):
+        return {self._components.box: {"text": "", "files": [str(returned[-1])]}}
+
+    monkeypatch.setattr(PageEvents, "undo", undo)
     before = os.getcwd(), tempfile.gettempdir()
     with use_empty_working_dir():
         visitor = open_page()
         for secret in secrets:
             returned.append(secret)
-            completed, messages = visitor.select_example(0)
-            assert not completed["success"]
+            messages = visitor.send(visitor.event("undo"), [EMPTY_BOX, None])
+            assert not any(message.get("success") for message in messages)
             assert_nothing_leaked(visitor, messages, secrets)
     assert before == (os.getcwd(), tempfile.gettempdir())
