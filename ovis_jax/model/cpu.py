@@ -178,6 +178,26 @@ def update_slice(
     )
 
 
+def write_slot(
+    row: Real[Array, "K S H"], value: Real[Array, "K 1 H"], slot: Int[Array, ""]
+) -> Real[Array, "K S H"]:
+    """Write the key or value of one position into a row of a cache.
+
+    On a CPU, a bfloat16 row is written in a single pass that selects between the old and the new
+    values. `update_slice` would copy a row per step if there are several rows.
+    """
+
+    def update(row: Array, value: Array, slot: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(row, value, slot, axis=1)
+
+    def select(row: Array, value: Array, slot: Array) -> Array:
+        is_written = jnp.arange(row.shape[1])[None, :, None] == slot  # [1, S, 1]
+        return jnp.where(is_written, value, row)
+
+    on_cpu = update if row.dtype == jnp.float32 else select
+    return jax.lax.platform_dependent(row, value, slot, cpu=on_cpu, default=update)
+
+
 def squeeze_single_row(cache: Any) -> Any:
     """Remove the batch axis of a `Cache` with one row, before a loop over tokens.
 

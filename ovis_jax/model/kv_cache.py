@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from ovis_jax.config import DecoderConfig
-from ovis_jax.model.cpu import update_slice
+from ovis_jax.model.cpu import update_slice, write_slot
 from ovis_jax.model.plain_attention import run_kernel_per_device
 from ovis_jax.model.quantized_kv import QuantizedKV
 
@@ -183,16 +183,13 @@ def append_token(block: KeyValue, key_value: NewKeyValue, positions: Int[Array, 
     """
     slots = positions[:, 0] % length(block)
 
-    def write_row(row: Array, value: Array, slot: Array) -> Array:
-        return update_slice(row, value, (0, slot, 0))
-
     def write(rows: Array, values: Array) -> Array:
         if rows.ndim == 3:  # scales
             is_written = jnp.arange(rows.shape[2])[None, None] == slots[:, None, None]
             return jnp.where(is_written, values, rows)
         if len(rows) == 1:  # without a batch axis, every backend updates in place
-            return write_row(rows[0], values[0], slots[0])[None]
-        return jax.vmap(write_row)(rows, values, slots)
+            return write_slot(rows[0], values[0], slots[0])[None]
+        return jax.vmap(write_slot)(rows, values, slots)
 
     def write_int8_on_tpu(rows: Array, values: Array) -> Array:
         if rows.dtype != jnp.int8:
