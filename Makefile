@@ -38,7 +38,7 @@ test: $(VENV)/test
 	$(BIN)/python -m pytest -n auto -m 'not optimized and not exhaustive'
 	$(BIN)/python -m pytest -n auto -m 'optimized and not exhaustive'
 
-# The tests that take long: whole benchmarks, commands of the docs, killed runs, every JAX setting.
+# The tests that take long: whole benchmarks, commands of the docs, killed runs.
 test-exhaustive: $(VENV)/test
 	$(BIN)/python -m pytest -n auto -m 'exhaustive and not optimized'
 	$(BIN)/python -m pytest -n auto -m 'exhaustive and optimized'

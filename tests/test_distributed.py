@@ -54,7 +54,7 @@ def test_all_report_and_start(started):
     assert sorted(started) == [(address, 3, index) for index in range(3)]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_process_learns_which_are_missing(started):
     errors, address = start_together((0, 2), 4, 5)
     assert errors[0] == errors[1] and not started
@@ -119,7 +119,7 @@ def test_invalid_arguments(started, address, index, message):
     assert not started
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_answer_like_one(shallow_checkpoint, tmp_path):
     address = f"localhost:{free_port()}"
     command = [sys.executable, "-m", "tests.two_processes", address]

@@ -20,7 +20,7 @@ from ovis_jax.training.losses import TrainBatch
 from ovis_jax.training.train_step import init_train_state, stack_micro_batches, train_step
 from ovis_jax.training.trainable import split_params
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = pytest.mark.slow
 
 CHECKS = (
     partial(jax.numpy_dtype_promotion, "strict"),

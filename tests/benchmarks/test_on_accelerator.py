@@ -57,7 +57,7 @@ def run_on_bare_machine(tmp_path: Path, *command: str, hide: tuple[str, ...] = (
     )
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_the_rehearsal_runs_every_part(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("out")
     options = ["--rehearse", "--minutes", "600", "--out"]  # a busy machine may be slow
