@@ -43,8 +43,8 @@ test-exhaustive: $(VENV)/test
 	$(BIN)/python -m pytest -n auto -m 'exhaustive and not optimized'
 	$(BIN)/python -m pytest -n auto -m 'exhaustive and optimized'
 
-# The tests to run after an edit, without those that are slow or need PyTorch or a browser. Two and a
-# half minutes on two cores.
+# The tests to run after an edit, without those that are slow or need PyTorch or a browser. One to two
+# and a half minutes on two cores, depending on the processor.
 test-fast: $(VENV)/test
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not exhaustive and not optimized and not torch and not browser'
 
