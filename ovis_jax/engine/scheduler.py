@@ -448,7 +448,7 @@ class Scheduler:
           logits: The logits at the prompts' last positions.
         """
         starts: list[Start] = []
-        rows: list[tuple[int, Slot, Sequence]] = []
+        started: list[tuple[Slot, Sequence]] = []
         for row, prefill in prefills:
             request = prefill.request
             slots = [prefill.slot, *self._free_slots()]
@@ -463,18 +463,18 @@ class Scheduler:
                     request, request.num_started, self.processor.tokenizer, self._eos_ids
                 )
                 request.num_started += 1
-                rows.append((len(starts), slot, slot.sequence))
                 starts.append(start)
+                started.append((slot, slot.sequence))
             else:
                 self._end_prefill(prefill)
                 if request.num_started < request.num_choices:
                     with self.changed:
                         self._waiting.appendleft(request)
         for first in range(0, len(starts), len(logits)):
-            group = starts[first : first + len(logits)]
-            self._state, sampled = self._runner.run_start(self._state, logits, group)
-            started = [(i - first, slot, x) for i, slot, x in rows[first : first + len(group)]]
-            self._unread.append(SampledStep(sampled, started))
+            group = slice(first, first + len(logits))
+            self._state, sampled = self._runner.run_start(self._state, logits, starts[group])
+            rows = [(row, slot, x) for row, (slot, x) in enumerate(started[group])]
+            self._unread.append(SampledStep(sampled, rows))
 
     def _make_start(self, request: Request, slot: int, row: int) -> Start | None:
         """Return the start of a request's next choice; None if the request fails."""
@@ -518,9 +518,7 @@ class Scheduler:
     def _next_rows(self) -> list[tuple[int, Slot, Sequence]]:
         """Return the rows of the next step; end the sequences whose constraint says so."""
         running = [
-            (number, slot, slot.sequence)
-            for number, slot in enumerate(self._slots)
-            if slot.sequence is not None
+            (slot.index, slot, slot.sequence) for slot in self._slots if slot.sequence is not None
         ]
         unconstrained = any(sequence.matcher is None for _, _, sequence in running)
         waits = not (unconstrained or self._prefills or self._unread)  # there is nothing else to do

@@ -25,7 +25,7 @@ from ovis_jax.errors import OvisError, require_extra
 from ovis_jax.inputs.open_image import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_PIXELS
 from ovis_jax.loading import load
 from ovis_jax.mesh import data_parallel_meshes
-from ovis_jax.server.sockets import bind_sockets, http_url
+from ovis_jax.server.sockets import LOOPBACK_HOSTS, bind_sockets, http_url
 
 API_KEY = "OVIS_API_KEY"
 
@@ -150,12 +150,12 @@ def serve(
 
         from ovis_jax.server.app import create_app
         from ovis_jax.server.connections import SPARE_CONNECTIONS, TimedProtocol
-        from ovis_jax.server.preprocess import RequestLimits
+        from ovis_jax.server.preprocess import RequestLimits, default_max_requests
         from ovis_jax.server.shutdown import DrainingServer
     notes = Console(stderr=True, highlight=False)
     if api_key == "":
         raise OvisError(f"the API key is empty; set one, or unset {API_KEY} for an open server")
-    if host not in ("127.0.0.1", "::1", "localhost") and api_key is None:
+    if host not in LOOPBACK_HOSTS and api_key is None:
         notes.print(f"note: other machines may reach {host}, and no --api-key is set")
     for origin in allow_origin or []:
         if origin != "*" and not ORIGIN.fullmatch(origin):
@@ -167,7 +167,7 @@ def serve(
     limits = RequestLimits(
         max_body_bytes=max_body_bytes,
         max_total_body_bytes=max_total_body_bytes,
-        max_requests=4 * data_parallel * (max_num_seqs + max_queued_requests) + 64,
+        max_requests=default_max_requests(max_num_seqs, max_queued_requests, data_parallel),
         max_requests_per_client=max_requests_per_client,
         body_timeout=body_timeout,
         max_images=max_images,

@@ -79,6 +79,11 @@ class RequestLimits:
     allow_remote_images: bool = False
 
 
+def default_max_requests(max_num_seqs: int, max_queued_requests: int, num_engines: int = 1) -> int:
+    """Return the maximum number of requests of a server, from the sizes of each engine."""
+    return 4 * num_engines * (max_num_seqs + max_queued_requests) + 64
+
+
 @dataclass
 class Preprocessor:
     """Converts request bodies to engine requests.

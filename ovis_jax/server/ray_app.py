@@ -18,7 +18,7 @@ from ovis_jax.engine.scheduler import run_engine
 from ovis_jax.loading import load
 from ovis_jax.mesh import tensor_parallel_mesh
 from ovis_jax.server.app import create_app
-from ovis_jax.server.preprocess import RequestLimits
+from ovis_jax.server.preprocess import RequestLimits, default_max_requests
 
 Options = dict[str, Any] | Json[dict[str, Any]]
 """Ray's options: an object in a config file, or JSON on the command line."""
@@ -69,7 +69,7 @@ class Replica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         args = self._args
         limits = RequestLimits(
-            max_requests=4 * (args.max_num_seqs + args.max_queued_requests) + 64,
+            max_requests=default_max_requests(args.max_num_seqs, args.max_queued_requests),
             max_tokens=args.max_new_tokens,
             request_timeout=args.request_timeout,
         )

@@ -7,6 +7,9 @@ from contextlib import ExitStack, contextmanager
 
 from ovis_jax.errors import OvisError
 
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+"""Hosts that other machines cannot reach."""
+
 UNSUPPORTED_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 """Errors for an address type that this machine does not support, such as IPv6."""
 

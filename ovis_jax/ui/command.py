@@ -21,7 +21,7 @@ from ovis_jax.engine.scheduler import run_engine
 from ovis_jax.errors import OvisError, require_extra
 from ovis_jax.loading import load
 from ovis_jax.mesh import tensor_parallel_mesh
-from ovis_jax.server.sockets import bind_sockets
+from ovis_jax.server.sockets import LOOPBACK_HOSTS, bind_sockets
 
 AUTH = "OVIS_UI_AUTH"
 
@@ -75,7 +75,7 @@ def ui(
     with bind_sockets(host.strip("[]"), port or 0):
         pass  # checks the port before the model is loaded; Gradio binds it again later
     notes = Console(stderr=True, highlight=False)
-    if host not in ("127.0.0.1", "::1", "localhost") and credentials is None:
+    if host not in LOOPBACK_HOSTS and credentials is None:
         notes.print(f"note: other machines may reach {host}, and no --auth is set")
     notes.print(f"loading {model}")
     mesh = tensor_parallel_mesh(tensor_parallel)
