@@ -10,7 +10,7 @@ import jsonschema
 import numpy as np
 import pytest
 from compilations import compilations
-from serving_setup import MAX_NUM_SEQS, is_idle, wait_until
+from serving_setup import MAX_NUM_SEQS, is_idle
 
 from ovis_jax import Sampling
 from ovis_jax.config import OvisConfig
@@ -231,7 +231,7 @@ def test_log_probabilities_are_those_of_the_allowed_tokens(scheduler, submit, co
 
 @pytest.mark.slow
 def test_constrained_sequences_join_every_second_step(
-    make_scheduler, submit, compile_constraint, monkeypatch
+    make_scheduler, submit, compile_constraint, decode_gate, monkeypatch
 ):
     """The others join every step, also while a mask takes long."""
     steps, may_advance = [], threading.Event()
@@ -248,13 +248,14 @@ def test_constrained_sequences_join_every_second_step(
     monkeypatch.setattr(ModelRunner, "run_decode", noted)
     monkeypatch.setattr(Matcher, "_advance", blocked)
     scheduler = make_scheduler()
-    plain = submit(scheduler, "Go on.", sampling=ENDLESS, max_new_tokens=200)
-    wait_until(scheduler, lambda: plain.request.first_token_time)
+    plain = submit(scheduler, "Go on.", sampling=ENDLESS, max_new_tokens=300)
+    decode_gate.run(0)
     matchers = compile_constraint("regex", "a{300}")
     constrained = submit(scheduler, "Who?", matchers=matchers, max_new_tokens=9)
-    wait_until(scheduler, lambda: plain.request.completion_tokens == 100)
+    decode_gate.run(50)
     assert constrained.request.completion_tokens == 1 and {*steps} == {(1, False)}
     may_advance.set()
+    decode_gate.open()
     assert constrained.last_event().finish_reason == plain.last_event().finish_reason == "length"
     both = [active == 2 for active, _ in steps]
     assert sum(both) > 3 and not any(map(operator.and_, both, both[1:]))

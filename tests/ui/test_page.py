@@ -115,6 +115,20 @@ def wait_for_answer(page: Page, number: int = 1) -> None:
     expect(page.locator("#box .submit-button")).to_be_visible()
 
 
+def open_settings(page: Page) -> None:
+    """Open the generation settings, and wait until all of them are there.
+
+    They are created when they are first shown, and a value that is filled in before the last one is
+    there can be lost. They do not appear in their order.
+    """
+    page.click("#controls button")
+    expect(page.locator("#system textarea")).to_have_value("")
+    for name, value in (("temperature", "0"), ("top-p", "1"), ("top-k", "0")):
+        expect(page.locator(f"#{name} input[type=range]")).to_have_value(value)
+    expect(page.locator("#longest input")).to_have_value("512")
+    expect(page.locator("#seed input")).to_have_value("0")
+
+
 def questions(page: Page):
     return page.locator("#chat [data-testid=user]")
 
@@ -401,8 +415,7 @@ def test_questions_are_shown_and_edited_as_typed(page, text):
 
 
 def test_system_text_is_read_before_the_first_question(page, submitted, ovis):
-    page.click("#controls button")
-    expect(page.locator("#seed input")).to_have_value("0")  # see test_controls_reach_the_engine
+    open_settings(page)
     page.fill("#system textarea", " Be brief. ")
     for number, question in enumerate(("Who are you?", "Why?"), 1):
         ask(page, question)
@@ -549,11 +562,7 @@ def test_controls_reach_the_engine(page, scheduler, monkeypatch):
     page.fill("#partition input[type=number]", "1")
     page.press("#partition input[type=number]", "Enter")
     expect(page.locator("#pictures")).to_contain_text("1 crop")
-    page.click("#controls button")
-    # The controls are created when they are first shown, and a value that is filled in before the
-    # last one is there can be lost.
-    expect(page.locator("#seed input")).to_have_value("0")
-    expect(page.locator("#longest input")).to_have_value("512")
+    open_settings(page)
     for name, value in (("temperature", "0.5"), ("top-p", "0.9"), ("top-k", "7")):
         page.fill(f"#{name} input[type=number]", value)
         expect(page.locator(f"#{name} input[type=range]")).to_have_value(value)
