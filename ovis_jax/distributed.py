@@ -6,8 +6,10 @@ missing, all others raise an ordinary error that names the missing process.
 """
 
 import contextlib
+import os
 import socket
 import time
+from collections import Counter
 
 import jax
 
@@ -17,6 +19,10 @@ RETRY_SECONDS = 0.1
 """Pause between two attempts to reach the coordinator, in seconds."""
 REPORT_SECONDS = 5.0
 """Maximum time for a connected process to send its index, in seconds."""
+HEARTBEAT_TIMEOUT_SECONDS = 20
+"""If a process dies, JAX ends all others after this time."""
+DEFAULT_PORT = 8476
+"""Port of process 0 if the environment names only its host; JAX uses the same one on TPUs."""
 
 
 def initialize_distributed(
@@ -56,8 +62,61 @@ def initialize_distributed(
     if error:
         raise OvisError(error)
     jax.distributed.initialize(
-        coordinator_address, num_processes, process_id, initialization_timeout=max(int(timeout), 1)
+        coordinator_address,
+        num_processes,
+        process_id,
+        initialization_timeout=max(int(timeout), 1),
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
     )
+
+
+def initialize_from_environment() -> None:
+    """Let this process join the processes that a TPU pod or a cluster has started with it.
+
+    Supports the environments that `jax.distributed.initialize` detects (TPU pods, SLURM, Open MPI,
+    Jobs and JobSets of Kubernetes), and LeaderWorkerSets of Kubernetes.
+
+    Raises:
+      OvisError: There is no such environment, or the other processes cannot be reached.
+    """
+    if leader := os.environ.get("LWS_LEADER_ADDRESS"):
+        port = os.environ.get("JAX_COORDINATOR_PORT", DEFAULT_PORT)
+        try:
+            size, index = int(os.environ["LWS_GROUP_SIZE"]), int(os.environ["LWS_WORKER_INDEX"])
+        except (KeyError, ValueError) as error:
+            raise OvisError(
+                f"LWS_LEADER_ADDRESS is set, but LWS_GROUP_SIZE or LWS_WORKER_INDEX is not a number"
+                f" ({error}); LeaderWorkerSet sets all three"
+            ) from error
+        initialize_distributed(f"{leader}:{port}", size, index)
+        return
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS)
+    except (ValueError, RuntimeError) as error:
+        raise OvisError(
+            f"JAX cannot join other processes: {error}; it detects TPU pods, SLURM, Open MPI and"
+            " Kubernetes. Elsewhere, give the coordinator, the number of processes and the index of"
+            " this process"
+        ) from error
+
+
+def describe_devices() -> str:
+    """Return how many devices each process has, such as "process 0 has 4, process 1 has 2"."""
+    counts = Counter(device.process_index for device in jax.devices())
+    return ", ".join(f"process {index} has {count}" for index, count in sorted(counts.items()))
+
+
+def check_same_number_of_devices() -> None:
+    """Check that all processes have the same number of devices, which JAX's collectives assume.
+
+    Raises:
+      OvisError: The numbers differ; the error lists them.
+    """
+    if len({*Counter(device.process_index for device in jax.devices()).values()}) > 1:
+        raise OvisError(
+            f"the numbers of devices differ: {describe_devices()}; give every process the same"
+            " number of devices"
+        )
 
 
 def _collect_reports(host: str, port: int, num_processes: int, timeout: float) -> str:

@@ -10,12 +10,12 @@ FILES = sorted([*ROOT.glob("ovis_jax/**/*.py"), *ROOT.glob("convert/**/*.py")])
 
 LEVELS = [
     {"errors", "argument_type_checks", "user_files"},
-    {"json_fields", "distributed"},
+    {"json_fields", "distributed", "process_agreement", "global_arrays"},
     {"config"},
     {"presets", "sharding", "mesh", "inputs"},
     {"quantization"},
     {"checkpoint", "model"},
-    {"inference", "console", "compile_cache"},
+    {"inference", "console", "compile_cache", "process_options"},
     {"loading", "verify_goldens", "conversion", "plan"},
     {"engine", "evaluation", "words"},
     {"training"},

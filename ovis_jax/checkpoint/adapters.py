@@ -35,6 +35,7 @@ from ovis_jax.checkpoint.safetensors_reader import (
 from ovis_jax.checkpoint.safetensors_writer import save_arrays
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import CheckpointError, OvisError
+from ovis_jax.global_arrays import gather_array, is_global
 from ovis_jax.json_fields import JsonObject, read_json
 from ovis_jax.sharding import (
     TENSOR,
@@ -98,6 +99,9 @@ def save_adapters(
 ) -> None:
     """Write LoRA adapters to a folder, which appears only when it is complete.
 
+    If arrays are sharded over the devices of several processes, all processes must call this
+    function, and process 0 writes.
+
     Args:
       folder: Folder to create; it must either not exist or be empty.
       weights: Float32 arrays by name, two for each matrix `path`: `path/lora_a` [rank, in] and
@@ -107,8 +111,7 @@ def save_adapters(
 
     Raises:
       CheckpointError: The weights are not adapters for matrices of `config`, or their ranks differ.
-      OvisError: The folder is not empty, the scale is not above 0, or an array is not entirely on
-        the devices of this host.
+      OvisError: The folder is not empty, or the scale is not above 0.
       OSError: The disk has too little space, or a file cannot be written.
     """
     folder = Path(folder)
@@ -128,9 +131,12 @@ def save_adapters(
         "scale": float(scale),
         "config": config_json,
     }
+    several = any(map(is_global, weights.values()))
+    arrays = {path: gather_array(x) for path, x in weights.items()}
+    if several and jax.process_index() > 0:
+        return
     check_disk_space(folder, sum(x.nbytes for x in weights.values()))
     with atomic_dir(folder) as partial:
-        arrays = {path: np.asarray(x) for path, x in weights.items()}
         save_arrays(partial / ADAPTER_WEIGHTS_FILE, arrays)
         write_json(partial / ADAPTER_CONFIG_FILE, record)
 

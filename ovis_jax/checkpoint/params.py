@@ -50,6 +50,7 @@ from ovis_jax.checkpoint.safetensors_reader import (
 from ovis_jax.checkpoint.safetensors_writer import (
     MAX_SHARD_BYTES,
     cast_array,
+    order_in_file,
     plan_shards,
     split_array,
     total_bytes,
@@ -65,6 +66,7 @@ from ovis_jax.checkpoint.tensor_index import (
 )
 from ovis_jax.config import OvisConfig
 from ovis_jax.errors import CheckpointError, ConfigError, OvisError
+from ovis_jax.global_arrays import gather_array, is_global
 from ovis_jax.json_fields import read_json
 from ovis_jax.model.linear import Quantized
 from ovis_jax.model.ovis import Params
@@ -435,7 +437,9 @@ def save_params(
 ) -> None:
     """Write parameters to a converted folder, which appears only when it is complete.
 
-    Padding that was added for a mesh is not written.
+    Padding that was added for a mesh is not written. If arrays are sharded over the devices of
+    several processes, all processes must call this function: they gather one array at a time, and
+    process 0 writes.
 
     Args:
       folder: Folder to create; it must either not exist or be empty.
@@ -449,7 +453,7 @@ def save_params(
 
     Raises:
       CheckpointError: The parameters do not match `config`, or they have several dtypes.
-      OvisError: The folder is not empty, or an array is not entirely on the devices of this host.
+      OvisError: The folder is not empty.
       OSError: The disk has too little space, or a file cannot be written.
       TypeError: `params` or `config` has the wrong type.
     """
@@ -475,14 +479,19 @@ def save_params(
     tensors = stored_specs(config, quantization, target)
 
     def read_tensor(name: str) -> Iterator[memoryview]:
-        array, own_dtype = np.asarray(arrays[name]), own_tensors[name][1]
+        array, own_dtype = gather_array(arrays[name]), own_tensors[name][1]
         if own_dtype is None:
             array = cast_array(name, array, target)
         return split_array(pack_int4(array) if own_dtype == "U8" else array)
 
+    shards = plan_shards(tensors, max_shard_bytes)
+    if jax.process_index() > 0 and any(map(is_global, arrays.values())):
+        for names in shards.values():
+            for name in order_in_file({name: tensors[name] for name in names}):
+                gather_array(arrays[name])
+        return
     check_disk_space(folder, total_bytes(tensors))
     with atomic_dir(folder) as partial:
-        shards = plan_shards(tensors, max_shard_bytes)
         sha256 = write_shards(partial, tensors, read_tensor, shards)
         config_json, generation_json = config.to_hf()
         write_json(partial / "config.json", set_config_dtype(config_json, target))
@@ -522,10 +531,9 @@ def remove_padding(
         rows = unpadded_rows(config, axes[path]) if path in axes else None
         if rows is None or not isinstance(array, jax.Array | np.ndarray):
             continue
-        local = isinstance(array, np.ndarray) or array.is_fully_addressable
-        if local and array.ndim and array.shape[0] > rows:
-            padded = np.asarray(array)
-            result[path] = array if np.any(padded[rows:]) else padded[:rows]
+        if array.ndim and array.shape[0] > rows:
+            padded = array if is_global(array) else np.asarray(array)
+            result[path] = array if np.any(gather_array(padded[rows:])) else padded[:rows]
     return result
 
 
@@ -537,9 +545,6 @@ def index_arrays(name: str, arrays: Mapping[str, Any]) -> TensorIndex:
     Args:
       name: Name of the arrays in messages.
       arrays: Arrays by key; a value that is not an array becomes a problem in the index.
-
-    Raises:
-      OvisError: An array is not entirely on the devices of this host.
     """
     known = {**DTYPES, **INTEGER_DTYPES}
     dtype_names = {dtype: dtype_name for dtype_name, dtype in known.items()}
@@ -548,8 +553,6 @@ def index_arrays(name: str, arrays: Mapping[str, Any]) -> TensorIndex:
         if not isinstance(array, jax.Array | np.ndarray):
             found = type(array).__name__
             problems.append(CheckpointProblem(name, key, "not an array", "an array", found))
-        elif isinstance(array, jax.Array) and not array.is_fully_addressable:
-            raise OvisError(f"{key}: parts are on devices of other hosts; gather it to save it")
         else:
             dtype, shape = dtype_names.get(array.dtype, str(array.dtype)), array.shape
             if array.dtype == ml_dtypes.int4 and array.ndim == 3:

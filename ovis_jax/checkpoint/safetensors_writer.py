@@ -163,11 +163,7 @@ def write_safetensors(
       OSError: The file cannot be written.
       ValueError: The chunks of a tensor do not add up to its size.
     """
-
-    def sort_key(name: str) -> tuple[bool, int]:
-        return count_bytes(*tensors[name]) % _ALIGNMENT != 0, -ITEM_BYTES[tensors[name][0]]
-
-    names = sorted(tensors, key=sort_key)
+    names = order_in_file(tensors)
     digest = hashlib.sha256()
     temporary = path.with_name(f"{path.name}.tmp")
     with (
@@ -195,6 +191,15 @@ def write_safetensors(
         hashed.result()
     temporary.replace(path)
     return digest.hexdigest() if compute_checksum else None
+
+
+def order_in_file(tensors: TensorSpecs) -> list[str]:
+    """Return the names of tensors in the order in which `write_safetensors` writes them."""
+
+    def sort_key(name: str) -> tuple[bool, int]:
+        return count_bytes(*tensors[name]) % _ALIGNMENT != 0, -ITEM_BYTES[tensors[name][0]]
+
+    return sorted(tensors, key=sort_key)
 
 
 def _encode_header(tensors: TensorSpecs, metadata: Mapping[str, str] | None) -> bytes:

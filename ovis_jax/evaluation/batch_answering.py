@@ -1,12 +1,16 @@
 """Answering prompts and scoring given answers, in batches of prompts with similar lengths."""
 
+import itertools
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax import Array
 
 from ovis_jax.errors import DataError, OvisError
+from ovis_jax.global_arrays import gather_array
 from ovis_jax.inference.generate import generate
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inference.score import score
@@ -17,6 +21,7 @@ from ovis_jax.inputs.dataset import DatasetRow, read_image_source
 from ovis_jax.inputs.open_image import open_image
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.loading import LoadedOvis
+from ovis_jax.process_agreement import agree
 
 MaxPartition = int | Callable[[int], int]
 """Maximum number of cells that an image is split into, or a function of the number of images."""
@@ -195,11 +200,13 @@ def answer_prompts(
       OvisError: `skipped` is None, and an image or text cannot be processed.
     """
     batches = _batch_prompts(ovis.processor, prompts, batch_size, max_partition, skipped)
+    if not all(x.is_fully_addressable for x in jax.tree.leaves(ovis.params)):
+        batches = _agreed_batches(batches)
     for indices, inputs in batches:
         out = generate(
             ovis.model, ovis.params, inputs, key, max_new_tokens=max_new_tokens, sampling=sampling
         )
-        tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
+        tokens, lengths = gather_array(out.tokens), gather_array(out.lengths)
         texts = ovis.processor.decode(tokens[: len(indices)])
         for row, (index, text) in enumerate(zip(indices, texts, strict=True)):
             yield index, text, tokens[row, : lengths[row]]
@@ -277,6 +284,21 @@ def _batch_prompts(
             pixels = np.concatenate([example.pixels for example in padded])
             tokens = [example.tokens for example in padded]
             yield indices, pad_batch(tokens, pixels, processor.config, processor.buckets)
+
+
+def _agreed_batches(
+    batches: Iterator[tuple[list[int], Inputs]],
+) -> Iterator[tuple[list[int], Inputs]]:
+    """Yield batches after checking that all processes, which share the model, have the same ones."""
+    for number in itertools.count(1):
+        with agree(f"batch {number} of prompts") as values:
+            batch = next(batches, None)
+            if batch is not None:
+                values["shape"] = f"{list(batch[1].tokens.shape)}, {list(batch[1].pixels.shape)}"
+                values["prompts"] = f"{zlib.crc32(np.asarray(batch[1].tokens).tobytes()):08x}"
+        if batch is None:
+            return
+        yield batch
 
 
 def _repeat_last(items: Sequence[Any], count: int) -> list[Any]:

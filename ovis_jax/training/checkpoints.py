@@ -12,6 +12,7 @@ from ovis_jax.checkpoint.file_io import write_json
 from ovis_jax.checkpoint.output_dirs import check_disk_space
 from ovis_jax.errors import CheckpointError
 from ovis_jax.json_fields import read_json
+from ovis_jax.process_agreement import agree, is_agreed
 from ovis_jax.training.train_step import TrainState
 
 RUN_FILE = "run.json"
@@ -44,13 +45,15 @@ class TrainingCheckpoints:
         self._folder = folder.resolve()
         self._folder.mkdir(parents=True, exist_ok=True)
         checkpoints = self._folder / "checkpoints"
-        has_run = (self._folder / RUN_FILE).exists() and checkpoints.exists()
-        if has_run and ocp.utils.checkpoint_steps(checkpoints):
-            self._check_same_run(run_settings, changeable)
-        # The file is replaced by renaming, so it stays intact if the process is killed.
-        partial = self._folder / f"{RUN_FILE}.new"
-        write_json(partial, run_settings)
-        partial.replace(self._folder / RUN_FILE)
+        with agree("run.json"):  # all processes read the file before process 0 writes it
+            has_run = (self._folder / RUN_FILE).exists() and checkpoints.exists()
+            if has_run and ocp.utils.checkpoint_steps(checkpoints):
+                self._check_same_run(run_settings, changeable)
+        if jax.process_index() == 0:
+            # The file is replaced by renaming, so it stays intact if the process is killed.
+            partial = self._folder / f"{RUN_FILE}.new"
+            write_json(partial, run_settings)
+            partial.replace(self._folder / RUN_FILE)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=save_total_limit, cleanup_tmp_directories=True
         )
@@ -65,6 +68,14 @@ class TrainingCheckpoints:
                 f"{self._folder} has the checkpoints of a different run: {'; '.join(lines)};"
                 " restore these settings to resume it, or choose another output_dir"
             )
+
+    def __enter__(self) -> "TrainingCheckpoints":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        # After an error in one process only, the others do not save their parts.
+        if error is None or jax.process_count() == 1 or is_agreed(error):
+            self.close()
 
     def latest_step(self) -> int | None:
         """Return the step of the latest complete checkpoint, or None if there is none."""

@@ -3,11 +3,20 @@
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import typer
 from rich.console import Console
 
 from ovis_jax.console import INTERRUPTED
 from ovis_jax.errors import require_extra
+from ovis_jax.process_agreement import agree, has_several_processes
+from ovis_jax.process_options import (
+    CoordinatorOption,
+    DistributedOption,
+    NumProcessesOption,
+    ProcessIdOption,
+    run_in_processes,
+)
 
 
 def train_command(
@@ -18,10 +27,22 @@ def train_command(
         list[str] | None,
         typer.Argument(help="Config fields to override, such as training.max_steps=100."),
     ] = None,
+    distributed: DistributedOption = False,
+    coordinator: CoordinatorOption = None,
+    num_processes: NumProcessesOption = None,
+    process_id: ProcessIdOption = None,
 ) -> None:
     """Fine-tune a model. If a run was stopped (exit code 4), run the same command to resume it."""
     with require_extra("train"):
         from ovis_jax.training.config import read_train_config
         from ovis_jax.training.trainer import Trainer
-    if not Trainer(read_train_config(config, overrides or ()), Console()).train():
+    with run_in_processes(distributed, coordinator, num_processes, process_id):
+        several = has_several_processes()
+        with agree("the start of the run") as values:
+            console = Console(quiet=several and jax.process_index() > 0)
+            trainer = Trainer(read_train_config(config, overrides or ()), console)
+            if several:
+                values.update(trainer.fingerprint())
+        finished = trainer.train()
+    if not finished:
         raise typer.Exit(INTERRUPTED)

@@ -1,10 +1,13 @@
 """The training loop with steps, validation and checkpoints, which can be resumed."""
 
+import hashlib
 import math
+import os
 import signal
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +16,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
@@ -21,12 +25,14 @@ from ovis_jax.checkpoint.params import load_params, read_config_dtype, save_para
 from ovis_jax.checkpoint.resolve import find_processor_files, resolve_checkpoint
 from ovis_jax.checkpoint.safetensors_reader import DTYPES
 from ovis_jax.config import OvisConfig
+from ovis_jax.distributed import describe_devices
 from ovis_jax.errors import CheckpointError, DataError, TrainingError, count_noun
 from ovis_jax.evaluation.batch_answering import (
     accuracy_by_kind,
     answer_rows,
     check_has_expected_answer,
 )
+from ovis_jax.global_arrays import shard_array
 from ovis_jax.inference.sampling import derive_image_key
 from ovis_jax.inputs.dataset import Dataset, read_dataset
 from ovis_jax.inputs.processor import Processor
@@ -35,11 +41,13 @@ from ovis_jax.mesh import data_model_mesh
 from ovis_jax.model.linear import Quantized
 from ovis_jax.model.lora import init_adapters
 from ovis_jax.model.ovis import Ovis
+from ovis_jax.process_agreement import agree
 from ovis_jax.sharding import RULES_BY_NAME, TENSOR, adapter_shapes, adapter_shardings, param_shapes
 from ovis_jax.training.batches import RowEncoder, iterate_step_batches
 from ovis_jax.training.checkpoints import TrainingCheckpoints
 from ovis_jax.training.config import MeshConfig, TrainConfig
 from ovis_jax.training.losses import PreferenceBatch, TrainBatch
+from ovis_jax.training.output_lock import lock_output
 from ovis_jax.training.reporting import MetricsWriter, ProgressBar, read_metrics
 from ovis_jax.training.train_step import (
     StepMetrics,
@@ -73,6 +81,11 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, console: Console):
         self._config, self._console = config, console
+        if config.mesh is None and jax.process_count() > 1:
+            raise TrainingError(
+                f"mesh is missing; set mesh.data and mesh.model to use the {jax.device_count()}"
+                f" devices of the {jax.process_count()} processes"
+            )
         self._mesh = mesh = None if config.mesh is None else _make_mesh(config)
         folder = resolve_checkpoint(config.model, weights=False).folder
         ovis_config = OvisConfig.from_folder(folder)
@@ -98,9 +111,7 @@ class Trainer:
             frozen = cast(FrozenParams, flatten_dict(params, sep="/"))
             if mesh is not None:
                 shardings = adapter_shardings(ovis_config, mesh, rules)
-                trainable = {
-                    path: jax.device_put(x, shardings[path]) for path, x in trainable.items()
-                }
+                trainable = {path: shard_array(x, shardings[path]) for path, x in trainable.items()}
         self._frozen = self._cast(frozen)
         self._reference = None
         if config.training.objective == "dpo":
@@ -127,14 +138,27 @@ class Trainer:
           True if the run is complete; False if it was stopped. In that case, calling `train` again
           resumes the run.
 
+        With several processes, process 0 writes everything except its part of the checkpoints.
+
         Raises:
           DataError: A row is invalid, and the config does not skip invalid rows.
           CheckpointError: The output folder belongs to a different run, or it contains a result but
             not the checkpoint of the last step.
-          TrainingError: The loss or the gradient norm is not finite.
+          TrainingError: The loss or the gradient norm is not finite, or another process is writing
+            to the output folder.
+          OvisError: With several processes, their batches differ, or one of them failed to read its
+            batch.
           OSError: A file cannot be read or written, or the disk is full. The latest checkpoint
             remains.
         """
+        with ExitStack() as stack:
+            with agree("the output folder"):
+                if jax.process_index() == 0:
+                    stack.enter_context(lock_output(self._config.output_dir))
+            return self._run()
+
+    def _run(self) -> bool:
+        """Start or resume the run while this process owns the output folder."""
         config, console = self._config, self._console
         errors = (*self._train_set.errors, *self._validation_set.errors)
         for error in errors:
@@ -146,6 +170,9 @@ class Trainer:
             config.output_dir, config.run.save_total_limit, self._run_settings(), CHANGEABLE
         )
         latest, max_steps = checkpoints.latest_step(), config.training.max_steps
+        with agree(f"output_dir {config.output_dir}, which all processes must share") as values:
+            values["latest checkpoint"] = str(latest)
+            values["result"] = "exists" if self._result_folder.exists() else "does not exist"
         if self._result_folder.exists() and (latest or 0) < max_steps:
             checkpoints.close()
             raise CheckpointError(
@@ -161,6 +188,8 @@ class Trainer:
             step = self._run_steps(checkpoints, batches, stop)
             if step == max_steps:
                 self._write_result()
+        if jax.process_count() > 1:  # process 0 may still be writing
+            multihost_utils.sync_global_devices("ovis_jax: the run has ended")
         if num_skipped := len(errors) + len(self._encode_row.skipped):
             console.print(f"rows skipped: {num_skipped:,}", highlight=False)
         if step < max_steps:
@@ -176,8 +205,11 @@ class Trainer:
         run, max_steps = self._config.run, self._config.training.max_steps
         step = saved_step = int(self._state.step)
         metrics = None
-        writer = MetricsWriter(self._config.output_dir, step)
         lines = read_metrics(self._config.output_dir)
+        is_validated = any("accuracy" in line and line["step"] == step for line in lines)
+        with agree("metrics.jsonl") as values:  # all have read it before process 0 writes it
+            values["validation"] = f"of step {step} {'exists' if is_validated else 'is missing'}"
+        writer = MetricsWriter(self._config.output_dir, step) if jax.process_index() == 0 else None
         reported: set[str] = set()
 
         def report_skipped() -> None:
@@ -193,22 +225,28 @@ class Trainer:
             report_skipped()
             if accuracies:
                 mean = float(np.mean(list(accuracies.values())))
-                writer.write(step, {"accuracy": mean, "accuracy_by_kind": accuracies})
+                if writer:
+                    writer.write(step, {"accuracy": mean, "accuracy_by_kind": accuracies})
                 bar.print(
                     f"step {step}: {mean:.1%} exact match on validation rows, mean over kinds"
                 )
 
         def save() -> int:
-            _finite_metrics(metrics, step)  # a diverged state must not be saved
+            with agree(f"step {step}"):
+                _finite_metrics(metrics, step)  # a diverged state must not be saved
             checkpoints.save(self._state, batches.get_state())
             return step
 
         # After an error, closing waits until the current checkpoint is saved.
-        with closing(checkpoints), ProgressBar(self._console, step, max_steps) as bar:
-            if not any("accuracy" in line and line["step"] == step for line in lines):
+        with checkpoints, ProgressBar(self._console, step, max_steps) as bar:
+            if not is_validated:
                 validate_if_due()  # the run was stopped before or during this validation
-            while step < max_steps and not stop.requested:
-                batch = self._place_batch(next(batches))
+            while step < max_steps and not stop.poll():
+                with agree(f"step {step + 1}") as values:
+                    host_batch = next(batches)
+                    if jax.process_count() > 1:
+                        values.update(_describe_batch(host_batch))
+                batch = self._place_batch(host_batch)
                 self._state, metrics = train_step(
                     self._model,
                     self._config.training,
@@ -220,9 +258,12 @@ class Trainer:
                 )
                 step += 1
                 is_last = step == max_steps
-                rate = bar.update(step, _num_tokens(batch), metrics.loss)
+                rate = bar.update(step, _num_tokens(host_batch), metrics.loss)
                 if is_last or step % run.logging_steps == 0:
-                    writer.write(step, _finite_metrics(metrics, step) | {"tokens_per_second": rate})
+                    with agree(f"step {step}"):
+                        numbers = _finite_metrics(metrics, step)
+                    if writer:
+                        writer.write(step, numbers | {"tokens_per_second": rate})
                 report_skipped()
                 if is_last or step % run.save_steps == 0:
                     saved_step = save()
@@ -230,7 +271,8 @@ class Trainer:
             if saved_step < step:
                 save()
         batches.close()
-        writer.close()
+        if writer:
+            writer.close()
         return step
 
     def _validation_accuracy(self, stop: "_StopSignal") -> dict[str, float]:
@@ -247,7 +289,7 @@ class Trainer:
         )
         outcomes = []
         for answer in answers:
-            if stop.requested:
+            if stop.poll():
                 return {}
             outcomes.append((answer.row.kind or "all", answer.is_correct))
         accuracies = accuracy_by_kind(outcomes)
@@ -260,7 +302,8 @@ class Trainer:
         """Shard arrays over the given mesh axes; without a mesh, return them unchanged."""
         if self._mesh is None:
             return arrays
-        return jax.device_put(arrays, NamedSharding(self._mesh, PartitionSpec(*axes)))
+        sharding = NamedSharding(self._mesh, PartitionSpec(*axes))
+        return jax.tree.map(lambda x: shard_array(x, sharding), arrays)
 
     def _place_batch(self, batch: TrainBatch | PreferenceBatch) -> TrainBatch | PreferenceBatch:
         """Shard the batch of a step, and add reference log-probabilities to preference pairs."""
@@ -274,6 +317,16 @@ class Trainer:
             for part in (batch.chosen, batch.rejected)
         ]
         return batch._replace(reference_chosen=log_probs[0], reference_rejected=log_probs[1])
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return short descriptions of everything that must be equal in all processes."""
+        packages = "ovis-jax", "jax", "numpy", "pillow", "grain"
+        values = {name: metadata.version(name) for name in packages}
+        values["run settings"] = _checksum([self._run_settings(), self._config.mesh])
+        for name, dataset in (("training", self._train_set), ("validation", self._validation_set)):
+            rows = _checksum([(row.turns, row.preference, row.kind) for row in dataset.rows])
+            values[f"{name} rows"] = f"{len(dataset.rows):,} ({rows})"
+        return values
 
     def _run_settings(self) -> dict[str, Any]:
         """Return the settings that determine the result; a resumed run may change all others."""
@@ -326,8 +379,22 @@ class Trainer:
         save_params(folder, params, config, dtype=dtype, files=files)
 
 
+def _checksum(values: Sequence[Any]) -> str:
+    checksum = hashlib.sha256()
+    for value in values:
+        checksum.update(repr(value).encode())
+    return checksum.hexdigest()[:16]
+
+
 def _make_mesh(config: TrainConfig) -> Mesh:
     sizes, rows = cast(MeshConfig, config.mesh), config.data.micro_batch_size
+    num_devices = sizes.data * sizes.model
+    if jax.process_count() > 1 and num_devices != jax.device_count():
+        raise TrainingError(
+            f"mesh: data {sizes.data} x model {sizes.model} is {count_noun(num_devices, 'device')},"
+            f" expected all {jax.device_count()} of the {jax.process_count()} processes"
+            f" ({describe_devices()})"
+        )
     mesh = data_model_mesh(sizes.data, sizes.model)
     if rows % sizes.data:
         raise TrainingError(
@@ -380,10 +447,28 @@ def _check_validation_rows(dataset: Dataset) -> Dataset:
     return Dataset(tuple(rows), tuple(errors))
 
 
+def _parts(batch: TrainBatch | PreferenceBatch) -> tuple[TrainBatch, ...]:
+    return (batch,) if isinstance(batch, TrainBatch) else (batch.chosen, batch.rejected)
+
+
 def _num_tokens(batch: TrainBatch | PreferenceBatch) -> int:
     """Return the number of positions in a batch, not counting padding."""
-    parts = (batch,) if isinstance(batch, TrainBatch) else (batch.chosen, batch.rejected)
-    return sum(int(np.count_nonzero(np.asarray(part.inputs.positions) >= 0)) for part in parts)
+    return sum(
+        int(np.count_nonzero(np.asarray(part.inputs.positions) >= 0)) for part in _parts(batch)
+    )
+
+
+def _describe_batch(batch: TrainBatch | PreferenceBatch) -> dict[str, str]:
+    """Return the shapes of a batch, and a checksum of its tokens and labels."""
+    checksum = hashlib.sha256()
+    for part in _parts(batch):
+        for x in (part.inputs.tokens, part.inputs.positions, part.labels):
+            checksum.update(np.asarray(x).tobytes())
+    shapes = [
+        f"{list(part.inputs.tokens.shape)} and {list(part.inputs.pixels.shape)}"
+        for part in _parts(batch)
+    ]
+    return {"shapes": ", ".join(shapes), "rows": checksum.hexdigest()[:16]}
 
 
 def _finite_metrics(metrics: StepMetrics | None, step: int) -> dict[str, float]:
@@ -403,12 +488,20 @@ def _finite_metrics(metrics: StepMetrics | None, step: int) -> dict[str, float]:
 
 
 class _StopSignal:
-    """Context manager in which the first SIGTERM or SIGINT requests a stop; a second one exits."""
+    """Context manager in which the first SIGTERM or SIGINT requests a stop; a second one exits.
+
+    With several processes, a signal to one of them stops all of them. JAX has its own handler for
+    SIGTERM, and lets all processes continue to the same call of `poll`. A second SIGTERM has no
+    effect.
+    """
 
     requested = False
 
+    def __init__(self):
+        self._several, self._polls = jax.process_count() > 1, 0
+
     def __enter__(self) -> "_StopSignal":
-        signals = (signal.SIGTERM, signal.SIGINT)
+        signals = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
         self._previous: dict[int, Any] = {x: signal.signal(x, self._request) for x in signals}
         return self
 
@@ -416,6 +509,16 @@ class _StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def poll(self) -> bool:
+        """Return whether to stop now; all processes must call this function equally often."""
+        if self._several and not self.requested:
+            self._polls += 1
+            self.requested = multihost_utils.reached_preemption_sync_point(self._polls)
+        return self.requested
+
     def _request(self, number: int, frame: object) -> None:
-        self.requested = True
         signal.signal(number, self._previous[number])
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.requested = True

@@ -14,6 +14,7 @@ from rich.console import Console
 from ovis_jax.checkpoint.file_io import write_json
 from ovis_jax.errors import CheckpointError, DataError, TrainingError
 from ovis_jax.training import trainer
+from ovis_jax.training.output_lock import lock_output
 from ovis_jax.training.reporting import read_metrics
 
 TURNS = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "I."}]
@@ -148,6 +149,15 @@ def test_result_without_its_checkpoint(train, write_config, tmp_path):
     message = "run/model exists, and the checkpoint of its last step does not"
     with pytest.raises(CheckpointError, match=message):
         train(path, *SHORT)
+
+
+def test_second_run_in_the_same_folder(train, write_config, tmp_path):
+    path = write_config()
+    with lock_output(tmp_path / "run"):
+        message = rf"run is in use by process {os.getpid()} on .*, started .*; wait for it or stop"
+        with pytest.raises(TrainingError, match=message):
+            train(path, *SHORT)
+    assert not (tmp_path / "run/run.json").exists()
 
 
 @pytest.mark.slow
