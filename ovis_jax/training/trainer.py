@@ -246,7 +246,8 @@ class Trainer:
                     host_batch = next(batches)
                     if jax.process_count() > 1:
                         values.update(_describe_batch(host_batch))
-                batch = self._place_batch(host_batch)
+                    batch = self._place(host_batch, None, "data")
+                batch = self._add_reference_log_probs(batch)
                 self._state, metrics = train_step(
                     self._model,
                     self._config.training,
@@ -305,9 +306,9 @@ class Trainer:
         sharding = NamedSharding(self._mesh, PartitionSpec(*axes))
         return jax.tree.map(lambda x: shard_array(x, sharding), arrays)
 
-    def _place_batch(self, batch: TrainBatch | PreferenceBatch) -> TrainBatch | PreferenceBatch:
-        """Shard the batch of a step, and add reference log-probabilities to preference pairs."""
-        batch = self._place(batch, None, "data")
+    def _add_reference_log_probs(
+        self, batch: TrainBatch | PreferenceBatch
+    ) -> TrainBatch | PreferenceBatch:
         if isinstance(batch, TrainBatch) or self._reference is None:
             return batch
         log_probs = [
