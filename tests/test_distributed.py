@@ -7,13 +7,18 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from ovis_jax import Inputs, OvisError, forward, generate, load
-from ovis_jax.distributed import initialize_distributed
+from ovis_jax import Inputs, OvisError, distributed, forward, generate, load
+from ovis_jax.distributed import (
+    check_same_number_of_devices,
+    initialize_distributed,
+    initialize_from_environment,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,6 +122,42 @@ def test_invalid_arguments(started, address, index, message):
     with pytest.raises(OvisError, match=message):
         initialize_distributed(address, 2, index)
     assert not started
+
+
+@pytest.mark.parametrize("port", [None, "1234"])
+def test_leader_worker_set(started, monkeypatch, port):
+    reported = []
+    monkeypatch.setattr(distributed, "_report", lambda *arguments: reported.append(arguments) or "")
+    for name, value in (("LEADER_ADDRESS", "leader"), ("GROUP_SIZE", "4"), ("WORKER_INDEX", "2")):
+        monkeypatch.setenv(f"LWS_{name}", value)
+    if port:
+        monkeypatch.setenv("JAX_COORDINATOR_PORT", port)
+    initialize_from_environment()
+    assert started == [(f"leader:{port or 8476}", 4, 2)] and reported[0][2] == 2
+
+
+def test_leader_worker_set_without_an_index(started, monkeypatch):
+    monkeypatch.setenv("LWS_LEADER_ADDRESS", "leader")
+    monkeypatch.setenv("LWS_GROUP_SIZE", "4")
+    with pytest.raises(OvisError, match="LWS_WORKER_INDEX"):
+        initialize_from_environment()
+    assert not started
+
+
+def test_no_environment_is_detected(monkeypatch):
+    def initialize(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(OvisError, match="JAX cannot join other processes: coordinator_address"):
+        initialize_from_environment()
+
+
+def test_different_numbers_of_devices(monkeypatch):
+    devices = [SimpleNamespace(process_index=index) for index in (0, 0, 1)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(OvisError, match="process 0 has 2, process 1 has 1; give every process"):
+        check_same_number_of_devices()
 
 
 @pytest.mark.exhaustive

@@ -58,10 +58,17 @@ def test_commands_run(page, tmp_path):
     ):
         (tmp_path / file).write_text(text)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"  # as users have
     process = subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", "\n".join(blocks(page, "sh"))],
         cwd=tmp_path,
-        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "PATH": path,
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": flags,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

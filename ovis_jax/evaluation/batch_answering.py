@@ -289,7 +289,7 @@ def _batch_prompts(
 def _agreed_batches(
     batches: Iterator[tuple[list[int], Inputs]],
 ) -> Iterator[tuple[list[int], Inputs]]:
-    """Yield batches after checking that all processes, which share the model, have the same ones."""
+    """Yield batches after checking that the processes that share the model have the same ones."""
     for number in itertools.count(1):
         with agree(f"batch {number} of prompts") as values:
             batch = next(batches, None)
