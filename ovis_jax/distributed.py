@@ -32,7 +32,8 @@ def initialize_distributed(
 
     Call this function before JAX creates any array. Afterwards, `jax.devices()` lists the devices
     of all processes. Every process must then build the same mesh and call `load`, `generate` and
-    the other functions with the same arguments.
+    the other functions with the same arguments. If a process dies, JAX ends all others within about
+    20 seconds.
 
     Args:
       coordinator_address: "host:port" of process 0, the same for all processes.

@@ -34,6 +34,14 @@ from ovis_jax.inputs.conversation import Turn
 from ovis_jax.inputs.open_image import open_image
 from ovis_jax.loading import PartialAnswer, load
 from ovis_jax.mesh import tensor_parallel_mesh
+from ovis_jax.process_agreement import agree
+from ovis_jax.process_options import (
+    CoordinatorOption,
+    DistributedOption,
+    NumProcessesOption,
+    ProcessIdOption,
+    run_in_processes,
+)
 
 
 def generate_command(
@@ -63,34 +71,41 @@ def generate_command(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the answer as a JSON object.")
     ] = False,
+    distributed: DistributedOption = False,
+    coordinator: CoordinatorOption = None,
+    num_processes: NumProcessesOption = None,
+    process_id: ProcessIdOption = None,
 ) -> None:
     """Answer a prompt about images, and print the text while it is generated."""
-    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
-    sampling.check()
-    images = [open_image(path) for path in image or []]
-    ovis = load(
-        model,
-        dtype=dtype,
-        quantization=quantization,
-        kv_cache_dtype=kv_cache_dtype,
-        adapters=adapters,
-        mesh=tensor_parallel_mesh(tensor_parallel),
-    )
-    steps = ovis.stream_answer(
-        prompt,
-        images,
-        assistant_prefix=assistant_prefix,
-        sampling=sampling,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        max_partition=max_partition,
-    )
-    if not as_json:
-        _print_answer(steps)
-        return
-    *_, answer = steps
-    fields = {key: value for key, value in asdict(answer).items() if key != "delta"}
-    print(json.dumps(fields, ensure_ascii=False))
+    with run_in_processes(distributed, coordinator, num_processes, process_id):
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+        sampling.check()
+        with agree("the question") as values:
+            images = [open_image(path) for path in image or []]
+            values["sizes of the images"] = ", ".join(f"{x.width} x {x.height}" for x in images)
+        ovis = load(
+            model,
+            dtype=dtype,
+            quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
+            adapters=adapters,
+            mesh=tensor_parallel_mesh(tensor_parallel),
+        )
+        steps = ovis.stream_answer(
+            prompt,
+            images,
+            assistant_prefix=assistant_prefix,
+            sampling=sampling,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            max_partition=max_partition,
+        )
+        if as_json:
+            *_, answer = steps
+            fields = {key: value for key, value in asdict(answer).items() if key != "delta"}
+            print(json.dumps(fields, ensure_ascii=False))
+        else:
+            _print_answer(steps)
 
 
 def chat_command(

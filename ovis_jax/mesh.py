@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
+from ovis_jax.distributed import describe_devices
 from ovis_jax.errors import OvisError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -39,8 +40,15 @@ def tensor_parallel_mesh(num_devices: int) -> Mesh | None:
     """Create a mesh for tensor parallelism, or return None for a single device.
 
     Raises:
-      OvisError: There are fewer than `num_devices` devices.
+      OvisError: There are fewer than `num_devices` devices, or there are several processes with
+        more devices.
     """
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    if several and num_devices != jax.device_count():
+        raise OvisError(
+            f"tensor parallelism is {num_devices}, expected all {jax.device_count()} devices of the"
+            f" {jax.process_count()} processes ({describe_devices()})"
+        )
     return None if num_devices == 1 else data_model_mesh(1, num_devices)
 
 

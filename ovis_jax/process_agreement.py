@@ -42,11 +42,11 @@ def agree(subject: str) -> Iterator[dict[str, str]]:
     try:
         yield values
     except (OvisError, OSError) as error:
-        if has_several_processes():
+        if _has_several_processes():
             _gather_texts(f"{_ERROR}{error}")
             error.add_note(_AGREED)
         raise
-    if not has_several_processes():
+    if not _has_several_processes():
         return
     texts = _gather_texts("\n".join(f"{name} {value}" for name, value in values.items()))
     errors = {i: text for i, text in enumerate(texts) if text.startswith(_ERROR)}
@@ -62,7 +62,7 @@ def agree(subject: str) -> Iterator[dict[str, str]]:
     raise error
 
 
-def has_several_processes() -> bool:
+def _has_several_processes() -> bool:
     """Return whether this process has joined others; with a single one, JAX is not started."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 

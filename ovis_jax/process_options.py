@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Annotated
 
 import jax
@@ -45,6 +45,8 @@ def run_in_processes(
 ) -> Iterator[None]:
     """Join the other processes, if options ask for it, and run the block.
 
+    Only process 0 prints on stdout; every process prints on stderr.
+
     If the block raises an error in one process only, this process prints the error and ends at
     once. The others cannot receive it, because they may wait for this process in a collective
     operation. JAX ends them when it finds that this process has ended.
@@ -66,8 +68,11 @@ def run_in_processes(
         yield
         return
     try:
-        with exit_on_error():
+        with exit_on_error(), ExitStack() as stack:
             check_same_number_of_devices()
+            if jax.process_index() > 0:
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(redirect_stdout(nowhere))
             yield
     except BaseException as error:
         if isinstance(error, SystemExit) and is_agreed(error.__context__ or error):

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import typer
 from rich.console import Console
 
 from ovis_jax.console import INTERRUPTED
 from ovis_jax.errors import require_extra
-from ovis_jax.process_agreement import agree, has_several_processes
+from ovis_jax.process_agreement import agree
 from ovis_jax.process_options import (
     CoordinatorOption,
     DistributedOption,
@@ -37,12 +36,8 @@ def train_command(
         from ovis_jax.training.config import read_train_config
         from ovis_jax.training.trainer import Trainer
     with run_in_processes(distributed, coordinator, num_processes, process_id):
-        several = has_several_processes()
-        with agree("the start of the run") as values:
-            console = Console(quiet=several and jax.process_index() > 0)
-            trainer = Trainer(read_train_config(config, overrides or ()), console)
-            if several:
-                values.update(trainer.fingerprint())
-        finished = trainer.train()
+        with agree("the config"):
+            settings = read_train_config(config, overrides or ())
+        finished = Trainer(settings, Console()).train()
     if not finished:
         raise typer.Exit(INTERRUPTED)

@@ -45,7 +45,7 @@ from ovis_jax.process_agreement import agree
 from ovis_jax.sharding import RULES_BY_NAME, TENSOR, adapter_shapes, adapter_shardings, param_shapes
 from ovis_jax.training.batches import RowEncoder, iterate_step_batches
 from ovis_jax.training.checkpoints import TrainingCheckpoints
-from ovis_jax.training.config import MeshConfig, TrainConfig
+from ovis_jax.training.config import TrainConfig
 from ovis_jax.training.losses import PreferenceBatch, TrainBatch
 from ovis_jax.training.output_lock import lock_output
 from ovis_jax.training.reporting import MetricsWriter, ProgressBar, read_metrics
@@ -76,24 +76,23 @@ class Trainer:
       DataError: A dataset file is invalid, or a row is invalid and the config does not skip invalid
         rows.
       CheckpointError: The model cannot be loaded.
-      OvisError: The mesh needs more devices than JAX has, or a trainable part is quantized.
+      OvisError: The mesh needs more devices than JAX has, a trainable part is quantized, or the
+        processes have different versions, configs or datasets.
     """
 
     def __init__(self, config: TrainConfig, console: Console):
         self._config, self._console = config, console
-        if config.mesh is None and jax.process_count() > 1:
-            raise TrainingError(
-                f"mesh is missing; set mesh.data and mesh.model to use the {jax.device_count()}"
-                f" devices of the {jax.process_count()} processes"
-            )
-        self._mesh = mesh = None if config.mesh is None else _make_mesh(config)
-        folder = resolve_checkpoint(config.model, weights=False).folder
-        ovis_config = OvisConfig.from_folder(folder)
-        self._processor = Processor.from_folder(folder, ovis_config)
-        read_rows = partial(_read_rows, config, self._processor.chat_format.has_system_turns)
-        self._train_set = read_rows(config.data.train_files)
-        self._validation_set = read_rows(config.data.validation_files, validation=True)
-        self._source = resolve_checkpoint(config.model).folder
+        with agree("the start of the run") as values:
+            self._mesh = mesh = _make_mesh(config)
+            folder = resolve_checkpoint(config.model, weights=False).folder
+            ovis_config = OvisConfig.from_folder(folder)
+            self._processor = Processor.from_folder(folder, ovis_config)
+            read_rows = partial(_read_rows, config, self._processor.chat_format.has_system_turns)
+            self._train_set = read_rows(config.data.train_files)
+            self._validation_set = read_rows(config.data.validation_files, validation=True)
+            self._source = resolve_checkpoint(config.model).folder
+            if jax.process_count() > 1:
+                values.update(self._fingerprint())
         self._model = Ovis(ovis_config, remat=config.run.remat)
         rules = RULES_BY_NAME[config.mesh.rules] if config.mesh else TENSOR
         params = load_params(
@@ -319,11 +318,11 @@ class Trainer:
         ]
         return batch._replace(reference_chosen=log_probs[0], reference_rejected=log_probs[1])
 
-    def fingerprint(self) -> dict[str, str]:
-        """Return short descriptions of everything that must be equal in all processes."""
+    def _fingerprint(self) -> dict[str, str]:
+        """Return versions and checksums of everything that must be equal in all processes."""
         packages = "ovis-jax", "jax", "numpy", "pillow", "grain"
         values = {name: metadata.version(name) for name in packages}
-        values["run settings"] = _checksum([self._run_settings(), self._config.mesh])
+        values["config"] = _checksum([self._config])
         for name, dataset in (("training", self._train_set), ("validation", self._validation_set)):
             rows = _checksum([(row.turns, row.preference, row.kind) for row in dataset.rows])
             values[f"{name} rows"] = f"{len(dataset.rows):,} ({rows})"
@@ -387,8 +386,15 @@ def _checksum(values: Sequence[Any]) -> str:
     return checksum.hexdigest()[:16]
 
 
-def _make_mesh(config: TrainConfig) -> Mesh:
-    sizes, rows = cast(MeshConfig, config.mesh), config.data.micro_batch_size
+def _make_mesh(config: TrainConfig) -> Mesh | None:
+    if config.mesh is None and jax.process_count() > 1:
+        raise TrainingError(
+            f"mesh is missing; set mesh.data and mesh.model to use the {jax.device_count()} devices"
+            f" of the {jax.process_count()} processes"
+        )
+    if config.mesh is None:
+        return None
+    sizes, rows = config.mesh, config.data.micro_batch_size
     num_devices = sizes.data * sizes.model
     if jax.process_count() > 1 and num_devices != jax.device_count():
         raise TrainingError(

@@ -19,23 +19,25 @@ pytestmark = pytest.mark.exhaustive
 
 PROCESS = """
 import sys
+from functools import partial
 sys.modules["torch"] = None  # tensorboardX would import it, in seconds, and does not need it
 import jax
 from ovis_jax.cli import main
 from ovis_jax.training import trainer
 from ovis_jax.training.checkpoints import TrainingCheckpoints
 
+report = partial(print, file=sys.stdout, flush=True)  # of process 1, too
 train_step, save = trainer.train_step, TrainingCheckpoints.save
 
 def step_and_report(*arguments):
     state, metrics = train_step(*arguments)
-    print("step", int(state.step), flush=True)
+    report("step", int(state.step))
     return state, metrics
 
 def save_and_report(self, state, position):
     save(self, state, position)
     self.wait()
-    print("saved", int(state.step), flush=True)
+    report("saved", int(state.step))
 
 trainer.train_step, TrainingCheckpoints.save = step_and_report, save_and_report
 """
