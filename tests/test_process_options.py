@@ -1,6 +1,11 @@
 """Options for several processes, and how a process ends after an error."""
 
+import json
 import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -10,6 +15,8 @@ from ovis_jax import process_options
 from ovis_jax.errors import DataError, OvisError
 from ovis_jax.process_options import run_in_processes
 
+ROOT = Path(__file__).parents[1]
+FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
 TWO = (False, "localhost:1234", 2, 1)
 
 
@@ -81,6 +88,58 @@ def test_error_that_all_processes_have_ends_the_command(joined, monkeypatch, cap
         raise DataError("row 3 is broken")
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: row 3 is broken\n"
+
+
+def run_command(count: int, *arguments: str) -> list[str]:
+    """Run a command in some processes with one device each; returns what each prints."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-m", "ovis_jax", *arguments, f"--tensor-parallel={count}"]
+    several = [f"--num-processes={count}", f"--coordinator=localhost:{port}"] * (count > 1)
+    running = [
+        subprocess.Popen(
+            [*command, *several, *[f"--process-id={index}"] * (count > 1)],
+            env=os.environ | {"XLA_FLAGS": FLAGS},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    printed = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0] * count
+    return printed
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("choose_by", ["letter", "log_prob"])
+def test_two_processes_evaluate_like_one(tmp_path, choose_by):
+    colour = {"image": f"{ROOT}/examples/shapes.png", "question": "What colour is the diamond?"}
+    word = {"image": f"{ROOT}/examples/word.png", "question": "Which word is in the picture?"}
+    rows = [
+        colour | {"answer": "The diamond is orange."},
+        word | {"answer": "The word is WOLF."},
+        colour | {"options": ["red", "orange", "blue"], "answer": "B"},
+    ]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    results = []
+    for count in (1, 2):
+        output = tmp_path / f"results of {count}.jsonl"
+        options = "--max-new-tokens=8", "--batch-size=2", f"--choose-by={choose_by}"
+        printed = run_command(count, "eval", str(questions), f"--output={output}", *options)
+        assert ["accuracy" in text for text in printed] == [True, False][:count]
+        results.append(output.read_text().splitlines()[1:])
+    assert len(results[0]) == 3 and results[0] == results[1]
+
+
+@pytest.mark.exhaustive
+def test_two_processes_generate_like_one():
+    options = "generate", "--image=examples/shapes.png", "--prompt=Describe.", "--temperature=1"
+    (expected,), (found, other) = (run_command(count, *options) for count in (1, 2))
+    without_messages = [line for line in found.splitlines() if "Gloo" not in line]
+    assert without_messages == expected.splitlines() != []
+    assert expected not in other
 
 
 def test_one_process_raises_as_usual(joined):

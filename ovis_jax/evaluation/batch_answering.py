@@ -199,10 +199,7 @@ def answer_prompts(
     Raises:
       OvisError: `skipped` is None, and an image or text cannot be processed.
     """
-    batches = _batch_prompts(ovis.processor, prompts, batch_size, max_partition, skipped)
-    if not all(x.is_fully_addressable for x in jax.tree.leaves(ovis.params)):
-        batches = _agreed_batches(batches)
-    for indices, inputs in batches:
+    for indices, inputs in _batch_prompts(ovis, prompts, batch_size, max_partition, skipped):
         out = generate(
             ovis.model, ovis.params, inputs, key, max_new_tokens=max_new_tokens, sampling=sampling
         )
@@ -238,16 +235,43 @@ def score_answers(
     Raises:
       OvisError: An image or text cannot be processed.
     """
-    for indices, inputs in _batch_prompts(ovis.processor, prompts, batch_size, max_partition):
+    for indices, inputs in _batch_prompts(ovis, prompts, batch_size, max_partition):
         texts = _repeat_last([answers[i] for i in indices], batch_size)
         encoded = encode_answers(ovis.processor, texts, add_end_of_turn=add_end_of_turn)
         scores = score(ovis.model, ovis.params, inputs, encoded)
-        columns = map(np.asarray, (scores.log_probs, scores.mean_log_probs, scores.greedy))
+        columns = map(gather_array, (scores.log_probs, scores.mean_log_probs, scores.greedy))
         for index, *found in zip(indices, *columns, strict=False):
             yield index, *found
 
 
 def _batch_prompts(
+    ovis: LoadedOvis,
+    prompts: Sequence[EvalPrompt],
+    batch_size: int,
+    max_partition: MaxPartition,
+    skipped: dict[str, str] | None = None,
+) -> Iterator[tuple[list[int], Inputs]]:
+    """Yield the batches of `_encode_batches`, which must be equal in processes that share a model.
+
+    Raises:
+      OvisError: A process has a different batch or cannot read its batch.
+    """
+    batches = _encode_batches(ovis.processor, prompts, batch_size, max_partition, skipped)
+    if all(x.is_fully_addressable for x in jax.tree.leaves(ovis.params)):
+        yield from batches
+        return
+    for number in itertools.count(1):
+        with agree(f"batch {number} of prompts") as values:
+            batch = next(batches, None)
+            if batch is not None:
+                values["shape"] = f"{list(batch[1].tokens.shape)}, {list(batch[1].pixels.shape)}"
+                values["prompts"] = f"{zlib.crc32(np.asarray(batch[1].tokens).tobytes()):08x}"
+        if batch is None:
+            return
+        yield batch
+
+
+def _encode_batches(
     processor: Processor,
     prompts: Sequence[EvalPrompt],
     batch_size: int,
@@ -284,21 +308,6 @@ def _batch_prompts(
             pixels = np.concatenate([example.pixels for example in padded])
             tokens = [example.tokens for example in padded]
             yield indices, pad_batch(tokens, pixels, processor.config, processor.buckets)
-
-
-def _agreed_batches(
-    batches: Iterator[tuple[list[int], Inputs]],
-) -> Iterator[tuple[list[int], Inputs]]:
-    """Yield batches after checking that the processes that share the model have the same ones."""
-    for number in itertools.count(1):
-        with agree(f"batch {number} of prompts") as values:
-            batch = next(batches, None)
-            if batch is not None:
-                values["shape"] = f"{list(batch[1].tokens.shape)}, {list(batch[1].pixels.shape)}"
-                values["prompts"] = f"{zlib.crc32(np.asarray(batch[1].tokens).tobytes()):08x}"
-        if batch is None:
-            return
-        yield batch
 
 
 def _repeat_last(items: Sequence[Any], count: int) -> list[Any]:

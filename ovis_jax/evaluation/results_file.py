@@ -12,10 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ovis_jax.errors import DataError
 from ovis_jax.evaluation.evaluate import QuestionResult
 from ovis_jax.evaluation.questions import EvalQuestion
 from ovis_jax.inputs.parquet_rows import ParquetImage
+from ovis_jax.process_agreement import agree
 
 FORMAT = "ovis-jax eval 2"
 SAMPLES_PER_FILE = 256
@@ -67,6 +70,7 @@ class ResultsFile:
     Args:
       path: Path of the file; None keeps the results in memory only.
       header: Strings and numbers, by name, that identify the evaluation.
+      read_only: Whether to read the results that are already in the file, and write nothing.
 
     Attributes:
       results: All results, including those that were already in the file.
@@ -76,7 +80,7 @@ class ResultsFile:
       OSError: The file cannot be read or written.
     """
 
-    def __init__(self, path: Path | None, header: Mapping[str, Any]):
+    def __init__(self, path: Path | None, header: Mapping[str, Any], *, read_only: bool = False):
         self.results: list[QuestionResult] = []
         self._file = None
         if path is None:
@@ -86,10 +90,12 @@ class ResultsFile:
             text = path.read_bytes()
             complete = text[: text.rfind(b"\n") + 1]  # drops an incomplete last line
             self.results = _parse_results(path, complete, header)
+            if read_only:
+                return
             if len(complete) < len(text):
                 path.write_bytes(complete)
             self._file = path.open("a", encoding="utf-8")
-        else:
+        elif not read_only:
             self._file = path.open("w", encoding="utf-8")
             self._write(header)
 
@@ -109,6 +115,24 @@ class ResultsFile:
         if self._file:
             self._file.write(json.dumps(value, ensure_ascii=False) + "\n")
             self._file.flush()
+
+
+def open_results(path: Path | None, header: Mapping[str, Any]) -> ResultsFile:
+    """Open a results file, which process 0 writes and all other processes read.
+
+    Raises:
+      DataError, OSError: As in `ResultsFile`.
+      OvisError: With several processes, the evaluation or the results in the file differ.
+    """
+    file = None
+    with agree("the evaluation") as values:
+        values.update({name: str(value) for name, value in header.items()})
+        if jax.process_index() == 0:
+            file = ResultsFile(path, header)
+    with agree(f"{path}, which all processes must share") as values:
+        file = file or ResultsFile(path, header, read_only=True)
+        values["results"] = str(len(file.results))
+    return file
 
 
 def _parse_results(path: Path, text: bytes, header: Mapping[str, Any]) -> list[QuestionResult]:
