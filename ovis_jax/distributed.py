@@ -87,7 +87,7 @@ def initialize_from_environment() -> None:
         except (KeyError, ValueError) as error:
             raise OvisError(
                 f"LWS_LEADER_ADDRESS is set, but LWS_GROUP_SIZE or LWS_WORKER_INDEX is not a number"
-                f" ({error}); LeaderWorkerSet sets all three"
+                f" ({error}); LeaderWorkerSet sets all three since version 0.6"
             ) from error
         initialize_distributed(f"{leader}:{port}", size, index)
         return

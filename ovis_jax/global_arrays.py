@@ -1,4 +1,4 @@
-"""Arrays that are sharded over the devices of several processes."""
+"""Arrays that are on the devices of several processes."""
 
 from typing import Any
 
@@ -21,16 +21,19 @@ def shard_array(x: Any, sharding: Sharding) -> jax.Array:
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(shard_array(jax.random.key_data(x), sharding))
+        data = shard_array(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
 
 def is_global(x: Any) -> bool:
-    """Return whether parts of an array are only on devices of other processes."""
-    return isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+    """Return whether an array is on devices of several processes, in parts or in full."""
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
 def gather_array(x: Any) -> np.ndarray:
     """Return an array as a host array; if `is_global(x)`, all processes must call this function."""
-    return multihost_utils.process_allgather(x, tiled=True) if is_global(x) else np.asarray(x)
+    if is_global(x) and not x.is_fully_replicated:
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)

@@ -89,8 +89,8 @@ def _report_end(error: BaseException) -> int:
         reason = str(error).partition("\n")[0]
         print_error(
             Console(stderr=True, highlight=False),
-            f"process {jax.process_index()}: an operation with the other processes failed. One of"
-            f" them has probably ended, and its own output says why. {reason}",
+            f"process {jax.process_index()}: {reason}. If a connection was lost, another process"
+            " has ended, and its own output says why",
         )
     elif isinstance(error, KeyboardInterrupt):
         code = 130

@@ -71,7 +71,7 @@ def test_contradictory_options(joined, options):
         (
             jax.errors.JaxRuntimeError("UNKNOWN: reset by peer\nmore"),
             1,
-            "process 0: an operation with the other processes failed. One of them has probably",
+            "error: process 0: UNKNOWN: reset by peer. If a connection was lost, another process",
         ),
     ],
 )

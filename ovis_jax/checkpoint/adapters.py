@@ -99,8 +99,8 @@ def save_adapters(
 ) -> None:
     """Write LoRA adapters to a folder, which appears only when it is complete.
 
-    If arrays are sharded over the devices of several processes, all processes must call this
-    function, and process 0 writes.
+    If arrays are on the devices of several processes, all processes must call this function, and
+    process 0 writes.
 
     Args:
       folder: Folder to create; it must either not exist or be empty.

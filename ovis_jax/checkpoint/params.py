@@ -437,9 +437,9 @@ def save_params(
 ) -> None:
     """Write parameters to a converted folder, which appears only when it is complete.
 
-    Padding that was added for a mesh is not written. If arrays are sharded over the devices of
-    several processes, all processes must call this function: they gather one array at a time, and
-    process 0 writes.
+    Padding that was added for a mesh is not written. If arrays are on the devices of several
+    processes, all processes must call this function: they gather one array at a time, and process 0
+    writes.
 
     Args:
       folder: Folder to create; it must either not exist or be empty.

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from ovis_jax.errors import DataError, OvisError
-from ovis_jax.global_arrays import gather_array
+from ovis_jax.global_arrays import gather_array, is_global
 from ovis_jax.inference.generate import generate
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inference.score import score
@@ -257,7 +257,7 @@ def _batch_prompts(
       OvisError: A process has a different batch or cannot read its batch.
     """
     batches = _encode_batches(ovis.processor, prompts, batch_size, max_partition, skipped)
-    if all(x.is_fully_addressable for x in jax.tree.leaves(ovis.params)):
+    if not any(map(is_global, jax.tree.leaves(ovis.params))):
         yield from batches
         return
     for number in itertools.count(1):

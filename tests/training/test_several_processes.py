@@ -113,7 +113,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
         ("mesh.data=2", "mesh.model=2", "mesh.rules=tensor_fsdp"),
         ("mesh.data=4", "mesh.model=1", "mesh.rules=fsdp"),
         ("mesh.data=2", "mesh.model=2", "mesh.rules=tensor"),
-        ("mesh.data=4", "mesh.rules=fsdp", "trainable=[]", "lora.rank=2"),
+        ("mesh.data=4", "mesh.rules=tensor", "trainable=[]", "lora.rank=2"),
         ("mesh.data=2", "mesh.model=2", "mesh.rules=tensor_fsdp", "training.objective=dpo"),
     ],
     ids=["mixed", "data", "tensor", "adapters", "dpo"],
