@@ -227,6 +227,7 @@ def test_unreadable_row_on_one_host(start, errors, write_config, two_hosts, inva
 
 
 def test_other_rows_on_one_host(start, errors, write_config, two_hosts):
+    shutil.copy(two_hosts[0] / "wide.png", two_hosts[1])
     rows = two_hosts[1] / "rows.jsonl"
     rows.write_text(rows.read_text().replace("Question", "Riddle"))
     files = "data.train_files=rows.jsonl"
