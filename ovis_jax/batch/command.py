@@ -39,6 +39,7 @@ from ovis_jax.console import (
 )
 from ovis_jax.engine.request import EngineError
 from ovis_jax.engine.scheduler import run_engine
+from ovis_jax.engine.sizes import choose_sizes
 from ovis_jax.errors import OvisError, RequestError, count_noun, require_extra
 from ovis_jax.evaluation.results_file import fingerprint_model
 from ovis_jax.inference.sampling import Sampling
@@ -73,7 +74,7 @@ def batch(
             " folder."
         ),
     ] = None,
-    max_num_seqs: MaxNumSeqsOption = 8,
+    max_num_seqs: MaxNumSeqsOption = None,
     max_model_len: MaxModelLenOption = None,
     enable_prefix_caching: Annotated[
         bool,
@@ -134,7 +135,7 @@ def batch(
         has_failed = PlainRows.has_failed
     mesh = tensor_parallel_mesh(tensor_parallel)
     config = OvisConfig.from_folder(resolve_checkpoint(model, weights=False).folder)
-    max_model_len = max_model_len or config.multimodal_max_length + max_new_tokens
+    max_model_len = max_model_len or config.multimodal_max_length
     folders = [resolve_checkpoint(model).folder, *([adapters] if adapters else [])]
     settings = {
         "model": fingerprint_model(folders),
@@ -165,6 +166,7 @@ def batch(
                     adapters=adapters,
                     mesh=mesh,
                 )
+                max_num_seqs, _ = choose_sizes(ovis, max_num_seqs, max_model_len)
                 note(f"compiling for {max_num_seqs} sequences of {max_model_len} positions")
                 max_concurrent = max_num_seqs + NUM_PREPARED
                 with (

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from serving_setup import MAX_MODEL_LEN
 
-from ovis_jax.engine.runner import ModelRunner
+from ovis_jax.engine.runner import ModelRunner, cache_lengths
 from ovis_jax.errors import OvisError
 
 
 def test_shapes_and_dtypes_are_checked_in_tests(runner):
-    state, visual = runner.init_decode_state(), runner.init_visual()
+    state = runner.init_decode_state(runner.cache_lengths[0])
+    visual = runner.init_visual()
     with pytest.raises(jaxtyping.TypeCheckError, match="visual"):
         runner.run_encoder(visual[0], [])
     with pytest.raises(jaxtyping.TypeCheckError, match="logits"):
@@ -37,3 +38,11 @@ def test_programs_with_masks_are_compiled_only_for_constraints(ovis, monkeypatch
     sizes = {"max_num_seqs": 1, "max_model_len": MAX_MODEL_LEN, "chunk_size": 8}
     ModelRunner(ovis.model, ovis.params, **sizes, supports_constraints=False)
     assert len(masked) > 3 and not any(masked)
+
+
+@pytest.mark.parametrize(
+    "max_model_len, lengths",
+    [(8192, (1024, 2048, 4096, 8192)), (320, (128, 256, 320)), (130, (128, 130)), (64, (64,))],
+)
+def test_lengths_of_the_cache(max_model_len, lengths):
+    assert cache_lengths(max_model_len) == lengths
