@@ -57,7 +57,7 @@ test-newest: $(VENV_NEWEST)/test
 test-tpu: $(VENV_TPU)/tpu
 	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m pytest tests/plan/test_compile_tpu.py
 
-# The server with the clients of OpenAI, LangChain and LiteLLM. They have their own environment, because
+# The server with the clients of OpenAI, LangChain, LiteLLM and instructor. They have their own environment, because
 # they require other versions of shared packages than the tests.
 test-clients: $(VENV_CLIENTS)/clients
 	$(VENV_CLIENTS)/bin/python -m pytest tests/clients
