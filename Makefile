@@ -124,8 +124,10 @@ checkpoints/random-9b: | $(VENV)/test
 checkpoints/converted-9b: | checkpoints/random-9b
 	$(BIN)/python -m convert.from_hf checkpoints/random-9b $@
 
-# Server throughput with eight concurrent requests and with one, then a thousand mixed requests.
+# The engine's step, then server throughput with eight concurrent requests and with one, then a thousand mixed requests.
 bench-serving: $(VENV)/test
+	$(BIN)/python -m benchmarks.engine_step --model ovis-tiny
+	$(BIN)/python -m benchmarks.engine_step --preset bench --num-seqs 8
 	$(BIN)/python -m benchmarks.server_throughput --requests 1000
 
 # Tests and measures ovis_jax on the accelerator of this machine, in an environment of its own.
