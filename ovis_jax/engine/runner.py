@@ -243,8 +243,8 @@ class ModelRunner:
         """
         old, new = map(self.cache_lengths.index, (old_length, new_length))
         step = 1 if new > old else -1
-        for length in self.cache_lengths[old + step : new + step or None : step]:
-            state = self._resize_cache(state, length)
+        for index in range(old + step, new + step, step):
+            state = self._resize_cache(state, self.cache_lengths[index])
         return state
 
     def _resize_cache(self, state: DecodeState, length: int) -> DecodeState:

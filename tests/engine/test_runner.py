@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
@@ -18,6 +20,26 @@ def test_shapes_and_dtypes_are_checked_in_tests(runner):
         runner.run_encoder(visual[0], [])
     with pytest.raises(jaxtyping.TypeCheckError, match="logits"):
         runner.run_start(state, np.zeros((1, 3), np.float64), [])
+
+
+def test_the_cache_is_resized(runner):
+    """Up and down, also by several lengths at once; no row is longer than the cache."""
+
+    def check(state, length):
+        expected = jax.eval_shape(lambda: runner.init_decode_state(length))
+        assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, expected)
+
+    shortest, *_, longest = runner.cache_lengths
+    state, length = runner.init_decode_state(shortest), shortest
+    for next_length in (longest, shortest, *runner.cache_lengths[1:], shortest):
+        state = runner.resize_cache(state, length, next_length)
+        length = next_length
+        check(state, length)
+    lengths = jnp.array([shortest + 7, shortest - 1, 3, 0], jnp.int32)
+    state = runner.resize_cache(state, shortest, longest)
+    state = state._replace(cache=state.cache._replace(lengths=lengths))
+    state = runner.resize_cache(state, longest, shortest)
+    assert state.cache.lengths.tolist() == [shortest - 1, shortest - 1, 3, 0]
 
 
 def test_too_many_stop_ids(ovis):
