@@ -102,11 +102,20 @@ def batch(
     kv_cache_dtype: KVCacheDtypeOption = "auto",
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
+    num_processes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Number of processes, on any machines, that share the rows. Each writes a file of"
+            " its own.",
+        ),
+    ] = 1,
+    process_id: Annotated[int, typer.Option(help="Index of this process, from 0.")] = 0,
 ) -> None:
     """Answer a file of requests. If a run was stopped, run the same command to resume it."""
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     sampling.check()
-    asked = read_requests(requests)
+    asked = read_requests(requests).share(process_id, num_processes)
     is_openai = asked.format == "openai"
     plain_options = {
         "prompt": prompt,
@@ -140,6 +149,8 @@ def batch(
     settings = {
         "model": fingerprint_model(folders),
         "requests": asked.fingerprint,
+        "first_row": asked.first_row,
+        "num_rows": asked.num_rows,
         **(openai_options if is_openai else plain_options),
         **limits,
         "max_model_len": max_model_len,
