@@ -201,15 +201,15 @@ def test_loss_that_is_not_finite(train, write_config, tmp_path, stop_at):
 
 @pytest.mark.slow
 def test_step_with_an_infinite_gradient_is_not_saved(train, write_config, tmp_path, monkeypatch):
-    train_step = trainer.train_step
+    apply_gradients = trainer.apply_gradients
 
     def diverging_step(*arguments):
-        state, metrics = train_step(*arguments)
+        state, metrics = apply_gradients(*arguments)
         if int(state.step) == 4:
             metrics = metrics._replace(grad_norm=np.float32(np.inf))
         return state, metrics
 
-    monkeypatch.setattr(trainer, "train_step", diverging_step)
+    monkeypatch.setattr(trainer, "apply_gradients", diverging_step)
     with pytest.raises(TrainingError, match="the grad_norm of step 4 is inf; resume from"):
         train(write_config(), *SHORT)
     assert "Infinity" not in (tmp_path / "run/metrics.jsonl").read_text()
