@@ -209,7 +209,7 @@ def _choose_shapes(
             break
         shapes[a] = np.maximum(shapes[a], shapes[b])
         counts[a] += counts[b]
-        costs[a] = cost(shapes[a], counts[a])
+        costs[a] += costs[b] + growth[a, b]
         alive[b] = False
         group[group == b] = a
         growth[b] = growth[:, b] = never

@@ -228,8 +228,8 @@ class Trainer:
         ):
             if not any("accuracy" in line and line["step"] == step for line in lines):
                 validate_if_due()  # the run was stopped before or during this validation
-            num_compiled = self._compile_shapes(batches, max_steps - step, stop)
-            bar.print(f"compiled {count_noun(num_compiled, 'shape')} of micro-batches")
+            if num_compiled := self._compile_shapes(batches, max_steps - step, stop):
+                bar.print(f"compiled {count_noun(num_compiled, 'shape')} of micro-batches")
             while step < max_steps and not stop.requested:
                 metrics, num_tokens = self._train_step(next(batches))
                 step += 1
