@@ -128,13 +128,15 @@ def test_resuming_with_other_settings(
 
 
 @pytest.mark.exhaustive
-def test_settings_may_change_before_the_first_checkpoint(train, write_config, tmp_path):
+def test_settings_may_change_before_the_first_checkpoint(train, write_config, golden, tmp_path):
+    data = (golden / "images/square.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])  # its header is complete
     dataset = tmp_path / "rows.jsonl"
     hi = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
-    rows = [{"image": "gone.png", "conversations": TURNS}, *[{"conversations": hi}] * 3]
+    rows = [{"image": "cut.png", "conversations": TURNS}, *[{"conversations": hi}] * 3]
     dataset.write_text("\n".join(map(json.dumps, rows)))
     path = write_config(dataset=dataset)
-    with pytest.raises(DataError, match=r"gone\.png"):
+    with pytest.raises(DataError, match=r"cut\.png"):
         train(path, *SHORT)
     assert (tmp_path / "run/run.json").exists()
     assert train(path, *SHORT, "data.invalid_rows=skip")
