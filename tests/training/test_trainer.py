@@ -1,5 +1,6 @@
 """Training runs: results, resuming after any interruption, and full disks."""
 
+import io
 import json
 import os
 import re
@@ -12,8 +13,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compilations import compilations
 from flax.traverse_util import flatten_dict
 from golden_copies import read_tensors, same_bits
+from rich.console import Console
 from shallow import copy_shallow
 
 from ovis_jax.errors import DataError, OvisError, TrainingError
@@ -135,6 +138,42 @@ def test_killed_run_resumes_to_the_same_bits(write_config, tmp_path):
         assert not (tmp_path / "run/model").exists()
     subprocess.run(command, check=True)
     assert_same_bits(final_params(tmp_path), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [[], pytest.param(["mesh.data=2", "mesh.rules=fsdp"], marks=pytest.mark.exhaustive)],
+)
+def test_all_shapes_are_compiled_before_the_first_step(
+    train, write_config, write_dataset, tmp_path, monkeypatch, overrides
+):
+    """Only the first step compiles the optimizer; an epoch has micro-batches of several shapes."""
+    dataset = write_dataset("shapes.jsonl", 15)
+    train_step, counts, shapes = Trainer._train_step, [], set()
+
+    def count_compilations(self, micro_batches):
+        micro_batches = list(micro_batches)
+        shapes.update(batch.inputs.pixels.shape for batch in micro_batches)
+        with compilations() as found:
+            result = jax.block_until_ready(train_step(self, micro_batches))
+        counts.append(len(found))
+        return result
+
+    monkeypatch.setattr(Trainer, "_train_step", count_compilations)
+    options = (
+        "data.max_partition=9",
+        "data.gradient_accumulation_steps=3",
+        "data.micro_batch_size=2",
+    )
+    output = io.StringIO()
+    console = Console(file=output, width=200)
+    path = write_config(dataset=dataset)
+    assert train(path, *options, *overrides, "training.max_steps=5", console=console)
+    assert (
+        len(shapes) > 1 and f"compiled {len(shapes)} shapes of micro-batches" in output.getvalue()
+    )
+    assert counts[0] <= 2 and counts[1:] == [0] * 4
 
 
 @pytest.mark.exhaustive
