@@ -15,12 +15,7 @@ from ovis_jax.console import print_table
 from ovis_jax.errors import DataError, OvisError, count_noun
 from ovis_jax.inputs.dataset import Dataset, DatasetRow
 from ovis_jax.inputs.processor import Processor
-from ovis_jax.training.batches import (
-    MAX_BYTES_AHEAD,
-    RowEncoder,
-    map_in_threads,
-    pixels_nbytes,
-)
+from ovis_jax.training.batches import MAX_BYTES_AHEAD, RowEncoder, map_in_threads, pixels_nbytes
 from ovis_jax.training.config import TrainConfig
 from ovis_jax.training.training_set import (
     TrainingSet,
@@ -153,7 +148,7 @@ def _print_plan(
         f" of {data.micro_batch_size} rows, {count_noun(len(shapes), 'shape')}; padding:"
         f" {positions:.1%} of positions, {crops:.1%} of crops\n"
         f"the run: {count_noun(config.training.max_steps, 'step')}, {epochs:,.2f} epochs\n"
-        f"decoded images in memory: at most {held / 2**30:.2f} GiB",
+        f"crops in memory: at most {held / 2**30:.2f} GiB",
         highlight=False,
         soft_wrap=True,
     )
