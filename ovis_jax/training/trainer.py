@@ -42,6 +42,7 @@ from ovis_jax.training.train_step import (
     init_gradient_sums,
     init_train_state,
     reference_log_probs,
+    train_step,
 )
 from ovis_jax.training.trainable import FrozenParams, cast_params, join_params, split_params
 from ovis_jax.training.training_set import (
@@ -250,24 +251,11 @@ class Trainer:
         self, micro_batches: Iterable[TrainBatch | PreferenceBatch]
     ) -> tuple[StepMetrics, int]:
         """Run one step, and return its metrics and its number of positions without padding."""
-        sums, num_tokens = self._accumulate(micro_batches)
-        self._state, metrics = apply_gradients(self._config.training, self._state, sums)
-        return metrics, num_tokens
-
-    def _compile_shapes(self, batches: StepBatches, num_steps: int, stop: "_StopSignal") -> int:
-        """Compile the shapes of the next steps with padding rows, and return their number."""
-        num_compiled = 0
-        for shape in batches.upcoming_shapes(num_steps):
-            if stop.requested:
-                break
-            self._accumulate([batches.padding_batch(shape)])
-            num_compiled += 1
-        return num_compiled
-
-    def _accumulate(
-        self, micro_batches: Iterable[TrainBatch | PreferenceBatch]
-    ) -> tuple[GradientSums, int]:
-        """Return the sums over micro-batches, and the number of positions without padding."""
+        if not self._accumulates:
+            (batch,) = micro_batches
+            placed = self._place_batch(batch, self._image_key)
+            self._state, metrics = train_step(*self._step_arguments(placed))
+            return metrics, _num_tokens(batch)
         sums, num_tokens = init_gradient_sums(self._state), 0
         for number, batch in enumerate(micro_batches):
             num_tokens += _num_tokens(batch)
@@ -275,18 +263,42 @@ class Trainer:
             placed = self._place_batch(batch, key)
             # At most one micro-batch waits on the devices, which bounds the memory of its images.
             jax.block_until_ready(sums.loss)
-            sums = accumulate_gradients(
-                self._model,
-                self._config.training,
-                self._state.trainable,
-                self._frozen,
-                sums,
-                placed,
-                self._config.lora_scale,
-                key,
-                self._state.step,
-            )
-        return sums, num_tokens
+            sums = accumulate_gradients(*self._accumulation_arguments(sums, placed, key))
+        self._state, metrics = apply_gradients(self._config.training, self._state, sums)
+        return metrics, num_tokens
+
+    def _compile_shapes(self, batches: StepBatches, num_steps: int, stop: "_StopSignal") -> int:
+        """Compile the shapes of the next steps, and return their number."""
+        num_compiled, key = 0, jax.random.fold_in(self._image_key, 0)
+        for shape in batches.upcoming_shapes(num_steps):
+            if stop.requested:
+                break
+            placed = self._place_batch(batches.padding_batch(shape), key)
+            if self._accumulates:
+                sums = init_gradient_sums(self._state)
+                arguments = self._accumulation_arguments(sums, placed, key)
+                accumulate_gradients.lower(*arguments).compile()
+            else:
+                train_step.lower(*self._step_arguments(placed)).compile()
+            num_compiled += 1
+        return num_compiled
+
+    @property
+    def _accumulates(self) -> bool:
+        """Whether steps have several micro-batches. If not, one program needs less memory."""
+        return self._config.data.gradient_accumulation_steps > 1
+
+    def _step_arguments(self, placed: TrainBatch | PreferenceBatch) -> tuple[Any, ...]:
+        config = self._config
+        run = (config.lora_scale, self._image_key)
+        return (self._model, config.training, self._state, self._frozen, placed, *run)
+
+    def _accumulation_arguments(
+        self, sums: GradientSums, placed: TrainBatch | PreferenceBatch, key: Array
+    ) -> tuple[Any, ...]:
+        config, state = self._config, self._state
+        micro_batch = (sums, placed, config.lora_scale, key, state.step)
+        return (self._model, config.training, state.trainable, self._frozen, *micro_batch)
 
     def _validation_accuracy(self, stop: "_StopSignal") -> dict[str, float]:
         """Return the accuracy on the validation rows by kind, or {} if a stop was requested."""

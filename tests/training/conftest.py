@@ -82,15 +82,15 @@ def stop_at(monkeypatch) -> Callable[..., list[int]]:
 
     def stop(*steps: int) -> list[int]:
         finished: list[int] = []
-        apply_gradients = trainer.apply_gradients
+        train_step = trainer.Trainer._train_step
 
-        def apply_and_stop(*arguments):
+        def step_and_stop(*arguments):
             finished.append(len(finished) + 1)
             if finished[-1] in steps:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return apply_gradients(*arguments)
+            return train_step(*arguments)
 
-        monkeypatch.setattr(trainer, "apply_gradients", apply_and_stop)
+        monkeypatch.setattr(trainer.Trainer, "_train_step", step_and_stop)
         return finished
 
     return stop

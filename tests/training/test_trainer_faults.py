@@ -203,15 +203,15 @@ def test_loss_that_is_not_finite(train, write_config, tmp_path, stop_at):
 
 @pytest.mark.slow
 def test_step_with_an_infinite_gradient_is_not_saved(train, write_config, tmp_path, monkeypatch):
-    apply_gradients = trainer.apply_gradients
+    train_step = trainer.Trainer._train_step
 
-    def diverging_step(*arguments):
-        state, metrics = apply_gradients(*arguments)
-        if int(state.step) == 4:
+    def diverging_step(self, micro_batches):
+        metrics, num_tokens = train_step(self, micro_batches)
+        if int(self._state.step) == 4:
             metrics = metrics._replace(grad_norm=np.float32(np.inf))
-        return state, metrics
+        return metrics, num_tokens
 
-    monkeypatch.setattr(trainer, "apply_gradients", diverging_step)
+    monkeypatch.setattr(trainer.Trainer, "_train_step", diverging_step)
     with pytest.raises(TrainingError, match="the grad_norm of step 4 is inf; resume from"):
         train(write_config(), *SHORT)
     assert "Infinity" not in (tmp_path / "run/metrics.jsonl").read_text()
