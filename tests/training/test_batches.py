@@ -77,7 +77,7 @@ def encode_or_error(encode: RowEncoder, row) -> tuple:
     return max(len(x.tokens) for x in examples), len(examples[0].pixels)
 
 
-def record_encoding(encode: RowEncoder, monkeypatch) -> list[str]:
+def record_encoding(monkeypatch) -> list[str]:
     """The names of the rows that are decoded from now on."""
     names, call = [], RowEncoder.__call__
 
@@ -295,7 +295,7 @@ def test_resuming_decodes_only_what_comes_next(processor, write_dataset, monkeyp
     data.close()
     monkeypatch.setattr(batches_module, "MAX_MICRO_BATCHES_AHEAD", 1)
     again, other = step_batches(rows, encode, seed=1), step_batches(rows, encode, seed=1)
-    decoded = record_encoding(encode, monkeypatch)
+    decoded = record_encoding(monkeypatch)
     again.set_state(state)
     assert not decoded
     steps = next_steps(again, 1)
