@@ -57,7 +57,7 @@ test-newest: $(VENV_NEWEST)/test
 test-tpu: $(VENV_TPU)/tpu
 	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m pytest tests/plan/test_compile_tpu.py
 
-# The server with the clients of OpenAI, LangChain and LiteLLM. They have their own environment, because
+# The server with the clients of OpenAI, LangChain, LiteLLM and instructor. They have their own environment, because
 # they require other versions of shared packages than the tests.
 test-clients: $(VENV_CLIENTS)/clients
 	$(VENV_CLIENTS)/bin/python -m pytest tests/clients
@@ -124,8 +124,10 @@ checkpoints/random-9b: | $(VENV)/test
 checkpoints/converted-9b: | checkpoints/random-9b
 	$(BIN)/python -m convert.from_hf checkpoints/random-9b $@
 
-# Server throughput with eight concurrent requests and with one, then a thousand mixed requests.
+# The engine's step, then server throughput with eight concurrent requests and with one, then a thousand mixed requests.
 bench-serving: $(VENV)/test
+	$(BIN)/python -m benchmarks.engine_step --model ovis-tiny
+	$(BIN)/python -m benchmarks.engine_step --preset bench --num-seqs 8
 	$(BIN)/python -m benchmarks.server_throughput --requests 1000
 
 # Tests and measures ovis_jax on the accelerator of this machine, in an environment of its own.

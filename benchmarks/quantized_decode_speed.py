@@ -50,7 +50,7 @@ def main(
         list[int] | None, typer.Option(min=1, help="Batch size in rows; may be repeated.")
     ] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Positions in the KV cache.")] = 512,
-    steps: Annotated[int, typer.Option(min=1, help="Number of steps per call.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps per call.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Number of timed rounds.")] = 9,
     json_path: JsonOption = None,
 ) -> None:

@@ -75,14 +75,19 @@ MaxNewTokensOption = Annotated[
     int, typer.Option(min=1, help="Maximum number of tokens per answer.")
 ]
 MaxNumSeqsOption = Annotated[
-    int, typer.Option(min=1, help="Maximum number of answers generated at the same time.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Maximum number of answers generated at the same time. The default is as many as fit"
+        " the memory of the devices, at most 64, or 8 on a CPU.",
+    ),
 ]
 MaxModelLenOption = Annotated[
     int | None,
     typer.Option(
         min=1,
         help="Maximum total length of a prompt and its answer, in positions. The default is the"
-        " model's maximum prompt length plus --max-new-tokens.",
+        " model's own maximum, or the longest that fits the memory of the devices.",
     ),
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Number of rows per batch.")]

@@ -125,7 +125,7 @@ def run_engine_programs(model, params, inputs, key, sampling):
     tokens, pixels = np.asarray(inputs.tokens)[0], np.asarray(inputs.pixels)
     visual, embeddings = runner.run_encoder(runner.init_visual(), [Crop(pixels[0], 0, 0, 5)])
     visual = runner.run_add_visual(visual, embeddings[0], 0, 0)
-    state = runner.init_decode_state()
+    state = runner.init_decode_state(24)
     for start in range(0, len(tokens), runner.chunk_size):
         state, logits = runner.run_prefill(state, visual, [Chunk(tokens, start, 1, 0)])
     options = make_sampling_params(sampling_numbers(), 5, 0)

@@ -39,6 +39,7 @@ from ovis_jax.console import (
 )
 from ovis_jax.engine.request import EngineError
 from ovis_jax.engine.scheduler import run_engine
+from ovis_jax.engine.sizes import choose_sizes
 from ovis_jax.errors import OvisError, RequestError, count_noun, require_extra
 from ovis_jax.evaluation.results_file import fingerprint_model
 from ovis_jax.inference.sampling import Sampling
@@ -73,7 +74,7 @@ def batch(
             " folder."
         ),
     ] = None,
-    max_num_seqs: MaxNumSeqsOption = 8,
+    max_num_seqs: MaxNumSeqsOption = None,
     max_model_len: MaxModelLenOption = None,
     enable_prefix_caching: Annotated[
         bool,
@@ -101,11 +102,20 @@ def batch(
     kv_cache_dtype: KVCacheDtypeOption = "auto",
     adapters: AdaptersOption = None,
     tensor_parallel: TensorParallelOption = 1,
+    num_processes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Number of processes, on any machines, that share the rows. Each writes a file of"
+            " its own.",
+        ),
+    ] = 1,
+    process_id: Annotated[int, typer.Option(help="Index of this process, from 0.")] = 0,
 ) -> None:
     """Answer a file of requests. If a run was stopped, run the same command to resume it."""
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     sampling.check()
-    asked = read_requests(requests)
+    asked = read_requests(requests).share(process_id, num_processes)
     is_openai = asked.format == "openai"
     plain_options = {
         "prompt": prompt,
@@ -134,11 +144,13 @@ def batch(
         has_failed = PlainRows.has_failed
     mesh = tensor_parallel_mesh(tensor_parallel)
     config = OvisConfig.from_folder(resolve_checkpoint(model, weights=False).folder)
-    max_model_len = max_model_len or config.multimodal_max_length + max_new_tokens
+    max_model_len = max_model_len or config.multimodal_max_length
     folders = [resolve_checkpoint(model).folder, *([adapters] if adapters else [])]
     settings = {
         "model": fingerprint_model(folders),
         "requests": asked.fingerprint,
+        "first_row": asked.first_row,
+        "num_rows": asked.num_rows,
         **(openai_options if is_openai else plain_options),
         **limits,
         "max_model_len": max_model_len,
@@ -165,6 +177,7 @@ def batch(
                     adapters=adapters,
                     mesh=mesh,
                 )
+                max_num_seqs, _ = choose_sizes(ovis, max_num_seqs, max_model_len)
                 note(f"compiling for {max_num_seqs} sequences of {max_model_len} positions")
                 max_concurrent = max_num_seqs + NUM_PREPARED
                 with (

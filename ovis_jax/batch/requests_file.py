@@ -11,12 +11,12 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ovis_jax.errors import DataError
+from ovis_jax.errors import DataError, RequestError
 from ovis_jax.user_files import GIT_LFS_POINTER, is_git_lfs_pointer
 
 RequestsFormat = Literal["openai", "plain"]
@@ -61,9 +61,10 @@ class RequestsFile:
     Attributes:
       path: The file or the folder.
       format: The format of the rows.
-      num_rows: Number of rows. Empty lines are not rows.
+      num_rows: Number of rows to answer. Empty lines are not rows.
       fingerprint: Hash of the file's content, or of the names of the folder's pictures.
       pictures: The pictures of the folder, relative to it; None for a file.
+      first_row: Index of the first row to answer.
     """
 
     path: Path
@@ -71,6 +72,21 @@ class RequestsFile:
     num_rows: int
     fingerprint: str
     pictures: tuple[str, ...] | None = None
+    first_row: int = 0
+
+    def share(self, process_id: int, num_processes: int) -> "RequestsFile":
+        """Return the same file with one of `num_processes` shares of its rows, in their order.
+
+        Raises:
+          RequestError: The index is not that of a process.
+        """
+        if not 0 <= process_id < num_processes:
+            raise RequestError(
+                f"--process-id is {process_id}, expected 0 to {num_processes - 1} for"
+                f" --num-processes {num_processes}"
+            )
+        first, end = (n * self.num_rows // num_processes for n in (process_id, process_id + 1))
+        return replace(self, first_row=first, num_rows=end - first)
 
     @property
     def folder(self) -> Path:
@@ -78,17 +94,18 @@ class RequestsFile:
         return self.path.parent if self.pictures is None else self.path
 
     def rows(self, start: int = 0) -> Iterator[BatchRow]:
-        """Yield the rows, beginning with the row at index `start`.
+        """Yield the rows to answer, without the first `start` of them.
 
         Raises:
           OSError: The file cannot be read.
         """
+        first, end = self.first_row + start, self.first_row + self.num_rows
         if self.pictures is not None:
-            yield from (BatchRow(name, {"image": name}) for name in self.pictures[start:])
+            yield from (BatchRow(name, {"image": name}) for name in self.pictures[first:end])
             return
         with self.path.open("rb") as file:
             lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-            for number, line in islice(lines, start, None):
+            for number, line in islice(lines, first, end):
                 yield BatchRow(f"line {number}", _parse_line(line))
 
 

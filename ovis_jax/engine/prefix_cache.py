@@ -10,6 +10,9 @@ from jaxtyping import Float, Float32, Int32
 
 from ovis_jax.inputs.image_processing import IMAGE_SLOT
 
+MAX_VISUAL_CACHE_BYTES = 2**28
+"""Maximum size of the visual embeddings that are kept, about 190 crops of the 9B model."""
+
 
 def crop_digests(pixels: Float32[np.ndarray, "I h w C"]) -> tuple[bytes, ...]:
     """Return a cryptographic hash of each crop's content. Collisions cannot be constructed."""
@@ -76,6 +79,15 @@ class CachedTokens:
         if self._num_tokens < len(self._tokens):  # the last token at the maximum length is not read
             self._tokens[self._num_tokens] = token
             self._num_tokens += 1
+
+    def truncate(self, length: int, ring_slots: int) -> None:
+        """Forget the positions from `length` on, which are no longer in the row.
+
+        If a ring buffer of `ring_slots` slots has wrapped around, no position is left.
+        """
+        if self.num_cached > length:
+            self.num_cached = length if self.num_cached < ring_slots else 0
+            self._num_tokens = min(self._num_tokens, self.num_cached)
 
     def common_prefix(
         self,

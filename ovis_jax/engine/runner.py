@@ -1,7 +1,8 @@
 """The compiled programs of the engine.
 
-The number of programs and the number of slots are fixed. All prompt lengths, numbers of crops and
-sampling parameters use the same programs, so they cause no recompilation.
+The number of slots is fixed. The cache has one of a few lengths, and each of them has programs of
+its own. All prompt lengths, numbers of crops and sampling parameters use the same programs, so they
+cause no recompilation.
 """
 
 import math
@@ -11,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
@@ -38,9 +40,16 @@ from ovis_jax.engine.state import (
 from ovis_jax.errors import OvisError
 from ovis_jax.inference.sampling import Sampling
 from ovis_jax.inputs.image_processing import IMAGE_SLOT
-from ovis_jax.model.kv_cache import Cache, num_slots
+from ovis_jax.model import kv_cache
+from ovis_jax.model.kv_cache import Cache, CacheBlock
 from ovis_jax.model.ovis import Ovis, Params, activation_dtype
 from ovis_jax.sharding import mesh_axis
+
+NUM_CACHE_LENGTHS = 4
+"""Maximum number of lengths of the cache; each is about twice as long as the one before."""
+
+CACHE_LENGTH_STEP = 128
+"""Lengths of the cache, except for the maximum length, are multiples of this many positions."""
 
 _T = TypeVar("_T")
 
@@ -83,10 +92,11 @@ class ModelRunner:
     """Runs the programs of one model, which the constructor compiles.
 
     Every method that takes a state or the lanes of visual embeddings donates them and returns the
-    new ones. Methods return before the device has computed their results; `jax.device_get` waits
-    for them. On a mesh, the caches are sharded over the key/value heads, like the parameters; all
-    other state is replicated. The programs for crops, chunks and starts take one of them or
-    `max_num_partial_prefills` of them; the last one is repeated to fill a program.
+    new ones. A state has a cache of one of the `cache_lengths`. Methods return before the device
+    has computed their results; `jax.device_get` waits for them. On a mesh, the caches are sharded
+    over the key/value heads, like the parameters; all other state is replicated. The programs for
+    crops, chunks and starts take one of them or `max_num_partial_prefills` of them; the last one is
+    repeated to fill a program.
 
     Args:
       model: The model.
@@ -98,6 +108,8 @@ class ModelRunner:
       supports_constraints: Whether to compile the programs for requests with a constraint, too.
 
     Attributes:
+      cache_lengths: The lengths of the cache, in positions, in ascending order; the last one is
+        `max_model_len`.
       tokens_per_crop: Number of visual tokens of a crop, M.
       crop_cost: The time that a crop takes, as the number of prompt positions that are prefilled in
         the same time.
@@ -128,19 +140,22 @@ class ModelRunner:
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.max_num_partial_prefills = min(max_num_partial_prefills, max_num_seqs)
         self.chunk_size = min(chunk_size, max_model_len)
+        self.cache_lengths = cache_lengths(max_model_len)
         self.tokens_per_crop = model.config.visual_tokenizer.tokens_per_crop
         self.ring_slots = min(
-            num_slots(model.config.decoder, block, max_model_len, model.kv_cache_dtype)
+            kv_cache.num_slots(model.config.decoder, block, max_model_len, model.kv_cache_dtype)
             for block in range(model.config.decoder.depth)
         )
+        self._model = model
         self._mask_length = -(-model.config.decoder.vocab_size // 32)
         dtype = activation_dtype(params)
         max_crops = self.max_model_len // self.tokens_per_crop
         visual_rows = max(max_crops, 1) * self.tokens_per_crop
-        replicated, sharded_cache = _shardings(params, model.config.decoder.num_kv_heads)
-        decode_sharding = DecodeState(sharded_cache, *[replicated] * 4)
-        self.init_decode_state: Callable[[], DecodeState] = jax.jit(
-            partial(init_decode_state, model, max_num_seqs, max_model_len, dtype),
+        replicated, sharded_cache = state_shardings(params, model.config.decoder.num_kv_heads)
+        decode_sharding = DecodeState(sharded_cache, cast(Any, replicated))
+        self._init_decode_state = jax.jit(
+            partial(init_decode_state, model, max_num_seqs, dtype=dtype),
+            static_argnames="max_length",
             out_shardings=decode_sharding,
         )
         self.init_visual: Callable[[], Float[Array, "lanes rows D"]] = jax.jit(
@@ -150,43 +165,63 @@ class ModelRunner:
         # Explicitly, so that the engine also runs where implicit transfers are disallowed.
         self._put_on_device = partial(jax.device_put, device=replicated)
         self._add_visual_embeddings = _compile_once(add_visual_embeddings, 0, replicated)
-        self._copy_cache = _compile_once(copy_cache, 0, decode_sharding)
+        self._copy_cache = _compile_per_length(copy_cache, 0, decode_sharding)
+        self._resize_rows = jax.jit(
+            kv_cache.resize_rows,
+            static_argnames="num_slots",
+            out_shardings=None if sharded_cache is None else sharded_cache.blocks,
+        )
+        self._limit_lengths = jax.jit(
+            lambda lengths, limit: jnp.minimum(lengths, limit),
+            static_argnames="limit",
+            out_shardings=replicated,
+        )
         out_shardings = decode_sharding, replicated
         sizes = sorted({1, self.max_num_partial_prefills})
         self._encode_crops = {
             n: _compile_once(partial(encode_crops, model), 1, replicated) for n in sizes
         }
         self._prefill_chunks = {
-            n: _compile_once(partial(prefill_chunks, model), 1, out_shardings) for n in sizes
+            n: _compile_per_length(partial(prefill_chunks, model), 1, out_shardings) for n in sizes
         }
-        self._start_sequences = {n: _compile_once(start_sequences, 0, out_shardings) for n in sizes}
+        self._start_sequences = {n: _compile_once(start_sequences, 0, replicated) for n in sizes}
         self._decode = {
-            mode: _compile_once(partial(decode, model, mode), 1, out_shardings)
+            mode: _compile_per_length(partial(decode, model, mode), 1, out_shardings)
             for mode in get_args(SamplingMode)
         }
         self._decode_masked = {
-            mode: _compile_once(partial(decode, model, mode), 1, out_shardings)
+            mode: _compile_per_length(partial(decode, model, mode), 1, out_shardings)
             for mode in get_args(SamplingMode)
             if mode != "greedy"  # "temperature" samples the same tokens
         }
         self._warm_up(model.config.vision, supports_constraints)
 
     def _warm_up(self, vision: VisionConfig, supports_constraints: bool) -> None:
-        """Run every program once to compile it, then measure those that a budget depends on."""
+        """Run every program once to compile it, then measure those that a budget depends on.
+
+        The longest cache comes first, so that programs that do not fit the device fail soon.
+        """
         pixels = np.zeros((vision.image_size, vision.image_size, vision.num_channels), np.float32)
         crop, chunk = Crop(pixels, 0, 0, 0), Chunk(np.zeros(1, np.int32), 0, 0, 0)
         start = Start(0, 0, make_sampling_params(Sampling(), 0, 0), None)
-        state, visual = self.init_decode_state(), self.init_visual()
+        state, visual = self.init_decode_state(self.max_model_len), self.init_visual()
         for n in self._encode_crops:
             visual, embeddings = self.run_encoder(visual, [crop] * n)
             visual = self.run_add_visual(visual, embeddings[0], 0, 0)
-            state, logits = self.run_prefill(state, visual, [chunk] * n)
-            state, _ = self.run_start(state, logits, [start] * n)
-        state = self.run_copy(state, 0, 0)
         inactive = np.zeros(self.max_num_seqs, bool)
-        for mode in get_args(SamplingMode):
-            for masks in (None, self.allow_all()) if supports_constraints else (None,):
-                state, _ = self.run_decode(state, inactive, mode, masks)
+        length = self.max_model_len
+        for next_length in reversed(self.cache_lengths):
+            state = self.resize_cache(state, length, next_length)
+            length = next_length
+            for n in self._encode_crops:
+                state, logits = self.run_prefill(state, visual, [chunk] * n)
+                state, _ = self.run_start(state, logits, [start] * n)
+            state = self.run_copy(state, 0, 0)
+            for mode in get_args(SamplingMode):
+                for masks in (None, self.allow_all()) if supports_constraints else (None,):
+                    state, _ = self.run_decode(state, inactive, mode, masks)
+        state = self.resize_cache(state, length, self.max_model_len)
+        state = self.resize_cache(state, self.max_model_len, length)
         jax.block_until_ready((state, visual))
         (state, _), chunk_seconds = _timed(self.run_prefill, state, visual, [chunk])
         (state, _), step_seconds = _timed(self.run_decode, state, inactive, "greedy")
@@ -194,6 +229,38 @@ class ModelRunner:
         seconds_per_position = chunk_seconds / self.chunk_size
         self.positions_per_decode_step = math.ceil(step_seconds / seconds_per_position)
         self.crop_cost = math.ceil(crop_seconds / seconds_per_position)
+
+    def init_decode_state(self, cache_length: int) -> DecodeState:
+        """Return a state with empty slots and a cache of one of the `cache_lengths`."""
+        return self._init_decode_state(max_length=cache_length)
+
+    def resize_cache(self, state: DecodeState, old_length: int, new_length: int) -> DecodeState:
+        """Change the length of the cache, through all `cache_lengths` in between.
+
+        The blocks are resized one after the other, so that old and new blocks together need little
+        more memory than the larger of the two caches. Slots that are used must have fewer than
+        `new_length` positions, unless the cache grows.
+        """
+        old, new = map(self.cache_lengths.index, (old_length, new_length))
+        step = 1 if new > old else -1
+        for index in range(old + step, new + step, step):
+            state = self._resize_cache(state, self.cache_lengths[index])
+        return state
+
+    def _resize_cache(self, state: DecodeState, length: int) -> DecodeState:
+        blocks: list[CacheBlock] = []
+        for i, block in enumerate(state.cache.blocks):
+            num_slots = kv_cache.num_slots(
+                self._model.config.decoder, i, length, self._model.kv_cache_dtype
+            )
+            if num_slots == kv_cache.length(block):
+                blocks.append(block)
+                continue
+            blocks.append(jax.block_until_ready(self._resize_rows(block, num_slots=num_slots)))
+            for rows in jax.tree.leaves(block):
+                rows.delete()
+        lengths = self._limit_lengths(state.cache.lengths, limit=length - 1)
+        return state._replace(cache=Cache(tuple(blocks), lengths))
 
     def allow_all(self) -> UInt32[np.ndarray, "B n"]:
         """Return masks for `run_decode` that allow every token in every slot."""
@@ -266,7 +333,9 @@ class ModelRunner:
             jax.tree.map(lambda *x: np.stack(x), *params),
             np.stack([all_allowed if mask is None else mask for mask in masks]),
         )
-        return self._start_sequences[len(slots)](state, logits, *self._put_on_device(arrays))
+        program = self._start_sequences[len(slots)]
+        sequences, sampled = program(state.sequences, logits, *self._put_on_device(arrays))
+        return state._replace(sequences=sequences), sampled
 
     def run_decode(
         self,
@@ -300,6 +369,13 @@ def _timed(function: Callable[..., _T], *arguments: Any) -> tuple[_T, float]:
     return result, time.perf_counter() - start
 
 
+def cache_lengths(max_model_len: int) -> tuple[int, ...]:
+    """Return the lengths of a cache for sequences of up to `max_model_len` positions, ascending."""
+    halves = (max_model_len / 2**n for n in range(1, NUM_CACHE_LENGTHS))
+    rounded = {CACHE_LENGTH_STEP * math.ceil(half / CACHE_LENGTH_STEP) for half in halves}
+    return (*sorted(x for x in rounded if x < max_model_len), max_model_len)
+
+
 def _compile_once(
     function: Callable[..., Any], donated_argument: int | None, out_shardings: Any
 ) -> Callable[..., Any]:
@@ -318,7 +394,23 @@ def _compile_once(
     return call
 
 
-def _shardings(params: Params, num_kv_heads: int) -> tuple[Any, Any]:
+def _compile_per_length(
+    function: Callable[..., Any], state_argument: int, out_shardings: Any
+) -> Callable[..., Any]:
+    """Return a function that is compiled once for each length of the cache, as `_compile_once`."""
+    programs: dict[int, Callable[..., Any]] = {}
+
+    def call(*arguments: Any) -> Any:
+        blocks = arguments[state_argument].cache.blocks
+        length = max(kv_cache.length(block) for block in blocks)
+        if length not in programs:
+            programs[length] = _compile_once(function, state_argument, out_shardings)
+        return programs[length](*arguments)
+
+    return call
+
+
+def state_shardings(params: Params, num_kv_heads: int) -> tuple[Any, Any]:
     """Return the shardings of replicated arrays and of a cache; both are None without a mesh."""
     sharding = params["decoder"]["final_norm"].sharding
     if not isinstance(sharding, NamedSharding):

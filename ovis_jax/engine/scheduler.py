@@ -20,7 +20,7 @@ from jax import Array
 from jaxtyping import Float, Int32
 
 from ovis_jax.engine.constraints import ConstraintError
-from ovis_jax.engine.prefix_cache import CachedTokens, VisualEmbeddingCache
+from ovis_jax.engine.prefix_cache import MAX_VISUAL_CACHE_BYTES, CachedTokens, VisualEmbeddingCache
 from ovis_jax.engine.request import EngineError, Failure, Logprob, Request, Sequence, TokenLogprobs
 from ovis_jax.engine.runner import Chunk, Crop, ModelRunner, Start
 from ovis_jax.engine.state import SampledTokens, SamplingMode, make_sampling_params
@@ -36,11 +36,11 @@ ENGINE_FAILED = Failure("the model failed; the server's log has the details", "e
 PREFILL_SHARE = 2
 """Time for prefill between two decode steps, relative to the time of a decode step."""
 
+SHRINK_AFTER = 256
+"""Number of successive decode steps that must fit into a shorter cache before the cache shrinks."""
+
 MIN_CACHED_TOKENS = 16
 """Minimum length of a common prefix for which a row of the KV cache is copied."""
-
-MAX_VISUAL_CACHE_BYTES = 2**28
-"""Maximum size of the visual embeddings that are kept, about 190 crops of the 9B model."""
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +136,8 @@ class Scheduler:
       processor: Processor of the model.
       max_model_len: Maximum total length of a prompt and its answer, in positions.
       max_num_seqs: Maximum number of concurrent sequences.
+      cache_length: The current length of the cache, in positions: long enough for the longest
+        sequence, and shorter again after `SHRINK_AFTER` steps that need less.
       reuses_requests: Whether earlier requests are reused.
       visual_embeddings: The visual embeddings of earlier requests.
       changed: Condition variable that is notified after every change to a request or to the
@@ -155,7 +157,10 @@ class Scheduler:
         self.max_model_len, self.max_num_seqs = runner.max_model_len, runner.max_num_seqs
         self.changed = threading.Condition()
         self._runner = runner
-        self._state, self._visual = runner.init_decode_state(), runner.init_visual()
+        self.cache_length = runner.cache_lengths[0]
+        self._num_short_steps = 0
+        self._state = runner.init_decode_state(self.cache_length)
+        self._visual = runner.init_visual()
         self._max_queued_requests = max_queued_requests
         share = math.ceil(PREFILL_SHARE * runner.positions_per_decode_step)
         self._max_num_batched_tokens = max_num_batched_tokens or share
@@ -247,7 +252,8 @@ class Scheduler:
                 self._slots = [Slot(slot.index) for slot in self._slots]
                 self.visual_embeddings.clear()
                 try:  # the failed step may have consumed the donated state
-                    self._state = self._runner.init_decode_state()
+                    self.cache_length = self._runner.cache_lengths[0]
+                    self._state = self._runner.init_decode_state(self.cache_length)
                     self._visual = self._runner.init_visual()
                 except Exception:
                     log.exception("the model cannot run any more")
@@ -331,6 +337,7 @@ class Scheduler:
             prefill.slot.is_prefilling = True
             self._take(prefill.slot, request)
             self._prefills.append(prefill)
+            self._grow_cache()
 
     def find_prefix(self, request: Request) -> tuple[Slot | None, int]:
         """Return the slot with the longest reusable prefix of a prompt, and the prefix's length.
@@ -374,6 +381,35 @@ class Scheduler:
         if not request.num_started:
             request.cached_tokens, request.cached_crops = length, num_crops
         return PrefillProgress(request, target, lane, num_crops, length)
+
+    def _required_length(self) -> int:
+        """Return the shortest cache in which every slot that is in use has a position left.
+
+        In each step, also slots that do not advance write to the position after their last one.
+        """
+        used = [slot.cached.num_cached for slot in self._slots if not slot.is_free]
+        required = min(max(used, default=0) + 2, self.max_model_len)
+        return next(length for length in self._runner.cache_lengths if length >= required)
+
+    def _grow_cache(self) -> None:
+        """Make the cache long enough for the prompts that are read and for the next step."""
+        required = self._required_length()
+        if required > self.cache_length:
+            self._resize_cache(required)
+
+    def _shrink_cache(self) -> None:
+        """Make the cache shorter if many steps have not needed its length."""
+        required = self._required_length()
+        self._num_short_steps = self._num_short_steps + 1 if required < self.cache_length else 0
+        if self._num_short_steps >= SHRINK_AFTER:
+            self._resize_cache(required)
+            for slot in self._slots:
+                if slot.is_free:
+                    slot.cached.truncate(required - 1, self._runner.ring_slots)
+
+    def _resize_cache(self, length: int) -> None:
+        self._state = self._runner.resize_cache(self._state, self.cache_length, length)
+        self.cache_length, self._num_short_steps = length, 0
 
     def _take(self, slot: Slot, request: Request) -> None:
         """Record that a slot is taken for a request, whose prompt its cache contains or will."""
@@ -499,6 +535,8 @@ class Scheduler:
         rows = self._next_rows()
         if not rows:
             return False
+        self._grow_cache()
+        self._shrink_cache()
         active = np.zeros(self.max_num_seqs, bool)
         active[[number for number, _, _ in rows]] = True
         modes = [_sampling_mode(sequence.request) for _, _, sequence in rows]
@@ -612,16 +650,27 @@ def run_engine(
       enable_prefix_caching: Whether to reuse the KV cache and the visual embeddings of earlier
         requests.
       supports_constraints: Whether to compile the programs for requests with a constraint, too.
+
+    Raises:
+      OvisError: The programs do not fit the memory of the devices.
     """
-    runner = ModelRunner(
-        ovis.model,
-        ovis.params,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        chunk_size=chunk_size,
-        max_num_partial_prefills=max_num_partial_prefills,
-        supports_constraints=supports_constraints,
-    )
+    try:
+        runner = ModelRunner(
+            ovis.model,
+            ovis.params,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            chunk_size=chunk_size,
+            max_num_partial_prefills=max_num_partial_prefills,
+            supports_constraints=supports_constraints,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OvisError(
+            f"{max_num_seqs} sequences of {max_model_len} positions do not fit the memory of the"
+            " device beside the model; choose a smaller --max-num-seqs or --max-model-len"
+        ) from error
     scheduler = Scheduler(
         ovis,
         runner,

@@ -87,16 +87,22 @@ class SampledTokens(NamedTuple):
     """The most likely tokens and their log-probabilities; None unless the mode is "full"."""
 
 
-class DecodeState(NamedTuple):
-    """The state of all slots, with one row per slot."""
+class SequenceState(NamedTuple):
+    """What is known of each slot's sequence beside its cache, with one row per slot."""
 
-    cache: Cache
     last_tokens: Int[Array, "B"]
     num_tokens: Int[Array, "B"]
     """Number of tokens generated in each row."""
     counts: Int[Array, "B V"]
     """How often each token was generated in each row; updated only in the mode "full"."""
     params: SamplingParams
+
+
+class DecodeState(NamedTuple):
+    """The state of all slots, with one row per slot."""
+
+    cache: Cache
+    sequences: SequenceState
 
 
 def make_sampling_params(
@@ -303,17 +309,17 @@ def prefill_chunks(
 
 
 def start_sequences(
-    state: DecodeState,
+    state: SequenceState,
     logits: Float[Array, "m V"],
     slots: Int[Array, "n"],
     rows: Int[Array, "n"],
     sampling_params: SamplingParams,
     masks: UInt32[Array, "n words"],
-) -> tuple[DecodeState, SampledTokens]:
+) -> tuple[SequenceState, SampledTokens]:
     """Start sequences in slots whose cache contains their prompts, and sample their first tokens.
 
     Args:
-      state: The state of all slots.
+      state: The state of all slots, without the cache.
       logits: Logits at the last positions of m prompts.
       slots: The slot of each sequence.
       rows: The row of `logits` for each sequence.
@@ -325,13 +331,8 @@ def start_sequences(
     num_tokens = jnp.zeros(slots.shape, jnp.int32)
     sampled = sample_tokens(logits, sampling_params, counts, num_tokens, "full", masks)
     counts = counts.at[jnp.arange(len(slots), dtype=jnp.int32), sampled.tokens].set(1)
-    values = DecodeState(state.cache, sampled.tokens, num_tokens + 1, counts, sampling_params)
-
-    def put(old: Array, new: Array) -> Array:
-        return old.at[slots].set(new)
-
-    # All values but the cache, which already contains the prompts.
-    return DecodeState(state.cache, *jax.tree.map(put, state[1:], values[1:])), sampled
+    values = SequenceState(sampled.tokens, num_tokens + 1, counts, sampling_params)
+    return jax.tree.map(lambda old, new: old.at[slots].set(new), state, values), sampled
 
 
 def decode(
@@ -352,16 +353,16 @@ def decode(
       active: Which slots are active.
       masks: The tokens that each slot's constraint allows, as in `sample_tokens`.
     """
-    lengths = state.cache.lengths
-    logits, cache = model.decode(params, state.last_tokens, state.cache)
+    lengths, old = state.cache.lengths, state.sequences
+    logits, cache = model.decode(params, old.last_tokens, state.cache)
     cache = cache._replace(lengths=jnp.where(active, cache.lengths, lengths))
-    sampled = sample_tokens(logits, state.params, state.counts, state.num_tokens, mode, masks)
-    counts, steps = state.counts, active.astype(jnp.int32)
+    sampled = sample_tokens(logits, old.params, old.counts, old.num_tokens, mode, masks)
+    counts, steps = old.counts, active.astype(jnp.int32)
     if mode == "full":
         counts = counts.at[jnp.arange(len(lengths)), sampled.tokens].add(steps)
-    last_tokens = jnp.where(active, sampled.tokens, state.last_tokens)
-    num_tokens = state.num_tokens + steps
-    return DecodeState(cache, last_tokens, num_tokens, counts, state.params), sampled
+    last_tokens = jnp.where(active, sampled.tokens, old.last_tokens)
+    sequences = SequenceState(last_tokens, old.num_tokens + steps, counts, old.params)
+    return DecodeState(cache, sequences), sampled
 
 
 def init_decode_state(
@@ -369,13 +370,13 @@ def init_decode_state(
 ) -> DecodeState:
     """Return a state with empty slots for sequences of up to `max_length` positions."""
     params = make_sampling_params(Sampling(), 0, 0)
-    return DecodeState(
-        model.empty_cache(num_slots, max_length, dtype),
+    sequences = SequenceState(
         jnp.zeros((num_slots,), jnp.int32),
         jnp.zeros((num_slots,), jnp.int32),
         jnp.zeros((num_slots, model.config.decoder.vocab_size), jnp.int32),
         jax.tree.map(lambda x: jnp.broadcast_to(x, (num_slots, *x.shape)), params),
     )
+    return DecodeState(model.empty_cache(num_slots, max_length, dtype), sequences)
 
 
 def init_visual(

@@ -36,7 +36,8 @@ from PIL import Image
 
 from ovis_jax.errors import DataError, OvisError
 from ovis_jax.inputs.conversation import IMAGE_PLACEHOLDER, Turn
-from ovis_jax.inputs.open_image import is_data_url, open_image
+from ovis_jax.inputs.image_processing import ImageSize
+from ovis_jax.inputs.open_image import is_data_url, open_image, read_image_size
 from ovis_jax.inputs.parquet_rows import ParquetImage, is_parquet, read_parquet_rows
 from ovis_jax.user_files import GIT_LFS_POINTER, is_git_lfs_pointer, read_text
 
@@ -121,6 +122,20 @@ class DatasetRow:
         except OvisError as error:
             raise DataError(f"{self.name}: {error}") from error
 
+    def image_sizes(self, *, exact: bool = False) -> list[ImageSize]:
+        """Return the sizes of the images that `open_images` returns, mostly without decoding them.
+
+        Raises:
+          DataError: An image cannot be read.
+        """
+        try:
+            return [
+                read_image_size(read_image_source(image), f"image {number}", exact=exact)
+                for number, image in enumerate(self.images, 1)
+            ]
+        except OvisError as error:
+            raise DataError(f"{self.name}: {error}") from error
+
     def find_missing_file(self) -> str | None:
         """Return the path of the first image that is not a file, or None."""
         paths = (x for x in self.images if isinstance(x, str) and not _is_url(x))
@@ -133,10 +148,17 @@ class DatasetRow:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The valid rows in dataset files, and an error message for each invalid row."""
+    """The valid rows in dataset files, and an error message for each invalid row.
+
+    Attributes:
+      rows: The valid rows.
+      errors: The error messages of the invalid rows.
+      sources: For each valid row, the index of its file.
+    """
 
     rows: tuple[DatasetRow, ...]
     errors: tuple[str, ...]
+    sources: tuple[int, ...]
 
 
 def read_dataset(
@@ -154,7 +176,8 @@ def read_dataset(
     """
     rows: list[DatasetRow] = []
     errors: list[str] = []
-    for path in paths:
+    sources: list[int] = []
+    for source, path in enumerate(paths):
         for number, value in enumerate(read_rows_or_errors(path), 1):
             name = f"{path}: row {number}"
             if isinstance(value, DataError):
@@ -163,11 +186,12 @@ def read_dataset(
             try:
                 folder = images or path.parent
                 rows.append(parse_row(value, name, folder, system_turns=system_turns))
+                sources.append(source)
             except OvisError as error:
                 errors.append(f"{name}: {error}")
     if not rows and not errors:
         raise DataError(f"{', '.join(map(str, paths))}: no rows")
-    return Dataset(tuple(rows), tuple(errors))
+    return Dataset(tuple(rows), tuple(errors), tuple(sources))
 
 
 def read_rows_or_errors(path: Path) -> list[Any]:

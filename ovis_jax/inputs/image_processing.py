@@ -8,6 +8,7 @@ commit d248e34, with the image processor of SigLIP in transformers 4.46.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -81,6 +82,13 @@ class ImageProcessorConfig:
             std=_three_numbers(fields, "image_std", above=0),
             rescale_factor=fields.get_positive_number("rescale_factor"),
         )
+
+
+class ImageSize(NamedTuple):
+    """The width and height of an image in pixels."""
+
+    width: int
+    height: int
 
 
 class ImageLayout(NamedTuple):
@@ -175,17 +183,7 @@ def preprocess_image(
     image = convert_to_rgb(load_image(image))
     grid = choose_grid(image.width, image.height, config.crop_size, max_partition)
     boxes = crop_boxes_with_thumbnail(image.width, image.height, grid)
-    sizes = [
-        fitted_size(right - left, lower - upper, config.crop_size)
-        for left, upper, right, lower in boxes
-    ]
-    if any(0 in size for size in sizes):
-        raise ImageError(
-            f"the image is {image.width} x {image.height} pixels; resized to crops of "
-            f"{config.crop_size} x {config.crop_size}, its shorter side would be 0 pixels; "
-            "cut or pad the image until its longer side is at most "
-            f"{config.crop_size} times its shorter side"
-        )
+    sizes = fitted_sizes(image.width, image.height, boxes, config.crop_size)
     squares = [
         _normalized_square(image.crop(box), size, config)
         for box, size in zip(boxes, sizes, strict=True)
@@ -235,6 +233,27 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
         raise ImageError(
             f"an image of mode {image.mode} has no RGB form: {error}; convert it first"
         ) from error
+
+
+def fitted_sizes(
+    width: int, height: int, boxes: Sequence[Box], crop_size: int
+) -> list[tuple[int, int]]:
+    """Return the width and height of each crop of an image after resizing.
+
+    Raises:
+      ImageError: The image is so narrow that a crop would have a width or height of 0.
+    """
+    sizes = [
+        fitted_size(right - left, lower - upper, crop_size) for left, upper, right, lower in boxes
+    ]
+    if any(0 in size for size in sizes):
+        raise ImageError(
+            f"the image is {width} x {height} pixels; resized to crops of "
+            f"{crop_size} x {crop_size}, its shorter side would be 0 pixels; "
+            "cut or pad the image until its longer side is at most "
+            f"{crop_size} times its shorter side"
+        )
+    return sizes
 
 
 def fitted_size(width: int, height: int, crop_size: int) -> tuple[int, int]:

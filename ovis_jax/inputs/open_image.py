@@ -8,25 +8,26 @@ formats, and the number of pixels is checked before anything is decoded.
 
 import base64
 import binascii
+import contextlib
 import io
 import math
 import os
 import re
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import IO, Protocol, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ovis_jax.errors import ImageError
-from ovis_jax.inputs.image_processing import convert_to_rgb
+from ovis_jax.inputs.image_processing import ImageSize, convert_to_rgb
 from ovis_jax.inputs.unsupported_image_formats import (
     describe_unsupported_format,
     is_camera_raw,
     register_heic_plugin,
 )
-from ovis_jax.inputs.upright_rgb import to_upright_rgb
+from ovis_jax.inputs.upright_rgb import TURNED_ORIENTATIONS, read_orientation, to_upright_rgb
 
 
 @runtime_checkable
@@ -46,6 +47,9 @@ IMAGE_TYPES = os.PathLike | bytes | Image.Image | SupportsArray
 UNTRUSTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """The formats accepted from untrusted sources. Pillow reads more formats, some of them with
 external programs."""
+
+HEADER_FORMATS = (*UNTRUSTED_FORMATS, "MPO")
+"""The formats whose decoder never changes the size that the header states."""
 
 DEFAULT_MAX_PIXELS = 100_000_000
 """Default maximum for the total number of pixels in the images of one untrusted request."""
@@ -145,6 +149,56 @@ def open_image(source: ImageSource, name: str = "the image", *, exact: bool = Fa
     is_list = isinstance(source, list | tuple)
     hint = "; lists of images belong to a list of prompts, one image list each" if is_list else ""
     raise ImageError(f"{name} has type {type(source).__name__}, {_EXPECTED}{hint}")
+
+
+def read_image_size(
+    source: ImageSource, name: str = "the image", *, exact: bool = False
+) -> ImageSize:
+    """Return the size of the image that `open_image` returns.
+
+    For the usual formats, only the header of the file is read, so a damaged file may have a size.
+    Other files are decoded.
+
+    Raises:
+      ImageError: As in `open_image`.
+    """
+    size = None
+    if isinstance(source, str | bytes | os.PathLike):
+        # If anything is unusual, `open_image` decodes the file or says what is wrong.
+        with contextlib.suppress(Exception):
+            if isinstance(source, bytes) or (isinstance(source, str) and is_data_url(source)):
+                data = source if isinstance(source, bytes) else decode_data_url(source)
+                file = io.BytesIO(data)
+            else:
+                file = open(_path_of_file_url(source), "rb")
+            with file:
+                size = _size_in_header(Image.open(file), file, exact)
+    return size or ImageSize(*open_image(source, name, exact=exact).size)
+
+
+def _size_in_header(image: Image.Image, file: IO[bytes], exact: bool) -> ImageSize | None:
+    """Return the size of an opened image after decoding, or None if the header does not say."""
+    if image.format not in HEADER_FORMATS:
+        return None
+    if exact:
+        return ImageSize(*image.size)
+    if image.format == "PNG" and "exif" not in image.info and _has_text_after_pixels(file):
+        return None
+    turned = read_orientation(image) in TURNED_ORIENTATIONS
+    return ImageSize(*(reversed(image.size) if turned else image.size))
+
+
+def _has_text_after_pixels(file: IO[bytes]) -> bool:
+    """Return whether a PNG file has chunks after its pixels that may state an orientation."""
+    file.seek(8)
+    is_after = False
+    while len(head := file.read(8)) == 8:
+        kind = head[4:]
+        if is_after and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            return True
+        is_after |= kind == b"IDAT"
+        file.seek(int.from_bytes(head[:4]) + 4, os.SEEK_CUR)
+    return False
 
 
 def list_images(

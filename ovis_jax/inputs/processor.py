@@ -29,8 +29,10 @@ from ovis_jax.inputs.image_processing import (
     IMAGE_SLOT,
     ImageLayout,
     ImageProcessorConfig,
+    ImageSize,
     choose_grid,
     crop_boxes_with_thumbnail,
+    fitted_sizes,
     image_placeholder_ids,
     load_image,
     preprocess_image,
@@ -266,10 +268,58 @@ class Processor:
           ImageError: An image cannot be read, decoded or cut into crops.
         """
         name = "the conversation"
+        images = list_images(images, name)
+        encoded, sources = self._encode_training_turns(turns, images, name, parse_special_tokens)
+        side = "right" if truncate else None
+        return self._build_example(encoded, sources, max_partition, max_length, side, name)
+
+    def measure_training_example(
+        self,
+        turns: Sequence[Turn],
+        image_sizes: Sequence[ImageSize] = (),
+        *,
+        max_partition: int = 9,
+        max_length: int | None = None,
+        truncate: bool = False,
+        parse_special_tokens: bool = True,
+    ) -> tuple[int, int]:
+        """Return the number of positions and of crops that `encode_training_example` returns.
+
+        Args:
+          turns: The conversation, without images in content parts.
+          image_sizes: The sizes of the images in order of appearance.
+          max_partition: As in `encode_training_example`, like the other arguments.
+          max_length: See `encode_training_example`.
+          truncate: See `encode_training_example`.
+          parse_special_tokens: See `encode_training_example`.
+
+        Raises:
+          PromptError: As in `encode_training_example`.
+          ImageError: An image has no pixels or is too narrow, or `max_partition` is below 1.
+        """
+        name = "the conversation"
+        encoded, sizes = self._encode_training_turns(turns, image_sizes, name, parse_special_tokens)
+        limit, partitions = self._limits(max_length, max_partition, len(sizes))
+        for size, partition in zip(sizes, partitions, strict=True):
+            boxes = self.image_layout(size, partition).boxes
+            fitted_sizes(size.width, size.height, boxes, self.image_config.crop_size)
+        tokens, labels = self._place_images(encoded, sizes, partitions, limit, truncate, name)
+        example = Example(tokens, labels, np.zeros(0))
+        if truncate:
+            example = truncate_right(example, limit)
+        num_slots = int(np.count_nonzero(example.tokens == IMAGE_SLOT))
+        return len(example.tokens), num_slots // self.config.visual_tokenizer.tokens_per_crop
+
+    def _encode_training_turns(
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[Any],
+        name: str,
+        parse_special_tokens: bool,
+    ) -> tuple[EncodedConversation, list[Any]]:
+        """Encode turns without images, and return the images in order of appearance."""
         chat_format = self.chat_format
-        parsed, sources = parse_prompt(
-            turns, list_images(images, name), name, chat_format=chat_format
-        )
+        parsed, ordered = parse_prompt(turns, images, name, chat_format=chat_format)
         encoded = encode_conversation(
             parsed,
             self.tokenizer,
@@ -281,8 +331,7 @@ class Processor:
                 f"{name} has no assistant turn that contributes to the loss, so there is nothing to"
                 " learn"
             )
-        side = "right" if truncate else None
-        return self._build_example(encoded, sources, max_partition, max_length, side, name)
+        return encoded, ordered
 
     def convert_hf_inputs(
         self,
@@ -340,14 +389,15 @@ class Processor:
         stops = (n for n, i in enumerate(ids) if i in self.config.eos_ids)
         return self.tokenizer.decode(ids[: next(stops, len(ids))])
 
-    def image_layout(self, image: Image.Image, max_partition: int = 9) -> ImageLayout:
+    def image_layout(self, image: Image.Image | ImageSize, max_partition: int = 9) -> ImageLayout:
         """Return the crops that an image is cut into, and the number of positions that it takes.
 
         Raises:
           ImageError: The image has no pixels, `max_partition` is below 1, or a TIFF file cannot be
             decoded.
         """
-        if image.format == "TIFF":  # decoding it may swap its width and height
+        # Decoding a TIFF file may swap its width and height.
+        if isinstance(image, Image.Image) and image.format == "TIFF":
             load_image(image)
         size, tokens = self.image_config.crop_size, self.config.visual_tokenizer.tokens_per_crop
         grid = choose_grid(image.width, image.height, size, max_partition)
@@ -356,7 +406,7 @@ class Processor:
         return ImageLayout(grid, boxes, ids, len(ids) + len(boxes) * (tokens - 1))
 
     def count_image_tokens(
-        self, images: Sequence[Image.Image], max_partition: int | Sequence[int] = 9
+        self, images: Sequence[Image.Image | ImageSize], max_partition: int | Sequence[int] = 9
     ) -> int:
         """Count the positions that images take in a prompt: visual tokens and image indicators."""
         partitions = _one_each(max_partition, len(images), "max_partition", "image")
@@ -374,49 +424,67 @@ class Processor:
     ) -> Example:
         """Insert the images into an encoded conversation, and enforce the maximum length."""
         images = [open_image(x, f"image {n} of {name}") for n, x in enumerate(sources, 1)]
-        partitions = _one_each(max_partition, len(images), "max_partition", "image")
-        limit = self.config.multimodal_max_length
-        if max_length is not None and max_length < 1:
-            raise PromptError(f"max_length is {max_length}, expected at least 1")
-        limit = limit if max_length is None else min(limit, max_length)
-
-        def place_images(layouts: Sequence[ImageLayout]) -> tuple[np.ndarray, np.ndarray]:
-            placed = insert_image_placeholders(encoded, [x.placeholder_ids for x in layouts])
-            ids, labels = np.array(placed)
-            # Pad ids come from the pad token spelled out in a text. The original only masks them:
-            # they take places in the sliding window and, outside of `generate`, positions
-            # (README.md).
-            kept = ids != self.config.pad_id
-            ids, labels = ids[kept], labels[kept]
-            tokens, labels = self._expand(ids, ids), self._expand(labels, ids)
-            if len(tokens) > limit and truncation_side is None:
-                room = limit - len(tokens) + sum(layout.num_tokens for layout in layouts)
-                raise PromptTooLongError(
-                    f"{name} is {len(tokens)} positions long, more than the {limit} allowed; "
-                    f"{self._advise(room, images, partitions)}"
-                )
-            return tokens, labels
-
-        place_images(list(map(self.image_layout, images, partitions)))
+        limit, partitions = self._limits(max_length, max_partition, len(images))
+        may_be_longer = truncation_side is not None
+        self._place_images(encoded, images, partitions, limit, may_be_longer, name)
         # Decoding may swap the width and height, so the layouts are computed again.
         size = self.image_config.crop_size
         pixels = [np.zeros((0, size, size, 3), np.float32)]
-        layouts: list[ImageLayout] = []
+        sizes: list[ImageSize] = []
         for image, partition in zip(images, partitions, strict=True):
             decoded = decode(image)
-            layouts.append(self.image_layout(decoded, partition))
+            sizes.append(ImageSize(*decoded.size))
             pixels.append(preprocess_image(decoded, self.image_config, partition)[0])
-        example = Example(*place_images(layouts), np.concatenate(pixels))
+        placed = self._place_images(encoded, sizes, partitions, limit, may_be_longer, name)
+        example = Example(*placed, np.concatenate(pixels))
         if truncation_side == "right":
             return truncate_right(example, limit)
         return truncate_left(example, limit, self.config.visual_tokenizer.tokens_per_crop)
+
+    def _limits(
+        self, max_length: int | None, max_partition: int | Sequence[int], num_images: int
+    ) -> tuple[int, Sequence[int]]:
+        """Return the maximum number of positions, and the maximum partition of each image."""
+        if max_length is not None and max_length < 1:
+            raise PromptError(f"max_length is {max_length}, expected at least 1")
+        limit = self.config.multimodal_max_length
+        limit = limit if max_length is None else min(limit, max_length)
+        return limit, _one_each(max_partition, num_images, "max_partition", "image")
+
+    def _place_images(
+        self,
+        encoded: EncodedConversation,
+        images: Sequence[Image.Image | ImageSize],
+        partitions: Sequence[int],
+        limit: int,
+        may_be_longer: bool,
+        name: str,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens and labels with the placeholders of images, int32 [T]."""
+        layouts = list(map(self.image_layout, images, partitions))
+        placed = insert_image_placeholders(encoded, [x.placeholder_ids for x in layouts])
+        ids, labels = np.array(placed)
+        # Pad ids come from the pad token spelled out in a text. The original only masks them: they
+        # take places in the sliding window and, outside of `generate`, positions (README.md).
+        kept = ids != self.config.pad_id
+        ids, labels = ids[kept], labels[kept]
+        tokens, labels = self._expand(ids, ids), self._expand(labels, ids)
+        if len(tokens) > limit and not may_be_longer:
+            room = limit - len(tokens) + sum(layout.num_tokens for layout in layouts)
+            raise PromptTooLongError(
+                f"{name} is {len(tokens)} positions long, more than the {limit} allowed; "
+                f"{self._advise(room, images, partitions)}"
+            )
+        return tokens, labels
 
     def _expand(self, values: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Repeat the value at each IMAGE_SLOT in `ids` once per visual token: [u] -> int32 [T]."""
         repeats = np.where(ids == IMAGE_SLOT, self.config.visual_tokenizer.tokens_per_crop, 1)
         return np.repeat(values, repeats).astype(np.int32)
 
-    def _advise(self, room: int, images: Sequence[Image.Image], partitions: Sequence[int]) -> str:
+    def _advise(
+        self, room: int, images: Sequence[Image.Image | ImageSize], partitions: Sequence[int]
+    ) -> str:
         """Return advice on how to shorten a prompt so that images fit into `room` positions."""
         for smaller in range(max(partitions, default=1) - 1, 0, -1):
             if self.count_image_tokens(images, [min(smaller, x) for x in partitions]) <= room:

@@ -24,6 +24,9 @@ TRANSPOSITIONS = {
 }
 """The transposition that turns an image upright, by the image's EXIF orientation."""
 
+TURNED_ORIENTATIONS = (5, 6, 7, 8)
+"""The EXIF orientations that swap the width and the height."""
+
 WHITE_IS_ZERO = 0
 """The value of a TIFF file's PhotometricInterpretation if 0 is white."""
 
@@ -53,10 +56,7 @@ def to_upright_rgb(image: Image.Image, *, max_exif_bytes: float = math.inf) -> I
             " save it without its metadata"
         )
     # ImageOps.exif_transpose would also write the EXIF data again, which fails if it is damaged.
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF data
-        orientation = None
+    orientation = read_orientation(image)
     if image.mode.startswith(("I", "F")):
         image = _gray_from_numbers(image)
     if image.has_transparency_data:
@@ -68,6 +68,15 @@ def to_upright_rgb(image: Image.Image, *, max_exif_bytes: float = math.inf) -> I
         image = image.transpose(TRANSPOSITIONS[orientation])
         image.info.clear()  # it still contains the orientation
     return image
+
+
+def read_orientation(image: Image.Image) -> int | None:
+    """Return the EXIF orientation of an image without decoding it; None if it is not stated."""
+    try:
+        # `PngImageFile.getexif` would decode the image.
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF data
+        return None
 
 
 def _scale_transparent_color(image: Image.Image) -> None:

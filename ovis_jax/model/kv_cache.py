@@ -229,6 +229,23 @@ def _write_tiles(
     return jax.lax.fori_loop(0, B, write_row, tiles, unroll=8).reshape(rows.shape)
 
 
+def resize_rows(
+    block: CacheBlock, num_slots: int
+) -> tuple[Float[Array, "rows K T H"] | QuantizedKV, Float[Array, "rows K T H"] | QuantizedKV]:
+    """Change the number of slots per row of a block's cache from S to T = `num_slots`.
+
+    New slots are empty. Positions in slots that are removed are lost, and the positions in the
+    other slots must not have wrapped around.
+    """
+
+    def resize(x: Array) -> Array:
+        added = max(num_slots - x.shape[2], 0)
+        padding = [(0, 0), (0, 0), (0, added), *[(0, 0)] * (x.ndim - 3)]
+        return jnp.pad(x, padding)[:, :, :num_slots]
+
+    return jax.tree.map(resize, block)
+
+
 def length(block: KeyValue) -> int:
     """Return S, the number of slots of a block's cache."""
     return jax.tree.leaves(block)[0].shape[2]

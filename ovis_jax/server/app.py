@@ -208,6 +208,7 @@ def _add_engine(metrics: ServerMetrics, name: str, scheduler: Scheduler) -> None
         num_running=lambda: scheduler.num_running,
         num_waiting=lambda: scheduler.num_waiting,
         num_visual_bytes=lambda: scheduler.visual_embeddings.num_bytes,
+        cache_length=lambda: scheduler.cache_length,
         is_accepting=lambda: scheduler.failure is None,
     )
 

@@ -21,6 +21,7 @@ from ovis_jax.console import (
     model_display_name,
 )
 from ovis_jax.engine.data_parallel import run_engines
+from ovis_jax.engine.sizes import choose_sizes
 from ovis_jax.errors import OvisError, require_extra
 from ovis_jax.inputs.open_image import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_PIXELS
 from ovis_jax.loading import load
@@ -49,7 +50,7 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar=API_KEY, help="API key that clients must send.")
     ] = None,
-    max_num_seqs: MaxNumSeqsOption = 8,
+    max_num_seqs: MaxNumSeqsOption = None,
     max_queued_requests: Annotated[
         int, typer.Option(min=1, help="Maximum number of waiting requests.")
     ] = 64,
@@ -164,20 +165,6 @@ def serve(
                 " optionally a port, in lower case and without a path, such as"
                 " http://localhost:3000"
             )
-    limits = RequestLimits(
-        max_body_bytes=max_body_bytes,
-        max_total_body_bytes=max_total_body_bytes,
-        max_requests=default_max_requests(max_num_seqs, max_queued_requests, data_parallel),
-        max_requests_per_client=max_requests_per_client,
-        body_timeout=body_timeout,
-        max_images=max_images,
-        max_pixels=max_pixels,
-        max_image_pixels=max_image_pixels,
-        max_tokens=max_new_tokens,
-        request_timeout=request_timeout,
-        max_partition=max_partition,
-        allow_remote_images=allow_remote_images,
-    )
     with bind_sockets(host, port) as sockets:
         meshes = data_parallel_meshes(data_parallel, tensor_parallel)
         ovis = load(
@@ -188,7 +175,21 @@ def serve(
             adapters=adapters,
             mesh=meshes[0],
         )
-        max_model_len = max_model_len or ovis.config.multimodal_max_length + max_new_tokens
+        max_num_seqs, max_model_len = choose_sizes(ovis, max_num_seqs, max_model_len)
+        limits = RequestLimits(
+            max_body_bytes=max_body_bytes,
+            max_total_body_bytes=max_total_body_bytes,
+            max_requests=default_max_requests(max_num_seqs, max_queued_requests, data_parallel),
+            max_requests_per_client=max_requests_per_client,
+            body_timeout=body_timeout,
+            max_images=max_images,
+            max_pixels=max_pixels,
+            max_image_pixels=max_image_pixels,
+            max_tokens=max_new_tokens,
+            request_timeout=request_timeout,
+            max_partition=max_partition,
+            allow_remote_images=allow_remote_images,
+        )
         engines = "" if data_parallel == 1 else f" in each of {data_parallel} engines"
         notes.print(f"compiling for {max_num_seqs} sequences of {max_model_len} positions{engines}")
         with run_engines(

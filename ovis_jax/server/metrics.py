@@ -44,6 +44,9 @@ class ServerMetrics:
         self._visual_bytes = gauge(
             "ovis_visual_cache_bytes", "Size of the visual embeddings that are kept."
         )
+        self._cache_length = gauge(
+            "ovis_kv_cache_positions", "Current length of each sequence's row of the KV cache."
+        )
         self._accepting = gauge(
             "ovis_engine_accepting", "1 while the engine accepts requests, otherwise 0."
         )
@@ -55,6 +58,7 @@ class ServerMetrics:
         num_running: Callable[[], int],
         num_waiting: Callable[[], int],
         num_visual_bytes: Callable[[], int],
+        cache_length: Callable[[], int],
         is_accepting: Callable[[], bool],
     ) -> None:
         """Add an engine, whose metrics are read by functions.
@@ -65,12 +69,14 @@ class ServerMetrics:
           num_running: Returns the number of sequences that are being generated.
           num_waiting: Returns the number of requests whose prompt has not been read.
           num_visual_bytes: Returns the size of the visual embeddings that are kept.
+          cache_length: Returns the current length of the KV cache, in positions.
           is_accepting: Returns whether the engine accepts requests.
         """
         self._max_num_seqs.labels(name).set(max_num_seqs)
         self._running.labels(name).set_function(num_running)
         self._waiting.labels(name).set_function(num_waiting)
         self._visual_bytes.labels(name).set_function(num_visual_bytes)
+        self._cache_length.labels(name).set_function(cache_length)
         self._accepting.labels(name).set_function(is_accepting)
 
     def count_response(self, status: int) -> None:

@@ -15,6 +15,7 @@ from ovis_jax.compile_cache import enable_compilation_cache
 from ovis_jax.console import model_display_name
 from ovis_jax.engine.request import EngineError
 from ovis_jax.engine.scheduler import run_engine
+from ovis_jax.engine.sizes import choose_sizes
 from ovis_jax.loading import load
 from ovis_jax.mesh import tensor_parallel_mesh
 from ovis_jax.server.app import create_app
@@ -56,11 +57,11 @@ class Replica:
         enable_compilation_cache()
         loading = args.model_dump(include={"dtype", "quantization", "kv_cache_dtype", "adapters"})
         ovis = load(args.model, mesh=tensor_parallel_mesh(args.tensor_parallel), **loading)
-        default_length = ovis.config.multimodal_max_length + args.max_new_tokens
+        _, max_model_len = choose_sizes(ovis, args.max_num_seqs, args.max_model_len)
         engine = run_engine(
             ovis,
             max_num_seqs=args.max_num_seqs,
-            max_model_len=args.max_model_len or default_length,
+            max_model_len=max_model_len,
             max_queued_requests=args.max_queued_requests,
             enable_prefix_caching=args.enable_prefix_caching,
         )

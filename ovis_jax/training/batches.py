@@ -1,29 +1,40 @@
-"""Training batches with few shapes, from dataset rows in an order that can be resumed.
+"""Micro-batches of dataset rows, in the order of the epochs' plans.
 
-The library grain shuffles the rows in every epoch and prefetches them in threads. Each example is
-put into the bucket with its padded shape (positions and crops). A full bucket becomes the batch of
-one step.
+All rows are measured when a run starts, by their texts and the headers of their image files. Images
+are decoded when their micro-batch is built, in threads and a bounded number of bytes ahead of
+training. A resumed run decodes nothing that it skips.
 """
 
-from collections.abc import Sequence
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import count, islice
 from threading import Lock
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-import grain
 import numpy as np
 
 from ovis_jax.errors import DataError, OvisError
 from ovis_jax.inputs.batch import PADDING_POSITION, Example, Inputs, pad_rows
-from ovis_jax.inputs.buckets import bucket_size
-from ovis_jax.inputs.conversation import IGNORE_INDEX
+from ovis_jax.inputs.conversation import IGNORE_INDEX, Turn
 from ovis_jax.inputs.dataset import DatasetRow
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.training.config import DataConfig
+from ovis_jax.training.epoch_plan import EpochPlanner, MicroBatch, RowShape, RowSizes
 from ovis_jax.training.losses import PreferenceBatch, TrainBatch
 
-READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-PREFETCHED_BATCHES = 2
+MAX_BYTES_AHEAD = 2**29
+"""Maximum size of the pixels in micro-batches that are built ahead of training, in bytes."""
+MAX_MICRO_BATCHES_AHEAD = 16
+"""Maximum number of micro-batches that are built ahead of training."""
+NUM_THREADS = min(8, os.cpu_count() or 1)
+"""Number of threads that measure rows and build micro-batches."""
+ROWS_PER_ROUND = 4096
+"""Number of rows that are given to the threads at once."""
 
 
 @dataclass(frozen=True)
@@ -52,152 +63,276 @@ class RowEncoder:
         """
         try:
             images = row.open_images(exact=self.config.exact_images)
-            conversations = [row.turns]
-            if row.preference is not None:
-                conversations = [row.turns_with(answer) for answer in row.preference]
+            options = self._options(row)
             return tuple(
-                self.processor.encode_training_example(
-                    turns,
-                    images,
-                    max_partition=self.config.max_partition_for(len(images)),
-                    max_length=self.config.max_length,
-                    truncate=self.config.truncate,
-                )
-                for turns in conversations
+                self.processor.encode_training_example(turns, images, **options)
+                for turns in _conversations(row)
             )
         except OvisError as error:
-            message = str(error) if row.name in str(error) else f"{row.name}: {error}"
-            if self.config.invalid_rows == "error":
-                raise DataError(message) from error
-            with self._lock:
-                self.skipped[row.name] = message
+            self.reject(row, error)
             return None
 
+    def measure(self, row: DatasetRow) -> tuple[int, int]:
+        """Return a row's number of positions and of crops, mostly without decoding its images.
 
-def iterate_step_batches(
-    rows: Sequence[DatasetRow], encode_row: RowEncoder, seed: int
-) -> grain.DatasetIterator:
-    """Return an endless iterator over batches, which can be resumed with its state.
+        For a preference pair, the number of positions is that of the longer conversation.
 
-    Each batch is for one step and has a leading axis of micro-batches. It is a `TrainBatch`, or a
-    `PreferenceBatch` whose reference log-probabilities are 0. `get_state` and `set_state` of the
-    iterator save and restore the position in the data.
+        Raises:
+          DataError: The row is invalid.
+        """
+        try:
+            sizes = row.image_sizes(exact=self.config.exact_images)
+            options = self._options(row)
+            measured = [
+                self.processor.measure_training_example(turns, sizes, **options)
+                for turns in _conversations(row)
+            ]
+        except OvisError as error:
+            raise DataError(_message(row, error)) from error
+        return max(measured)
 
-    Raises:
-      DataError: Conversations and preference pairs are mixed. During iteration, this error is also
-        raised if `encode_row` raises it, or if no row of the dataset is valid.
+    def reject(self, row: DatasetRow, error: OvisError) -> None:
+        """Record an invalid row as skipped.
+
+        Raises:
+          DataError: The config treats invalid rows as errors.
+        """
+        if self.config.invalid_rows == "error":
+            raise DataError(_message(row, error)) from error
+        with self._lock:
+            self.skipped[row.name] = _message(row, error)
+
+    def _options(self, row: DatasetRow) -> dict[str, Any]:
+        return {
+            "max_partition": self.config.max_partition_for(len(row.images)),
+            "max_length": self.config.max_length,
+            "truncate": self.config.truncate,
+        }
+
+
+def _conversations(row: DatasetRow) -> list[Sequence[Turn]]:
+    if row.preference is None:
+        return [row.turns]
+    return [row.turns_with(answer) for answer in row.preference]
+
+
+def _message(row: DatasetRow, error: OvisError) -> str:
+    return str(error) if row.name in str(error) else f"{row.name}: {error}"
+
+
+class MeasuredRows(NamedTuple):
+    """The valid rows of a training set with their sizes.
+
+    Attributes:
+      rows: The rows whose texts and image headers are valid.
+      sizes: The sizes of these rows.
+      kept: The indices of these rows in the training set, int64 [n].
+      errors: An error message for each other row.
     """
-    if len({row.preference is None for row in rows}) != 1:
-        raise DataError(
-            f"the {len(rows)} rows mix conversations and preference pairs, expected only one form"
-        )
-    examples = grain.MapDataset.source(rows).shuffle(seed).repeat().map(encode_row)
-    pad_id = encode_row.processor.config.pad_id
-    steps = _BucketDataset(examples, len(rows), pad_id, encode_row.config)
-    prefetched = grain.experimental.ThreadPrefetchIterDataset(
-        steps, prefetch_buffer_size=PREFETCHED_BATCHES
-    )
-    return iter(prefetched)
+
+    rows: tuple[DatasetRow, ...]
+    sizes: RowSizes
+    kept: np.ndarray
+    errors: tuple[str, ...]
 
 
-class _BucketDataset(grain.IterDataset):
-    """Groups examples with the same padded shape into batches for one step."""
+def measure_rows(rows: Sequence[DatasetRow], encode_row: RowEncoder) -> MeasuredRows:
+    """Measure all rows by their texts and the headers of their image files."""
 
-    def __init__(
-        self, examples: grain.MapDataset, epoch_size: int, pad_id: int, config: DataConfig
-    ):
-        super().__init__()
-        self.examples, self.epoch_size = examples, epoch_size
-        self.pad_id, self.config = pad_id, config
+    def measure(row: DatasetRow) -> tuple[int, int] | DataError:
+        try:
+            return encode_row.measure(row)
+        except DataError as error:
+            return error
 
-    def __iter__(self) -> "_BucketIterator":
-        return _BucketIterator(self)
-
-
-class _BucketIterator(grain.DatasetIterator):
-    """Iterates over batches. The state is the index of the next example and of all waiting ones."""
-
-    def __init__(self, dataset: _BucketDataset):
-        super().__init__()
-        self._dataset = dataset
-        self._start_at(0)
-
-    def _start_at(self, index: int) -> None:
-        reader = self._dataset.examples.to_iter_dataset(READ_OPTIONS, allow_nones=True)
-        self._examples = iter(reader)
-        grain.experimental.set_next_index(self._examples, index)
-        self._next = index
-        self._waiting: dict[str, list[tuple[int, tuple[Example, ...]]]] = {}
-
-    def __next__(self) -> TrainBatch | PreferenceBatch:
-        config, skipped_in_a_row = self._dataset.config, 0
-        while skipped_in_a_row < self._dataset.epoch_size:
-            index, examples = self._next, next(self._examples)
-            self._next += 1
-            if examples is None:
-                skipped_in_a_row += 1
-                continue
-            skipped_in_a_row = 0
-            length = max(bucket_size(len(x.tokens), config.pad_to_multiple_of) for x in examples)
-            crops = bucket_size(len(examples[0].pixels), 1)
-            waiting = self._waiting.setdefault(f"{length} {crops}", [])
-            waiting.append((index, examples))
-            if len(waiting) == config.micro_batch_size * config.gradient_accumulation_steps:
-                del self._waiting[f"{length} {crops}"]
-                return self._collate([examples for _, examples in waiting], length, crops)
-        raise DataError("no row of the dataset is valid")
-
-    def _collate(
-        self, examples: list[tuple[Example, ...]], length: int, crops: int
-    ) -> TrainBatch | PreferenceBatch:
-        config, pad_id = self._dataset.config, self._dataset.pad_id
-        batches = [
-            collate_examples(list(column), config, length=length, crops=crops, pad_id=pad_id)
-            for column in zip(*examples, strict=True)
-        ]
-        if len(batches) == 1:
-            return batches[0]
-        sizes = (config.gradient_accumulation_steps, config.micro_batch_size)
-        zeros = cast(Any, np.zeros(sizes, np.float32))
-        return PreferenceBatch(batches[0], batches[1], zeros, zeros)
-
-    def get_state(self) -> dict[str, Any]:
-        waiting = {key: [index for index, _ in pairs] for key, pairs in self._waiting.items()}
-        return {"next": self._next, "waiting": waiting}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._start_at(state["next"])
-        for key, indices in state["waiting"].items():
-            self._waiting[key] = [(index, self._dataset.examples[index]) for index in indices]
+    measured = list(map_in_threads(measure, rows))
+    errors = tuple(str(found) for found in measured if isinstance(found, DataError))
+    kept = [n for n, found in enumerate(measured) if not isinstance(found, DataError)]
+    sizes = np.array([measured[n] for n in kept], np.int64).reshape(-1, 2)
+    valid = tuple(rows[n] for n in kept)
+    return MeasuredRows(valid, RowSizes(*sizes.T), np.array(kept, np.int64), errors)
 
 
-def collate_examples(
-    examples: Sequence[Example], config: DataConfig, *, length: int, crops: int, pad_id: int
-) -> TrainBatch:
-    """Pad examples and stack them into micro-batches.
+def map_in_threads(
+    function: Callable[[DatasetRow], Any], rows: Sequence[DatasetRow]
+) -> Iterator[Any]:
+    """Yield the results of a function for all rows, in order."""
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for start in range(0, len(rows), ROWS_PER_ROUND):
+            yield from pool.map(function, rows[start : start + ROWS_PER_ROUND])
+
+
+class StepBatches:
+    """An endless iterator over the micro-batches of each step, which can be resumed.
+
+    Each item is an iterator over the micro-batches of one step, which must be consumed before the
+    next step. A micro-batch is a `TrainBatch`, or a `PreferenceBatch` whose reference
+    log-probabilities are 0. It has a leading axis of size 1, as `train_step` expects.
 
     Args:
-      examples: The gradient_accumulation_steps x micro_batch_size examples, each with at most
-        `length` positions and `crops` crops.
-      config: Config with the sizes of the batch.
+      rows: The rows.
+      planner: Planner of the epochs, with the sizes of these rows.
+      encode_row: Encoder of the rows.
+
+    Raises:
+      DataError: There are no rows, or conversations and preference pairs are mixed. During
+        iteration, this error is also raised if `encode_row` raises it, or if no row is valid.
+    """
+
+    def __init__(self, rows: Sequence[DatasetRow], planner: EpochPlanner, encode_row: RowEncoder):
+        if not rows:
+            raise DataError("no row of the dataset is valid")
+        if len({row.preference is None for row in rows}) != 1:
+            raise DataError(
+                f"the {len(rows)} rows mix conversations and preference pairs, expected only one"
+                " form"
+            )
+        self._rows, self._encode_row = rows, encode_row
+        self._sizes, self._shapes = planner.sizes, planner.shapes
+        self._plan = lru_cache(maxsize=2)(planner.plan)
+        self._start_at(0, 0)
+
+    def __iter__(self) -> "StepBatches":
+        return self
+
+    def __next__(self) -> Iterator[TrainBatch | PreferenceBatch]:
+        steps = self._plan(self._epoch)
+        num_micro_batches = len(steps[self._step])
+        self._step += 1
+        if self._step == len(steps):
+            self._epoch, self._step = self._epoch + 1, 0
+        return islice(self._batches, num_micro_batches)
+
+    def get_state(self) -> dict[str, int]:
+        """Return the position in the data: the epoch and the step in it that come next."""
+        return {"epoch": self._epoch, "step": self._step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continue at a position that `get_state` returned. Nothing before it is decoded."""
+        self.close()
+        self._start_at(state["epoch"], state["step"])
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._batches.close()
+
+    def upcoming_shapes(self, num_steps: int) -> list[RowShape]:
+        """Return the shapes of the next `num_steps` steps, or all if they go beyond an epoch."""
+        steps = self._plan(self._epoch)[self._step :][:num_steps]
+        if len(steps) < num_steps:
+            return list(self._shapes)
+        return sorted({micro_batch.shape for step in steps for micro_batch in step})
+
+    def padding_batch(self, shape: RowShape) -> TrainBatch | PreferenceBatch:
+        """Return a micro-batch of padding rows, with which a shape can be compiled."""
+        return self._build(MicroBatch((), shape))
+
+    def _start_at(self, epoch: int, step: int) -> None:
+        self._epoch, self._step = epoch, step
+        self._batches = self._build_ahead(epoch, step)
+
+    def _build_ahead(
+        self, epoch: int, step: int
+    ) -> Generator[TrainBatch | PreferenceBatch, None, None]:
+        """Yield all micro-batches from a step on, which threads build ahead."""
+        ahead: deque[tuple[int, Future[TrainBatch | PreferenceBatch]]] = deque()
+        num_bytes = 0
+        pool = ThreadPoolExecutor(NUM_THREADS)
+        try:
+            for micro_batch in self._micro_batches_from(epoch, step):
+                size = pixels_nbytes(self._encode_row, micro_batch.shape)
+                while ahead and (
+                    num_bytes + size > MAX_BYTES_AHEAD or len(ahead) == MAX_MICRO_BATCHES_AHEAD
+                ):
+                    yield ahead[0][1].result()
+                    num_bytes -= ahead.popleft()[0]
+                ahead.append((size, pool.submit(self._build, micro_batch)))
+                num_bytes += size
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _micro_batches_from(self, epoch: int, step: int) -> Iterator[MicroBatch]:
+        for number in count(epoch):
+            for micro_batches in self._plan(number)[step if number == epoch else 0 :]:
+                yield from micro_batches
+
+    def _build(self, micro_batch: MicroBatch) -> TrainBatch | PreferenceBatch:
+        """Decode the images of a micro-batch, and pad it. Invalid rows become padding rows."""
+        length, crops = micro_batch.shape
+        config, processor = self._encode_row.config, self._encode_row.processor
+        pixels = np.zeros(_pixels_shape(self._encode_row, micro_batch.shape), np.float32)
+        num_crops = 0
+        encoded: list[list[Example]] = []
+        for index in micro_batch.rows:
+            examples = self._encode_row(self._rows[index])
+            if examples is None or not self._has_planned_size(index, examples):
+                continue
+            found = examples[0].pixels  # a pair has the same images twice
+            pixels[0, num_crops : num_crops + len(found)] = found
+            num_crops += len(found)
+            encoded.append([example._replace(pixels=found[:0]) for example in examples])
+        skipped = self._encode_row.skipped
+        if micro_batch.rows and not encoded and all(row.name in skipped for row in self._rows):
+            raise DataError("no row of the dataset is valid")
+        is_pair = self._rows[0].preference is not None
+        batches = [
+            pad_examples(
+                [examples[side] for examples in encoded],
+                pixels,
+                num_rows=config.micro_batch_size,
+                length=length,
+                pad_id=processor.config.pad_id,
+            )
+            for side in range(1 + is_pair)
+        ]
+        if not is_pair:
+            return batches[0]
+        zeros = cast(Any, np.zeros((1, config.micro_batch_size), np.float32))
+        return PreferenceBatch(batches[0], batches[1], zeros, zeros)
+
+    def _has_planned_size(self, index: int, examples: Sequence[Example]) -> bool:
+        """Return whether a row still has the size that it was measured with; reject it if not."""
+        found = max(len(x.tokens) for x in examples), len(examples[0].pixels)
+        planned = int(self._sizes.lengths[index]), int(self._sizes.crops[index])
+        if found == planned:
+            return True
+        error = DataError(
+            f"the row has {found[0]} positions and {found[1]} crops, but it had {planned[0]} and"
+            f" {planned[1]} when the run started; do not change image files during a run"
+        )
+        self._encode_row.reject(self._rows[index], error)
+        return False
+
+
+def pixels_nbytes(encode_row: RowEncoder, shape: RowShape) -> int:
+    """Return the size of a micro-batch's pixels in bytes."""
+    return 4 * math.prod(_pixels_shape(encode_row, shape))
+
+
+def _pixels_shape(encode_row: RowEncoder, shape: RowShape) -> tuple[int, ...]:
+    size = encode_row.processor.image_config.crop_size
+    return 1, encode_row.config.micro_batch_size * shape.crops, size, size, 3
+
+
+def pad_examples(
+    examples: Sequence[Example], pixels: np.ndarray, *, num_rows: int, length: int, pad_id: int
+) -> TrainBatch:
+    """Pad the texts of examples to a micro-batch.
+
+    Args:
+      examples: At most `num_rows` examples, each with at most `length` positions.
+      pixels: The crops of the examples in order of appearance, float32 [1, I, h, w, C], followed by
+        zeros.
+      num_rows: Number of rows, B. Rows without an example are padding.
       length: Number of positions per row, T.
-      crops: Number of crops per row. A micro-batch has I = micro_batch_size x crops.
       pad_id: Token id of padding.
 
     Returns:
-      A batch with tokens, positions and labels as int32 [micro-batches, B, T], and pixels as
-      float32 [micro-batches, I, h, w, C]. In each micro-batch, the pixels are the crops in order of
-      appearance, followed by zeros.
+      A micro-batch with tokens, positions and labels as int32 [1, B, T].
     """
-    size, steps = config.micro_batch_size, config.gradient_accumulation_steps
-    tokens = pad_rows([example.tokens for example in examples], length, pad_id)
-    positions = pad_rows([np.arange(len(e.tokens)) for e in examples], length, PADDING_POSITION)
-    labels = pad_rows([example.labels for example in examples], length, IGNORE_INDEX)
-    pixels = np.zeros((steps, size * crops, *examples[0].pixels.shape[1:]), np.float32)
-    for number in range(steps):
-        micro_batch = examples[number * size : (number + 1) * size]
-        joined = np.concatenate([example.pixels for example in micro_batch])
-        pixels[number, : len(joined)] = joined
-    rows = (steps, size, length)
-    inputs = Inputs(tokens.reshape(rows), positions.reshape(rows), pixels)
-    return TrainBatch(inputs, cast(Any, labels.reshape(rows)))
+    rest = [np.zeros(0, np.int32)] * (num_rows - len(examples))
+    tokens = pad_rows([*(x.tokens for x in examples), *rest], length, pad_id)
+    positions = [np.arange(len(x.tokens)) for x in examples]
+    positions = pad_rows([*positions, *rest], length, PADDING_POSITION)
+    labels = pad_rows([*(x.labels for x in examples), *rest], length, IGNORE_INDEX)
+    return TrainBatch(Inputs(tokens[None], positions[None], pixels), cast(Any, labels[None]))

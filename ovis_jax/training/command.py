@@ -26,6 +26,14 @@ def train_command(
         list[str] | None,
         typer.Argument(help="Config fields to override, such as training.max_steps=100."),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only read all rows, and print their sizes, the padding and all problems. No"
+            " device is used. If there is a problem, the exit code is 1.",
+        ),
+    ] = False,
     distributed: DistributedOption = False,
     coordinator: CoordinatorOption = None,
     num_processes: NumProcessesOption = None,
@@ -33,11 +41,15 @@ def train_command(
 ) -> None:
     """Fine-tune a model. If a run was stopped (exit code 4), run the same command to resume it."""
     with require_extra("train"):
+        from ovis_jax.training.check import check_recipe
         from ovis_jax.training.config import read_train_config
         from ovis_jax.training.trainer import Trainer
+    if check:
+        recipe = read_train_config(config, overrides or ())
+        raise typer.Exit(0 if check_recipe(recipe, Console()) else 1)
     with run_in_processes(distributed, coordinator, num_processes, process_id):
         with agree("the config"):
-            settings = read_train_config(config, overrides or ())
-        finished = Trainer(settings, Console()).train()
+            recipe = read_train_config(config, overrides or ())
+        finished = Trainer(recipe, Console()).train()
     if not finished:
         raise typer.Exit(INTERRUPTED)

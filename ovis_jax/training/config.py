@@ -27,6 +27,7 @@ from ovis_jax.user_files import read_text
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -65,7 +66,7 @@ class LoraConfig(ConfigTable):
     """The table `[lora]`. If given, the run trains LoRA adapters instead of parts of the model."""
 
     rank: PositiveInt = Field(examples=[16])
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    alpha: PositiveFloat | None = None
     """The products of the adapters are multiplied by alpha / rank. The default is the rank."""
     target_modules: str = ATTENTION_MATRICES
     """Regular expression for the paths of adapted matrices; `PARAM_AXES` in `ovis_jax.sharding`
@@ -82,6 +83,9 @@ class DataConfig(ConfigTable):
 
     train_files: Files = Field(min_length=1, examples=[["train.jsonl"]])
     validation_files: Files = Field(default=(), examples=[["validation.jsonl"]])
+    train_weights: tuple[PositiveFloat, ...] = Field(default=(), examples=[[1.0, 0.5]])
+    """For each of `train_files`, how often its rows appear in an epoch. With 0.5, each epoch has
+    one half of the file's rows, and the next epoch has the other half. The default is 1."""
     invalid_rows: Literal["error", "skip"] = "error"
     """Handling of invalid rows: an error ends the run, or the rows are skipped and reported."""
     exact_images: bool = False
@@ -101,9 +105,18 @@ class DataConfig(ConfigTable):
     micro_batch_size: PositiveInt = 8
     """Number of rows in a micro-batch."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Number of micro-batches per optimizer step."""
+    """Number of micro-batches per optimizer step. Some steps of an epoch may have one less."""
     pad_to_multiple_of: PositiveInt = 64
     """Lengths are padded to a multiple of this number; each padded shape is compiled once."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> "DataConfig":
+        if self.train_weights and len(self.train_weights) != len(self.train_files):
+            raise ValueError(
+                f"data.train_weights has {len(self.train_weights)} numbers, expected one for each"
+                f" of the {len(self.train_files)} data.train_files"
+            )
+        return self
 
     def max_partition_for(self, num_images: int) -> int:
         """Return the maximum number of cells of each image in a row with this many images."""

@@ -80,6 +80,26 @@ def init_train_state(config: StepConfig, trainable: FlatParams) -> TrainState:
     return TrainState(trainable, make_optimizer(config).init(trainable), jnp.int32(0))
 
 
+class GradientSums(NamedTuple):
+    """What the micro-batches of a step add up to.
+
+    Attributes:
+      gradients: The gradients of the summed loss, by path, in float32.
+      loss: The loss, summed over answer tokens or preference pairs, float32.
+      count: The number of answer tokens or preference pairs, float32.
+    """
+
+    gradients: FlatParams
+    loss: Array
+    count: Array
+
+
+def init_gradient_sums(state: TrainState) -> GradientSums:
+    """Return the sums over no micro-batch, on the devices of the state."""
+    zero = jnp.zeros_like(state.step, jnp.float32)
+    return GradientSums(jax.tree.map(jnp.zeros_like, state.trainable), zero, jnp.copy(zero))
+
+
 def stack_micro_batches(
     batches: Sequence[TrainBatch | PreferenceBatch],
 ) -> TrainBatch | PreferenceBatch:
@@ -106,6 +126,9 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
     """Update the trainable parameters with the gradient over all micro-batches together.
 
+    The micro-batches have one shape. If their shapes differ, call `accumulate_gradients` for each
+    of them and then `apply_gradients`, which gives the same result.
+
     Args:
       model: The model; static. With `remat`, the model's blocks are recomputed in the backward
         pass.
@@ -123,31 +146,79 @@ def train_step(
     Raises:
       RequestError: The model samples visual words, and there is no key.
     """
+    sums = init_gradient_sums(state)
+    sums = accumulate_gradients(
+        model, config, state.trainable, frozen, sums, batches, lora_scale, key, state.step
+    )
+    return apply_gradients(config, state, sums)
+
+
+@partial(jax.jit, static_argnames=("model", "config", "lora_scale"), donate_argnames="sums")
+def accumulate_gradients(
+    model: Ovis,
+    config: StepConfig,
+    trainable: FlatParams,
+    frozen: FrozenParams,
+    sums: GradientSums,
+    batches: TrainBatch | PreferenceBatch,
+    lora_scale: float = 1.0,
+    key: Key[Array, ""] | None = None,
+    step: Int[ArrayLike, ""] = 0,
+) -> GradientSums:
+    """Add the gradients of stacked micro-batches to the sums of a step.
+
+    Args:
+      model: The model; static.
+      config: Config of the step; static.
+      trainable: The trainable parameters or adapters by path, in float32.
+      frozen: Frozen parameters by path, in any dtype or quantized.
+      sums: The sums over the previous micro-batches; donated.
+      batches: The micro-batches, stacked by `stack_micro_batches`.
+      lora_scale: Factor by which the adapters' products are multiplied; static.
+      key: Random key of these micro-batches, only needed if the model samples visual words. The
+        number of the step is folded into the key.
+      step: Number of completed steps.
+
+    Raises:
+      RequestError: The model samples visual words, and there is no key.
+    """
     loss_and_grad = jax.value_and_grad(
         partial(_summed_loss, model, config, lora_scale), has_aux=True
     )
 
     def accumulate(
-        sums: tuple[FlatParams, Array, Array],
-        step_inputs: tuple[TrainBatch | PreferenceBatch, Array | None],
+        sums: GradientSums, step_inputs: tuple[TrainBatch | PreferenceBatch, Array | None]
     ):
-        (loss, count), gradients = loss_and_grad(state.trainable, frozen, *step_inputs)
-        return jax.tree.map(jnp.add, sums, (gradients, loss, count)), None
+        (loss, count), gradients = loss_and_grad(trainable, frozen, *step_inputs)
+        return jax.tree.map(jnp.add, sums, GradientSums(gradients, loss, count)), None
 
-    zero = jnp.float32(0)
-    sums = (jax.tree.map(jnp.zeros_like, state.trainable), zero, zero)
-    (gradients, loss, count), _ = jax.lax.scan(
-        accumulate, sums, (batches, _micro_batch_keys(model, key, state.step, batches))
-    )
-    count = jnp.maximum(count, 1.0)
-    gradients = jax.tree.map(lambda x: x / count, gradients)
+    keys = _micro_batch_keys(model, key, step, batches)
+    return jax.lax.scan(accumulate, sums, (batches, keys))[0]
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def apply_gradients(
+    config: StepConfig, state: TrainState, sums: GradientSums
+) -> tuple[TrainState, StepMetrics]:
+    """Update the trainable parameters with the mean gradient over all micro-batches of a step.
+
+    Args:
+      config: Config of the step; static.
+      state: The current state; donated.
+      sums: The sums over all micro-batches of the step.
+
+    Returns:
+      The next state, and the metrics over all micro-batches.
+    """
+    count = jnp.maximum(sums.count, 1.0)
+    gradients = jax.tree.map(lambda x: x / count, sums.gradients)
     with jax.numpy_dtype_promotion("standard"):  # AdamW in optax has powers of floats and integers
         updates, opt_state = make_optimizer(config).update(
             gradients, state.opt_state, state.trainable
         )
     trainable = cast(FlatParams, optax.apply_updates(state.trainable, updates))
     grad_norm = optax.tree.norm(gradients)
-    metrics = StepMetrics(loss / count, grad_norm, learning_rate_at(config, state.step), count)
+    metrics = StepMetrics(sums.loss / count, grad_norm, learning_rate_at(config, state.step), count)
     return TrainState(trainable, opt_state, state.step + 1), metrics
 
 
@@ -175,9 +246,10 @@ def _summed_loss(
         beta=config.beta,
         label_smoothing=config.label_smoothing,
     )
-    lengths = jnp.maximum(jnp.sum(batch.chosen.labels != IGNORE_INDEX, axis=1), 1)
-    losses -= config.rpo_alpha * chosen / lengths
-    return jnp.sum(losses), jnp.float32(losses.shape[0])
+    num_targets = jnp.sum(batch.chosen.labels != IGNORE_INDEX, axis=1)
+    losses -= config.rpo_alpha * chosen / jnp.maximum(num_targets, 1)
+    is_pair = num_targets > 0  # padding rows have no answer
+    return jnp.sum(jnp.where(is_pair, losses, 0.0)), jnp.sum(is_pair).astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnames="model")

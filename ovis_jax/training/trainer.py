@@ -4,14 +4,13 @@ import hashlib
 import math
 import os
 import signal
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
-import grain
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -26,15 +25,10 @@ from ovis_jax.checkpoint.resolve import find_processor_files, resolve_checkpoint
 from ovis_jax.checkpoint.safetensors_reader import DTYPES
 from ovis_jax.config import OvisConfig
 from ovis_jax.distributed import describe_devices
-from ovis_jax.errors import CheckpointError, DataError, TrainingError, count_noun
-from ovis_jax.evaluation.batch_answering import (
-    accuracy_by_kind,
-    answer_rows,
-    check_has_expected_answer,
-)
+from ovis_jax.errors import CheckpointError, TrainingError, count_noun
+from ovis_jax.evaluation.batch_answering import accuracy_by_kind, answer_rows
 from ovis_jax.global_arrays import shard_array
 from ovis_jax.inference.sampling import derive_image_key
-from ovis_jax.inputs.dataset import Dataset, read_dataset
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.loading import LoadedOvis
 from ovis_jax.mesh import data_model_mesh
@@ -43,19 +37,29 @@ from ovis_jax.model.lora import init_adapters
 from ovis_jax.model.ovis import Ovis
 from ovis_jax.process_agreement import agree
 from ovis_jax.sharding import RULES_BY_NAME, TENSOR, adapter_shapes, adapter_shardings, param_shapes
-from ovis_jax.training.batches import RowEncoder, iterate_step_batches
+from ovis_jax.training.batches import RowEncoder, StepBatches
 from ovis_jax.training.checkpoints import TrainingCheckpoints
 from ovis_jax.training.config import TrainConfig
 from ovis_jax.training.losses import PreferenceBatch, TrainBatch
 from ovis_jax.training.output_lock import lock_output
 from ovis_jax.training.reporting import MetricsWriter, ProgressBar, read_metrics
 from ovis_jax.training.train_step import (
+    GradientSums,
     StepMetrics,
+    accumulate_gradients,
+    apply_gradients,
+    init_gradient_sums,
     init_train_state,
     reference_log_probs,
     train_step,
 )
 from ovis_jax.training.trainable import FrozenParams, cast_params, join_params, split_params
+from ovis_jax.training.training_set import (
+    plan_training_set,
+    raise_if_invalid,
+    read_training_rows,
+    read_validation_rows,
+)
 
 MODEL_FOLDER = "model"
 ADAPTERS_FOLDER = "adapters"
@@ -87,9 +91,16 @@ class Trainer:
             folder = resolve_checkpoint(config.model, weights=False).folder
             ovis_config = OvisConfig.from_folder(folder)
             self._processor = Processor.from_folder(folder, ovis_config)
-            read_rows = partial(_read_rows, config, self._processor.chat_format.has_system_turns)
-            self._train_set = read_rows(config.data.train_files)
-            self._validation_set = read_rows(config.data.validation_files, validation=True)
+            self._encode_row = RowEncoder(self._processor, config.data)
+            system_turns = self._processor.chat_format.has_system_turns
+            dataset = read_training_rows(config, system_turns, config.data.train_files)
+            raise_if_invalid(config, dataset)
+            self._validation_set = read_validation_rows(
+                config, system_turns, config.data.validation_files
+            )
+            raise_if_invalid(config, self._validation_set)
+            self._train_set = plan_training_set(config, dataset, self._encode_row)
+            raise_if_invalid(config, self._train_set)
             self._source = resolve_checkpoint(config.model).folder
             if jax.process_count() > 1:
                 values.update(self._fingerprint())
@@ -122,7 +133,6 @@ class Trainer:
         if self._mesh is None:  # placed as a restored state is, which runs the same program
             state = jax.device_put(state, jax.local_devices()[0])
         self._state = jax.tree.map(lambda x: x if x.ndim else self._place(x), state)
-        self._encode_row = RowEncoder(self._processor, config.data)
         self._image_key = self._place(derive_image_key(jax.random.key(config.run.seed)))
 
     def train(self) -> bool:
@@ -164,7 +174,16 @@ class Trainer:
             console.print(f"skipped: {error}", markup=False, soft_wrap=True)
         num_train = count_noun(len(self._train_set.rows), "training row")
         num_validation = count_noun(len(self._validation_set.rows), "validation row")
-        console.print(f"{num_train}, {num_validation}", highlight=False)
+        planner = self._train_set.planner
+        num_shapes = count_noun(len(planner.shapes), "shape")
+        positions, crops = planner.padding(steps := planner.plan(0))
+        console.print(
+            f"{num_train}, {num_validation}; an epoch is {count_noun(len(steps), 'step')} with"
+            f" micro-batches of {num_shapes}; {positions:.1%} of positions and {crops:.1%} of crops"
+            " are padding",
+            highlight=False,
+            soft_wrap=True,
+        )
         checkpoints = TrainingCheckpoints(
             config.output_dir, config.run.save_total_limit, self._run_settings(), CHANGEABLE
         )
@@ -178,7 +197,7 @@ class Trainer:
                 f"{self._result_folder} exists, and the checkpoint of its last step does not; move"
                 " the folder, or choose another output_dir"
             )
-        batches = iterate_step_batches(self._train_set.rows, self._encode_row, config.run.seed)
+        batches = StepBatches(self._train_set.rows, planner, self._encode_row)
         if latest is not None:
             self._state, position = checkpoints.restore(self._state)
             batches.set_state(position)
@@ -198,7 +217,7 @@ class Trainer:
         return True
 
     def _run_steps(
-        self, checkpoints: TrainingCheckpoints, batches: grain.DatasetIterator, stop: "_StopSignal"
+        self, checkpoints: TrainingCheckpoints, batches: StepBatches, stop: "_StopSignal"
     ) -> int:
         """Run the remaining steps until the end or a requested stop; return the last step."""
         run, max_steps = self._config.run, self._config.training.max_steps
@@ -237,28 +256,21 @@ class Trainer:
             return step
 
         # After an error, closing waits until the current checkpoint is saved.
-        with checkpoints, ProgressBar(self._console, step, max_steps) as bar:
+        with (
+            checkpoints,
+            closing(batches),
+            ProgressBar(self._console, step, max_steps) as bar,
+        ):
             if not is_validated:
                 validate_if_due()  # the run was stopped before or during this validation
+            if num_compiled := self._compile_shapes(batches, max_steps - step, stop):
+                bar.print(f"compiled {count_noun(num_compiled, 'shape')} of micro-batches")
             while step < max_steps and not stop.poll():
-                with agree(f"step {step + 1}") as values:
-                    host_batch = next(batches)
-                    if jax.process_count() > 1:
-                        values.update(_describe_batch(host_batch))
-                    batch = self._place(host_batch, None, "data")
-                batch = self._add_reference_log_probs(batch)
-                self._state, metrics = train_step(
-                    self._model,
-                    self._config.training,
-                    self._state,
-                    self._frozen,
-                    batch,
-                    self._config.lora_scale,
-                    self._image_key,
-                )
+                micro_batches = _agreed_micro_batches(step + 1, next(batches))
+                metrics, num_tokens = self._train_step(micro_batches)
                 step += 1
                 is_last = step == max_steps
-                rate = bar.update(step, _num_tokens(host_batch), metrics.loss)
+                rate = bar.update(step, num_tokens, metrics.loss)
                 if is_last or step % run.logging_steps == 0:
                     with agree(f"step {step}"):
                         numbers = _finite_metrics(metrics, step)
@@ -270,10 +282,62 @@ class Trainer:
                 validate_if_due()
             if saved_step < step:
                 save()
-        batches.close()
         if writer:
             writer.close()
         return step
+
+    def _train_step(
+        self, micro_batches: Iterable[TrainBatch | PreferenceBatch]
+    ) -> tuple[StepMetrics, int]:
+        """Run one step, and return its metrics and its number of positions without padding."""
+        if not self._accumulates:
+            (batch,) = micro_batches
+            placed = self._place_batch(batch, self._image_key)
+            self._state, metrics = train_step(*self._step_arguments(placed))
+            return metrics, _num_tokens(batch)
+        sums, num_tokens = init_gradient_sums(self._state), 0
+        for number, batch in enumerate(micro_batches):
+            num_tokens += _num_tokens(batch)
+            key = jax.random.fold_in(self._image_key, number)
+            placed = self._place_batch(batch, key)
+            # At most one micro-batch waits on the devices, which bounds the memory of its images.
+            jax.block_until_ready(sums.loss)
+            sums = accumulate_gradients(*self._accumulation_arguments(sums, placed, key))
+        self._state, metrics = apply_gradients(self._config.training, self._state, sums)
+        return metrics, num_tokens
+
+    def _compile_shapes(self, batches: StepBatches, num_steps: int, stop: "_StopSignal") -> int:
+        """Compile the shapes of the next steps, and return their number."""
+        num_compiled, key = 0, jax.random.fold_in(self._image_key, 0)
+        for shape in batches.upcoming_shapes(num_steps):
+            if stop.requested:
+                break
+            placed = self._place_batch(batches.padding_batch(shape), key)
+            if self._accumulates:
+                sums = init_gradient_sums(self._state)
+                arguments = self._accumulation_arguments(sums, placed, key)
+                accumulate_gradients.lower(*arguments).compile()
+            else:
+                train_step.lower(*self._step_arguments(placed)).compile()
+            num_compiled += 1
+        return num_compiled
+
+    @property
+    def _accumulates(self) -> bool:
+        """Whether steps have several micro-batches. If not, one program needs less memory."""
+        return self._config.data.gradient_accumulation_steps > 1
+
+    def _step_arguments(self, placed: TrainBatch | PreferenceBatch) -> tuple[Any, ...]:
+        config = self._config
+        run = (config.lora_scale, self._image_key)
+        return (self._model, config.training, self._state, self._frozen, placed, *run)
+
+    def _accumulation_arguments(
+        self, sums: GradientSums, placed: TrainBatch | PreferenceBatch, key: Array
+    ) -> tuple[Any, ...]:
+        config, state = self._config, self._state
+        micro_batch = (sums, placed, config.lora_scale, key, state.step)
+        return (self._model, config.training, state.trainable, self._frozen, *micro_batch)
 
     def _validation_accuracy(self, stop: "_StopSignal") -> dict[str, float]:
         """Return the accuracy on the validation rows by kind, or {} if a stop was requested."""
@@ -305,15 +369,15 @@ class Trainer:
         sharding = NamedSharding(self._mesh, PartitionSpec(*axes))
         return jax.tree.map(lambda x: shard_array(x, sharding), arrays)
 
-    def _add_reference_log_probs(
-        self, batch: TrainBatch | PreferenceBatch
+    def _place_batch(
+        self, batch: TrainBatch | PreferenceBatch, key: Array
     ) -> TrainBatch | PreferenceBatch:
+        """Shard a micro-batch, and add reference log-probabilities to preference pairs."""
+        batch = self._place(batch, None, "data")
         if isinstance(batch, TrainBatch) or self._reference is None:
             return batch
         log_probs = [
-            reference_log_probs(
-                self._model, self._reference, part, self._image_key, self._state.step
-            )
+            reference_log_probs(self._model, self._reference, part, key, self._state.step)
             for part in (batch.chosen, batch.rejected)
         ]
         return batch._replace(reference_chosen=log_probs[0], reference_rejected=log_probs[1])
@@ -411,47 +475,18 @@ def _make_mesh(config: TrainConfig) -> Mesh | None:
     return mesh
 
 
-def _read_rows(
-    config: TrainConfig, system_turns: bool, paths: Sequence[Path], *, validation: bool = False
-) -> Dataset:
-    """Read dataset files. Invalid rows are an error unless the config skips them."""
-    if not paths:
-        return Dataset((), ())
-    dataset = read_dataset(paths, config.data.images, system_turns=system_turns)
-    if validation:
-        dataset = _check_validation_rows(dataset)
-    if dataset.errors and config.data.invalid_rows == "error":
-        more = len(dataset.errors) - 1
-        rest = f" (and {count_noun(more, 'more invalid row')})" if more else ""
-        raise DataError(
-            f"{dataset.errors[0]}{rest}; fix the row, or skip invalid rows with"
-            ' data.invalid_rows="skip"'
-        )
-    if not dataset.rows:
-        raise DataError(f"{', '.join(map(str, paths))}: no valid rows; {dataset.errors[0]}")
-    needs_pairs = config.training.objective == "dpo"
-    for row in dataset.rows:
-        if (row.preference is not None) != needs_pairs and not validation:
-            fields = "prompt, chosen and rejected" if needs_pairs else "conversations"
-            raise DataError(
-                f"{row.name}: training.objective={config.training.objective} needs rows with"
-                f" {fields}"
-            )
-    return dataset
-
-
-def _check_validation_rows(dataset: Dataset) -> Dataset:
-    """Check that expected answers and image files exist, before any image is decoded."""
-    rows, errors = [], list(dataset.errors)
-    for row in dataset.rows:
-        try:
-            check_has_expected_answer(row)
-            if missing := row.find_missing_file():
-                raise DataError(f"{row.name}: image file {missing} does not exist")
-            rows.append(row)
-        except DataError as error:
-            errors.append(str(error))
-    return Dataset(tuple(rows), tuple(errors))
+def _agreed_micro_batches(
+    step: int, micro_batches: Iterator[TrainBatch | PreferenceBatch]
+) -> Iterator[TrainBatch | PreferenceBatch]:
+    """Yield the micro-batches of a step, after checking that they are equal in all processes."""
+    for number in count(1):
+        with agree(f"step {step}, micro-batch {number}") as values:
+            batch = next(micro_batches, None)
+            if batch is not None and jax.process_count() > 1:
+                values.update(_describe_batch(batch))
+        if batch is None:
+            return
+        yield batch
 
 
 def _parts(batch: TrainBatch | PreferenceBatch) -> tuple[TrainBatch, ...]:

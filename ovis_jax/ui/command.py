@@ -10,6 +10,7 @@ from ovis_jax.console import (
     AdaptersOption,
     DtypeOption,
     KVCacheDtypeOption,
+    MaxModelLenOption,
     MaxNumSeqsOption,
     ModelOption,
     QuantizationOption,
@@ -18,6 +19,7 @@ from ovis_jax.console import (
     model_display_name,
 )
 from ovis_jax.engine.scheduler import run_engine
+from ovis_jax.engine.sizes import choose_sizes
 from ovis_jax.errors import OvisError, require_extra
 from ovis_jax.loading import load
 from ovis_jax.mesh import tensor_parallel_mesh
@@ -52,15 +54,8 @@ def ui(
             " see the arguments of a command, so prefer the environment variable.",
         ),
     ] = None,
-    max_num_seqs: MaxNumSeqsOption = 4,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Maximum total length of a prompt and its answer, in positions. The default is the"
-            " model's maximum prompt length plus 2048, the maximum answer length of the chat page.",
-        ),
-    ] = None,
+    max_num_seqs: MaxNumSeqsOption = None,
+    max_model_len: MaxModelLenOption = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     kv_cache_dtype: KVCacheDtypeOption = "auto",
@@ -70,7 +65,7 @@ def ui(
     """Chat with a model about images in the browser."""
     with require_extra("ui"):
         from ovis_jax.ui.gradio_isolation import use_empty_working_dir
-        from ovis_jax.ui.page import MAX_TOKENS_CHOICES, create_page, launch_page_in_thread
+        from ovis_jax.ui.page import create_page, launch_page_in_thread
     credentials = _parse_auth(auth)
     with bind_sockets(host.strip("[]"), port or 0):
         pass  # checks the port before the model is loaded; Gradio binds it again later
@@ -87,7 +82,7 @@ def ui(
         adapters=adapters,
         mesh=mesh,
     )
-    max_model_len = max_model_len or ovis.config.multimodal_max_length + max(MAX_TOKENS_CHOICES)
+    max_num_seqs, max_model_len = choose_sizes(ovis, max_num_seqs, max_model_len)
     notes.print(f"compiling for {max_num_seqs} sequences of {max_model_len} positions")
     with (
         interrupt_on_sigterm(),  # so that the private folder is removed

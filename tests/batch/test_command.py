@@ -65,6 +65,32 @@ def test_plain_rows(run_batch, read_lines, answer_of, tmp_path):
     assert [error[: len(start)] for error, start in zip(errors, expected, strict=True)] == expected
 
 
+@pytest.mark.parametrize("number, processes", [(7, 3), (2, 3)])
+def test_processes_share_the_rows(run_batch, read_lines, number, processes, tmp_path):
+    rows = [{"prompt": "Who?", "number": n} for n in range(number)]
+    shared = []
+    for process in range(processes):
+        options = "--num-processes", processes, "--process-id", process, "--prompt", PROMPT
+        result, path = run_batch(rows, *map(str, options))
+        assert result.exit_code == 0
+        shared.append([row["number"] for row in read_lines(path)])
+        path.unlink()
+        path.with_name(f"{path.name}.run.json").unlink()
+    assert sum(shared, []) == list(range(number))
+    assert max(map(len, shared)) - min(map(len, shared)) <= 1
+    result, path = run_batch(rows, "--num-processes", "3", "--process-id", "3")
+    message = "--process-id is 3, expected 0 to 2 for --num-processes 3"
+    assert message in str(result.exception) and not path.exists()
+
+
+def test_processes_share_a_folder(run_batch, read_lines, tmp_path):
+    for name in "abc":
+        make_image(0).save(tmp_path / f"{name}.png")
+    options = "--prompt", PROMPT, "--num-processes", "2", "--process-id", "1"
+    _, path = run_batch(tmp_path, *options)
+    assert [row["image"] for row in read_lines(path)] == ["b.png", "c.png"]
+
+
 def test_a_row_needs_a_prompt(run_batch, read_lines):
     _, path = run_batch([b'\xef\xbb\xbf{"image": "a.png"}'])  # with a byte order mark
     (row,) = read_lines(path)

@@ -1,4 +1,4 @@
-"""The server as the clients of OpenAI, LangChain and LiteLLM see it, in their own default order."""
+"""The server as OpenAI's client, LangChain, LiteLLM and instructor see it, in their own order."""
 
 import os
 from collections.abc import Iterator
@@ -160,11 +160,16 @@ def test_an_error_names_the_field(library):
     assert caught.value.status_code == 400
 
 
-class Shape(pydantic.BaseModel):
-    """What LangChain and OpenAI's client are asked to return."""
+class ShortShape(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
 
     shape: Literal["circle", "square", "star"]
     colour: str = pydantic.Field(max_length=12)
+
+
+class Shape(ShortShape):
+    """What LangChain and OpenAI's client are asked to return."""
+
     others: list[int] = pydantic.Field(max_length=2)
 
 
@@ -182,3 +187,28 @@ def test_an_answer_in_the_shape_of_a_model(url):
     assert isinstance(chat.with_structured_output(Shape).invoke(asked), Shape)
     found = chat.with_structured_output(Shape, method="json_schema", include_raw=True).invoke(asked)
     assert found["parsed"] == answer.choices[0].message.parsed and not found["parsing_error"]
+
+
+class Empty(pydantic.BaseModel):
+    pass  # no docstring, which would be part of the prompt
+
+
+def test_instructor(url):
+    """In its JSON mode, the schema is only a part of the prompt, which the model does not know."""
+    import instructor
+    from openai import OpenAI
+
+    tokens = httpx.post(f"{url}/tokenize", json={"model": "ovis-tiny", "prompt": "}"}).json()
+    options = {
+        "model": "ovis-tiny",
+        "messages": [user(DESCRIBE)],
+        "max_retries": 0,
+        "temperature": 0,
+    }
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        strict = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA)
+        found = strict.chat.completions.create(response_model=ShortShape, **options)
+        assert isinstance(found, ShortShape)
+        loose = instructor.from_openai(client, mode=instructor.Mode.JSON)
+        options["logit_bias"] = {str(tokens["tokens"][-1]): 100}
+        assert isinstance(loose.chat.completions.create(response_model=Empty, **options), Empty)

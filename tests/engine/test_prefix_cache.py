@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from serving_setup import CHUNK_SIZE, MAX_NUM_SEQS, is_idle, make_image
 
+from ovis_jax.engine import scheduler as engine_scheduler
 from ovis_jax.engine.prefix_cache import CachedTokens, VisualEmbeddingCache, crop_digests
 from ovis_jax.engine.runner import ModelRunner
 from ovis_jax.inputs.image_processing import IMAGE_SLOT
@@ -46,6 +47,17 @@ def test_a_ring_buffer_that_has_wrapped_is_continued_from_its_end():
     assert row.common_prefix(np.array([*TEXT, 7, 1], np.int32), (), 2, ring_slots=6) == 4
     row.num_cached += 1  # a token that is not known yet
     assert row.common_prefix(longer, (), 2, ring_slots=4) == 0
+
+
+def test_positions_that_a_shorter_cache_does_not_have_are_forgotten():
+    row, prompt = CachedTokens(np.array(TEXT, np.int32), (), 6), np.array([*TEXT, 9], np.int32)
+    row.truncate(4, ring_slots=5)
+    assert row.common_prefix(prompt, (), 2, ring_slots=5) == 4
+    row.truncate(2, ring_slots=5)
+    assert row.common_prefix(prompt, (), 2, ring_slots=5) == 2
+    wrapped = CachedTokens(np.array(TEXT, np.int32), (), 6)
+    wrapped.truncate(2, ring_slots=4)
+    assert wrapped.common_prefix(prompt, (), 2, ring_slots=4) == 0
 
 
 def test_the_least_recently_used_embeddings_are_dropped():
@@ -130,8 +142,19 @@ def test_a_repeated_prompt_reads_one_position(make_scheduler, submit, calls):
 
 
 @pytest.mark.slow
-def test_answers_of_random_conversations_stay_the_same(make_scheduler, submit, scenes):
-    """Conversations continue, branch and begin, up to two at a time and past the window of 128."""
+def test_answers_of_random_conversations_stay_the_same(make_scheduler, submit, scenes, monkeypatch):
+    """Conversations continue, branch and begin, up to two at a time and past the window of 128.
+
+    Meanwhile, the cache grows and shrinks.
+    """
+    resized, resize_cache = [], ModelRunner.resize_cache
+
+    def record(runner, state, *lengths):
+        resized.append(lengths)
+        return resize_cache(runner, state, *lengths)
+
+    monkeypatch.setattr(ModelRunner, "resize_cache", record)
+    monkeypatch.setattr(engine_scheduler, "SHRINK_AFTER", 3)
     rng = random.Random(0)
     cached, plain = make_scheduler(), make_scheduler(enable_prefix_caching=False)
     conversations = [([], [])]
@@ -155,3 +178,4 @@ def test_answers_of_random_conversations_stay_the_same(make_scheduler, submit, s
             if len(submitted.request.tokens) < 200:
                 conversations.append(([*turns, {"role": "assistant", "content": text}], images))
     assert reused > 3 and is_idle(cached)
+    assert {(128, 256), (256, 128)} <= {*resized}

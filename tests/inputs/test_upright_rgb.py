@@ -1,6 +1,7 @@
 """Image files are read as people see them, and exactly as the original reads them on request."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from image_files import (
     gray_tiff_file,
     png_file,
 )
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from ovis_jax.errors import ImageError
-from ovis_jax.inputs.open_image import open_image
+from ovis_jax.inputs.open_image import open_image, read_image_size
 from ovis_jax.inputs.upright_rgb import TRANSPOSITIONS
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8))
@@ -66,6 +67,33 @@ def test_tiff_files_are_turned_once(orientation, compression):
 def test_an_orientation_after_the_pixels():
     data = add_exif_at_the_end(encode(turned(6)), 6)
     np.testing.assert_array_equal(read(data), PIXELS)
+    assert read_image_size(data) == PHOTO.size
+    assert read_image_size(data, exact=True) == PHOTO.size[::-1]
+
+
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "MPO", "TIFF", "GIF", "BMP"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_sizes_are_those_of_the_decoded_image(
+    orientation, file_format, exact, monkeypatch, tmp_path
+):
+    options = {} if orientation is None else {"exif": exif_orientation(orientation)}
+    data = encode(turned(orientation or 1), file_format, **options)
+    expected = open_image(data, exact=exact).size
+    (tmp_path / "photo").write_bytes(data)
+    if file_format != "TIFF":  # these are decoded
+        monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert read_image_size(data, exact=exact) == expected
+    assert read_image_size(str(tmp_path / "photo"), exact=exact) == expected
+
+
+def test_sizes_of_files_that_cannot_be_read(tmp_path):
+    for source in (b"no picture", str(tmp_path / "none.png")):
+        with pytest.raises(ImageError) as expected:
+            open_image(source, "image 1")
+        with pytest.raises(ImageError, match=re.escape(str(expected.value))):
+            read_image_size(source, "image 1")
+    assert read_image_size(PHOTO) == read_image_size(PIXELS) == PHOTO.size
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

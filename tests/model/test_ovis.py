@@ -159,5 +159,31 @@ def test_positions_hide_the_old_content_of_a_cache(shallow):
     check("logits over a used cache", reused, fresh, 1e-5)
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_a_cache_of_another_length_gives_the_same_logits(shallow, kv_cache_dtype):
+    """Below and above the window of the local block."""
+    model, params = shallow
+    model = replace(model, kv_cache_dtype=kv_cache_dtype)
+    tokens = prompts().tokens[:, 20:32]  # no crops
+    positions = np.tile(np.arange(12, dtype=np.int32), (2, 1))
+    visual = np.zeros((*tokens.shape, model.config.decoder.width), np.float32)
+    empty = model.empty_cache(2, 14, jnp.float32)
+    _, cache = jax.jit(model.extend)(params, tokens, positions, visual, empty, jnp.arange(2))
+    expected, _ = jax.jit(model.decode)(params, tokens[:, 0], cache)
+    for length in (96, 64, 13):
+        blocks = [
+            kv_cache.resize_rows(
+                block, kv_cache.num_slots(model.config.decoder, i, length, kv_cache_dtype)
+            )
+            for i, block in enumerate(cache.blocks)
+        ]
+        cache = cache._replace(blocks=tuple(blocks))
+        assert [kv_cache.length(x) for x in blocks] == [
+            kv_cache.length(x) for x in model.empty_cache(2, length, jnp.float32).blocks
+        ]
+        logits, _ = jax.jit(model.decode)(params, tokens[:, 0], cache)
+        check(f"logits over a cache of length {length}", logits, expected, 1e-5)
+
+
 def test_the_model_prints_in_a_few_lines():
     assert len(repr(Ovis(presets.ovis1_6_gemma2_9b()))) < 1000

@@ -82,7 +82,7 @@ def stop_at(monkeypatch) -> Callable[..., list[int]]:
 
     def stop(*steps: int) -> list[int]:
         finished: list[int] = []
-        train_step = trainer.train_step
+        train_step = trainer.Trainer._train_step
 
         def step_and_stop(*arguments):
             finished.append(len(finished) + 1)
@@ -90,7 +90,7 @@ def stop_at(monkeypatch) -> Callable[..., list[int]]:
                 os.kill(os.getpid(), signal.SIGTERM)
             return train_step(*arguments)
 
-        monkeypatch.setattr(trainer, "train_step", step_and_stop)
+        monkeypatch.setattr(trainer.Trainer, "_train_step", step_and_stop)
         return finished
 
     return stop

@@ -112,6 +112,11 @@ def test_lora_scale_is_alpha_over_rank(path):
             ["data.max_partition=9|1"],
             'data.max_partition is "9|1", expected a number of at least 1, or three such numbers',
         ),
+        (
+            ["data.train_weights=[1, 2]"],
+            "data.train_weights has 2 numbers, expected one for each of the 1 data.train_files",
+        ),
+        (["data.train_weights=[0]"], "data.train_weights is 0, expected a number greater than 0"),
         (["data.max_partition=0"], "data.max_partition is 0, expected a number of at least 1"),
         (["data.max_partition=9|1|0"], 'data.max_partition is "9|1|0", expected a number'),
         (["data.max_partition=true"], "data.max_partition is true, expected a number"),

@@ -19,6 +19,9 @@ from ovis_jax.model.ovis import forward
 from ovis_jax.training.config import StepConfig
 from ovis_jax.training.losses import PreferenceBatch, TrainBatch, answer_log_probs
 from ovis_jax.training.train_step import (
+    accumulate_gradients,
+    apply_gradients,
+    init_gradient_sums,
     init_train_state,
     learning_rate_at,
     stack_micro_batches,
@@ -44,6 +47,17 @@ def text_batch(*rows: list[int], answer: int) -> TrainBatch:
     labels[:, :-answer] = -100
     positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(rows), 1))
     return TrainBatch(Inputs(tokens, positions, np.zeros((0, 70, 70, 3), np.float32)), labels)
+
+
+def pad_batch(batch: TrainBatch, rows: int, length: int) -> TrainBatch:
+    """Add padding at the end of a batch's rows, and padding rows."""
+    old_rows, old_length = batch.labels.shape
+    shape = ((0, rows - old_rows), (0, length - old_length))
+    tokens, positions, labels = (
+        np.pad(x, shape, constant_values=value)
+        for x, value in zip((*batch.inputs[:2], batch.labels), (0, -1, -100), strict=True)
+    )
+    return TrainBatch(Inputs(tokens, positions, batch.inputs.pixels), labels)
 
 
 def random_rows(count: int, length: int, seed: int = 0) -> list[list[int]]:
@@ -134,6 +148,47 @@ def test_gradient_accumulation_equals_one_batch(ovis):
         assert different.mean() < 2e-3, path
     with pytest.raises(RequestError, match="2 shapes"):
         stack_micro_batches([short, whole])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_micro_batches_of_different_shapes_equal_one_batch(ovis, objective):
+    """The second micro-batch is longer, and each has a padding row."""
+    rows, long_rows = random_rows(4, 16), random_rows(4, 24, seed=1)
+    config = step_config(objective=objective, rpo_alpha=0.5)
+    trainable, frozen = split_params(ovis.params, ["llm"])
+
+    def batch(first: int, count: int, num_rows: int, length: int):
+        chosen = [text_batch(*rows[first : first + count], answer=3 + first)]
+        chosen += [text_batch(*long_rows[first : first + count], answer=7)] * (objective == "dpo")
+        padded = [pad_batch(each, num_rows, length) for each in chosen]
+        if objective == "sft":
+            return padded[0]
+        reference = np.arange(first, first + num_rows, dtype=np.float32)
+        return PreferenceBatch(*padded, reference - 40.0, reference - 50.0)
+
+    expected, expected_metrics = train_step(
+        ovis.model,
+        config,
+        init_train_state(config, trainable),
+        frozen,
+        stack_micro_batches([batch(0, 2, 2, 24), batch(2, 2, 2, 24)]),
+    )
+    state = init_train_state(config, trainable)
+    sums = init_gradient_sums(state)
+    for part in (batch(0, 2, 3, 24), batch(2, 2, 3, 32)):
+        stacked = stack_micro_batches([part])
+        sums = accumulate_gradients(
+            ovis.model, config, state.trainable, frozen, sums, stacked, step=state.step
+        )
+    state, metrics = apply_gradients(config, state, sums)
+    assert metrics.num_targets == (2 * 3 + 2 * 5 if objective == "sft" else 4)
+    assert state.step == expected.step == 1
+    for found, wanted in zip(metrics, expected_metrics, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    for path in expected.trainable:
+        different = np.abs(state.trainable[path] - expected.trainable[path]) > 1e-4
+        assert different.mean() < 2e-3, path  # see above
 
 
 @pytest.mark.exhaustive

@@ -1,5 +1,6 @@
 """Training runs: results, resuming after any interruption, and full disks."""
 
+import io
 import json
 import os
 import re
@@ -12,8 +13,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compilations import compilations
 from flax.traverse_util import flatten_dict
 from golden_copies import read_tensors, same_bits
+from rich.console import Console
 from shallow import copy_shallow
 
 from ovis_jax.errors import DataError, OvisError, TrainingError
@@ -71,8 +74,9 @@ def assert_same_bits(one, other):
 
 
 @pytest.mark.slow
-def test_stopped_run_resumes_to_the_same_bits(train, write_config, tmp_path, stop_at):
-    path = write_config()
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_stopped_run_resumes_to_the_same_bits(train, write_config, tmp_path, stop_at, accumulation):
+    path = write_config(f"data.gradient_accumulation_steps = {accumulation}")
     assert train(path)
     expected = final_params(tmp_path)
     expected_losses = [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "run")]
@@ -137,6 +141,43 @@ def test_killed_run_resumes_to_the_same_bits(write_config, tmp_path):
     assert_same_bits(final_params(tmp_path), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [[], pytest.param(["mesh.data=2", "mesh.rules=fsdp"], marks=pytest.mark.exhaustive)],
+)
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_all_shapes_are_compiled_before_the_first_step(
+    train, write_config, write_dataset, tmp_path, monkeypatch, overrides, accumulation
+):
+    """Only the first step compiles the optimizer; an epoch has micro-batches of several shapes."""
+    dataset = write_dataset("shapes.jsonl", 15)
+    train_step, counts, shapes = Trainer._train_step, [], set()
+
+    def count_compilations(self, micro_batches):
+        micro_batches = list(micro_batches)
+        shapes.update(batch.inputs.pixels.shape for batch in micro_batches)
+        with compilations() as found:
+            result = jax.block_until_ready(train_step(self, micro_batches))
+        counts.append(len(found))
+        return result
+
+    monkeypatch.setattr(Trainer, "_train_step", count_compilations)
+    options = (
+        "data.max_partition=9",
+        f"data.gradient_accumulation_steps={accumulation}",
+        "data.micro_batch_size=2",
+    )
+    output = io.StringIO()
+    console = Console(file=output, width=200)
+    path = write_config(dataset=dataset)
+    assert train(path, *options, *overrides, "training.max_steps=9", console=console)
+    assert (
+        len(shapes) > 1 and f"compiled {len(shapes)} shapes of micro-batches" in output.getvalue()
+    )
+    assert counts[0] <= 2 and counts[1:] == [0] * 8
+
+
 @pytest.mark.exhaustive
 def test_lora_run_writes_adapters_only(train, write_config, tmp_path, shallow_checkpoint):
     path = write_config(trainable=False)
@@ -190,8 +231,9 @@ def test_sampled_visual_words_are_the_same_after_resuming(
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("accumulation", [1, 2])
 def test_dpo_samples_the_same_visual_words_as_the_reference(
-    train, write_config, tmp_path, golden, gumbel_checkpoint
+    train, write_config, tmp_path, golden, gumbel_checkpoint, accumulation
 ):
     """While the model equals the reference model, the loss is ln 2."""
     image = str(golden / "images/square.png")
@@ -200,7 +242,8 @@ def test_dpo_samples_the_same_visual_words_as_the_reference(
     pairs.write_text("\n".join([json.dumps(row)] * 4))
     path = write_config("training.objective = 'dpo'", dataset=pairs)
     options = ("training.learning_rate=1e-12", "training.max_steps=3", "run.logging_steps=1")
-    assert train(path, f"model={gumbel_checkpoint}", *options)
+    accumulates = f"data.gradient_accumulation_steps={accumulation}"
+    assert train(path, f"model={gumbel_checkpoint}", accumulates, *options)
     losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
     np.testing.assert_allclose(losses, [np.log(2)] * 3, atol=1e-5)
 

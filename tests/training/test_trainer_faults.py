@@ -129,13 +129,15 @@ def test_resuming_with_other_settings(
 
 
 @pytest.mark.exhaustive
-def test_settings_may_change_before_the_first_checkpoint(train, write_config, tmp_path):
+def test_settings_may_change_before_the_first_checkpoint(train, write_config, golden, tmp_path):
+    data = (golden / "images/square.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])  # its header is complete
     dataset = tmp_path / "rows.jsonl"
     hi = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
-    rows = [{"image": "gone.png", "conversations": TURNS}, *[{"conversations": hi}] * 3]
+    rows = [{"image": "cut.png", "conversations": TURNS}, *[{"conversations": hi}] * 3]
     dataset.write_text("\n".join(map(json.dumps, rows)))
     path = write_config(dataset=dataset)
-    with pytest.raises(DataError, match=r"gone\.png"):
+    with pytest.raises(DataError, match=r"cut\.png"):
         train(path, *SHORT)
     assert (tmp_path / "run/run.json").exists()
     assert train(path, *SHORT, "data.invalid_rows=skip")
@@ -211,15 +213,15 @@ def test_loss_that_is_not_finite(train, write_config, tmp_path, stop_at):
 
 @pytest.mark.slow
 def test_step_with_an_infinite_gradient_is_not_saved(train, write_config, tmp_path, monkeypatch):
-    train_step = trainer.train_step
+    train_step = trainer.Trainer._train_step
 
-    def diverging_step(*arguments):
-        state, metrics = train_step(*arguments)
-        if int(state.step) == 4:
+    def diverging_step(self, micro_batches):
+        metrics, num_tokens = train_step(self, micro_batches)
+        if int(self._state.step) == 4:
             metrics = metrics._replace(grad_norm=np.float32(np.inf))
-        return state, metrics
+        return metrics, num_tokens
 
-    monkeypatch.setattr(trainer, "train_step", diverging_step)
+    monkeypatch.setattr(trainer.Trainer, "_train_step", diverging_step)
     with pytest.raises(TrainingError, match="the grad_norm of step 4 is inf; resume from"):
         train(write_config(), *SHORT)
     assert "Infinity" not in (tmp_path / "run/metrics.jsonl").read_text()

@@ -27,6 +27,7 @@ from benchmarks.support.accelerator.random_model import (
 )
 from benchmarks.support.accelerator.results import CaseRunner
 from benchmarks.support.accelerator.settings import Settings
+from benchmarks.support.benchmark_model import with_placeholder_tokenizer
 from benchmarks.support.random_inputs import random_inputs, tree_bytes
 from benchmarks.support.stage_costs import (
     StageCost,
@@ -36,12 +37,10 @@ from benchmarks.support.stage_costs import (
     visual_head_cost,
 )
 from benchmarks.support.timing import Timings, time_in_turns
-from ovis_jax import LoadedOvis, Processor, generate
+from ovis_jax import generate
 from ovis_jax.config import OvisConfig
 from ovis_jax.engine.scheduler import Scheduler, run_engine
 from ovis_jax.inputs.conversation import IGNORE_INDEX
-from ovis_jax.inputs.image_processing import ImageProcessorConfig
-from ovis_jax.inputs.tokenizer import Tokenizer
 from ovis_jax.model.kv_cache import Cache, empty_cache
 from ovis_jax.model.lora import init_adapters
 from ovis_jax.plan.hlo_analysis import compiled_memory, count_kernel_calls
@@ -299,13 +298,7 @@ class SpeedMeasurements:
     def run_engine(self) -> Iterator[tuple[Scheduler, float]]:
         """Run an engine; yields it and the seconds of its start, which compiles all programs."""
         slots, length = max(self.sizes.concurrent_requests), self.sizes.max_model_len
-        config = self.random.config
-        # A random model has no tokenizer; every id gets the same text.
-        tokenizer = Tokenizer(["a"] * config.decoder.vocab_size, {}, (), lambda text: [])
-        half = (0.5, 0.5, 0.5)
-        image_config = ImageProcessorConfig(config.vision.image_size, half, half, 1 / 255)
-        processor = Processor(config, tokenizer, image_config)
-        ovis = LoadedOvis(config, self.random.model, self.random.params, processor)
+        ovis = with_placeholder_tokenizer(self.random.model, self.random.params)
         start = time.perf_counter()
         with run_engine(
             ovis,
