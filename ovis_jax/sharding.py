@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ovis_jax.config import OvisConfig
@@ -332,3 +334,16 @@ def mesh_axis(letter: str, size: int, mesh: Mesh | AbstractMesh) -> str | None:
     """Return the mesh axis over which `TENSOR` shards a letter; None if `size` is not divisible."""
     axis = TENSOR[letter]
     return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+
+
+def mesh_of(x: Array) -> AbstractMesh:
+    """Return the mesh in scope or, if there is none, the mesh of an array; it may be empty."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.typeof(x).sharding.mesh if mesh.empty else mesh
+
+
+def size_per_device(letter: str, size: int, x: Array) -> int:
+    """Return the size of a dimension on each device of the mesh of `x`, sharded by `TENSOR`."""
+    mesh = mesh_of(x)
+    axis = mesh_axis(letter, size, mesh)
+    return size if axis is None else size // mesh.shape[axis]
