@@ -347,3 +347,20 @@ def size_per_device(letter: str, size: int, x: Array) -> int:
     mesh = mesh_of(x)
     axis = mesh_axis(letter, size, mesh)
     return size if axis is None else size // mesh.shape[axis]
+
+
+def constrain(x: Array, axes: str) -> Array:
+    """Shard an activation over the mesh of `x` as `TENSOR` says; without a mesh, return `x`.
+
+    Without this, the compiler may choose the sharding of a weight, and compute all rows everywhere.
+
+    Args:
+      x: The activation.
+      axes: One letter per dimension, such as "B T D". Crops are sharded like rows, by letter B.
+    """
+    mesh = mesh_of(x)
+    if mesh.empty or mesh.manual_axes:
+        return x
+    letters = zip(axes.split(), x.shape, strict=True)
+    spec = (mesh_axis(letter, size, mesh) if letter in TENSOR else None for letter, size in letters)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))

@@ -13,7 +13,7 @@ from ovis_jax.inputs.conversation import IGNORE_INDEX
 from ovis_jax.model.decoder import unembed
 from ovis_jax.model.layers import over_last_axis
 from ovis_jax.model.ovis import Ovis, Params
-from ovis_jax.sharding import size_per_device
+from ovis_jax.sharding import constrain, size_per_device
 
 LOGITS_PER_CHUNK = 2**27
 """Maximum number of logits that a device computes at a time. In float32, they take 512 MiB, and
@@ -63,7 +63,8 @@ def map_label_logits(
     leaves, structure = jax.tree.flatten(model.unembed_weights(params))
 
     def apply(leaves: list[Array], x: Float[Array, "B t D"], labels: Int[Array, "B t"]) -> Any:
-        return function(unembed(config, x, *structure.unflatten(leaves)), labels)
+        logits = unembed(config, constrain(x, "B T D"), *structure.unflatten(leaves))
+        return function(constrain(logits, "B T V"), labels)
 
     B, T = labels.shape
     per_position = size_per_device("B", B, hidden) * size_per_device("V", config.vocab_size, hidden)

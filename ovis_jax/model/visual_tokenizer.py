@@ -22,7 +22,7 @@ from ovis_jax.config import TokenizeFunction, VisualTokenizerConfig
 from ovis_jax.model.cpu import float32_product
 from ovis_jax.model.layers import LayerNorm
 from ovis_jax.model.linear import Quantized, init_weight, linear
-from ovis_jax.sharding import size_per_device
+from ovis_jax.sharding import constrain, size_per_device
 
 VISUAL_TOKENS_PER_CHUNK = 512
 """Number of visual tokens per device whose distributions `scan_visual_tokens` holds at a time.
@@ -127,7 +127,7 @@ def embed_words(
     if isinstance(table, Quantized):
         weights = (weights.astype(jnp.float32) * table.scale[None, None]).astype(dtype)
         table = table.q.astype(dtype)
-    return float32_product("IMW,WD->IMD", weights, table).astype(dtype)
+    return constrain(float32_product("IMW,WD->IMD", weights, table).astype(dtype), "B M D")
 
 
 class VisualTokenizer(nn.Module):
@@ -155,7 +155,7 @@ class VisualTokenizer(nn.Module):
             rows = max(rows, jax.tree.leaves(self.get_variable("params", "head"))[0].shape[0])
         head = self.param("head", init_weight, (rows, c.merged_width), self.param_dtype)
         norm = LayerNorm(c.norm_eps, self.param_dtype, c.num_words, name="norm")
-        logits = norm(linear(merged, head))  # [I, M, W]
+        logits = constrain(norm(linear(merged, head)), "B M W")
         probabilities = tokenize(logits, c.tokenize_function, key, c.num_words, c.tau)
         return VisualTokens(merged, logits, probabilities)
 
@@ -196,6 +196,7 @@ def scan_visual_tokens(
     def step(carry: Any, chunk: tuple[Array, Array]) -> tuple[Any, Any]:
         number, x = chunk
         chunk_key = key if key is None or chunks == 1 else jax.random.fold_in(key, number)
+        x = constrain(x, "B M merged")
         tokens = cast(VisualTokens, tokenizer.apply({"params": params}, x, chunk_key))
         return function(carry, tokens)
 
