@@ -132,7 +132,9 @@ def _map_chunks_backward(apply: _Apply, arguments: Any, gradients: Any) -> tuple
 
     def step(i: Array, sums: tuple[dict[int, Array], Array]) -> tuple[dict[int, Array], Array]:
         def apply_to_chunk(floats: dict[int, Array], x: Array) -> Any:
-            return apply([floats.get(n, w) for n, w in enumerate(weights)], x, labels[i])
+            return apply(
+                [floats[n] if n in floats else w for n, w in enumerate(weights)], x, labels[i]
+            )
 
         transpose = jax.vjp(apply_to_chunk, floats, hidden[i])[1]
         d_floats, d_hidden = transpose(jax.tree.map(lambda x: x[i], gradients))

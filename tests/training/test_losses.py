@@ -87,7 +87,7 @@ def image_batch(seed: int) -> TrainBatch:
     positions = np.tile(np.arange(24, dtype=np.int32), (2, 1))
     pixels = np.random.default_rng(0).normal(size=(2, 70, 70, 3)).astype(np.float32)
     has_label = np.arange(24) >= np.array([[20], [15]])
-    return TrainBatch(Inputs(tokens, positions, pixels), np.where(has_label, tokens, -100))
+    return TrainBatch(Inputs(tokens, positions, pixels), jnp.where(has_label, tokens, -100))
 
 
 @pytest.mark.slow
@@ -105,12 +105,11 @@ def test_chunks_give_the_same_gradients(shallow, monkeypatch, objective):
 
     def run():
         jax.clear_caches()
-        if isinstance(batches, PreferenceBatch):
-            parts = (batches.chosen, batches.rejected)
+        given = batches
+        if isinstance(given, PreferenceBatch):
+            parts = (given.chosen, given.rejected)
             chosen, rejected = (reference_log_probs(model, params, part) for part in parts)
-            given = batches._replace(reference_chosen=chosen, reference_rejected=rejected)
-        else:
-            given = batches
+            given = given._replace(reference_chosen=chosen, reference_rejected=rejected)
         state = init_train_state(config, trainable)
         state, metrics = train_step(model, config, state, frozen, given)
         moments = flatten_dict(state.opt_state[1][0].mu, sep="/")
