@@ -350,16 +350,17 @@ def size_per_device(letter: str, size: int, x: Array) -> int:
 
 
 def constrain(x: Array, axes: str) -> Array:
-    """Shard an activation over the mesh of `x` as `TENSOR` says; without a mesh, return `x`.
+    """Shard an activation over the mesh of `x` as `TENSOR` says.
 
-    Without this, the compiler may choose the sharding of a weight, and compute all rows everywhere.
+    Without this, the compiler may compute all rows on every device, to keep a weight sharded.
+    Without a mesh, or if its axes are not all automatic, `x` is returned unchanged.
 
     Args:
       x: The activation.
       axes: One letter per dimension, such as "B T D". Crops are sharded like rows, by letter B.
     """
     mesh = mesh_of(x)
-    if mesh.empty or mesh.manual_axes:
+    if mesh.empty or not mesh.are_all_axes_auto:
         return x
     letters = zip(axes.split(), x.shape, strict=True)
     spec = (mesh_axis(letter, size, mesh) if letter in TENSOR else None for letter, size in letters)
