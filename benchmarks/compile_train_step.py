@@ -1,6 +1,7 @@
 """How much memory does a training step need on a TPU topology that this machine does not have?
 
 `make bench-train-memory` compiles full fine-tuning and LoRA training of the 9B for eight v5p chips.
+It also compiles larger batches for one chip, for the 9B with one block per transformer.
 `python -m benchmarks.compile_train_step` has options for other models and topologies. Compilation
 needs libtpu but no TPU, and no program is executed. The compiler reports the bytes per device.
 """
@@ -51,6 +52,14 @@ class TrainingWorkload:
     length: int = 2048
     crops_per_row: int = 4
     micro_batches: int = 1
+    trainable: tuple[str, ...] = tuple(TRAINABLE_PARTS)
+    """Trainable parts of a step without adapters."""
+
+
+def with_depth(config: OvisConfig, depth: int) -> OvisConfig:
+    """Return the config of a model with `depth` blocks in each transformer."""
+    tokenizer = replace(config.visual_tokenizer, vision=replace(config.vision, depth=depth))
+    return replace(config, visual_tokenizer=tokenizer, decoder=replace(config.decoder, depth=depth))
 
 
 def abstract_step_arguments(
@@ -66,7 +75,7 @@ def abstract_step_arguments(
         params = Ovis(config).init(jax.random.key(0))
         params = pad_params(params, config, mesh, rules)
         if not workload.adapters:
-            trainable, frozen = split_params(params, list(TRAINABLE_PARTS))
+            trainable, frozen = split_params(params, workload.trainable)
             return init_train_state(step_config, trainable), frozen
         adapters = init_adapters(params, jax.random.key(0), rank=workload.rank)
         frozen = cast(FrozenParams, flatten_dict(params, sep="/"))
@@ -147,24 +156,37 @@ def main(
     length: Annotated[int, typer.Option(help="Number of positions per row.")] = 2048,
     crops_per_row: Annotated[int, typer.Option(help="Number of crops per row.")] = 4,
     micro_batches: Annotated[int, typer.Option(help="Number of micro-batches per step.")] = 1,
-    full: Annotated[bool, typer.Option(help="Compile a step of full fine-tuning.")] = True,
+    depth: Annotated[
+        int | None,
+        typer.Option(help="Number of blocks in each transformer; by default, that of the model."),
+    ] = None,
+    trainable: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Part to train without adapters; may be repeated. By default, all parts."
+        ),
+    ] = None,
+    full: Annotated[bool, typer.Option(help="Compile a step without adapters.")] = True,
     adapters: Annotated[bool, typer.Option(help="Compile a training step of adapters.")] = True,
     output: JsonOption = None,
 ) -> None:
     """Compile training steps for a TPU topology, and print the memory that they need."""
     target = parse_topology(topology)
     mesh = Mesh(np.array(compile_only_devices(target)).reshape(-1, model_axis), ("data", "model"))
-    workload = TrainingWorkload(False, rank, rules, rows, length, crops_per_row, micro_batches)
+    config, parts = PUBLISHED_CONFIGS[preset](), tuple(trainable or TRAINABLE_PARTS)
+    config = config if depth is None else with_depth(config, depth)
+    workload = TrainingWorkload(
+        False, rank, rules, rows, length, crops_per_row, micro_batches, parts
+    )
     hbm = target.device.memory_bytes
     console, results = Console(), []
-    for requested, name in ((full, "full"), (adapters, f"adapters, rank {rank}")):
+    full_name = "full" if trainable is None else ", ".join(trainable)
+    for requested, name in ((full, full_name), (adapters, f"adapters, rank {rank}")):
         if not requested:
             continue
-        workload = replace(workload, adapters=name != "full")
+        workload = replace(workload, adapters=name != full_name)
         try:
-            result: dict[str, Any] = measure_step_memory(
-                PUBLISHED_CONFIGS[preset](), mesh, workload
-            )
+            result: dict[str, Any] = measure_step_memory(config, mesh, workload)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -174,6 +196,7 @@ def main(
     devices = f"{topology} as {dict(mesh.shape)}, {rules}, {hbm / GIB:.2f} GiB per device"
     console.print(
         f"{preset}, {devices}; {rows} x {length} positions, {crops_per_row} crops per row"
+        + ("" if depth is None else f", {depth} blocks per transformer")
     )
     console.print(memory_table(results))
     settings = {"topology": topology, "mesh": dict(mesh.shape), "hbm_gib": hbm / GIB}

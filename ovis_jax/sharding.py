@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ovis_jax.config import OvisConfig
@@ -332,3 +334,34 @@ def mesh_axis(letter: str, size: int, mesh: Mesh | AbstractMesh) -> str | None:
     """Return the mesh axis over which `TENSOR` shards a letter; None if `size` is not divisible."""
     axis = TENSOR[letter]
     return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+
+
+def mesh_of(x: Array) -> AbstractMesh:
+    """Return the mesh in scope or, if there is none, the mesh of an array; it may be empty."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.typeof(x).sharding.mesh if mesh.empty else mesh
+
+
+def size_per_device(letter: str, size: int, x: Array) -> int:
+    """Return the size of a dimension on each device of the mesh of `x`, sharded by `TENSOR`."""
+    mesh = mesh_of(x)
+    axis = mesh_axis(letter, size, mesh)
+    return size if axis is None else size // mesh.shape[axis]
+
+
+def constrain(x: Array, axes: str) -> Array:
+    """Shard an activation over the mesh of `x` as `TENSOR` says.
+
+    Without this, the compiler may compute all rows on every device, to keep a weight sharded.
+    Without a mesh, or if its axes are not all automatic, `x` is returned unchanged.
+
+    Args:
+      x: The activation.
+      axes: One letter per dimension, such as "B T D". Crops are sharded like rows, by letter B.
+    """
+    mesh = mesh_of(x)
+    if mesh.empty or not mesh.are_all_axes_auto:
+        return x
+    letters = zip(axes.split(), x.shape, strict=True)
+    spec = (mesh_axis(letter, size, mesh) if letter in TENSOR else None for letter, size in letters)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))

@@ -13,12 +13,11 @@ from jaxtyping import Bool, Float, Int
 
 from ovis_jax.argument_type_checks import check_argument_types
 from ovis_jax.errors import RequestError
+from ovis_jax.inference.label_logits import label_log_probs, map_label_logits
 from ovis_jax.inputs.batch import PADDING_POSITION, Inputs
 from ovis_jax.inputs.conversation import IGNORE_INDEX
 from ovis_jax.mesh import allow_explicit_mesh
-from ovis_jax.model.decoder import unembed
-from ovis_jax.model.layers import over_last_axis
-from ovis_jax.model.ovis import Ovis, Params, apply
+from ovis_jax.model.ovis import Ovis, Params
 
 
 class Scores(NamedTuple):
@@ -93,18 +92,6 @@ def score(model: Ovis, params: Params, inputs: Inputs, answers: ArrayLike) -> Sc
     return _score(model, params, inputs, jnp.asarray(answers, jnp.int32))
 
 
-def label_log_probs(
-    logits: Float[Array, "*rows V"], labels: Int[Array, "*rows"]
-) -> Float[Array, "*rows"]:
-    """Compute the log-probability of one label per distribution; the result is 0 for label -100."""
-    # The label is selected by comparison, so that logits that are sharded over V are not gathered.
-    logits -= jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    is_label = labels[..., None] == over_last_axis(jnp.arange(logits.shape[-1]), logits)
-    log_probs = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-    log_probs -= jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
-    return jnp.where(labels != IGNORE_INDEX, log_probs, 0.0)
-
-
 def _checked(answers: np.ndarray, vocab_size: int) -> np.ndarray:
     """Check answers in host memory; arrays on a device are not checked."""
     valid = ((answers >= 0) & (answers < vocab_size)) | (answers == IGNORE_INDEX)
@@ -137,21 +124,19 @@ def _score(
     # This maps over the choices, so that the visual slots of each choice start with the first crop.
     embed = jax.vmap(lambda tokens: model.embed_inputs(params, tokens, visual), 1, 1)
     x = embed(tokens).reshape(B * choices, tokens.shape[-1], -1)  # [B choices, l, D]
-    # The decoder's logits at every position are not used, so XLA does not compute them.
-    decoder, positions = model.decoder(remat=model.remat), positions.reshape(B * choices, -1)
-    hidden = apply(decoder, params["decoder"], x, positions).hidden_states[-1]
+    positions = positions.reshape(B * choices, -1)
+    hidden = model.decode_hidden_states(params, x, positions)
 
     columns = jnp.maximum(prompt_lengths[:, None] - 1 + jnp.arange(n)[None], 0)  # [B, n]
     columns = jnp.repeat(columns, choices, axis=0)[..., None]
-    logits = unembed(
-        model.config.decoder,
-        jnp.take_along_axis(hidden, columns, axis=1),  # [B choices, n, D]
-        params["decoder"]["final_norm"],
-        params["decoder"]["embed" if model.config.decoder.tie_embeddings else "unembed"],
-    )
+    hidden = jnp.take_along_axis(hidden, columns, axis=1)  # [B choices, n, D]
+
+    def scores(logits: Array, labels: Array) -> tuple[Array, Array]:
+        return label_log_probs(logits, labels), jnp.argmax(logits, axis=-1) == labels
+
     labels = answers.reshape(B * choices, n)
-    log_probs = label_log_probs(logits, labels).reshape(answers.shape)
-    greedy = (jnp.argmax(logits, axis=-1) == labels).reshape(answers.shape)
+    results = map_label_logits(scores, model, params, hidden, labels)
+    log_probs, greedy = (x.reshape(answers.shape) for x in results)
     lengths = jnp.sum(answers != IGNORE_INDEX, axis=-1, dtype=jnp.int32)
     total = jnp.where(lengths > 0, jnp.sum(log_probs, axis=-1), -jnp.inf)
     return Scores(total, log_probs, greedy, lengths)

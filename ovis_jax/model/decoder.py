@@ -23,6 +23,7 @@ from ovis_jax.model.layers import ACTIVATIONS, apply_rope, rms_norm, softcap
 from ovis_jax.model.linear import Weight, init_weight, linear, weight_param
 from ovis_jax.model.plain_attention import attend, visible
 from ovis_jax.model.quantized_kv import quantize_kv
+from ovis_jax.sharding import constrain
 
 
 class DecoderAttention(nn.Module):
@@ -57,9 +58,9 @@ class DecoderAttention(nn.Module):
         def weight(name: str, out_size: int, in_size: int) -> Weight:
             return weight_param(self, name, (out_size, in_size), self.param_dtype)
 
-        q = linear(x, weight("q", N * H, D)).reshape(B, T, N, H)
-        k = linear(x, weight("k", K * H, D)).reshape(B, T, K, H)
-        v = linear(x, weight("v", K * H, D)).reshape(B, T, K, H)
+        q = _constrain(linear(x, weight("q", N * H, D)).reshape(B, T, N, H), "B T N H")
+        k = _constrain(linear(x, weight("k", K * H, D)).reshape(B, T, K, H), "B T K H")
+        v = _constrain(linear(x, weight("v", K * H, D)).reshape(B, T, K, H), "B T K H")
         q, k = (apply_rope(x, positions, c.rope_theta, c.rope_scaling) for x in (q, k))
         key_value = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
         if self.int8_cache:
@@ -108,7 +109,8 @@ class GatedMLP(nn.Module):
         gate = weight_param(self, "gate", (F, D), self.param_dtype)
         up = weight_param(self, "up", (F, D), self.param_dtype)
         down = weight_param(self, "down", (D, F), self.param_dtype)
-        return linear(activation(linear(x, gate)) * linear(x, up), down)
+        hidden = _constrain(activation(linear(x, gate)) * linear(x, up), "B T F")
+        return linear(hidden, down)
 
 
 class DecoderBlock(nn.Module):
@@ -143,6 +145,15 @@ class DecoderBlock(nn.Module):
         y = GatedMLP(c, self.param_dtype, name="mlp")(norm("pre_mlp_norm", x))
         x += norm("post_mlp_norm", y) if c.post_norms else y
         return x, key_value
+
+
+def _constrain(x: Float[Array, "B T ..."], axes: str) -> Array:
+    """Constrain the sharding of an activation, except in a decode step.
+
+    For a single position per row, moving activations between devices is cheaper than gathering
+    weights that are sharded over "data".
+    """
+    return constrain(x, axes) if x.shape[1] > 1 else x
 
 
 def _init_norm(config: DecoderConfig) -> nn.initializers.Initializer:
@@ -246,6 +257,7 @@ class Decoder(nn.Module):
             block = make_block(
                 c, c.window(i), self.param_dtype, self.kernel_setting, int8_cache, name=f"block_{i}"
             )
+            x = _constrain(x, "B T D")
             x, key_value = block(x, positions, None if cache is None else cache.blocks[i], rows)
             if max_length is not None:
                 slots = kv_cache.num_slots(c, i, max_length, self.kv_cache_dtype)

@@ -19,9 +19,9 @@ from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.image_processing import IMAGE_SLOT, IMAGE_START
 from ovis_jax.mesh import allow_explicit_mesh
 from ovis_jax.model.attention_kernels import AttentionKernel, KernelSetting, Platform, choose_kernel
-from ovis_jax.model.decoder import Decoder
+from ovis_jax.model.decoder import Decoder, unembed
 from ovis_jax.model.kv_cache import Cache, KVCacheDtype, empty_cache
-from ovis_jax.model.linear import lookup
+from ovis_jax.model.linear import Weight, lookup
 from ovis_jax.model.vision import VisionEncoder
 from ovis_jax.model.visual_tokenizer import (
     VisualTokenizer,
@@ -215,6 +215,38 @@ class Ovis:
         visual = visual.reshape(-1, visual.shape[-1])  # [I M, D]
         return jnp.where(slots[..., None], visual[jnp.maximum(order, 0)], x)
 
+    def decode_hidden_states(
+        self, params: Params, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Run the decoder's blocks without a cache; return the output of the last block.
+
+        Args:
+          params: The parameters, as described in `Ovis`.
+          x: Embeddings from `embed_inputs`.
+          positions: Positions, from 0 in each row; -1 at padding.
+        """
+        # The logits are not used, so XLA does not compute them.
+        out = apply(self.decoder(remat=self.remat), params["decoder"], x, positions)
+        return out.hidden_states[-1]
+
+    def last_hidden_states(
+        self, params: Params, inputs: Inputs, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Compute the output of the last decoder block at every position, without a cache.
+
+        As in `embed_images`, the visual embeddings are computed in chunks.
+        """
+        pixels = jnp.asarray(inputs.pixels)
+        visual = self.embed_images(params, pixels, key) if len(pixels) else None
+        x = self.embed_inputs(params, jnp.asarray(inputs.tokens), visual)
+        return self.decode_hidden_states(params, x, jnp.asarray(inputs.positions))
+
+    def unembed_weights(self, params: Params) -> tuple[Float[Array, "D"], Weight]:
+        """Return the scale of the final norm and the output matrix, for `decoder.unembed`."""
+        decoder = params["decoder"]
+        table = decoder["embed" if self.config.decoder.tie_embeddings else "unembed"]
+        return decoder["final_norm"], table
+
     def forward(
         self, params: Params, inputs: Inputs, key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "B T V"], ForwardStates]:
@@ -327,5 +359,7 @@ def forward(
 def _forward(
     model: Ovis, params: Params, inputs: Inputs, return_states: bool
 ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], ForwardStates]:
-    logits, states = model.forward(params, inputs)
-    return (logits, states) if return_states else logits
+    if return_states:
+        return model.forward(params, inputs)
+    hidden = model.last_hidden_states(params, inputs)
+    return unembed(model.config.decoder, hidden, *model.unembed_weights(params))

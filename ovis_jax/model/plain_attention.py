@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from ovis_jax.model.layers import matmul_precision, softcap
 from ovis_jax.model.quantized_kv import QuantizedKV
-from ovis_jax.sharding import mesh_axis
+from ovis_jax.sharding import mesh_axis, mesh_of
 
 MASKED_SCORE = jnp.finfo(jnp.float32).min
 """Score of a masked key. It is finite, so that a query whose keys are all masked gives no NaN."""
@@ -108,9 +108,7 @@ def run_kernel_per_device(
       arrays: Arrays [B, heads, length, H] with N or K heads, such as queries or keys, and arrays
         [B, ...] with fewer axes, such as the segment of each position.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        mesh = jax.typeof(arrays[0]).sharding.mesh  # the parameters' mesh
+    mesh = mesh_of(arrays[0])
     if not mesh.empty and not mesh.manual_axes:
         num_kv_heads = min(x.shape[1] for x in arrays if x.ndim == 4)
         batch = mesh_axis("B", arrays[0].shape[0], mesh)

@@ -14,6 +14,7 @@ from ovis_jax.config import VisionConfig
 from ovis_jax.model.attention_kernels import KernelSetting, crop_attention
 from ovis_jax.model.layers import LayerNorm, gelu
 from ovis_jax.model.linear import init_weight, linear
+from ovis_jax.sharding import constrain
 
 
 def patchify(pixels: Float[Array, "I h w C"], patch_size: int) -> Float[Array, "I P patch"]:
@@ -52,7 +53,7 @@ class VisionAttention(nn.Module):
             bias = self.param(f"{name}_bias", nn.initializers.zeros, (E,), self.param_dtype)
             return linear(x, w, bias)
 
-        q, k, v = (project(name, x).reshape(I, P, A, H) for name in "qkv")
+        q, k, v = (constrain(project(name, x).reshape(I, P, A, H), "B P A H") for name in "qkv")
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [I, A, P, H]
         out = crop_attention(q, k, v, scale=H**-0.5, setting=self.kernel_setting)
         return project("o", out.reshape(I, P, E))
@@ -73,7 +74,7 @@ class VisionMLP(nn.Module):
         up_bias = self.param("up_bias", zeros, (F,), self.param_dtype)
         down = self.param("down", init_weight, (E, F), self.param_dtype)
         down_bias = self.param("down_bias", zeros, (E,), self.param_dtype)
-        return linear(gelu(linear(x, up, up_bias)), down, down_bias)
+        return linear(constrain(gelu(linear(x, up, up_bias)), "B P F"), down, down_bias)
 
 
 class VisionBlock(nn.Module):
@@ -127,5 +128,5 @@ class VisionEncoder(nn.Module):
         states = [x]
         for i in range(c.depth):
             block = make_block(c, self.param_dtype, self.kernel_setting, name=f"block_{i}")
-            states.append(block(states[-1]))
+            states.append(block(constrain(states[-1], "B P E")))
         return tuple(states)

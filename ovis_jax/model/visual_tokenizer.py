@@ -22,9 +22,10 @@ from ovis_jax.config import TokenizeFunction, VisualTokenizerConfig
 from ovis_jax.model.cpu import float32_product
 from ovis_jax.model.layers import LayerNorm
 from ovis_jax.model.linear import Quantized, init_weight, linear
+from ovis_jax.sharding import constrain, size_per_device
 
 VISUAL_TOKENS_PER_CHUNK = 512
-"""Number of visual tokens whose distributions are in memory at a time in `scan_visual_tokens`.
+"""Number of visual tokens per device whose distributions `scan_visual_tokens` holds at a time.
 
 A float32 distribution over 65536 words takes 256 KiB, and several copies exist at once. With 512
 tokens, the matrix products still take longer than reading the head and the table again for each
@@ -126,7 +127,7 @@ def embed_words(
     if isinstance(table, Quantized):
         weights = (weights.astype(jnp.float32) * table.scale[None, None]).astype(dtype)
         table = table.q.astype(dtype)
-    return float32_product("IMW,WD->IMD", weights, table).astype(dtype)
+    return constrain(float32_product("IMW,WD->IMD", weights, table).astype(dtype), "B M D")
 
 
 class VisualTokenizer(nn.Module):
@@ -154,7 +155,7 @@ class VisualTokenizer(nn.Module):
             rows = max(rows, jax.tree.leaves(self.get_variable("params", "head"))[0].shape[0])
         head = self.param("head", init_weight, (rows, c.merged_width), self.param_dtype)
         norm = LayerNorm(c.norm_eps, self.param_dtype, c.num_words, name="norm")
-        logits = norm(linear(merged, head))  # [I, M, W]
+        logits = constrain(norm(linear(merged, head)), "B M W")
         probabilities = tokenize(logits, c.tokenize_function, key, c.num_words, c.tau)
         return VisualTokens(merged, logits, probabilities)
 
@@ -170,7 +171,8 @@ def scan_visual_tokens(
     """Apply a function to all visual tokens in chunks, to bound the memory.
 
     A chunk has m tokens from every crop, so crops that are sharded over devices stay on their
-    device. The number of chunks divides M, so no chunk is padded.
+    device. The number of chunks divides M, so no chunk is padded. With several chunks, the backward
+    pass computes the distributions again instead of storing them.
 
     Args:
       config: Config of the visual tokenizer.
@@ -186,16 +188,20 @@ def scan_visual_tokens(
     """
     merged = merge_patches(features, config.hidden_stride)
     crops, M, width = merged.shape
-    min_chunks = min(-(crops * M // -VISUAL_TOKENS_PER_CHUNK), M)
+    local_crops = size_per_device("B", crops, features)
+    min_chunks = min(-(local_crops * M // -VISUAL_TOKENS_PER_CHUNK), M)
     chunks = next(n for n in range(min_chunks, M + 1) if M % n == 0)
     tokenizer = VisualTokenizer(config)
 
     def step(carry: Any, chunk: tuple[Array, Array]) -> tuple[Any, Any]:
         number, x = chunk
         chunk_key = key if key is None or chunks == 1 else jax.random.fold_in(key, number)
+        x = constrain(x, "B M merged")
         tokens = cast(VisualTokens, tokenizer.apply({"params": params}, x, chunk_key))
         return function(carry, tokens)
 
+    if chunks > 1:
+        step = jax.checkpoint(step, prevent_cse=False)
     x = merged.reshape(crops, chunks, M // chunks, width).swapaxes(0, 1)
     carry, out = jax.lax.scan(step, carry, (jnp.arange(chunks), x))  # [chunks, I, m, ...]
     return carry, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(crops, M, *x.shape[3:]), out)

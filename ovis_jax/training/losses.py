@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from ovis_jax.inference.score import label_log_probs
+from ovis_jax.inference.label_logits import label_log_probs, map_label_logits
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.conversation import IGNORE_INDEX
+from ovis_jax.model.ovis import Ovis, Params
 
 
 class TrainBatch(NamedTuple):
@@ -44,28 +45,43 @@ class PreferenceBatch(NamedTuple):
 
 
 def token_log_probs(
-    logits: Float[Array, "B T V"], labels: Int[Array, "B T"]
+    model: Ovis, params: Params, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Return the log-probability of the next label at each position, and a mask of the labels."""
-    # Shifting the labels instead of the logits avoids a copy of the logits.
+    """Return the log-probability of the next label at each position, and a mask of the labels.
+
+    The logits are computed in chunks, only at positions before a label.
+    """
+    # Shifting the labels instead of the hidden states avoids a copy of the hidden states.
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
-    return label_log_probs(logits, targets), (targets != IGNORE_INDEX).astype(jnp.float32)
+    log_probs = map_label_logits(label_log_probs, model, params, hidden, targets)
+    return log_probs, (targets != IGNORE_INDEX).astype(jnp.float32)
 
 
 def cross_entropy_sum_and_count(
-    logits: Float[Array, "B T V"], labels: Int[Array, "B T"]
+    model: Ovis, params: Params, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return the cross-entropy summed over answer tokens, and the number of these tokens.
 
     The first result divided by the second is the loss of causal language models in transformers.
+
+    Args:
+      model: The model.
+      params: Parameters of the complete model.
+      hidden: Output of the last decoder block, from `Ovis.last_hidden_states`.
+      labels: Labels, as in `TrainBatch`.
     """
-    log_probs, is_target = token_log_probs(logits, labels)
+    log_probs, is_target = token_log_probs(model, params, hidden, labels)
     return -jnp.sum(log_probs), jnp.sum(is_target)
 
 
-def answer_log_probs(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, "B"]:
-    """Return the log-probability of each row's answer, summed over its tokens."""
-    return jnp.sum(token_log_probs(logits, labels)[0], axis=1)
+def answer_log_probs(
+    model: Ovis, params: Params, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]
+) -> Float[Array, "B"]:
+    """Return the log-probability of each row's answer, summed over its tokens.
+
+    The arguments are those of `cross_entropy_sum_and_count`.
+    """
+    return jnp.sum(token_log_probs(model, params, hidden, labels)[0], axis=1)
 
 
 def dpo_losses(

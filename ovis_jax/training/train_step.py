@@ -235,8 +235,8 @@ def _summed_loss(
     dtype = config.compute_dtype
     params = join_params(cast_params(trainable, dtype), cast_params(frozen, dtype), lora_scale)
     if isinstance(batch, TrainBatch):
-        logits, _ = model.forward(params, batch.inputs, key)
-        return cross_entropy_sum_and_count(logits, batch.labels)
+        hidden = model.last_hidden_states(params, batch.inputs, key)
+        return cross_entropy_sum_and_count(model, params, hidden, batch.labels)
     chosen = _answer_log_probs(model, params, batch.chosen, key)
     losses = dpo_losses(
         chosen,
@@ -273,7 +273,8 @@ def _answer_log_probs(
 ) -> Float[Array, "B"]:
     # A clone, because the answers of a pair see the same visual words.
     key = None if key is None else jax.random.clone(key)
-    return answer_log_probs(model.forward(params, batch.inputs, key)[0], batch.labels)
+    hidden = model.last_hidden_states(params, batch.inputs, key)
+    return answer_log_probs(model, params, hidden, batch.labels)
 
 
 def _micro_batch_keys(

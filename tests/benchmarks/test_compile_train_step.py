@@ -14,6 +14,7 @@ from benchmarks.compile_train_step import (
     abstract_step_arguments,
     measure_step_memory,
     memory_table,
+    with_depth,
 )
 from ovis_jax import presets
 from ovis_jax.sharding import param_shapes
@@ -57,6 +58,15 @@ def test_adapters_of_the_9b(mesh):
     assert all(x.dtype == "bfloat16" for x in frozen.values())
     a = state.trainable["decoder/block_0/attn/q/lora_a"]
     assert a.shape == (16, 3584) and a.sharding.shard_shape(a.shape) == (16, 448)
+
+
+@pytest.mark.slow
+def test_one_part_of_a_shallow_9b(mesh):
+    config = with_depth(presets.ovis1_6_gemma2_9b(), 1)
+    workload = TrainingWorkload(adapters=False, trainable=("visual_tokenizer",))
+    state, frozen, _ = abstract_step_arguments(config, CONFIG, mesh, workload)
+    assert state.trainable.keys() | frozen.keys() == param_shapes(config).keys()
+    assert {path.partition("/")[0] for path in state.trainable} == {"vision", "visual_tokenizer"}
 
 
 @pytest.mark.exhaustive

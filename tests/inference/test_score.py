@@ -8,6 +8,7 @@ from compilations import compilations
 
 from ovis_jax import encode_answers, score
 from ovis_jax.errors import PromptError, RequestError
+from ovis_jax.inference import label_logits
 from ovis_jax.inference.generate import generate
 from ovis_jax.inputs.batch import Inputs, pad_batch, pad_rows
 from ovis_jax.inputs.open_image import open_image
@@ -82,8 +83,20 @@ def test_scores_equal_those_of_training(ovis, images, scores):
     pixels = np.concatenate([example.pixels for example in examples])
     batch = pad_batch([example.tokens for example in examples], pixels, ovis.config)
     labels = pad_rows([example.labels for example in examples], batch.tokens.shape[1], -100)
-    expected = answer_log_probs(forward(ovis.model, ovis.params, batch), jnp.array(labels))
+    hidden = ovis.model.last_hidden_states(ovis.params, batch)
+    expected = answer_log_probs(ovis.model, ovis.params, hidden, jnp.array(labels))
     np.testing.assert_allclose(scores.log_probs[:, 0], expected, atol=10 * TOLERANCE)
+
+
+@pytest.mark.slow
+def test_scores_in_chunks(ovis, inputs, answers, scores, monkeypatch):
+    limit = 6 * 5 * ovis.config.decoder.vocab_size
+    monkeypatch.setattr(label_logits, "LOGITS_PER_CHUNK", limit)
+    jax.clear_caches()
+    found = score(ovis.model, ovis.params, inputs, answers)
+    jax.clear_caches()
+    np.testing.assert_allclose(found.token_log_probs, scores.token_log_probs, atol=TOLERANCE)
+    assert np.array_equal(found.token_greedy, scores.token_greedy)
 
 
 @pytest.mark.slow

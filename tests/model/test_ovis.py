@@ -51,6 +51,24 @@ def test_chunks_of_crops(shallow, monkeypatch, tokens_per_chunk):
 
 
 @pytest.mark.slow
+def test_gradients_of_chunks_of_crops(shallow, monkeypatch):
+    model, params = shallow
+
+    def gradients(embed):
+        def loss(params):
+            return jnp.sum(embed(params, crops(3)) ** 2)
+
+        return jax.jit(jax.grad(loss))({k: params[k] for k in params if k != "decoder"})
+
+    expected = gradients(lambda *x: model.embed_images_with_states(*x).embeddings)
+    monkeypatch.setattr(visual_tokenizer, "VISUAL_TOKENS_PER_CHUNK", 12)
+    found = gradients(model.embed_images)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert jnp.abs(x - y).max() <= 1e-5 * largest
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [16, 23, 64, 96])
 @pytest.mark.parametrize("size, starts", [(5, (3,)), (40, (0, 60)), (12, (90, 14)), (12, (11, 12))])
 def test_a_chunk_is_written_to_its_slots_alone(slots, size, starts):
@@ -92,6 +110,18 @@ def test_memory_does_not_grow_with_the_crops():
     distributions = 160 * 9 * 8192 * 4
     assert temp_bytes(lambda *x: model.embed_images_with_states(*x).embeddings, 160) > distributions
     assert temp_bytes(model.embed_images, 160) < 0.7 * distributions
+
+    def gradient_of(embed):
+        def gradient(params, pixels):
+            def loss(trainable):
+                return jnp.sum(embed({**params, **trainable}, pixels) ** 2)
+
+            return jax.grad(loss)({k: params[k] for k in ("visual_tokenizer", "visual_embedding")})
+
+        return gradient
+
+    at_once = gradient_of(lambda *x: model.embed_images_with_states(*x).embeddings)
+    assert temp_bytes(gradient_of(model.embed_images), 160) < 0.5 * temp_bytes(at_once, 160)
 
 
 @pytest.mark.slow

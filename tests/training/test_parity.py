@@ -12,7 +12,9 @@ from reference.ovis_torch import OvisTorch, params_of
 
 from ovis_jax import presets
 from ovis_jax.checkpoint.key_map import make_hub_key_map
+from ovis_jax.inference import label_logits
 from ovis_jax.inputs.batch import Inputs
+from ovis_jax.model import visual_tokenizer
 from ovis_jax.model.ovis import Ovis
 from ovis_jax.model.visual_tokenizer import VisualTokenizer, embed_words
 from ovis_jax.training.losses import cross_entropy_sum_and_count
@@ -24,15 +26,15 @@ TOLERANCE = 1e-4
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "config, remat",
+    "config, remat, in_chunks",
     [
-        (presets.tiny(), False),
-        pytest.param(presets.tiny(), True, marks=pytest.mark.exhaustive),
-        (presets.tiny_llama(), False),
+        (presets.tiny(), False, True),
+        pytest.param(presets.tiny(), True, False, marks=pytest.mark.exhaustive),
+        (presets.tiny_llama(), False, False),
     ],
-    ids=["kept", "remat", "llama"],
+    ids=["chunks", "remat", "llama"],
 )
-def test_gradients(config, remat):
+def test_gradients(config, remat, in_chunks, monkeypatch):
     """Relative to the largest gradient of the module that a parameter is in.
 
     (The gradient of SigLIP's key biases is zero but for rounding, since a softmax does not see
@@ -42,6 +44,9 @@ def test_gradients(config, remat):
     # float32 then differ from its own in float64 by 2e-4, as ours do.
     sharpness = 2.5 if config.decoder.attn_softcap else 1.0
     reference = OvisTorch.random(config, seed=3, sharpness=sharpness)
+    if in_chunks:
+        monkeypatch.setattr(label_logits, "LOGITS_PER_CHUNK", 4 * config.decoder.vocab_size)
+        monkeypatch.setattr(visual_tokenizer, "VISUAL_TOKENS_PER_CHUNK", 6)
     params, model = params_of(reference, config), Ovis(config, remat=remat)
     rng = np.random.default_rng(0)
     image = [-301, *[-300] * 9, -302, -305]
@@ -53,8 +58,8 @@ def test_gradients(config, remat):
     pixels = rng.normal(size=(2, 70, 70, 3)).astype(np.float32)
 
     def loss(params):
-        logits, _ = model.forward(params, Inputs(tokens, positions, pixels))
-        total, count = cross_entropy_sum_and_count(logits, jax.numpy.asarray(labels))
+        hidden = model.last_hidden_states(params, Inputs(tokens, positions, pixels))
+        total, count = cross_entropy_sum_and_count(model, params, hidden, jax.numpy.asarray(labels))
         return total / count
 
     value, tree = jax.jit(jax.value_and_grad(loss))(params)

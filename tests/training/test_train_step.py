@@ -255,7 +255,8 @@ def test_dpo_prefers_the_chosen_answer(ovis):
     trainable, frozen = split_params(ovis.params, ["llm"])
 
     def log_probs(params, batch):
-        return answer_log_probs(forward(ovis.model, params, batch.inputs), jnp.array(batch.labels))
+        hidden = ovis.model.last_hidden_states(params, batch.inputs)
+        return answer_log_probs(ovis.model, params, hidden, jnp.array(batch.labels))
 
     reference = log_probs(ovis.params, chosen), log_probs(ovis.params, rejected)
     batches = stack_micro_batches([PreferenceBatch(chosen, rejected, *reference)])
