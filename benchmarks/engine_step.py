@@ -19,8 +19,8 @@ from benchmarks.support.benchmark_model import (
     CheckpointOption,
     PresetOption,
     load_or_init_model,
-    with_placeholder_tokenizer,
 )
+from benchmarks.support.placeholder_tokenizer import with_placeholder_tokenizer
 from benchmarks.support.results import JsonOption, print_results, write_results
 from benchmarks.support.timing import Timings, format_timing
 from ovis_jax import LoadedOvis, Sampling

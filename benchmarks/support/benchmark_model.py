@@ -9,11 +9,9 @@ import numpy as np
 import typer
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ovis_jax import LoadedOvis, Ovis, Processor, load, presets
+from ovis_jax import Ovis, Processor, load, presets
 from ovis_jax.checkpoint.params import quantize_matrix
 from ovis_jax.config import OvisConfig
-from ovis_jax.inputs.image_processing import ImageProcessorConfig
-from ovis_jax.inputs.tokenizer import Tokenizer
 from ovis_jax.model.linear import Quantized
 from ovis_jax.model.ovis import Params
 from ovis_jax.quantization import choose_quantization, quantized_matrices
@@ -55,15 +53,6 @@ def load_or_init_model(checkpoint: str | None, preset: str, dtype: str) -> Bench
     model = Ovis(PRESETS[preset]())
     params = jax.jit(model.init, static_argnums=1)(jax.random.key(0), jnp.dtype(dtype))
     return BenchmarkModel(preset, model, params, None)
-
-
-def with_placeholder_tokenizer(model: Ovis, params: Params) -> LoadedOvis:
-    """Return a model with random weights as an engine needs it; every token has the same text."""
-    config = model.config
-    tokenizer = Tokenizer(["a"] * config.decoder.vocab_size, {}, (), lambda text: [])
-    half = (0.5, 0.5, 0.5)
-    image_config = ImageProcessorConfig(config.vision.image_size, half, half, 1 / 255)
-    return LoadedOvis(config, model, params, Processor(config, tokenizer, image_config))
 
 
 def quantize_params(params: Params, config: OvisConfig, quantization: str) -> Params:

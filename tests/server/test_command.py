@@ -56,7 +56,7 @@ def test_the_server_and_its_app(run_serve):
     assert compiled == {
         "meshes": [None],
         "max_num_seqs": MAX_NUM_SEQS,
-        "max_model_len": 1024 + 2048,
+        "max_model_len": 1024,  # the model's own
         "chunk_size": 128,
         "max_queued_requests": 64,
         "max_num_batched_tokens": None,

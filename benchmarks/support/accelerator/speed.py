@@ -27,7 +27,7 @@ from benchmarks.support.accelerator.random_model import (
 )
 from benchmarks.support.accelerator.results import CaseRunner
 from benchmarks.support.accelerator.settings import Settings
-from benchmarks.support.benchmark_model import with_placeholder_tokenizer
+from benchmarks.support.placeholder_tokenizer import with_placeholder_tokenizer
 from benchmarks.support.random_inputs import random_inputs, tree_bytes
 from benchmarks.support.stage_costs import (
     StageCost,
