@@ -25,8 +25,8 @@ init_weight = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
 
 if TYPE_CHECKING:
     _AnyArray = Array
-else:  # `ovis_jax.plan` describes matrices without their values
-    _AnyArray = Array | jax.ShapeDtypeStruct
+else:  # `ovis_jax.plan` and `jax.stages.Lowered` describe matrices without their values
+    _AnyArray = Array | jax.ShapeDtypeStruct | jax.stages.ArgInfo
 
 
 @jax.tree_util.register_dataclass

@@ -384,7 +384,7 @@ class Trainer:
 
     def _fingerprint(self) -> dict[str, str]:
         """Return versions and checksums of everything that must be equal in all processes."""
-        packages = "ovis-jax", "jax", "numpy", "pillow", "grain"
+        packages = "ovis-jax", "jax", "numpy", "pillow"
         values = {name: metadata.version(name) for name in packages}
         values["config"] = _checksum([self._config])
         for name, dataset in (("training", self._train_set), ("validation", self._validation_set)):
