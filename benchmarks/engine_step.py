@@ -6,8 +6,6 @@ requests. A step of the engine is the difference between long and short answers 
 Both kinds of step take turns.
 """
 
-import math
-import threading
 import time
 from typing import Annotated
 
@@ -15,6 +13,7 @@ import jax
 import numpy as np
 import typer
 
+from benchmarks.support.accelerator.correctness import submit_and_wait
 from benchmarks.support.benchmark_model import (
     CheckpointOption,
     PresetOption,
@@ -23,8 +22,7 @@ from benchmarks.support.benchmark_model import (
 from benchmarks.support.placeholder_tokenizer import with_placeholder_tokenizer
 from benchmarks.support.results import JsonOption, print_results, write_results
 from benchmarks.support.timing import Timings, format_timing
-from ovis_jax import LoadedOvis, Sampling
-from ovis_jax.engine.request import Delta, Failure, Request
+from ovis_jax import LoadedOvis
 from ovis_jax.engine.runner import ModelRunner
 from ovis_jax.engine.scheduler import Scheduler
 
@@ -34,20 +32,10 @@ SHORT_ANSWER = 8
 
 def answer(scheduler: Scheduler, num_seqs: int, num_tokens: int) -> float:
     """Generate answers of a fixed length to different prompts; return the seconds."""
-    complete = threading.Semaphore(0)
-
-    def on_event(event: Delta | Failure) -> None:
-        if isinstance(event, Failure) or event.finish_reason:
-            complete.release()
-
+    pixels = np.zeros((0, 1, 1, 3), np.float32)
+    prompts = [(np.full(PROMPT_LENGTH, 300 + n, np.int32), pixels) for n in range(num_seqs)]
     start = time.perf_counter()
-    for number in range(num_seqs):
-        tokens = np.full(PROMPT_LENGTH, 300 + number, np.int32)
-        pixels = np.zeros((0, 1, 1, 3), np.float32)
-        options = {"deadline": math.inf, "on_event": on_event, "ignore_eos": True}
-        scheduler.submit(Request(tokens, pixels, Sampling(), 0, num_tokens, **options))
-    for _ in range(num_seqs):
-        complete.acquire()
+    submit_and_wait(scheduler, prompts, num_tokens, ignore_eos=True)
     return time.perf_counter() - start
 
 
@@ -80,8 +68,9 @@ def main(
 ) -> None:
     """Compare a step of the engine with the compiled decode step."""
     chosen = load_or_init_model(model, preset, "bfloat16")
-    loaded = with_placeholder_tokenizer(chosen.model, chosen.params)
-    if chosen.processor is not None:
+    if chosen.processor is None:
+        loaded = with_placeholder_tokenizer(chosen.model, chosen.params)
+    else:
         loaded = LoadedOvis(chosen.model.config, chosen.model, chosen.params, chosen.processor)
     length = PROMPT_LENGTH + SHORT_ANSWER + steps
     runner = ModelRunner(

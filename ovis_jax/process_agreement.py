@@ -4,7 +4,8 @@ If one process raised an error while the others continued, the others would wait
 next collective operation. If the processes ran programs with different shapes, all would wait.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import jax
@@ -60,6 +61,14 @@ def agree(subject: str) -> Iterator[dict[str, str]]:
     error = OvisError(problem)
     error.add_note(_AGREED)
     raise error
+
+
+def checksum(parts: Iterable[bytes]) -> str:
+    """Return a short checksum for the values of `agree`."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def _has_several_processes() -> bool:

@@ -337,7 +337,7 @@ class Scheduler:
             prefill.slot.is_prefilling = True
             self._take(prefill.slot, request)
             self._prefills.append(prefill)
-            self._grow_cache()
+            self._fit_cache(is_step=False)
 
     def find_prefix(self, request: Request) -> tuple[Slot | None, int]:
         """Return the slot with the longest reusable prefix of a prompt, and the prefix's length.
@@ -382,34 +382,28 @@ class Scheduler:
             request.cached_tokens, request.cached_crops = length, num_crops
         return PrefillProgress(request, target, lane, num_crops, length)
 
-    def _required_length(self) -> int:
-        """Return the shortest cache in which every slot that is in use has a position left.
+    def _fit_cache(self, *, is_step: bool) -> None:
+        """Make the cache long enough for all prompts and for the next step, or shorter again.
 
-        In each step, also slots that do not advance write to the position after their last one.
+        Every slot that is in use needs a position after its last one: in each step, also slots that
+        do not advance write to it.
+
+        Args:
+          is_step: Whether a decode step follows, which counts for `SHRINK_AFTER`.
         """
         used = [slot.cached.num_cached for slot in self._slots if not slot.is_free]
         required = min(max(used, default=0) + 2, self.max_model_len)
-        return next(length for length in self._runner.cache_lengths if length >= required)
-
-    def _grow_cache(self) -> None:
-        """Make the cache long enough for the prompts that are read and for the next step."""
-        required = self._required_length()
-        if required > self.cache_length:
-            self._resize_cache(required)
-
-    def _shrink_cache(self) -> None:
-        """Make the cache shorter if many steps have not needed its length."""
-        required = self._required_length()
-        self._num_short_steps = self._num_short_steps + 1 if required < self.cache_length else 0
-        if self._num_short_steps >= SHRINK_AFTER:
-            self._resize_cache(required)
+        length = next(x for x in self._runner.cache_lengths if x >= required)
+        if length < self.cache_length:
+            self._num_short_steps += is_step
+        else:
+            self._num_short_steps = 0
+        if length > self.cache_length or self._num_short_steps >= SHRINK_AFTER:
+            self._state = self._runner.resize_cache(self._state, self.cache_length, length)
+            self.cache_length, self._num_short_steps = length, 0
             for slot in self._slots:
                 if slot.is_free:
-                    slot.cached.truncate(required - 1, self._runner.ring_slots)
-
-    def _resize_cache(self, length: int) -> None:
-        self._state = self._runner.resize_cache(self._state, self.cache_length, length)
-        self.cache_length, self._num_short_steps = length, 0
+                    slot.cached.truncate(length - 1, self._runner.ring_slots)
 
     def _take(self, slot: Slot, request: Request) -> None:
         """Record that a slot is taken for a request, whose prompt its cache contains or will."""
@@ -535,8 +529,7 @@ class Scheduler:
         rows = self._next_rows()
         if not rows:
             return False
-        self._grow_cache()
-        self._shrink_cache()
+        self._fit_cache(is_step=True)
         active = np.zeros(self.max_num_seqs, bool)
         active[[number for number, _, _ in rows]] = True
         modes = [_sampling_mode(sequence.request) for _, _, sequence in rows]

@@ -40,7 +40,7 @@ def choose_sizes(
     Raises:
       OvisError: No sequence fits, or not as many or not as long as asked for.
     """
-    device = jax.tree.leaves(ovis.params)[0].sharding.addressable_devices.copy().pop()
+    device = next(iter(jax.tree.leaves(ovis.params)[0].sharding.addressable_devices))
     free = int(MEMORY_SHARE * _memory_bytes(device))
     free -= bytes_per_device(ovis.params) + MAX_VISUAL_CACHE_BYTES
 

@@ -1,7 +1,6 @@
 """Answering prompts and scoring given answers, in batches of prompts with similar lengths."""
 
 import itertools
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from ovis_jax.inputs.dataset import DatasetRow, read_image_source
 from ovis_jax.inputs.open_image import open_image
 from ovis_jax.inputs.processor import Processor
 from ovis_jax.loading import LoadedOvis
-from ovis_jax.process_agreement import agree
+from ovis_jax.process_agreement import agree, checksum
 
 MaxPartition = int | Callable[[int], int]
 """Maximum number of cells that an image is split into, or a function of the number of images."""
@@ -265,7 +264,7 @@ def _batch_prompts(
             batch = next(batches, None)
             if batch is not None:
                 values["shape"] = f"{list(batch[1].tokens.shape)}, {list(batch[1].pixels.shape)}"
-                values["prompts"] = f"{zlib.crc32(np.asarray(batch[1].tokens).tobytes()):08x}"
+                values["prompts"] = checksum([np.asarray(batch[1].tokens).tobytes()])
         if batch is None:
             return
         yield batch

@@ -88,7 +88,7 @@ class RowEncoder:
                 for turns in _conversations(row)
             ]
         except OvisError as error:
-            raise DataError(_message(row, error)) from error
+            raise DataError(error_message(row, error)) from error
         return max(measured)
 
     def reject(self, row: DatasetRow, error: OvisError) -> None:
@@ -98,9 +98,9 @@ class RowEncoder:
           DataError: The config treats invalid rows as errors.
         """
         if self.config.invalid_rows == "error":
-            raise DataError(_message(row, error)) from error
+            raise DataError(error_message(row, error)) from error
         with self._lock:
-            self.skipped[row.name] = _message(row, error)
+            self.skipped[row.name] = error_message(row, error)
 
     def _options(self, row: DatasetRow) -> dict[str, Any]:
         return {
@@ -116,7 +116,8 @@ def _conversations(row: DatasetRow) -> list[Sequence[Turn]]:
     return [row.turns_with(answer) for answer in row.preference]
 
 
-def _message(row: DatasetRow, error: OvisError) -> str:
+def error_message(row: DatasetRow, error: OvisError) -> str:
+    """Return the message of an error, with the name of the row that it concerns."""
     return str(error) if row.name in str(error) else f"{row.name}: {error}"
 
 

@@ -15,7 +15,13 @@ from ovis_jax.console import print_table
 from ovis_jax.errors import DataError, OvisError, count_noun
 from ovis_jax.inputs.dataset import Dataset, DatasetRow
 from ovis_jax.inputs.processor import Processor
-from ovis_jax.training.batches import MAX_BYTES_AHEAD, RowEncoder, map_in_threads, pixels_nbytes
+from ovis_jax.training.batches import (
+    MAX_BYTES_AHEAD,
+    RowEncoder,
+    error_message,
+    map_in_threads,
+    pixels_nbytes,
+)
 from ovis_jax.training.config import TrainConfig
 from ovis_jax.training.training_set import (
     TrainingSet,
@@ -93,7 +99,7 @@ def _problems(encode: Callable[[DatasetRow], object], rows: Sequence[DatasetRow]
         try:
             encode(row)
         except OvisError as error:
-            return str(error) if row.name in str(error) else f"{row.name}: {error}"
+            return error_message(row, error)
         return ""
 
     return [found for found in map_in_threads(problem, rows) if found]

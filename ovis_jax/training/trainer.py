@@ -1,10 +1,9 @@
 """The training loop with steps, validation and checkpoints, which can be resumed."""
 
-import hashlib
 import math
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from importlib import metadata
 from itertools import count
@@ -35,7 +34,7 @@ from ovis_jax.mesh import data_model_mesh
 from ovis_jax.model.linear import Quantized
 from ovis_jax.model.lora import init_adapters
 from ovis_jax.model.ovis import Ovis
-from ovis_jax.process_agreement import agree
+from ovis_jax.process_agreement import agree, checksum
 from ovis_jax.sharding import RULES_BY_NAME, TENSOR, adapter_shapes, adapter_shardings, param_shapes
 from ovis_jax.training.batches import RowEncoder, StepBatches
 from ovis_jax.training.checkpoints import TrainingCheckpoints
@@ -386,10 +385,11 @@ class Trainer:
         """Return versions and checksums of everything that must be equal in all processes."""
         packages = "ovis-jax", "jax", "numpy", "pillow"
         values = {name: metadata.version(name) for name in packages}
-        values["config"] = _checksum([self._config])
+        values["config"] = checksum([repr(self._config).encode()])
         for name, dataset in (("training", self._train_set), ("validation", self._validation_set)):
-            rows = _checksum([(row.turns, row.preference, row.kind) for row in dataset.rows])
-            values[f"{name} rows"] = f"{len(dataset.rows):,} ({rows})"
+            rows = ((row.turns, row.preference, row.kind) for row in dataset.rows)
+            found = checksum(repr(row).encode() for row in rows)
+            values[f"{name} rows"] = f"{len(dataset.rows):,} ({found})"
         return values
 
     def _run_settings(self) -> dict[str, Any]:
@@ -441,13 +441,6 @@ class Trainer:
         }
         dtype = DTYPES[read_config_dtype(self._source)]
         save_params(folder, params, config, dtype=dtype, files=files)
-
-
-def _checksum(values: Sequence[Any]) -> str:
-    checksum = hashlib.sha256()
-    for value in values:
-        checksum.update(repr(value).encode())
-    return checksum.hexdigest()[:16]
 
 
 def _make_mesh(config: TrainConfig) -> Mesh | None:
@@ -502,15 +495,16 @@ def _num_tokens(batch: TrainBatch | PreferenceBatch) -> int:
 
 def _describe_batch(batch: TrainBatch | PreferenceBatch) -> dict[str, str]:
     """Return the shapes of a batch, and a checksum of its tokens and labels."""
-    checksum = hashlib.sha256()
-    for part in _parts(batch):
-        for x in (part.inputs.tokens, part.inputs.positions, part.labels):
-            checksum.update(np.asarray(x).tobytes())
+    arrays = [
+        x
+        for part in _parts(batch)
+        for x in (part.inputs.tokens, part.inputs.positions, part.labels)
+    ]
     shapes = [
         f"{list(part.inputs.tokens.shape)} and {list(part.inputs.pixels.shape)}"
         for part in _parts(batch)
     ]
-    return {"shapes": ", ".join(shapes), "rows": checksum.hexdigest()[:16]}
+    return {"shapes": ", ".join(shapes), "rows": checksum(np.asarray(x).tobytes() for x in arrays)}
 
 
 def _finite_metrics(metrics: StepMetrics | None, step: int) -> dict[str, float]:

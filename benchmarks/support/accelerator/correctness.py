@@ -208,9 +208,15 @@ def compare_engine(names: list[str]) -> dict[str, Any]:
 
 
 def submit_and_wait(
-    scheduler: Scheduler, prompts: list[tuple[np.ndarray, np.ndarray]], new_tokens: int
+    scheduler: Scheduler,
+    prompts: list[tuple[np.ndarray, np.ndarray]],
+    new_tokens: int,
+    *,
+    ignore_eos: bool = False,
 ) -> list[str]:
     """Submit greedy requests to an engine, and return their texts when all are complete.
+
+    With `ignore_eos`, each answer has exactly `new_tokens` tokens.
 
     Raises:
       RuntimeError: The engine gave up on a request.
@@ -240,6 +246,7 @@ def submit_and_wait(
                 max_new_tokens=new_tokens,
                 deadline=time.monotonic() + MAX_WAIT,
                 on_event=lambda event, index=index: on_event(index, event),
+                ignore_eos=ignore_eos,
                 stream=False,
             )
         )
