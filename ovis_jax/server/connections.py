@@ -2,18 +2,28 @@
 
 import asyncio
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_TIMEOUT = 10.0
-"""Maximum time for the head of a request to arrive, in seconds. The time starts when the client
-connects or when the previous response ends."""
+"""Maximum time from connecting until the head of the first request has arrived, in seconds."""
+
+KEEP_ALIVE_TIMEOUT = 75.0
+"""Maximum time from a response until the head of the next request has arrived, in seconds. It must
+be longer than clients keep idle connections. uvicorn's 5 seconds are as long as httpx, and so the
+OpenAI client, keeps them: a request that is sent just then meets a closed connection."""
 
 WRITE_TIMEOUT = 30.0
 """Maximum time for a client to receive `MIN_RECEIVED` bytes that are ready, in seconds."""
 
 MIN_RECEIVED = 2**14
+
+DISCARD_INTERVAL = 0.001
+"""Time between two reads, over all connections, of bodies whose request is already answered, in
+seconds. A read is at most 256 KiB. Without this limit, clients that keep sending after they were
+refused would take most of the event loop's time."""
 
 SPARE_CONNECTIONS = 64
 """Number of connections in addition to the maximum number of requests. The spare connections are
@@ -35,9 +45,13 @@ class TimedProtocol(H11Protocol):
     `AuthAndLimitsMiddleware`.
     """
 
+    _next_discard: ClassVar[float] = 0.0
+    """The event loop's time at which the next connection may discard a part of a body."""
+
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self._max_connections, self.limit_concurrency = self.limit_concurrency, None
+        self.timeout_keep_alive = KEEP_ALIVE_TIMEOUT
         self._waiting_since = next(ORDER)
         self._timer: asyncio.TimerHandle | None = None
 
@@ -63,12 +77,14 @@ class TimedProtocol(H11Protocol):
         super().data_received(data)
         if not self.waits_for_head and not self.flow.write_paused:
             self._stop_timer()
+        if self.waits_for_head and self.conn.their_state is h11.SEND_BODY:
+            self._wait_to_discard()
 
     def on_response_complete(self) -> None:
         """Start the timeout for the next head, unless it has already arrived."""
         self._waiting_since = next(ORDER)
         if not self.flow.write_paused:
-            self._start_timer(HEAD_TIMEOUT)
+            self._start_timer(KEEP_ALIVE_TIMEOUT)
         super().on_response_complete()
         if not self.waits_for_head and not self.flow.write_paused:
             self._stop_timer()
@@ -83,7 +99,18 @@ class TimedProtocol(H11Protocol):
         super().resume_writing()
         self._stop_timer()
         if self.waits_for_head:
-            self._start_timer(HEAD_TIMEOUT)
+            self._start_timer(KEEP_ALIVE_TIMEOUT)
+
+    def _wait_to_discard(self) -> None:
+        """Stop to read the rest of an answered request's body until it is this connection's turn.
+
+        The rest is read at all because many clients read the response only after sending the body.
+        """
+        now = self.loop.time()
+        turn = max(now, TimedProtocol._next_discard)
+        TimedProtocol._next_discard = turn + DISCARD_INTERVAL
+        self.transport.pause_reading()
+        self.loop.call_later(turn - now, self.transport.resume_reading)
 
     def _start_timer(self, seconds: float) -> None:
         self._stop_timer()

@@ -1,5 +1,6 @@
 """Silent connections are closed, and never take the place of clients that send a request."""
 
+import asyncio
 import socket
 from contextlib import ExitStack, contextmanager
 
@@ -86,6 +87,18 @@ def test_a_head_that_does_not_arrive(monkeypatch):
             assert is_closed(client)
 
 
+def test_an_idle_connection_is_kept_longer_than_by_clients(monkeypatch):
+    """Otherwise, a client sends a request while the server closes the connection."""
+    by_httpx = httpx.Limits().keepalive_expiry
+    assert by_httpx is not None and by_httpx < connections.KEEP_ALIVE_TIMEOUT
+    monkeypatch.setattr(connections, "KEEP_ALIVE_TIMEOUT", 0.0)
+    with serve(max_connections=4) as (_, connect):
+        client = connect()
+        client.sendall(HEAD + b"ok")
+        assert read_answer(client).startswith(b"HTTP/1.1 200")
+        assert is_closed(client)
+
+
 class FakeTransport:
     """A transport whose client reads as the test says."""
 
@@ -127,4 +140,60 @@ def test_a_client_that_does_not_read(monkeypatch, received, aborted):
     expire()
     assert transport.aborted is aborted
     protocol.resume_writing()
-    assert [seconds for seconds, _ in timers] == [connections.HEAD_TIMEOUT]
+    assert [seconds for seconds, _ in timers] == [connections.KEEP_ALIVE_TIMEOUT]
+
+
+async def refuse(scope, receive, send):
+    """Answer without reading the body."""
+    headers = [(b"content-length", b"2")]
+    await send({"type": "http.response.start", "status": 413, "headers": headers})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+def test_a_client_that_sends_its_body_before_it_reads_the_refusal():
+    size = 2**24
+    config = uvicorn.Config(refuse, lifespan="off", log_level="warning", http=TimedProtocol)
+    with run_server(uvicorn.Server(config)) as url:
+        response = httpx.post(url, content=bytes(size), timeout=600)
+        assert (response.status_code, response.text) == (413, "ok")
+
+
+def test_bodies_that_were_refused_are_read_in_turn(monkeypatch):
+    """However many clients keep sending, one read per interval is all they get."""
+    monkeypatch.setattr(connections, "DISCARD_INTERVAL", 1000.0)
+    monkeypatch.setattr(TimedProtocol, "_next_discard", 0.0)
+
+    class Transport(FakeTransport):
+        def __init__(self):
+            super().__init__()
+            self.is_reading = True
+
+        def write(self, data):
+            pass
+
+        def is_closing(self):
+            return False
+
+        def pause_reading(self):
+            self.is_reading = False
+
+        def resume_reading(self):
+            self.is_reading = True
+
+    async def send_bodies():
+        loop = asyncio.get_running_loop()
+        config = uvicorn.Config(refuse, http=TimedProtocol)
+        transports = [Transport() for _ in range(3)]
+        for transport in transports:
+            protocol = TimedProtocol(config, ServerState(), {}, loop)
+            protocol.connection_made(transport)
+            protocol.data_received(HEAD.replace(b": 2", b": 9"))
+            await asyncio.gather(*protocol.tasks)
+            assert transport.is_reading
+            turns.append(TimedProtocol._next_discard - loop.time())
+            protocol.data_received(b"123")
+            assert not transport.is_reading
+
+    turns: list[float] = []
+    asyncio.run(send_bodies())
+    assert [round(turn, -2) for turn in turns[1:]] == [1000, 2000]
