@@ -8,8 +8,10 @@ constraint can take much longer for one token than a decode step.
 import json
 import re
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -89,10 +91,16 @@ class Matcher:
         self._pending: Future[None] | None = None
         self._update()
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether `wait` would return at once."""
-        return self._pending is None or self._pending.done()
+    def wait_until(self, deadline: float) -> bool:
+        """Wait for the last `advance`, until `time.monotonic()` is at `deadline` at most.
+
+        Returns:
+          Whether it is done.
+        """
+        if self._pending is None or self._pending.done():
+            return True
+        seconds = max(deadline - time.monotonic(), 0.0)
+        return bool(wait_for_futures([self._pending], seconds).done)
 
     def wait(self) -> None:
         """Wait until the last `advance` is done.

@@ -113,7 +113,8 @@ class ModelRunner:
       tokens_per_crop: Number of visual tokens of a crop, M.
       crop_cost: The time that a crop takes, as the number of prompt positions that are prefilled in
         the same time.
-      positions_per_decode_step: The time of a decode step, in the same unit.
+      decode_seconds: The time of a decode step, in seconds.
+      positions_per_decode_step: The time of a decode step, as a number of prompt positions.
       ring_slots: Number of slots of the smallest cache of a block, at most `max_model_len`.
 
     Raises:
@@ -224,10 +225,10 @@ class ModelRunner:
         state = self.resize_cache(state, self.max_model_len, length)
         jax.block_until_ready((state, visual))
         (state, _), chunk_seconds = _timed(self.run_prefill, state, visual, [chunk])
-        (state, _), step_seconds = _timed(self.run_decode, state, inactive, "greedy")
+        (state, _), self.decode_seconds = _timed(self.run_decode, state, inactive, "greedy")
         _, crop_seconds = _timed(self.run_encoder, visual, [crop])
         seconds_per_position = chunk_seconds / self.chunk_size
-        self.positions_per_decode_step = math.ceil(step_seconds / seconds_per_position)
+        self.positions_per_decode_step = math.ceil(self.decode_seconds / seconds_per_position)
         self.crop_cost = math.ceil(crop_seconds / seconds_per_position)
 
     def init_decode_state(self, cache_length: int) -> DecodeState:

@@ -36,6 +36,10 @@ ENGINE_FAILED = Failure("the model failed; the server's log has the details", "e
 PREFILL_SHARE = 2
 """Time for prefill between two decode steps, relative to the time of a decode step."""
 
+MASK_SHARE = 0.25
+"""Time to wait for the masks of constraints, relative to the time of a decode step. The device is
+busy with the step before, so it does not wait."""
+
 SHRINK_AFTER = 256
 """Number of successive decode steps that must fit into a shorter cache before the cache shrinks."""
 
@@ -120,7 +124,8 @@ class Scheduler:
     Running sequences therefore never wait for a whole prompt.
 
     The mask of a sequence with a constraint depends on its last token. Such a sequence therefore
-    joins every second decode step, if its mask is ready by then. The others never wait for a mask.
+    joins every second decode step, if its mask is ready by then. The others wait for masks only
+    while the device is busy with the step before, and at most `MASK_SHARE` of a step.
 
     Args:
       ovis: The model.
@@ -553,6 +558,7 @@ class Scheduler:
         ]
         unconstrained = any(sequence.matcher is None for _, _, sequence in running)
         waits = not (unconstrained or self._prefills or self._unread)  # there is nothing else to do
+        deadline = time.monotonic() + MASK_SHARE * self._runner.decode_seconds
         rows = []
         for number, slot, sequence in running:
             if sequence.matcher is None:
@@ -560,7 +566,7 @@ class Scheduler:
                     rows.append((number, slot, sequence))
             elif (
                 slot.num_dispatched == sequence.num_tokens  # the mask depends on all tokens
-                and (sequence.matcher.is_ready or waits)
+                and (waits or sequence.matcher.wait_until(deadline))
                 and slot.sequence is sequence  # another choice of the request may have failed
                 and not self._check_constraint(slot, sequence)
             ):
