@@ -6,8 +6,10 @@ cause no recompilation.
 """
 
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast, get_args
 
@@ -166,7 +168,6 @@ class ModelRunner:
         # Explicitly, so that the engine also runs where implicit transfers are disallowed.
         self._put_on_device = partial(jax.device_put, device=replicated)
         self._add_visual_embeddings = _compile_once(add_visual_embeddings, 0, replicated)
-        self._copy_cache = _compile_per_length(copy_cache, 0, decode_sharding)
         self._resize_rows = jax.jit(
             kv_cache.resize_rows,
             static_argnames="num_slots",
@@ -177,25 +178,37 @@ class ModelRunner:
             static_argnames="limit",
             out_shardings=replicated,
         )
-        out_shardings = decode_sharding, replicated
-        sizes = sorted({1, self.max_num_partial_prefills})
-        self._encode_crops = {
-            n: _compile_once(partial(encode_crops, model), 1, replicated) for n in sizes
+        states = {
+            length: abstract_state(model, params, max_num_seqs, length)
+            for length in reversed(self.cache_lengths)
         }
-        self._prefill_chunks = {
-            n: _compile_per_length(partial(prefill_chunks, model), 1, out_shardings) for n in sizes
-        }
-        self._start_sequences = {n: _compile_once(start_sequences, 0, replicated) for n in sizes}
-        self._decode = {
-            mode: _compile_per_length(partial(decode, model, mode), 1, out_shardings)
-            for mode in get_args(SamplingMode)
-        }
-        self._decode_masked = {
-            mode: _compile_per_length(partial(decode, model, mode), 1, out_shardings)
-            for mode in get_args(SamplingMode)
-            if mode != "greedy"  # "temperature" samples the same tokens
-        }
-        self._warm_up(model.config.vision, supports_constraints)
+        with ThreadPoolExecutor(os.cpu_count(), "ovis-compile") as pool:
+
+            def per_length(function: Callable[..., Any], state_argument: int, *results: Any) -> Any:
+                shardings = (decode_sharding, *results) if results else decode_sharding
+                return _ProgramPerLength(function, state_argument, shardings, states, pool)
+
+            self._copy_cache = per_length(copy_cache, 0)
+            sizes = sorted({1, self.max_num_partial_prefills})
+            self._encode_crops = {
+                n: _compile_once(partial(encode_crops, model), 1, replicated) for n in sizes
+            }
+            self._prefill_chunks = {
+                n: per_length(partial(prefill_chunks, model), 1, replicated) for n in sizes
+            }
+            self._start_sequences = {
+                n: _compile_once(start_sequences, 0, replicated) for n in sizes
+            }
+            self._decode = {
+                mode: per_length(partial(decode, model, mode), 1, replicated)
+                for mode in get_args(SamplingMode)
+            }
+            self._decode_masked = {
+                mode: per_length(partial(decode, model, mode), 1, replicated)
+                for mode in get_args(SamplingMode)
+                if mode != "greedy"  # "temperature" samples the same tokens
+            }
+            self._warm_up(model.config.vision, supports_constraints)
 
     def _warm_up(self, vision: VisionConfig, supports_constraints: bool) -> None:
         """Run every program once to compile it, then measure those that a budget depends on.
@@ -395,20 +408,64 @@ def _compile_once(
     return call
 
 
-def _compile_per_length(
-    function: Callable[..., Any], state_argument: int, out_shardings: Any
-) -> Callable[..., Any]:
-    """Return a function that is compiled once for each length of the cache, as `_compile_once`."""
-    programs: dict[int, Callable[..., Any]] = {}
+class _ProgramPerLength:
+    """A function that is compiled for each length of the cache, and for one shape of the rest.
 
-    def call(*arguments: Any) -> Any:
-        blocks = arguments[state_argument].cache.blocks
+    The first call begins to compile for all lengths at a time, because compilers use few of a
+    machine's cores, and there are many programs.
+
+    Args:
+      function: The function.
+      state_argument: Index of its argument that is a `DecodeState`, which is donated.
+      out_shardings: Shardings of the results, as in `jax.jit`.
+      states: Abstract states by the length of their cache, in the order in which to compile.
+      pool: The threads that compile.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        state_argument: int,
+        out_shardings: Any,
+        states: Mapping[int, DecodeState],
+        pool: Executor,
+    ):
+        self._function, self._state_argument = function, state_argument
+        self._jitted = jax.jit(function, donate_argnums=state_argument, out_shardings=out_shardings)
+        self._states, self._pool = states, pool
+        self._programs: dict[int, Future[Callable[..., Any]]] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the program for the cache of the state."""
+        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+            return self._function(*arguments)
+        before, after = arguments[: self._state_argument], arguments[self._state_argument + 1 :]
+        if not self._programs:
+            for length, state in self._states.items():
+                lowered = self._jitted.lower(*before, state, *after)
+                self._programs[length] = self._pool.submit(lowered.compile)
+        blocks = arguments[self._state_argument].cache.blocks
         length = max(kv_cache.length(block) for block in blocks)
-        if length not in programs:
-            programs[length] = _compile_once(function, state_argument, out_shardings)
-        return programs[length](*arguments)
+        return self._programs[length].result()(*arguments)
 
-    return call
+
+def abstract_state(model: Ovis, params: Params, num_seqs: int, cache_length: int) -> DecodeState:
+    """Return the shapes and, on a mesh, the shardings of a state."""
+    state = jax.eval_shape(
+        lambda: init_decode_state(model, num_seqs, cache_length, activation_dtype(params))
+    )
+    replicated, cache = state_shardings(params, model.config.decoder.num_kv_heads)
+    if cache is None:
+        return state
+
+    def with_sharding(tree: Any, sharding: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    blocks = with_sharding(state.cache.blocks, cache.blocks)
+    lengths, sequences = with_sharding((state.cache.lengths, state.sequences), replicated)
+    return DecodeState(state.cache._replace(blocks=blocks, lengths=lengths), sequences)
 
 
 def state_shardings(params: Params, num_kv_heads: int) -> tuple[Any, Any]:

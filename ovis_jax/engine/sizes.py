@@ -4,14 +4,11 @@ import os
 from typing import Any
 
 import jax
-from jax.sharding import SingleDeviceSharding
 
 from ovis_jax.engine.prefix_cache import MAX_VISUAL_CACHE_BYTES
-from ovis_jax.engine.runner import CACHE_LENGTH_STEP, state_shardings
-from ovis_jax.engine.state import DecodeState, init_decode_state
+from ovis_jax.engine.runner import CACHE_LENGTH_STEP, abstract_state
 from ovis_jax.errors import OvisError
 from ovis_jax.loading import LoadedOvis
-from ovis_jax.model.ovis import activation_dtype
 from ovis_jax.plan.hlo_analysis import bytes_per_device
 
 MEMORY_SHARE = 0.9
@@ -45,7 +42,7 @@ def choose_sizes(
     free -= bytes_per_device(ovis.params) + MAX_VISUAL_CACHE_BYTES
 
     def size(num_seqs: int, length: int) -> int:
-        return bytes_per_device(_abstract_state(ovis, num_seqs, length))
+        return bytes_per_device(abstract_state(ovis.model, ovis.params, num_seqs, length))
 
     def longest(num_seqs: int, length: int) -> int:
         shorter = range(length // CACHE_LENGTH_STEP * CACHE_LENGTH_STEP, 0, -CACHE_LENGTH_STEP)
@@ -67,25 +64,6 @@ def choose_sizes(
             + (f"{' or '.join(fitting)} would fit" if fitting else "use more devices, or quantize")
         )
     return num_seqs, length
-
-
-def _abstract_state(ovis: LoadedOvis, num_seqs: int, length: int) -> DecodeState:
-    """Return the shapes and shardings of an engine's state."""
-    dtype = activation_dtype(ovis.params)
-    state = jax.eval_shape(lambda: init_decode_state(ovis.model, num_seqs, length, dtype))
-    replicated, cache = state_shardings(ovis.params, ovis.config.decoder.num_kv_heads)
-    if cache is None:
-        replicated = SingleDeviceSharding(jax.local_devices()[0])
-        cache = state.cache._replace(blocks=replicated, lengths=replicated)
-
-    def with_sharding(tree: Any, sharding: Any) -> Any:
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-        )
-
-    blocks = with_sharding(state.cache.blocks, cache.blocks)
-    lengths, sequences = with_sharding((state.cache.lengths, state.sequences), replicated)
-    return DecodeState(state.cache._replace(blocks=blocks, lengths=lengths), sequences)
 
 
 def _memory_bytes(device: Any) -> int:

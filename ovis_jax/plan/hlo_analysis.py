@@ -31,10 +31,16 @@ _KERNEL = re.compile(
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Sum the bytes that sharded arrays or shapes take on one device, without tile padding."""
-    leaves = jax.tree.leaves(tree)
-    sizes = (math.prod(x.sharding.shard_shape(x.shape)) * itemsize_bits(x.dtype) for x in leaves)
-    return sum(bits // 8 for bits in sizes)
+    """Sum the bytes that arrays or shapes take on one device, without tile padding.
+
+    A shape without a sharding is on one device.
+    """
+
+    def bits(x: Any) -> int:
+        shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+        return math.prod(shape) * itemsize_bits(x.dtype)
+
+    return sum(bits(x) // 8 for x in jax.tree.leaves(tree))
 
 
 def compiled_memory(compiled: Any) -> dict[str, int]:

@@ -3,6 +3,7 @@
 import pytest
 
 from ovis_jax.engine import sizes
+from ovis_jax.engine.runner import abstract_state
 from ovis_jax.errors import OvisError
 from ovis_jax.plan.hlo_analysis import bytes_per_device
 
@@ -15,7 +16,7 @@ def leave_room(ovis, monkeypatch):
     """Give the device just the memory for some sequences of some length, beside the model."""
 
     def leave_room(num_seqs: int, length: int) -> None:
-        state = bytes_per_device(sizes._abstract_state(ovis, num_seqs, length))
+        state = bytes_per_device(abstract_state(ovis.model, ovis.params, num_seqs, length))
         kept = bytes_per_device(ovis.params) + sizes.MAX_VISUAL_CACHE_BYTES
         memory = (state + kept) / sizes.MEMORY_SHARE + 2
         monkeypatch.setattr(sizes, "_memory_bytes", lambda device: int(memory))
