@@ -15,7 +15,15 @@ import pytest
 from typer.main import get_command
 
 from ovis_jax.cli import app
-from ovis_jax.training.config import read_train_config
+from ovis_jax.training.config import (
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    RunConfig,
+    StepConfig,
+    TrainConfig,
+    read_train_config,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -122,6 +130,21 @@ def test_the_training_config_is_valid(tmp_path):
     assert lora
     path.write_text(re.sub(r"^trainable = .*$", lora[1], text, flags=re.M))
     assert read_train_config(path).lora is not None
+
+
+def test_names_on_the_migration_page_exist():
+    """The second column of its tables names options of commands and fields of the config."""
+    commands = vars(get_command(app))["commands"].values()
+    options = {option for command in commands for x in command.params for option in x.opts}
+    tables = {"lora": LoraConfig, "data": DataConfig, "training": StepConfig, "run": RunConfig}
+    tables |= {"mesh": MeshConfig}
+    rows = re.findall(r"^\|.*\|(.*)\|.*\|$", (ROOT / "docs" / "migration.md").read_text(), re.M)
+    found = re.findall(r"(?<![\w-])(--[a-z-]+\w)", "".join(rows))
+    assert len(found) > 20 and set(found) <= options
+    fields = re.findall(r"`(lora|data|training|run|mesh)\.(\w+)`", "".join(rows))
+    assert len(fields) > 10
+    for table, field in fields:
+        assert table in TrainConfig.model_fields and field in tables[table].model_fields, field
 
 
 @pytest.mark.parametrize("page", [*PAGES, README], ids=name)
