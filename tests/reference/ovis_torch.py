@@ -81,12 +81,12 @@ class Float64(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Call a function of PyTorch."""
-        float64 = {torch.float32: torch.float64}
-        args = [float64.get(x, x) if isinstance(x, torch.dtype) else x for x in args]
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return (Tensor.double if func is Tensor.float else func)(*args, **kwargs)
+
+        def widen(x: Any) -> Any:
+            return torch.float64 if x is torch.float32 else x
+
+        func = Tensor.double if func is Tensor.float else func
+        return func(*map(widen, args), **{name: widen(x) for name, x in (kwargs or {}).items()})
 
 
 class OvisTorch:

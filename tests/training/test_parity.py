@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from reference.ovis_torch import Float64, OvisTorch, params_of
 
 from ovis_jax import presets
 from ovis_jax.checkpoint.key_map import make_hub_key_map
+from ovis_jax.config import OvisConfig
 from ovis_jax.inference import label_logits
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model import visual_tokenizer
@@ -32,14 +34,14 @@ TOLERANCE = 1e-4
 BETA, REFERENCE_CHOSEN, REFERENCE_REJECTED = 0.1, -44.0, -46.0
 
 
-def conversations(config) -> TrainBatch:
+def conversations(config: OvisConfig) -> TrainBatch:
     """Two rows with two images each, and seven and nine answer tokens."""
     rng = np.random.default_rng(0)
     image = [-301, *[-300] * 9, -302, -305]
     ids = rng.integers(108, config.decoder.vocab_size, (2, 21))
     tokens = np.array([[2, *image, *row[:12], *image, *row[12:]] for row in ids], np.int32)
     T = tokens.shape[1]
-    labels = np.where(np.arange(T) >= T - np.array([[7], [9]]), tokens, -100)
+    labels: Any = np.where(np.arange(T) >= T - np.array([[7], [9]]), tokens, -100)
     positions = np.tile(np.arange(T, dtype=np.int32), (2, 1))
     pixels = rng.normal(size=(4, 70, 70, 3)).astype(np.float32)
     return TrainBatch(Inputs(tokens, positions, pixels), labels)
@@ -92,7 +94,7 @@ def test_gradients(config, objective, sharpness, remat, in_chunks, tolerance, mo
     Sharp attention amplifies rounding: PyTorch's own float32 then differs from its float64 more
     than ours does.
     """
-    reference = OvisTorch.random(config, seed=3, sharpness=sharpness)
+    reference = OvisTorch.random(config, seed=4, sharpness=sharpness)
     if in_chunks:
         monkeypatch.setattr(label_logits, "LOGITS_PER_CHUNK", 2 * 4 * config.decoder.vocab_size)
         monkeypatch.setattr(visual_tokenizer, "VISUAL_TOKENS_PER_CHUNK", 6)
