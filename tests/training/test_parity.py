@@ -114,7 +114,7 @@ def test_gradients(config, objective, sharpness, remat, in_chunks, tolerance, mo
         assert gradient.dtype == np.float64
         scale = np.linalg.norm(expected[path.replace("k_bias", "q_bias")])
         error = float(np.linalg.norm(found[path] - gradient) / scale)
-        record(path.partition("/")[0], error, tolerance)
+        record(f"{path.partition('/')[0]}, sharpness {sharpness}", error, tolerance)
         assert scale > 0 and error <= tolerance, f"{path}: {error:.2e} of the gradient"
 
 
