@@ -6,6 +6,7 @@ It handles one row at a time in the original's format: ids with one -300 per cro
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -15,6 +16,7 @@ import torch
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -72,6 +74,19 @@ class Greedy(NamedTuple):
 
     tokens: np.ndarray
     margins: np.ndarray
+
+
+class Float64(TorchFunctionMode):
+    """Within this context, code that converts to float32 converts to float64 instead."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Call a function of PyTorch."""
+
+        def widen(x: Any) -> Any:
+            return torch.float64 if x is torch.float32 else x
+
+        func = Tensor.double if func is Tensor.float else func
+        return func(*map(widen, args), **{name: widen(x) for name, x in (kwargs or {}).items()})
 
 
 class OvisTorch:
@@ -235,16 +250,14 @@ class OvisTorch:
             logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100
         )
 
-    def gradients(
-        self, tokens: np.ndarray, labels: np.ndarray, pixels: np.ndarray
-    ) -> tuple[float, dict[str, np.ndarray]]:
-        """The mean loss of a row [T] with one -300 per visual token, and its gradients."""
+    def gradients(self, loss: Callable[[], Tensor]) -> tuple[float, dict[str, np.ndarray]]:
+        """A loss, as a function of the model, and its gradients by the Hub's keys."""
         self.model.requires_grad_(True).zero_grad()
-        loss = self.loss(tokens[None], labels[None], pixels)
-        loss.backward()
+        value = loss()
+        value.backward()
         found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         self.model.requires_grad_(False)
-        return loss.item(), {name: gradient.numpy() for name, gradient in found.items()}
+        return value.item(), {name: gradient.numpy() for name, gradient in found.items()}
 
     def generate(self, input_ids: np.ndarray, pixels: np.ndarray | None, steps: int) -> Greedy:
         """Decode greedily without a cache and without stop ids."""

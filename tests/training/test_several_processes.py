@@ -1,4 +1,4 @@
-"""Training in two processes of two devices, compared with one process of four devices."""
+"""Training in several processes, compared with one process of four devices."""
 
 import json
 import os
@@ -58,16 +58,20 @@ SLOWLY = ("training.learning_rate=1e-4",)
 
 @pytest.fixture
 def start(tmp_path):
-    """Start two processes of a run; returns them. They are killed if a test fails."""
+    """Start the processes of a run, two by default, which share four devices; returns them.
+
+    They are killed if a test fails.
+    """
     started: list[subprocess.Popen] = []
 
     def start(config: Path, *overrides: str, script: str = "", folders=(None, None)):
         with socket.create_server(("localhost", 0)) as server:
             port = server.getsockname()[1]
-        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+        devices = f"--xla_force_host_platform_device_count={4 // len(folders)}"
+        flags = f"{os.environ['XLA_FLAGS']} {devices}"
         for index, folder in enumerate(folders):
             command = [sys.executable, "-c", f"{PROCESS}{script}\nmain()", "train", str(config)]
-            options = ["--num-processes=2", f"--process-id={index}"]
+            options = [f"--num-processes={len(folders)}", f"--process-id={index}"]
             options.append(f"--coordinator=localhost:{port}")
             root = str(Path(__file__).parents[2])
             with (tmp_path / f"errors {index}.txt").open("w") as errors:
@@ -80,7 +84,7 @@ def start(tmp_path):
                     text=True,
                 )
             started.append(process)
-        return started[-2:]
+        return started[-len(folders) :]
 
     yield start
     for process in started:
@@ -97,8 +101,8 @@ def finish(processes) -> tuple[list[int], list[str]]:
 
 @pytest.fixture
 def errors(tmp_path):
-    """What both processes print on stderr."""
-    return lambda: [(tmp_path / f"errors {index}.txt").read_text() for index in (0, 1)]
+    """What the processes print on stderr."""
+    return lambda: [path.read_text() for path in sorted(tmp_path.glob("errors *.txt"))]
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -114,17 +118,18 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     "options",
     [
-        ("mesh.data=2", "mesh.model=2", "mesh.rules=tensor_fsdp"),
+        MESH,
         ("mesh.data=4", "mesh.model=1", "mesh.rules=fsdp"),
         ("mesh.data=2", "mesh.model=2", "mesh.rules=tensor"),
         ("mesh.data=4", "mesh.rules=tensor", "trainable=[]", "lora.rank=2"),
-        ("mesh.data=2", "mesh.model=2", "mesh.rules=tensor_fsdp", "training.objective=dpo"),
+        (*MESH, "training.objective=dpo", "training.learning_rate=2e-6"),
     ],
     ids=["mixed", "data", "tensor", "adapters", "dpo"],
 )
-def test_two_processes_train_like_one(
+def test_several_processes_train_like_one(
     start, errors, train, write_config, write_dataset, tmp_path, golden, options
 ):
+    """Fifty steps in two processes of two devices, and in four of one."""
     validation = write_dataset("validation.jsonl", 3)
     dataset = None
     if "training.objective=dpo" in options:
@@ -133,24 +138,26 @@ def test_two_processes_train_like_one(
         dataset = tmp_path / "pairs.jsonl"
         dataset.write_text("\n".join([json.dumps(row)] * 8))
     path = write_config(f'data.validation_files = ["{validation}"]', dataset=dataset)
-    short = "training.max_steps=4", "run.logging_steps=1", "run.eval_steps=2"
-    options = (*short, *options, "data.micro_batch_size=4")
+    options = ("training.max_steps=50", "run.eval_steps=25", "run.save_steps=50", *options)
+    options = (*SLOWLY, "run.logging_steps=1", "data.micro_batch_size=4", *options)
     assert train(path, *options)
     expected = read_metrics(tmp_path / "run")
+    assert min(losses_of(tmp_path / "run")) > 0.2
     shutil.move(tmp_path / "run", tmp_path / "expected")
-    codes, outputs = finish(start(path, *options))
-    assert codes == [0, 0], errors()
-    assert "result: " in outputs[0] and "result: " not in outputs[1]
-    found = read_metrics(tmp_path / "run")
-    names = "loss", "grad_norm", "accuracy"
-    for name in names:
-        values = [[line[name] for line in lines if name in line] for lines in (expected, found)]
-        assert len(values[0]) == (2 if name == "accuracy" else 4)
-        np.testing.assert_allclose(values[1], values[0], rtol=1e-5)
-    (result,) = {"model", "adapters"} & {path.name for path in (tmp_path / "run").iterdir()}
+    (result,) = {"model", "adapters"} & {path.name for path in (tmp_path / "expected").iterdir()}
     weights = read_weights(tmp_path / "expected" / result)
-    for key, value in read_weights(tmp_path / "run" / result).items():
-        np.testing.assert_allclose(value, weights[key], atol=1e-4, err_msg=key)
+    for processes in (2, 4):
+        codes, outputs = finish(start(path, *options, folders=[None] * processes))
+        assert codes == [0] * processes, errors()
+        assert ["result: " in output for output in outputs] == [True] + [False] * (processes - 1)
+        found = read_metrics(tmp_path / "run")
+        for name in ("loss", "grad_norm", "accuracy"):
+            values = [[line[name] for line in lines if name in line] for lines in (expected, found)]
+            assert len(values[0]) == (2 if name == "accuracy" else 50)
+            np.testing.assert_allclose(values[1], values[0], rtol=1e-5, err_msg=name)
+        for key, value in read_weights(tmp_path / "run" / result).items():
+            np.testing.assert_allclose(value, weights[key], atol=1e-4, err_msg=key)
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_sigterm_to_one_stops_both_with_a_checkpoint(start, errors, write_config, tmp_path):
