@@ -7,7 +7,7 @@ positions without a label, and pairs of positions that attention masks out do no
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,11 +35,11 @@ class ModelWork(NamedTuple):
     global_pairs: int = 0
     local_pairs: int = 0
 
-    def plus(self, other: Self) -> "ModelWork":
+    def plus(self, other: "ModelWork") -> "ModelWork":
         """Return the sums of both."""
         return ModelWork(*(x + y for x, y in zip(self, other, strict=True)))
 
-    def times(self, flops_per_unit: Self) -> int:
+    def times(self, flops_per_unit: "ModelWork") -> int:
         """Return the FLOPs of this work."""
         return sum(x * y for x, y in zip(self, flops_per_unit, strict=True))
 

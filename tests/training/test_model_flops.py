@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,12 +12,12 @@ from ovis_jax.inputs.batch import Inputs
 from ovis_jax.inputs.image_processing import IMAGE_SLOT
 from ovis_jax.model.lora import init_adapters
 from ovis_jax.model.ovis import Ovis
-from ovis_jax.presets import PRESETS
+from ovis_jax.presets import ovis1_6_gemma2_9b
 from ovis_jax.training.config import StepConfig
 from ovis_jax.training.losses import TrainBatch
 from ovis_jax.training.model_flops import ModelWork, count_work, training_flops
 from ovis_jax.training.train_step import accumulate_gradients, init_gradient_sums, init_train_state
-from ovis_jax.training.trainable import split_params
+from ovis_jax.training.trainable import TRAINABLE_PARTS, split_params
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +57,17 @@ def make_batch(config: OvisConfig, lengths: list[int], length: int, crops: int) 
 def test_flops_agree_with_xla(config, part):
     batch = make_batch(config, [8, 8, 8, 8], 8, crops=4)
     model = Ovis(config)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     if part == "lora":
         pattern = r"decoder/.*/(attn|mlp)/.*"
-        trainable = jax.eval_shape(
-            lambda p: init_adapters(p, jax.random.key(0), rank=4, target_modules=pattern), params
-        )
-        frozen = split_params(params, ["llm", "visual_embedding", "visual_tokenizer"])[0]
+        trainable = init_adapters(params, jax.random.key(0), rank=4, target_modules=pattern)
+        frozen = split_params(params, TRAINABLE_PARTS)[0]
     else:
-        parts = ["llm", "visual_embedding", "visual_tokenizer"] if part == "all" else [part]
+        parts = TRAINABLE_PARTS if part == "all" else [part]
         trainable, frozen = split_params(params, parts)
     step = StepConfig(max_steps=1)
-    state = jax.eval_shape(lambda x: init_train_state(step, x), trainable)
-    sums = jax.eval_shape(init_gradient_sums, state)
+    sums = init_gradient_sums(init_train_state(step, trainable))
     lowered = accumulate_gradients.lower(model, step, trainable, frozen, sums, batch)
     counted = lowered.compile().cost_analysis()["flops"]
 
@@ -76,7 +75,7 @@ def test_flops_agree_with_xla(config, part):
     work = count_work(config, batch)
     # XLA also computes hidden pairs, and logits at the last position, which has no label.
     computed = work._replace(targets=32, global_pairs=4 * 64, local_pairs=4 * 64)
-    assert 0.9 < computed.times(flops) / counted < 1
+    assert 0.97 < computed.times(flops) / counted < 1  # XLA also counts other operations
 
 
 def test_work_without_padding(config):
@@ -92,7 +91,7 @@ def test_work_without_padding(config):
 
 
 def test_multiples_of_the_forward_pass():
-    config = PRESETS["ovis1.6-gemma2-9b"]
+    config = ovis1_6_gemma2_9b()
     forward = training_flops(config, {})
     decoder = {path: (1,) for path in ("decoder/embed", *matrices(config))}
     full = training_flops(config, decoder)
