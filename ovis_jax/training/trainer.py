@@ -419,7 +419,9 @@ class Trainer:
         for row in chosen:
             if answer := by_row.get(row.name):
                 questions = [turn["content"] for turn in row.turns if turn["role"] == "user"]
-                sample = AnswerSample(row.name, questions[-1], answer.expected, answer.text)
+                # Unlike the question, the expected answer may have unpaired surrogates.
+                expected = answer.expected.encode(errors="replace").decode()
+                sample = AnswerSample(row.name, questions[-1], expected, answer.text)
                 samples.append(sample)
         return samples
 
