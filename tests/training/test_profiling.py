@@ -15,13 +15,13 @@ from ovis_jax.training.trainer import Trainer
 
 @pytest.mark.slow
 def test_run_writes_a_profile(write_config, tmp_path):
-    console = Console(file=io.StringIO(), width=80)
+    console = Console(file=io.StringIO(), width=80, record=True)
     config = read_train_config(write_config(), ["training.max_steps=4"])
     with pytest.raises(TrainingError, match=r"--profile 3: expected at most 2, because 4 of 4"):
         Trainer(config, console, 3).train()
     assert Trainer(config, console, 1).train()
     folder = tmp_path / "run/profile"
-    assert re.search(rf"profile of steps 3 to 3: {folder};.*xprof", console.file.getvalue())
+    assert re.search(rf"profile of steps 3 to 3: {folder};.*xprof", console.export_text())
     assert list(folder.glob("plugins/profile/*/*.xplane.pb"))
 
 

@@ -12,7 +12,7 @@ from ovis_jax.training.reporting import AnswerSample, MetricsWriter, ProgressBar
 
 @pytest.fixture
 def console() -> Console:
-    return Console(file=io.StringIO(), width=80)
+    return Console(file=io.StringIO(), width=80, record=True)
 
 
 @pytest.mark.parametrize("peak", [None, 1e12])
@@ -22,7 +22,7 @@ def test_lines_without_a_terminal(console, monkeypatch, peak):
     monkeypatch.setattr(reporting, "SECONDS_BETWEEN_LINES", 15)
     with ProgressBar(console, 0, 100, peak) as bar:
         rates = [bar.update(step, 200, 2.5e12, jnp.float32(2.0)) for step in (1, 2, 3)]
-    lines = console.file.getvalue().splitlines()
+    lines = console.export_text().splitlines()
     speed = lines[0].partition("loss 2.0000, ")[2]
     mfu = "" if peak is None else f"MFU {rates[0]['mfu']:.1%}, "
     assert lines[0].startswith("step 1 of 100: ") and lines[1].startswith("step 2 of 100: ")
