@@ -84,6 +84,49 @@ DEVICES = {
     ),
 }
 
+_DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "NVIDIA A100-SXM4-40GB": "a100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA A100-PCIE-40GB": "a100",
+    "NVIDIA A100 80GB PCIe": "a100",
+    "NVIDIA GeForce RTX 3090": "rtx3090",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA GeForce RTX 5090": "rtx5090",
+    "NVIDIA L4": "l4",
+    "NVIDIA A10G": "a10g",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA RTX A6000": "a6000",
+    "Tesla T4": "t4",
+}
+"""Keys of `DEVICES` with the same peak, by JAX's `device_kind`. Names must match completely,
+because MIG slices, laptop GPUs and the PCIe version of H100 have similar names and other peaks."""
+
+
+def find_peak_flops(device_kind: str) -> float | None:
+    """Return the peak rate of dense bfloat16 operations of a device, per second.
+
+    Args:
+      device_kind: The kind of the device, as in `jax.Device.device_kind`.
+
+    Returns:
+      The peak, or None if the device is unknown.
+    """
+    if device_kind not in _DEVICE_KINDS:
+        return None
+    device = DEVICES[_DEVICE_KINDS[device_kind]]
+    return device.emulated_bfloat16_flops or device.peak_flops
+
 
 @dataclass(frozen=True)
 class Topology:

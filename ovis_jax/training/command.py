@@ -34,6 +34,15 @@ def train_command(
             " device is used. If there is a problem, the exit code is 1.",
         ),
     ] = False,
+    profile: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="STEPS",
+            help="Trace this number of steps with the JAX profiler, after the first two, and write"
+            " the trace to the folder profile/ of the run.",
+        ),
+    ] = None,
     distributed: DistributedOption = False,
     coordinator: CoordinatorOption = None,
     num_processes: NumProcessesOption = None,
@@ -50,6 +59,6 @@ def train_command(
     with run_in_processes(distributed, coordinator, num_processes, process_id):
         with agree("the config"):
             recipe = read_train_config(config, overrides or ())
-        finished = Trainer(recipe, Console()).train()
+        finished = Trainer(recipe, Console(), profile).train()
     if not finished:
         raise typer.Exit(INTERRUPTED)

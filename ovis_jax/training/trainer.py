@@ -4,7 +4,7 @@ import math
 import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from importlib import metadata
 from itertools import count
 from pathlib import Path
@@ -25,7 +25,7 @@ from ovis_jax.checkpoint.safetensors_reader import DTYPES
 from ovis_jax.config import OvisConfig
 from ovis_jax.distributed import describe_devices
 from ovis_jax.errors import CheckpointError, TrainingError, count_noun
-from ovis_jax.evaluation.batch_answering import accuracy_by_kind, answer_rows
+from ovis_jax.evaluation.batch_answering import ScoredAnswer, accuracy_by_kind, answer_rows
 from ovis_jax.global_arrays import shard_array
 from ovis_jax.inference.sampling import derive_image_key
 from ovis_jax.inputs.processor import Processor
@@ -34,14 +34,17 @@ from ovis_jax.mesh import data_model_mesh
 from ovis_jax.model.linear import Quantized
 from ovis_jax.model.lora import init_adapters
 from ovis_jax.model.ovis import Ovis
+from ovis_jax.plan.topologies import find_peak_flops
 from ovis_jax.process_agreement import agree, checksum
 from ovis_jax.sharding import RULES_BY_NAME, TENSOR, adapter_shapes, adapter_shardings, param_shapes
 from ovis_jax.training.batches import RowEncoder, StepBatches
 from ovis_jax.training.checkpoints import TrainingCheckpoints
 from ovis_jax.training.config import TrainConfig
 from ovis_jax.training.losses import PreferenceBatch, TrainBatch
+from ovis_jax.training.model_flops import ModelWork, count_work, training_flops
 from ovis_jax.training.output_lock import lock_output
-from ovis_jax.training.reporting import MetricsWriter, ProgressBar, read_metrics
+from ovis_jax.training.profiling import StepProfiler
+from ovis_jax.training.reporting import AnswerSample, MetricsWriter, ProgressBar, read_metrics
 from ovis_jax.training.train_step import (
     GradientSums,
     StepMetrics,
@@ -64,6 +67,8 @@ MODEL_FOLDER = "model"
 ADAPTERS_FOLDER = "adapters"
 CHANGEABLE = ("config.training.learning_rate", "config.training.max_grad_norm")
 """Settings that may change when a run is resumed, so that a diverged run can continue."""
+NUM_SAMPLES = 4
+"""Number of validation rows whose answers are reported at each validation."""
 
 
 class Trainer:
@@ -72,6 +77,7 @@ class Trainer:
     Args:
       config: Config of the run.
       console: Console on which progress is printed.
+      profile_steps: Number of steps that are traced with the JAX profiler.
 
     Raises:
       TrainingError: The batch cannot be split over the mesh.
@@ -83,8 +89,8 @@ class Trainer:
         processes have different versions, configs or datasets.
     """
 
-    def __init__(self, config: TrainConfig, console: Console):
-        self._config, self._console = config, console
+    def __init__(self, config: TrainConfig, console: Console, profile_steps: int | None = None):
+        self._config, self._console, self._profile_steps = config, console, profile_steps
         with agree("the start of the run") as values:
             self._mesh = mesh = _make_mesh(config)
             folder = resolve_checkpoint(config.model, weights=False).folder
@@ -128,6 +134,9 @@ class Trainer:
             self._reference = join_params(
                 {} if config.lora else self._cast(trainable), self._frozen
             )
+        self._flops = training_flops(ovis_config, {k: x.shape for k, x in trainable.items()})
+        if self._reference is not None:
+            self._flops = self._flops.plus(training_flops(ovis_config, {}))
         state = init_train_state(config.training, trainable)
         if self._mesh is None:  # placed as a restored state is, which runs the same program
             state = jax.device_put(state, jax.local_devices()[0])
@@ -138,9 +147,10 @@ class Trainer:
         """Start the run, or resume it from its latest checkpoint.
 
         The run writes run.json, checkpoints/, metrics.jsonl and tensorboard/ to the folder
-        `output_dir`. At the end, it writes loss.png and either adapters/ or model/, which is a
-        converted folder in the dtype of the initial model. On SIGTERM or SIGINT, the run finishes
-        the current step and saves a checkpoint.
+        `output_dir`. It also writes samples.jsonl if there are validation rows, and profile/ if
+        `profile_steps` is given. At the end, it writes loss.png and either adapters/ or model/,
+        which is a converted folder in the dtype of the initial model. On SIGTERM or SIGINT, the run
+        finishes the current step and saves a checkpoint.
 
         Returns:
           True if the run is complete; False if it was stopped. In that case, calling `train` again
@@ -152,8 +162,8 @@ class Trainer:
           DataError: A row is invalid, and the config does not skip invalid rows.
           CheckpointError: The output folder belongs to a different run, or it contains a result but
             not the checkpoint of the last step.
-          TrainingError: The loss or the gradient norm is not finite, or another process is writing
-            to the output folder.
+          TrainingError: The loss or the gradient norm is not finite, another process is writing to
+            the output folder, or too few steps remain for the profile.
           OvisError: With several processes, their batches differ, or one of them failed to read its
             batch.
           OSError: A file cannot be read or written, or the disk is full. The latest checkpoint
@@ -238,47 +248,64 @@ class Trainer:
             is_due = step == max_steps or (step and step % run.eval_steps == 0)
             if not (self._validation_set.rows and is_due) or stop.requested:
                 return
-            accuracies = self._validation_accuracy(stop)
+            answers = self._validation_answers(bar, stop)
             report_skipped()
-            if accuracies:
+            if answers:
+                outcomes = [(answer.row.kind or "all", answer.is_correct) for answer in answers]
+                by_kind = accuracy_by_kind(outcomes)
+                accuracies = {kind: accuracy.fraction for kind, accuracy in by_kind.items()}
                 mean = float(np.mean(list(accuracies.values())))
+                samples = self._select_samples(answers)
                 if writer:
+                    writer.write_samples(step, samples)
                     writer.write(step, {"accuracy": mean, "accuracy_by_kind": accuracies})
                 bar.print(
                     f"step {step}: {mean:.1%} exact match on validation rows, mean over kinds"
                 )
+                for sample in samples:
+                    bar.print(sample.describe())
 
         def save() -> int:
             with agree(f"step {step}"):
                 _finite_metrics(metrics, step)  # a diverged state must not be saved
             checkpoints.save(self._state, batches.get_state())
+            bar.print(f"step {step}: saving a checkpoint")
             return step
 
         # After an error, closing waits until the current checkpoint is saved.
         with (
             checkpoints,
             closing(batches),
-            ProgressBar(self._console, step, max_steps) as bar,
+            self._make_profiler(step) as profiler,
+            ProgressBar(self._console, step, max_steps, self._peak_flops) as bar,
         ):
-            if not is_validated:
-                validate_if_due()  # the run was stopped before or during this validation
-            if num_compiled := self._compile_shapes(batches, max_steps - step, stop):
-                bar.print(f"compiled {count_noun(num_compiled, 'shape')} of micro-batches")
+            with bar.paused():
+                if not is_validated:
+                    validate_if_due()  # the run was stopped before or during this validation
+                if num_compiled := self._compile_shapes(batches, max_steps - step, stop):
+                    bar.print(f"compiled {count_noun(num_compiled, 'shape')} of micro-batches")
             while step < max_steps and not stop.poll():
                 micro_batches = _agreed_micro_batches(step + 1, next(batches))
-                metrics, num_tokens = self._train_step(micro_batches)
+                metrics, work = self._train_step(micro_batches)
                 step += 1
                 is_last = step == max_steps
-                rate = bar.update(step, num_tokens, metrics.loss)
+                flops = work.times(self._flops) / self._num_devices
+                rates = bar.update(step, work.positions, flops, metrics.loss)
                 if is_last or step % run.logging_steps == 0:
                     with agree(f"step {step}"):
                         numbers = _finite_metrics(metrics, step)
                     if writer:
-                        writer.write(step, numbers | {"tokens_per_second": rate})
+                        writer.write(step, numbers | rates)
                 report_skipped()
-                if is_last or step % run.save_steps == 0:
-                    saved_step = save()
-                validate_if_due()
+                if profiler and profiler.is_due(step):
+                    with bar.paused():
+                        profiler.after_step(step, metrics.loss, self._console)
+                is_save_due = is_last or step % run.save_steps == 0
+                if is_save_due or step % run.eval_steps == 0:
+                    with bar.paused():
+                        if is_save_due:
+                            saved_step = save()
+                        validate_if_due()
             if saved_step < step:
                 save()
         if writer:
@@ -287,23 +314,47 @@ class Trainer:
 
     def _train_step(
         self, micro_batches: Iterable[TrainBatch | PreferenceBatch]
-    ) -> tuple[StepMetrics, int]:
-        """Run one step, and return its metrics and its number of positions without padding."""
+    ) -> tuple[StepMetrics, ModelWork]:
+        """Run one step, and return its metrics and its work without padding."""
         if not self._accumulates:
             (batch,) = micro_batches
             placed = self._place_batch(batch, self._image_key)
             self._state, metrics = train_step(*self._step_arguments(placed))
-            return metrics, _num_tokens(batch)
-        sums, num_tokens = init_gradient_sums(self._state), 0
+            return metrics, self._count_work(batch)
+        sums, work = init_gradient_sums(self._state), ModelWork()
         for number, batch in enumerate(micro_batches):
-            num_tokens += _num_tokens(batch)
+            work = work.plus(self._count_work(batch))
             key = jax.random.fold_in(self._image_key, number)
             placed = self._place_batch(batch, key)
             # At most one micro-batch waits on the devices, which bounds the memory of its images.
             jax.block_until_ready(sums.loss)
             sums = accumulate_gradients(*self._accumulation_arguments(sums, placed, key))
         self._state, metrics = apply_gradients(self._config.training, self._state, sums)
-        return metrics, num_tokens
+        return metrics, work
+
+    def _count_work(self, batch: TrainBatch | PreferenceBatch) -> ModelWork:
+        work = ModelWork()
+        for part in _parts(batch):
+            work = work.plus(count_work(self._model.config, part))
+        return work
+
+    @property
+    def _num_devices(self) -> int:
+        return 1 if self._mesh is None else self._mesh.size
+
+    @property
+    def _peak_flops(self) -> float | None:
+        """The peak rate of each device in FLOPs per second, or None if it is unknown."""
+        return find_peak_flops(jax.local_devices()[0].device_kind)
+
+    def _make_profiler(self, step: int) -> StepProfiler | nullcontext[None]:
+        """Return the profiler for the remaining steps; only process 0 writes a trace."""
+        if self._profile_steps is None:
+            return nullcontext()
+        folder, max_steps = self._config.output_dir, self._config.training.max_steps
+        with agree("--profile"):
+            profiler = StepProfiler(folder, step, max_steps, self._profile_steps)
+        return profiler if jax.process_index() == 0 else nullcontext()
 
     def _compile_shapes(self, batches: StepBatches, num_steps: int, stop: "_StopSignal") -> int:
         """Compile the shapes of the next steps, and return their number."""
@@ -338,8 +389,8 @@ class Trainer:
         micro_batch = (sums, placed, config.lora_scale, key, state.step)
         return (self._model, config.training, state.trainable, self._frozen, *micro_batch)
 
-    def _validation_accuracy(self, stop: "_StopSignal") -> dict[str, float]:
-        """Return the accuracy on the validation rows by kind, or {} if a stop was requested."""
+    def _validation_answers(self, bar: ProgressBar, stop: "_StopSignal") -> list[ScoredAnswer]:
+        """Return the answers to the validation rows, or [] if a stop was requested."""
         trainable = self._cast(self._state.trainable)
         params = join_params(trainable, self._frozen, self._config.lora_scale)
         answers = answer_rows(
@@ -350,13 +401,29 @@ class Trainer:
             exact_images=self._config.data.exact_images,
             skipped=self._encode_row.skipped if self._config.data.invalid_rows == "skip" else None,
         )
-        outcomes = []
+        found: list[ScoredAnswer] = []
         for answer in answers:
             if stop.poll():
-                return {}
-            outcomes.append((answer.row.kind or "all", answer.is_correct))
-        accuracies = accuracy_by_kind(outcomes)
-        return {kind: accuracy.fraction for kind, accuracy in accuracies.items()}
+                return []
+            found.append(answer)
+            num_rows = len(self._validation_set.rows)
+            bar.print_at_intervals(f"validation: {len(found):,} of {num_rows:,} rows answered")
+        return found
+
+    def _select_samples(self, answers: Iterable[ScoredAnswer]) -> list[AnswerSample]:
+        """Return the answers to `NUM_SAMPLES` rows that are spread over the validation rows."""
+        rows = self._validation_set.rows
+        by_row = {answer.row.name: answer for answer in answers}
+        chosen = (rows[i] for i in range(0, len(rows), -(-len(rows) // NUM_SAMPLES)))
+        samples = []
+        for row in chosen:
+            if answer := by_row.get(row.name):
+                questions = [turn["content"] for turn in row.turns if turn["role"] == "user"]
+                # Unlike the question, the expected answer may have unpaired surrogates.
+                expected = answer.expected.encode(errors="replace").decode()
+                sample = AnswerSample(row.name, questions[-1], expected, answer.text)
+                samples.append(sample)
+        return samples
 
     def _cast(self, params: Mapping[str, Array | Quantized]) -> FrozenParams:
         return cast_params(params, self._config.training.compute_dtype)
@@ -484,13 +551,6 @@ def _agreed_micro_batches(
 
 def _parts(batch: TrainBatch | PreferenceBatch) -> tuple[TrainBatch, ...]:
     return (batch,) if isinstance(batch, TrainBatch) else (batch.chosen, batch.rejected)
-
-
-def _num_tokens(batch: TrainBatch | PreferenceBatch) -> int:
-    """Return the number of positions in a batch, not counting padding."""
-    return sum(
-        int(np.count_nonzero(np.asarray(part.inputs.positions) >= 0)) for part in _parts(batch)
-    )
 
 
 def _describe_batch(batch: TrainBatch | PreferenceBatch) -> dict[str, str]:

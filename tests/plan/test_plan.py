@@ -17,7 +17,13 @@ from ovis_jax.plan.make_plan import make_plan
 from ovis_jax.plan.memory_estimate import estimate_memory, usable_bytes, vision_temp_bytes
 from ovis_jax.plan.report import plan_summary_line
 from ovis_jax.plan.suggestions import fits_in_memory, smallest_fitting_change
-from ovis_jax.plan.topologies import DEVICES, GIB, parse_mesh_sizes, parse_topology
+from ovis_jax.plan.topologies import (
+    DEVICES,
+    GIB,
+    find_peak_flops,
+    parse_mesh_sizes,
+    parse_topology,
+)
 from ovis_jax.plan.workload import default_mesh_sizes
 from ovis_jax.sharding import param_shapes
 
@@ -88,6 +94,14 @@ def test_latency_bounds():
     blocks = 42 * (2 * 24 * 256 * 3584 + 3 * 14336 * 3584)
     assert 1 < total_prefill_flops(single) / (2 * 8192 * blocks) < 1.2
     assert total_prefill_flops(replace(single, images_per_row=1)) > total_prefill_flops(single)
+
+
+def test_peak_flops_by_device_kind():
+    assert find_peak_flops("TPU v5 lite") == 197e12
+    assert find_peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert find_peak_flops("Tesla T4") == 8.1e12  # bfloat16 is computed in float32
+    for unknown in ("cpu", "NVIDIA H100 PCIe", "NVIDIA H200 MIG 1g.18gb"):
+        assert find_peak_flops(unknown) is None
 
 
 def test_a_large_batch_is_compute_bound():

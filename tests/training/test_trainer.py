@@ -44,6 +44,8 @@ def test_run_trains_validates_and_writes_a_model(
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert sorted(losses) == list(range(2, 61, 2))
     assert losses[2] > 1 and losses[60] < 0.1
+    assert all(line["tflops_per_device"] > 0 for line in lines if "loss" in line)
+    assert not any("mfu" in line for line in lines)  # the peak of a CPU is unknown
     validated = [line for line in lines if "accuracy" in line]
     assert [line["step"] for line in validated] == [30, 60]
     assert validated[-1]["accuracy"] == 1.0
@@ -54,6 +56,7 @@ def test_run_trains_validates_and_writes_a_model(
     assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
     (events,) = (tmp_path / "run/tensorboard").iterdir()
     assert b"accuracy_by_kind/square" in events.read_bytes()
+    assert b"samples/1" in events.read_bytes() and b"It is square." in events.read_bytes()
 
     ovis = load(tmp_path / "run/model")
     before = flatten_dict(load(shallow_checkpoint).params, sep="/")

@@ -69,6 +69,15 @@ def test_invalid_validation_rows(train, train_output, write_config, write_datase
     assert re.search(r"row 6: .*broken\.png", output) and "positions long" in output
     assert output.count("skipped: ") == 5 and "rows skipped: 4" in output
     assert output.count("exact match on validation rows") == 2
+    assert [output.count(f"step {n}: saving a checkpoint") for n in (2, 4)] == [1, 1]
+    samples = [json.loads(x) for x in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    # The rows are spread over all seven, three of which are left out.
+    assert [(x["step"], x["row"].partition(": ")[2]) for x in samples] == [
+        *((step, f"row {n}") for step in (2, 4) for n in (1, 3))
+    ]
+    assert samples[0]["question"] == "<image>\nQuestion 0?"
+    assert samples[0]["expected"] == "It is square."
+    assert output.count('"<image>\\nQuestion 0?": expected "It is square.", generated "') == 2
     assert (tmp_path / "run/model").exists()
 
 
