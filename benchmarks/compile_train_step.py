@@ -17,6 +17,7 @@ import typer
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, KeyPath
+from ovis_jax.plan.command import PUBLISHED_CONFIGS
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -26,7 +27,6 @@ from ovis_jax.config import OvisConfig
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model.lora import init_adapters
 from ovis_jax.plan.aot_compile import compile_only_devices
-from ovis_jax.plan.command import PUBLISHED_CONFIGS
 from ovis_jax.plan.hlo_analysis import (
     bytes_per_device,
     collective_counts_and_bytes,
