@@ -24,7 +24,7 @@ from ovis_jax.training.train_step import (
     init_train_state,
     train_step,
 )
-from ovis_jax.training.trainable import FlatParams, FrozenParams, split_params
+from ovis_jax.training.trainable import FrozenParams, split_params
 from ovis_jax.training.training_workload import TrainingWorkload
 
 
@@ -57,8 +57,10 @@ def abstract_step(workload: TrainingWorkload, mesh: Mesh | AbstractMesh) -> Abst
     dtype = recipe.training.compute_dtype
     params = abstract_params_by_rules(config, mesh, workload.rules, dtype, recipe.quantization)
     if recipe.lora is None:
-        trainable, frozen = split_params(unflatten_dict(params, sep="/"), recipe.trainable)
-        shardings = {path: x.sharding for path, x in trainable.items()}
+        split = partial(split_params, parts=recipe.trainable)
+        trainable, rest = jax.eval_shape(split, unflatten_dict(params, sep="/"))
+        frozen = {path: params[path] for path in rest}
+        shardings = {path: params[path].sharding for path in trainable}
     else:
         trainable = _abstract_adapters(workload, mesh)
         frozen, shardings = params, adapter_shardings(config, mesh, workload.rules)
@@ -72,12 +74,12 @@ def abstract_step(workload: TrainingWorkload, mesh: Mesh | AbstractMesh) -> Abst
     return AbstractStep(
         jax.tree_util.tree_map_with_path(shard_like_parameter, state),
         frozen,
-        cast(FrozenParams, trainable) if has_reference else {},
+        {path: params[path] for path in trainable} if has_reference else {},
         _abstract_batch(workload, mesh),
     )
 
 
-def _abstract_adapters(workload: TrainingWorkload, mesh: Mesh | AbstractMesh) -> FlatParams:
+def _abstract_adapters(workload: TrainingWorkload, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     lora, config = workload.recipe.lora, workload.config
     assert lora is not None
     adapters: dict[str, Any] = {}
