@@ -79,9 +79,17 @@ def program_rows(programs: dict[str, Any]) -> list[tuple[str, ...]]:
         row("all-reduces per block", lambda program: str(program["all_reduces_per_block"])),
         row("weight-sized operations", lambda program: _format_counts(program["weight_sized"])),
     ]
+    of_requests = (
+        [
+            row("all-reduces per block", lambda program: str(program["all_reduces_per_block"])),
+            row("weight-sized operations", lambda program: _format_counts(program["weight_sized"])),
+        ]
+        if any("weight_sized" in program for program in programs.values())
+        else []
+    )
     return [
         *sizes,
-        *(of_requests if any("weight_sized" in x for x in programs.values()) else []),
+        *of_requests,
         row("collectives", lambda program: _format_collectives(program["collectives"])),
         row("kernels", lambda program: _format_counts(program["kernels"])),
         row("compile time", lambda program: f"{program['compile_seconds']:.0f} s"),

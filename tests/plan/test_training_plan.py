@@ -2,9 +2,11 @@
 
 import json
 import math
+from io import StringIO
 
 import jax
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from ovis_jax.cli import app
@@ -16,7 +18,7 @@ from ovis_jax.training import make_training_plan as training_plan
 from ovis_jax.training.abstract_step import abstract_step
 from ovis_jax.training.make_training_plan import make_training_plan
 from ovis_jax.training.memory_estimate import estimate_training_memory
-from ovis_jax.training.plan_report import training_summary_line
+from ovis_jax.training.plan_report import print_training_plan, training_summary_line
 from ovis_jax.training.workload_from_recipe import read_training_workload
 
 RECIPE = """
@@ -120,12 +122,16 @@ def test_smaller_micro_batches_come_before_other_methods(recipe):
 
 def test_with_a_compiler(recipe, monkeypatch):
     """Memory that the program does not read is added to the compiler's peak."""
-    program = {"peak": 5 * GIB}
+    sizes = dict.fromkeys(("arguments", "output", "aliased", "temp"), 0)
+    program = {**sizes, "peak": 5 * GIB, "collectives": {}, "kernels": {}, "compile_seconds": 1.0}
     monkeypatch.setattr(aot_compile, "installed_compiler", lambda platform: "libtpu 1")
     monkeypatch.setattr(training_plan, "analyze_train_step", lambda workload: program)
     workload = read_training_workload(recipe, ["data.gradient_accumulation_steps=2"], "v6e:1x1")
     plan = make_training_plan(workload, notify=lambda message: None)
     assert plan["bytes"]["peak"] == 5 * GIB + plan["bytes"]["optimizer state"] and plan["fits"]
+    console = Console(file=StringIO())
+    print_training_plan(plan, console)
+    assert "compile time" in console.file.getvalue()
     program |= {"error": "RESOURCE_EXHAUSTED: hbm", "peak": 40 * GIB}
     plan = make_training_plan(workload, notify=lambda message: None)
     assert not plan["fits"] and plan["over_by"] > 8 * GIB and plan["changes"]
