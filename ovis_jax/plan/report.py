@@ -75,18 +75,12 @@ def program_rows(programs: dict[str, Any]) -> list[tuple[str, ...]]:
         row(f"{name}, GiB", lambda program, name=name: format_gib(program[name], 3))
         for name in ("arguments", "output", "aliased", "temp", "peak")
     ]
-    of_requests = [
-        row("all-reduces per block", lambda program: str(program["all_reduces_per_block"])),
-        row("weight-sized operations", lambda program: _format_counts(program["weight_sized"])),
-    ]
-    of_requests = (
-        [
+    of_requests = []
+    if any("weight_sized" in program for program in programs.values()):
+        of_requests = [
             row("all-reduces per block", lambda program: str(program["all_reduces_per_block"])),
             row("weight-sized operations", lambda program: _format_counts(program["weight_sized"])),
         ]
-        if any("weight_sized" in program for program in programs.values())
-        else []
-    )
     return [
         *sizes,
         *of_requests,
