@@ -26,10 +26,11 @@ from ovis_jax.plan.aot_compile import (
     Program,
     analyze_program,
 )
-from ovis_jax.plan.command import MethodOption, load_config, make_workload
 from ovis_jax.plan.make_plan import Method, make_plan
 from ovis_jax.plan.report import plan_summary_line
 from ovis_jax.plan.topologies import GIB
+from ovis_jax.plan.workload_from_names import load_config, make_workload
+from ovis_jax.plan_command import MethodOption
 from ovis_jax.quantization import QuantizationFormat
 
 

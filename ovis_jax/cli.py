@@ -13,7 +13,7 @@ from ovis_jax.conversion.from_hf import convert
 from ovis_jax.conversion.to_hf import export
 from ovis_jax.evaluation.command import eval_
 from ovis_jax.generate_and_chat_commands import chat_command, generate_command
-from ovis_jax.plan.command import plan
+from ovis_jax.plan_command import plan
 from ovis_jax.server.command import serve
 from ovis_jax.training.command import train_command
 from ovis_jax.ui.command import ui

@@ -21,7 +21,8 @@ LEVELS = [
     {"training"},
     {"server", "ui"},
     {"batch"},
-    {"cli", "generate_and_chat_commands", "checkpoint_commands", "__init__", "__main__"},
+    {"cli", "generate_and_chat_commands", "checkpoint_commands", "plan_command"}
+    | {"__init__", "__main__"},
     {"convert"},
 ]
 """Folders and files of `ovis_jax`, and `convert`, from the lowest level to the highest."""

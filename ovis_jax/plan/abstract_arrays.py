@@ -9,29 +9,48 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from ovis_jax.config import OvisConfig
 from ovis_jax.inputs.batch import Inputs
 from ovis_jax.model.kv_cache import Cache, empty_cache
 from ovis_jax.model.linear import Quantized
 from ovis_jax.plan.workload import Workload
-from ovis_jax.quantization import choose_quantization, quantized_matrices, quantized_shardings
-from ovis_jax.sharding import TENSOR, param_shapes, param_shardings
+from ovis_jax.quantization import (
+    QuantizationFormat,
+    choose_quantization,
+    quantized_matrices,
+    quantized_shardings,
+)
+from ovis_jax.sharding import TENSOR, Rules, param_shapes, param_shardings
 
 
 def abstract_params(workload: Workload, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
+    """Describe every parameter of a workload by path, as `abstract_params_by_rules` does."""
+    return abstract_params_by_rules(
+        workload.config, mesh, TENSOR, workload.dtype, workload.quantization
+    )
+
+
+def abstract_params_by_rules(
+    config: OvisConfig,
+    mesh: Mesh | AbstractMesh,
+    rules: Rules,
+    dtype: str,
+    quantization_format: QuantizationFormat | None,
+) -> dict[str, Any]:
     """Describe every parameter by path: its array, or the two arrays of a `Quantized` matrix.
 
     Raises:
       OvisError: The mesh cannot shard a parameter, or would split a group of an int4 matrix.
     """
-    config, quantization = workload.config, None
-    if workload.quantization is not None:
-        quantization = choose_quantization(config, workload.quantization)
-    shardings = param_shardings(config, mesh, TENSOR)
+    quantization = None
+    if quantization_format is not None:
+        quantization = choose_quantization(config, quantization_format)
+    shardings = param_shardings(config, mesh, rules)
     matrices = quantized_matrices(config, quantization)
 
     def describe(path: str, shape: tuple[int, ...]) -> Any:
         if quantization is None or path not in matrices:
-            return jax.ShapeDtypeStruct(shape, workload.dtype, sharding=shardings[path])
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[path])
         (rows, inputs), group = shape, quantization.group_of(path)
         groups = None if group is None else inputs // group
         q, scale = quantized_shardings(path, shardings[path], groups)
@@ -46,7 +65,7 @@ def abstract_params(workload: Workload, mesh: Mesh | AbstractMesh) -> dict[str, 
         return Quantized(*arrays)
 
     return {
-        path: describe(path, shape) for path, shape in param_shapes(config, mesh, TENSOR).items()
+        path: describe(path, shape) for path, shape in param_shapes(config, mesh, rules).items()
     }
 
 

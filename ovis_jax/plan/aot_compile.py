@@ -4,8 +4,10 @@ Compilation only needs the package that contains the compiler. No program is exe
 """
 
 import contextlib
+import math
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -17,7 +19,6 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ovis_jax.inference.generate import generate
-from ovis_jax.model.attention_kernels import Platform
 from ovis_jax.model.ovis import Ovis
 from ovis_jax.plan.abstract_arrays import (
     abstract_cache,
@@ -36,7 +37,7 @@ from ovis_jax.plan.hlo_analysis import (
     max_all_reduces_per_block,
     parse_out_of_memory_bytes,
 )
-from ovis_jax.plan.topologies import Topology
+from ovis_jax.plan.topologies import MeshSizes, Topology
 from ovis_jax.plan.workload import Workload
 
 Program = Literal["decode", "prefill", "images", "generate"]
@@ -117,6 +118,19 @@ def compile_only_devices(topology: Topology) -> list[Any]:
     ).devices
 
 
+def compile_only_mesh(topology: Topology, sizes: MeshSizes) -> Mesh:
+    """Create a mesh of the first devices that `compile_only_devices` returns."""
+    devices = compile_only_devices(topology)[: math.prod(sizes)]
+    return Mesh(np.array(devices).reshape(sizes), ("data", "model"))
+
+
+def lowering_for(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+    """Return a context manager in which programs must be lowered for the devices of a mesh."""
+    device = mesh.devices.flat[0]
+    # If the default device is not of this platform, GPU kernels are silently omitted.
+    return jax.default_device(device) if device.platform == "gpu" else contextlib.nullcontext()
+
+
 def gpu_target_config(topology: Topology) -> str:
     """Return the GpuTargetConfigProto for a GPU in text format.
 
@@ -142,17 +156,14 @@ def compile_program(workload: Workload, program: Program) -> Any:
       jax.errors.JaxRuntimeError: Compilation failed, for example because the device memory is too
         small.
     """
-    devices = compile_only_devices(workload.topology)
-    mesh = Mesh(np.array(devices).reshape(workload.mesh_sizes), ("data", "model"))
-    tpu = workload.topology.device.platform == "tpu"
-    platform: Platform = "tpu" if tpu else "gpu"
+    mesh = compile_only_mesh(workload.topology, workload.mesh_sizes)
+    platform = workload.topology.device.jax_platform
     model = Ovis(workload.config, platform=platform, kv_cache_dtype=workload.kv_cache_dtype)
     params = unflatten_dict(abstract_params(workload, mesh), sep="/")
     cache = abstract_cache(workload, mesh)
     logits = NamedSharding(mesh, PartitionSpec("data", "model"))
     out_shardings = (logits, jax.tree.map(lambda x: x.sharding, cache))
-    # If the default device is not of this platform, GPU kernels are silently omitted.
-    with contextlib.nullcontext() if tpu else jax.default_device(devices[0]):
+    with lowering_for(mesh):
         if program == "decode":
             jitted = jax.jit(model.decode, donate_argnums=2, out_shardings=out_shardings)
             tokens = abstract_token_ids(mesh, (workload.batch_size,))
@@ -184,25 +195,43 @@ def analyze_program(workload: Workload, program: Program) -> dict[str, Any]:
       memory is too small, the dict contains only "error" (the compiler's message) and "peak" (the
       requested bytes, or None if the message does not state them).
     """
-    start = time.perf_counter()
-    try:
-        compiled = compile_program(workload, program)
-    except jax.errors.JaxRuntimeError as error:
-        message = str(error)
-        if "RESOURCE_EXHAUSTED" not in message:
-            raise
-        return {"error": message.partition("\n")[0], "peak": parse_out_of_memory_bytes(message)}
-    seconds = time.perf_counter() - start
-    hlo = compiled.as_text() or ""
+    found, hlo = measure_compilation(lambda: compile_program(workload, program))
+    if "error" in found:
+        return found
     stored = matrix_shapes(workload)
     if program == "decode" or workload.prompt_positions < workload.max_length:
         stored += cache_shapes(workload)
     return {
-        **compiled_memory(compiled),
+        **found,
         "cache": bytes_per_device(abstract_cache(workload, workload.abstract_mesh)),
-        "collectives": collective_counts_and_bytes(hlo),
         "all_reduces_per_block": max_all_reduces_per_block(hlo),
         "weight_sized": count_weight_sized_operations(hlo, stored),
+    }
+
+
+def measure_compilation(compile_program: Callable[[], Any]) -> tuple[dict[str, Any], str]:
+    """Compile a program, and return its memory use and operations, and its HLO text.
+
+    Returns:
+      A dict with the entries "arguments", "output", "aliased", "temp", "peak", "collectives",
+      "kernels" and "compile_seconds" of `analyze_program`, and the text. If the device memory is
+      too small, the dict contains only "error" and "peak", and the text is empty.
+    """
+    start = time.perf_counter()
+    try:
+        compiled = compile_program()
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" not in message:
+            raise
+        peak = parse_out_of_memory_bytes(message)
+        return {"error": message.partition("\n")[0], "peak": peak}, ""
+    seconds = time.perf_counter() - start
+    hlo = compiled.as_text() or ""
+    found = {
+        **compiled_memory(compiled),
+        "collectives": collective_counts_and_bytes(hlo),
         "kernels": count_kernel_calls(hlo),
         "compile_seconds": seconds,
     }
+    return found, hlo

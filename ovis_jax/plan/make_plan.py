@@ -1,18 +1,16 @@
 """The plan for a workload: the memory it needs, whether it fits, and lower bounds on latency."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 from ovis_jax.errors import OvisError, install_command
 from ovis_jax.plan import aot_compile
 from ovis_jax.plan.latency_bounds import all_reduces_per_decode_step, latency_bounds
-from ovis_jax.plan.memory_estimate import (
-    MemoryEstimate,
-    estimate_memory,
-    usable_bytes,
-)
+from ovis_jax.plan.memory_estimate import MemoryEstimate, estimate_memory, usable_bytes
 from ovis_jax.plan.suggestions import smallest_fitting_change
+from ovis_jax.plan.topologies import Topology
 from ovis_jax.plan.workload import Workload
 
 Method = Literal["auto", "compiler", "arithmetic"]
@@ -42,7 +40,13 @@ def make_plan(
     """
     workload.validate()
     memory = estimate_memory(workload)
-    source, compiled = _compile(workload, memory, method, notify, programs)
+    source, compiled = compile_programs(
+        workload.topology,
+        {name: partial(aot_compile.analyze_program, workload, name) for name in programs},
+        memory.peak - memory.activations > usable_bytes(workload.topology),
+        method,
+        notify,
+    )
     activations, peak = memory.activations, memory.peak
     succeeded = [program for program in compiled.values() if "error" not in program]
     if succeeded:
@@ -52,7 +56,7 @@ def make_plan(
             _peak_with_unread_weights(workload, memory, name, program)
             for name, program in compiled.items()
         )
-    usable = usable_bytes(workload)
+    usable = usable_bytes(workload.topology)
     over_by = max(peak - usable, 0)
     compiler_errors = [program["error"] for program in compiled.values() if "error" in program]
     plan = {
@@ -97,16 +101,32 @@ def make_plan(
     return plan
 
 
-def _compile(
-    workload: Workload,
-    memory: MemoryEstimate,
+def compile_programs(
+    topology: Topology,
+    programs: Mapping[str, Callable[[], dict[str, Any]]],
+    is_certainly_too_large: bool,
     method: Method,
     notify: Callable[[str], None],
-    programs: Sequence[aot_compile.Program],
 ) -> tuple[str, dict[str, Any]]:
-    """Return the source of the figures, and the analysis of each compiled program."""
-    platform, target = workload.topology.device.platform, workload.topology.device.gpu_target
-    not_compiled = _why_not_compiled(workload)
+    """Compile programs if the method says so and the compiler is installed.
+
+    Args:
+      topology: The devices.
+      programs: Functions that compile a program and return its analysis, by name.
+      is_certainly_too_large: Whether the arrays that the programs keep do not fit. Then "auto" does
+        not compile.
+      method: The source of the figures.
+      notify: Called with a message before each compilation.
+
+    Returns:
+      The source of the figures, and the analysis of each compiled program.
+
+    Raises:
+      OvisError: `method` is "compiler", but the compiler is not installed or does not know the
+        devices.
+    """
+    platform, target = topology.device.platform, topology.device.gpu_target
+    not_compiled = _why_not_compiled(topology)
     install = install_command(*aot_compile.COMPILER_EXTRAS[platform])
     compiler = aot_compile.installed_compiler(platform)
     if method == "compiler" and not_compiled:
@@ -119,25 +139,21 @@ def _compile(
         return f"arithmetic; {not_compiled}", {}
     if compiler is None:
         return f"arithmetic; to use the compiler: {install}", {}
-    if method == "auto" and memory.peak - memory.activations > usable_bytes(workload):
+    if method == "auto" and is_certainly_too_large:
         return "arithmetic; weights and cache alone exceed the memory", {}
     compiled = {}
-    for program in programs:
-        notify(
-            f"compiling {program} for {workload.topology.name} with {compiler};"
-            " this may take minutes"
-        )
-        compiled[program] = aot_compile.analyze_program(workload, program)
-    if target not in (None, workload.topology.kind):
+    for name, analyze in programs.items():
+        notify(f"compiling {name} for {topology.name} with {compiler}; this may take minutes")
+        compiled[name] = analyze()
+    if target not in (None, topology.kind):
         return f"{compiler}, for the architecture of {target}, the nearest known one", compiled
     return compiler, compiled
 
 
-def _why_not_compiled(workload: Workload) -> str | None:
-    """Return why the programs of a workload cannot be compiled, or None if they can."""
-    device = workload.topology.device
-    if device.platform == "cuda" and device.gpu_target is None:
-        return f"no compiler target is close to {workload.topology.kind}"
+def _why_not_compiled(topology: Topology) -> str | None:
+    """Return why programs cannot be compiled for a topology, or None if they can."""
+    if topology.device.platform == "cuda" and topology.device.gpu_target is None:
+        return f"no compiler target is close to {topology.kind}"
     return None
 
 

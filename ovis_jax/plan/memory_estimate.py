@@ -7,6 +7,7 @@ from ovis_jax.model.blockwise_attention import BLOCK_SIZE
 from ovis_jax.model.visual_tokenizer import VISUAL_TOKENS_PER_CHUNK
 from ovis_jax.plan.abstract_arrays import abstract_cache, abstract_params, crops_per_device
 from ovis_jax.plan.hlo_analysis import bytes_per_device
+from ovis_jax.plan.topologies import Topology
 from ovis_jax.plan.workload import Workload
 from ovis_jax.sharding import axis_letter_sizes
 
@@ -43,9 +44,9 @@ class MemoryEstimate:
         return sum(self.weights.values()) + self.cache + self.activations
 
 
-def usable_bytes(workload: Workload) -> int:
+def usable_bytes(topology: Topology) -> int:
     """Compute how much memory a plan may use on one device, in bytes."""
-    return int(workload.topology.device.memory_bytes * (1 - RESERVED_FRACTION))
+    return int(topology.device.memory_bytes * (1 - RESERVED_FRACTION))
 
 
 def estimate_memory(workload: Workload) -> MemoryEstimate:
@@ -96,7 +97,7 @@ def prefill_temp_bytes(workload: Workload) -> int:
     sharded = 3 * max(n["F"], (n["N"] + n["K"]) * n["H"])
     replicated = (3 + (model > 1)) * n["D"]
     decoder = s * rows * workload.prompt_positions * (replicated + sharded // model)
-    decoder += _score_bytes(workload, "prefill", rows, n["N"], workload.prompt_positions)
+    decoder += score_bytes(workload, "prefill", rows, n["N"], workload.prompt_positions)
     tokens = workload.num_crops * workload.config.visual_tokenizer.tokens_per_crop
     embeddings = s * tokens * n["D"]
     return max(vision_temp_bytes(workload), decoder) + embeddings + COMPILER_RESERVED_BYTES
@@ -117,16 +118,14 @@ def vision_temp_bytes(workload: Workload) -> int:
     crops = crops_per_device(workload)
     E, P = vision.width, vision.num_patches
     block = crops * P * ((3 * s + FLOAT32_BYTES) * E + s * (4 * E + 2 * vision.mlp_width) // m)
-    block += _score_bytes(workload, "vision", crops, vision.num_heads, P)
+    block += score_bytes(workload, "vision", crops, vision.num_heads, P)
     tokens = min(crops * tokenizer.tokens_per_crop, max(crops, VISUAL_TOKENS_PER_CHUNK))
     words = tokens * tokenizer.vocab_size // m * (FLOAT32_BYTES + s)
     pixels = FLOAT32_BYTES * crops * vision.image_size**2 * vision.num_channels
     return max(block, words) + pixels
 
 
-def _score_bytes(
-    workload: Workload, call: AttentionCall, rows: int, heads: int, length: int
-) -> int:
+def score_bytes(workload: Workload, call: AttentionCall, rows: int, heads: int, length: int) -> int:
     """Return the bytes of the float32 attention scores on one device, with sharded heads.
 
     Splash attention and tokamax keep the scores on the chip. Other kernels need four such arrays at

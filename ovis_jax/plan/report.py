@@ -17,16 +17,17 @@ def plan_summary_line(plan: dict[str, Any]) -> str:
     where = f"{plan['topology']}, {size}"
     if plan["fits"]:
         spare = plan["bytes"]["usable"] - plan["bytes"]["peak"]
-        return f"{where}: fits, {_gib(spare)} GiB to spare per device"
+        return f"{where}: fits, {format_gib(spare)} GiB to spare per device"
     if plan["over_by"]:
-        text = f"{where}: does not fit, {_gib(plan['over_by'])} GiB short per device"
+        text = f"{where}: does not fit, {format_gib(plan['over_by'])} GiB short per device"
     else:
         text = f"{where}: the compiler rejects it: {plan['compiler_errors'][0]}"
     if plan["change"] is None:
         return f"{text}; no known topology of this kind is large enough"
     options, peak = plan["change"]["options"], plan["change"]["peak"]
     return (
-        f"{text}; the smallest change that fits: {options} (peak {_gib(peak)} GiB, by arithmetic)"
+        f"{text}; the smallest change that fits: {options} (peak {format_gib(peak)} GiB, by"
+        " arithmetic)"
     )
 
 
@@ -44,12 +45,12 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     for note in plan["notes"]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     sizes = plan["bytes"]
-    rows = [(f"weights: {part}", _gib(size)) for part, size in plan["weights"].items()]
-    rows += [(name, _gib(sizes[name])) for name in ("cache", "activations", "peak")]
-    rows.append((f"memory minus {RESERVED_FRACTION:.0%}", _gib(sizes["usable"])))
+    rows = [(f"weights: {part}", format_gib(size)) for part, size in plan["weights"].items()]
+    rows += [(name, format_gib(sizes[name])) for name in ("cache", "activations", "peak")]
+    rows.append((f"memory minus {RESERVED_FRACTION:.0%}", format_gib(sizes["usable"])))
     print_table(console, ("per device", "GiB"), rows)
     if plan["programs"]:
-        print_table(console, ("compiled", *plan["programs"]), _program_rows(plan["programs"]))
+        print_table(console, ("compiled", *plan["programs"]), program_rows(plan["programs"]))
     else:
         per_block = plan["arithmetic"]["all_reduces_per_block"]
         console.print(f"all-reduces per decoder block: {per_block}")
@@ -63,20 +64,27 @@ def _format_dtypes(plan: dict[str, Any]) -> str:
     return f"{plan['dtype']}{weights}{cache}"
 
 
-def _program_rows(programs: dict[str, Any]) -> list[tuple[str, ...]]:
+def program_rows(programs: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the rows of a table with the analysis of each compiled program."""
+
     def row(name: str, value: Callable[[dict[str, Any]], str]) -> tuple[str, ...]:
         cells = ("too large" if "error" in one else value(one) for one in programs.values())
         return (name, *cells)
 
     sizes = [
-        row(f"{name}, GiB", lambda program, name=name: _gib(program[name], 3))
+        row(f"{name}, GiB", lambda program, name=name: format_gib(program[name], 3))
         for name in ("arguments", "output", "aliased", "temp", "peak")
     ]
+    of_requests = []
+    if any("weight_sized" in program for program in programs.values()):
+        of_requests = [
+            row("all-reduces per block", lambda program: str(program["all_reduces_per_block"])),
+            row("weight-sized operations", lambda program: _format_counts(program["weight_sized"])),
+        ]
     return [
         *sizes,
-        row("all-reduces per block", lambda program: str(program["all_reduces_per_block"])),
+        *of_requests,
         row("collectives", lambda program: _format_collectives(program["collectives"])),
-        row("weight-sized operations", lambda program: _format_counts(program["weight_sized"])),
         row("kernels", lambda program: _format_counts(program["kernels"])),
         row("compile time", lambda program: f"{program['compile_seconds']:.0f} s"),
     ]
@@ -98,12 +106,13 @@ def _latency_line(plan: dict[str, Any]) -> str:
     decode, link = bounds["decode_seconds"], bounds["decode_link_seconds"]
     return (
         f"lower bounds of latency: {decode * 1e3:.2f} ms per token at full length"
-        f" ({_gib(bounds['decode_bytes_read'])} GiB read), or {plan['batch'] / decode:.0f} tokens/s"
-        f" for the batch; in addition, {link * 1e3:.3f} ms on the links"
+        f" ({format_gib(bounds['decode_bytes_read'])} GiB read), or {plan['batch'] / decode:.0f}"
+        f" tokens/s for the batch; in addition, {link * 1e3:.3f} ms on the links"
         f" ({bounds['decode_bytes_sent'] / 2**20:.1f} MiB sent); prefill at full length:"
         f" {bounds['prefill_seconds']:.2f} s ({bounds['prefill_flops'] / 1e12:.0f} TFLOP)"
     )
 
 
-def _gib(size: int, digits: int = 2) -> str:
+def format_gib(size: int, digits: int = 2) -> str:
+    """Format bytes as a number of GiB."""
     return f"{size / GIB:.{digits}f}"

@@ -39,7 +39,7 @@ def fits_in_memory(workload: Workload, bytes_above_estimate: int = 0) -> bool:
         peak = estimate_memory(workload).peak
     except OvisError:
         return False
-    return peak + bytes_above_estimate <= usable_bytes(workload)
+    return peak + bytes_above_estimate <= usable_bytes(workload.topology)
 
 
 def smallest_fitting_change(

@@ -35,6 +35,11 @@ class DeviceSpec:
     """Peak rate of bfloat16 operations that are computed in float32; None if they are not."""
 
     @property
+    def jax_platform(self) -> Literal["tpu", "gpu"]:
+        """The name of the platform in JAX."""
+        return "tpu" if self.platform == "tpu" else "gpu"
+
+    @property
     def has_bfloat16(self) -> bool:
         """Whether the device has units for bfloat16, as GPUs have since Ampere."""
         return self.emulated_bfloat16_flops is None

@@ -213,6 +213,20 @@ class TrainConfig(ConfigTable):
         return self
 
 
+def check_micro_batch_size(config: TrainConfig) -> None:
+    """Check that the mesh axis "data" divides the rows of a micro-batch.
+
+    Raises:
+      TrainingError: It does not.
+    """
+    rows, data = config.data.micro_batch_size, config.mesh.data if config.mesh else 1
+    if rows % data:
+        raise TrainingError(
+            f"data.micro_batch_size is {rows}, expected a multiple of the size of mesh axis data,"
+            f" {data}"
+        )
+
+
 def _list_fields(table: type[ConfigTable], prefix: str = "") -> dict[str, FieldInfo]:
     """Return the fields of a table and of its nested tables, by dotted name."""
     fields: dict[str, FieldInfo] = {}

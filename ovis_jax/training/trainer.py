@@ -39,7 +39,7 @@ from ovis_jax.process_agreement import agree, checksum
 from ovis_jax.sharding import RULES_BY_NAME, TENSOR, adapter_shapes, adapter_shardings, param_shapes
 from ovis_jax.training.batches import RowEncoder, StepBatches
 from ovis_jax.training.checkpoints import TrainingCheckpoints
-from ovis_jax.training.config import TrainConfig
+from ovis_jax.training.config import TrainConfig, check_micro_batch_size
 from ovis_jax.training.losses import PreferenceBatch, TrainBatch
 from ovis_jax.training.model_flops import ModelWork, count_work, training_flops
 from ovis_jax.training.output_lock import lock_output
@@ -518,7 +518,7 @@ def _make_mesh(config: TrainConfig) -> Mesh | None:
         )
     if config.mesh is None:
         return None
-    sizes, rows = config.mesh, config.data.micro_batch_size
+    sizes = config.mesh
     num_devices = sizes.data * sizes.model
     if jax.process_count() > 1 and num_devices != jax.device_count():
         raise TrainingError(
@@ -527,11 +527,7 @@ def _make_mesh(config: TrainConfig) -> Mesh | None:
             f" ({describe_devices()})"
         )
     mesh = data_model_mesh(sizes.data, sizes.model)
-    if rows % sizes.data:
-        raise TrainingError(
-            f"data.micro_batch_size is {rows}, expected a multiple of the size of mesh axis data,"
-            f" {sizes.data}"
-        )
+    check_micro_batch_size(config)
     return mesh
 
 

@@ -28,7 +28,7 @@ INT8_CACHE = """
 from dataclasses import replace
 from ovis_jax import presets
 from ovis_jax.plan.aot_compile import analyze_program
-from ovis_jax.plan.command import make_workload
+from ovis_jax.plan.workload_from_names import make_workload
 config = presets.ovis1_6_gemma2_9b()
 config = replace(config, decoder=replace(config.decoder, depth=2, vocab_size=1024))
 for rows in (1, 8, 12):

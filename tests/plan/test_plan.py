@@ -11,7 +11,6 @@ from ovis_jax import presets
 from ovis_jax.cli import app
 from ovis_jax.errors import OvisError
 from ovis_jax.plan import aot_compile
-from ovis_jax.plan.command import load_config, make_workload
 from ovis_jax.plan.latency_bounds import latency_bounds, total_prefill_flops
 from ovis_jax.plan.make_plan import make_plan
 from ovis_jax.plan.memory_estimate import estimate_memory, usable_bytes, vision_temp_bytes
@@ -25,6 +24,7 @@ from ovis_jax.plan.topologies import (
     parse_topology,
 )
 from ovis_jax.plan.workload import default_mesh_sizes
+from ovis_jax.plan.workload_from_names import load_config, make_workload
 from ovis_jax.sharding import param_shapes
 
 CONFIG_9B = presets.ovis1_6_gemma2_9b()
@@ -151,7 +151,7 @@ def test_too_large_for_one_chip():
     assert not fits_in_memory(workload)
     plan = make_plan(workload, "arithmetic")
     assert not plan["fits"]
-    assert plan["over_by"] == plan["bytes"]["peak"] - usable_bytes(workload) > 0
+    assert plan["over_by"] == plan["bytes"]["peak"] - usable_bytes(workload.topology) > 0
     assert plan["change"]["options"] == "--quantization int8"
     shortfall = f"{plan['over_by'] / GIB:.2f} GiB short per device"
     summary = plan_summary_line(plan)
@@ -353,7 +353,10 @@ def test_with_a_compiler(monkeypatch):
     programs["prefill"] = {"error": "RESOURCE_EXHAUSTED: 17G of 15G hbm", "peak": 17 * GIB}
     plan = make_plan(workload_9b(), notify=notices.append)
     vision = weights["vision"] + weights["visual_tokenizer"]
-    assert plan["over_by"] == 17 * GIB + vision - usable_bytes(workload_9b()) and not plan["fits"]
+    assert (
+        plan["over_by"] == 17 * GIB + vision - usable_bytes(workload_9b().topology)
+        and not plan["fits"]
+    )
     assert plan["change"]["options"] == "--quantization int4 --kv-cache-dtype int8"
     extra = plan["bytes"]["peak"] - memory.peak
     int4 = workload_9b(quantization="int4")
