@@ -114,7 +114,9 @@ def take_rows(block: CacheBlock, rows: Int[Array, "B"]) -> KeyValue:
         slices = [jax.lax.dynamic_slice_in_dim(x, row, 1, axis=0) for row in rows]
         return jnp.concatenate(slices) if len(slices) > 1 else slices[0]
 
-    return jax.tree.map(take, block)
+    # Behind the barrier, no reader of the rows reads the cache itself. On a GPU, XLA would otherwise
+    # copy the whole cache, so that it can be updated before it is read.
+    return jax.lax.optimization_barrier(jax.tree.map(take, block))
 
 
 def append_chunk(
@@ -130,13 +132,21 @@ def append_chunk(
       positions: Consecutive positions that continue each row; -1 at padding on the right.
     """
     S, T = length(block), positions.shape[1]
+    size = min(S, T)
     first = positions[:, :1]
-    stored = slot_positions(jnp.max(positions, axis=1) + 1, S)  # [B, S]
-    columns = jnp.clip(stored - first, 0, T - 1)
+    num_new = jnp.max(positions, axis=1) + 1 - first[:, 0]
+    stored = slot_positions(first[:, 0] + num_new, S)  # [B, S]
+    start = jnp.clip(num_new - S, 0, T - size)  # the first of the columns that fit
 
     def write(old: Array, values: Array) -> Array:
+        # The columns are moved to their slots in slices, because a gather of S slots is slower.
+        moved = []
+        for i in range(len(old)):
+            row = jax.lax.dynamic_slice_in_dim(values[i : i + 1], start[i], size, axis=2)
+            padding = [(0, 0), (0, 0), (0, S - size), *[(0, 0)] * (row.ndim - 3)]
+            moved.append(jnp.roll(jnp.pad(row, padding), (first[i, 0] + start[i]) % S, axis=2))
         is_new = jnp.expand_dims(stored >= first, (1, *range(3, old.ndim)))
-        return jnp.where(is_new, _take_columns(values, columns), old)
+        return jnp.where(is_new, jnp.concatenate(moved), old)
 
     return jax.tree.map(write, block, key_value)
 

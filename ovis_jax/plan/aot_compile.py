@@ -6,6 +6,7 @@ Compilation only needs the package that contains the compiler. No program is exe
 import contextlib
 import os
 import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -135,6 +136,22 @@ def gpu_target_config(topology: Topology) -> str:
     )
 
 
+def compile_only_model(workload: Workload) -> Ovis:
+    """Return the model of a workload, with the attention kernels of its devices."""
+    platform: Platform = "tpu" if workload.topology.device.platform == "tpu" else "gpu"
+    return Ovis(workload.config, platform=platform, kv_cache_dtype=workload.kv_cache_dtype)
+
+
+@contextlib.contextmanager
+def compile_only_mesh(workload: Workload) -> Iterator[Mesh]:
+    """Yield a mesh of the workload's devices. Programs for it must be lowered in this context."""
+    devices = compile_only_devices(workload.topology)
+    # If the default device is not of this platform, GPU kernels are silently omitted.
+    is_tpu = workload.topology.device.platform == "tpu"
+    with contextlib.nullcontext() if is_tpu else jax.default_device(devices[0]):
+        yield Mesh(np.array(devices).reshape(workload.mesh_sizes), ("data", "model"))
+
+
 def compile_program(workload: Workload, program: Program) -> Any:
     """Compile a program for the devices of a workload.
 
@@ -142,17 +159,12 @@ def compile_program(workload: Workload, program: Program) -> Any:
       jax.errors.JaxRuntimeError: Compilation failed, for example because the device memory is too
         small.
     """
-    devices = compile_only_devices(workload.topology)
-    mesh = Mesh(np.array(devices).reshape(workload.mesh_sizes), ("data", "model"))
-    tpu = workload.topology.device.platform == "tpu"
-    platform: Platform = "tpu" if tpu else "gpu"
-    model = Ovis(workload.config, platform=platform, kv_cache_dtype=workload.kv_cache_dtype)
-    params = unflatten_dict(abstract_params(workload, mesh), sep="/")
-    cache = abstract_cache(workload, mesh)
-    logits = NamedSharding(mesh, PartitionSpec("data", "model"))
-    out_shardings = (logits, jax.tree.map(lambda x: x.sharding, cache))
-    # If the default device is not of this platform, GPU kernels are silently omitted.
-    with contextlib.nullcontext() if tpu else jax.default_device(devices[0]):
+    model = compile_only_model(workload)
+    with compile_only_mesh(workload) as mesh:
+        params = unflatten_dict(abstract_params(workload, mesh), sep="/")
+        cache = abstract_cache(workload, mesh)
+        logits = NamedSharding(mesh, PartitionSpec("data", "model"))
+        out_shardings = (logits, jax.tree.map(lambda x: x.sharding, cache))
         if program == "decode":
             jitted = jax.jit(model.decode, donate_argnums=2, out_shardings=out_shardings)
             tokens = abstract_token_ids(mesh, (workload.batch_size,))
@@ -176,17 +188,39 @@ def analyze_program(workload: Workload, program: Program) -> dict[str, Any]:
     """Compile a program, and collect its memory use and its operations.
 
     Returns:
+      The result of `analyze_compilation`, with "weight_sized" for the matrices and the cache, and
+      the bytes of the KV cache ("cache"). "weight_sized" leaves out the cache if a prompt fills it,
+      because the prompt's keys then have the same shape.
+    """
+    stored = matrix_shapes(workload)
+    if program == "decode" or workload.prompt_positions < workload.max_length:
+        stored += cache_shapes(workload)
+    analysis = analyze_compilation(partial(compile_program, workload, program), stored)
+    if "error" in analysis:
+        return analysis
+    cache = abstract_cache(workload, workload.abstract_mesh)
+    return {**analysis, "cache": bytes_per_device(cache)}
+
+
+def analyze_compilation(
+    compile_one: Callable[[], Any], stored_shapes: Iterable[tuple[int, ...]]
+) -> dict[str, Any]:
+    """Compile a program, and collect its memory use and its operations.
+
+    Args:
+      compile_one: Compiles and returns the program.
+      stored_shapes: Shapes of the matrices and the cache, as in `count_weight_sized_operations`.
+
+    Returns:
       A dict with the program's bytes on one device ("arguments", "output", "aliased", "temp" and
-      "peak"), the bytes of the KV cache ("cache"), "collectives" by kind, "all_reduces_per_block",
-      "kernels" by name, "compile_seconds", and "weight_sized": the result of
-      `count_weight_sized_operations` for the matrices and the cache. The cache is left out of this
-      count if a prompt fills it, because the prompt's keys then have the same shape. If the device
-      memory is too small, the dict contains only "error" (the compiler's message) and "peak" (the
-      requested bytes, or None if the message does not state them).
+      "peak"), "collectives" by kind, "all_reduces_per_block", "kernels" by name, "compile_seconds",
+      and "weight_sized", the result of `count_weight_sized_operations`. If the device memory is too
+      small, the dict contains only "error" (the compiler's message) and "peak" (the requested
+      bytes, or None if the message does not state them).
     """
     start = time.perf_counter()
     try:
-        compiled = compile_program(workload, program)
+        compiled = compile_one()
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message:
@@ -194,15 +228,11 @@ def analyze_program(workload: Workload, program: Program) -> dict[str, Any]:
         return {"error": message.partition("\n")[0], "peak": parse_out_of_memory_bytes(message)}
     seconds = time.perf_counter() - start
     hlo = compiled.as_text() or ""
-    stored = matrix_shapes(workload)
-    if program == "decode" or workload.prompt_positions < workload.max_length:
-        stored += cache_shapes(workload)
     return {
         **compiled_memory(compiled),
-        "cache": bytes_per_device(abstract_cache(workload, workload.abstract_mesh)),
         "collectives": collective_counts_and_bytes(hlo),
         "all_reduces_per_block": max_all_reduces_per_block(hlo),
-        "weight_sized": count_weight_sized_operations(hlo, stored),
+        "weight_sized": count_weight_sized_operations(hlo, stored_shapes),
         "kernels": count_kernel_calls(hlo),
         "compile_seconds": seconds,
     }
