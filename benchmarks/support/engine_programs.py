@@ -143,9 +143,7 @@ def engine_programs(
     def prefill_program(n: int) -> EngineProgram:
         chunk, numbers = (ids(n, CHUNK_SIZE), ids(n, CHUNK_SIZE)), (ids(n), ids(n), ids(n))
         arguments = (params, state, visual(n), *chunk, *numbers)
-        return program(
-            partial(prefill_chunks, model), 1, (state_sharding, replicated), *arguments
-        )
+        return program(partial(prefill_chunks, model), 1, (state_sharding, replicated), *arguments)
 
     def visual(lanes: int) -> Any:
         tokens_per_crop = config.visual_tokenizer.tokens_per_crop
