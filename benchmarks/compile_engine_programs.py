@@ -90,7 +90,7 @@ MAX_TEMP_MIB = {
     "encode_crops": 320,
     "start_sequences": 64,
     "copy_cache": 64,
-    "resize_rows": 1,
+    "resize_rows": 16,
 }
 """Maximum temporary arrays of each kind of program, in MiB."""
 
@@ -179,7 +179,8 @@ def main(
 
     A topology whose compiler is not installed is left out and named after the table.
     """
-    notes, console = Console(stderr=True, highlight=False), Console(highlight=False)
+    notes = Console(stderr=True, highlight=False)
+    console = Console(highlight=False, markup=False)
     topologies, results, missing = topology or TOPOLOGIES, [], []
     for name in topologies:
         platform = parse_topology(name).device.platform

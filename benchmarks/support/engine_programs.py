@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from ovis_jax.config import OvisConfig
 from ovis_jax.engine.runner import cache_lengths, state_shardings
@@ -104,7 +104,7 @@ def abstract_state(workload: Workload, shardings: DecodeState, length: int) -> D
 
 
 def engine_programs(
-    workload: Workload, mesh: Mesh, rank: int | None = None
+    workload: Workload, mesh: Mesh | AbstractMesh, rank: int | None = None
 ) -> dict[str, EngineProgram]:
     """Return the engine's programs, and "prefill", which reads whole prompts in `generate`.
 

@@ -109,7 +109,6 @@ def test_every_format_names_programs_that_exist():
     assert {name for one in FORMATS for name in one.programs} <= programs.keys()
 
 
-@pytest.mark.tpu
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu needs a separate environment")
 def test_chunks_for_a_tpu(tmp_path):
     """A prefill step of the engine copies no cache and gathers no row of it."""
