@@ -1,10 +1,6 @@
-"""The table and checks of the engine's programs; only one test needs a compiler for TPUs."""
+"""The table and checks of the engine's programs, without a compiler."""
 
 import json
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import typer
@@ -15,8 +11,6 @@ from benchmarks.compile_engine_programs import FORMATS, passed_checks, program_t
 from benchmarks.support.engine_programs import engine_programs, with_depth
 from ovis_jax import presets
 from ovis_jax.plan.command import make_workload
-
-ROOT = Path(__file__).parents[2]
 
 PROGRAM = {
     "aliased": 600,
@@ -107,14 +101,3 @@ def test_every_format_names_programs_that_exist():
     workload = make_workload(config, "v5e:2x4", 8, 4096)
     programs = engine_programs(workload, workload.abstract_mesh)
     assert {name for one in FORMATS for name in one.programs} <= programs.keys()
-
-
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu needs a separate environment")
-def test_chunks_for_a_tpu(tmp_path):
-    """A prefill step of the engine copies no cache and gathers no row of it."""
-    path = tmp_path / "results.json"
-    options = "--topology v6e:1x1 --program prefill_chunks --json".split()
-    command = [sys.executable, "-m", "benchmarks.compile_engine_programs", *options, str(path)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=1800)
-    programs = json.loads(path.read_text())["programs"]
-    assert all(all(x["checks"].values()) for x in programs)
