@@ -147,9 +147,11 @@ docs: $(VENV)/docs
 page-picture: $(VENV)/test
 	PYTHONPATH=.:tests $(BIN)/python tests/ui/page_picture.py docs/images/page.png
 
-# Compiles the 9B's decode step and prefill for TPU slices; figures for GPUs are computed by formula.
+# Compiles the 9B's decode step and prefill for TPU slices, and the engine's programs with fewer blocks;
+# figures of `generate` for GPUs are computed by formula, and the engine's programs for GPUs left out.
 bench-accelerators: $(VENV_TPU)/tpu
 	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m benchmarks.compile_for_accelerators
+	JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m benchmarks.compile_engine_programs
 
 # Trains the bundled checkpoint from scratch: data, tokenizer, training, export and scores. 73 minutes
 # on two cores with AVX-512. Huge pages save a fifth of the time.

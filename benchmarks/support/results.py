@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from benchmarks.support.machine_peaks import describe_machine
@@ -28,7 +29,7 @@ def print_results(title: str, columns: Sequence[str], rows: Sequence[Sequence[An
         title_justify="left",
     )
     for row in rows:
-        table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row))
+        table.add_row(*(f"{x:.3g}" if isinstance(x, float) else escape(str(x)) for x in row))
     Console().print(table)
 
 

@@ -66,6 +66,8 @@ class DecoderAttention(nn.Module):
         if self.int8_cache:
             key_value = quantize_kv(key_value[0]), quantize_kv(key_value[1])
         options = {"scale": c.query_pre_attn_scalar**-0.5, "cap": c.attn_softcap}
+        if cache is not None and rows is not None:
+            cache, key_value = kv_cache.delay_reading(cache, key_value)
         if cache is None:
             options |= {"window": self.window, "setting": self.kernel_setting}
             keys, values = kv_cache.as_arrays(key_value, x.dtype)

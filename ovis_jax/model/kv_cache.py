@@ -9,7 +9,7 @@ multiple of `INT8_TILE`.
 """
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +106,14 @@ def cache_prompt(
     return jax.tree.map(partial(_take_columns, columns=columns), key_value)
 
 
+def delay_reading(block: CacheBlock, key_value: NewKeyValue) -> tuple[CacheBlock, NewKeyValue]:
+    """Return both arguments; on a GPU, the block is read only after `key_value` is computed.
+
+    Otherwise, XLA takes the rows of all blocks first and keeps them all.
+    """
+    return _barrier_on_gpu((block, key_value))
+
+
 def take_rows(block: CacheBlock, rows: Int[Array, "B"]) -> KeyValue:
     """Return B rows of a block's cache."""
 
@@ -114,7 +122,7 @@ def take_rows(block: CacheBlock, rows: Int[Array, "B"]) -> KeyValue:
         slices = [jax.lax.dynamic_slice_in_dim(x, row, 1, axis=0) for row in rows]
         return jnp.concatenate(slices) if len(slices) > 1 else slices[0]
 
-    return jax.tree.map(take, block)
+    return _barrier_on_gpu(jax.tree.map(take, block))
 
 
 def append_chunk(
@@ -130,13 +138,21 @@ def append_chunk(
       positions: Consecutive positions that continue each row; -1 at padding on the right.
     """
     S, T = length(block), positions.shape[1]
+    size = min(S, T)
     first = positions[:, :1]
-    stored = slot_positions(jnp.max(positions, axis=1) + 1, S)  # [B, S]
-    columns = jnp.clip(stored - first, 0, T - 1)
+    num_new = jnp.max(positions, axis=1) + 1 - first[:, 0]
+    stored = slot_positions(first[:, 0] + num_new, S)  # [B, S]
+    start = jnp.clip(num_new - S, 0, T - size)  # the first of the columns that fit
 
     def write(old: Array, values: Array) -> Array:
+        # The columns are moved to their slots in slices, because a gather of S slots is slower.
+        moved = []
+        for i in range(len(old)):
+            row = jax.lax.dynamic_slice_in_dim(values[i : i + 1], start[i], size, axis=2)
+            padding = [(0, 0), (0, 0), (0, S - size), *[(0, 0)] * (row.ndim - 3)]
+            moved.append(jnp.roll(jnp.pad(row, padding), (first[i, 0] + start[i]) % S, axis=2))
         is_new = jnp.expand_dims(stored >= first, (1, *range(3, old.ndim)))
-        return jnp.where(is_new, _take_columns(values, columns), old)
+        return jnp.where(is_new, jnp.concatenate(moved), old)
 
     return jax.tree.map(write, block, key_value)
 
@@ -257,6 +273,20 @@ def as_arrays(
     """Return keys and values as arrays; quantized ones are dequantized to `dtype`."""
     k, v = (x.dequantized(dtype) if isinstance(x, QuantizedKV) else x for x in block)
     return k, v
+
+
+def _barrier_on_gpu(arrays: Any) -> Any:
+    """Return the arrays; on a GPU, XLA optimizes their computation and their use separately.
+
+    Without this, XLA reads rows directly from the cache in each operation that uses them, and
+    copies the whole cache, because some of these operations run after the cache is updated.
+    """
+
+    def keep(arrays: Any) -> Any:
+        return arrays
+
+    barrier = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(arrays, cuda=barrier, rocm=barrier, default=keep)
 
 
 def _take_columns(x: Array, columns: Int[Array, "B S"]) -> Array:

@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -149,6 +149,12 @@ def gpu_target_config(topology: Topology) -> str:
     )
 
 
+def compile_only_model(workload: Workload) -> Ovis:
+    """Return the model of a workload, with the attention kernels of its devices."""
+    platform = workload.topology.device.jax_platform
+    return Ovis(workload.config, platform=platform, kv_cache_dtype=workload.kv_cache_dtype)
+
+
 def compile_program(workload: Workload, program: Program) -> Any:
     """Compile a program for the devices of a workload.
 
@@ -157,8 +163,7 @@ def compile_program(workload: Workload, program: Program) -> Any:
         small.
     """
     mesh = compile_only_mesh(workload.topology, workload.mesh_sizes)
-    platform = workload.topology.device.jax_platform
-    model = Ovis(workload.config, platform=platform, kv_cache_dtype=workload.kv_cache_dtype)
+    model = compile_only_model(workload)
     params = unflatten_dict(abstract_params(workload, mesh), sep="/")
     cache = abstract_cache(workload, mesh)
     logits = NamedSharding(mesh, PartitionSpec("data", "model"))
@@ -187,25 +192,43 @@ def analyze_program(workload: Workload, program: Program) -> dict[str, Any]:
     """Compile a program, and collect its memory use and its operations.
 
     Returns:
-      A dict with the program's bytes on one device ("arguments", "output", "aliased", "temp" and
-      "peak"), the bytes of the KV cache ("cache"), "collectives" by kind, "all_reduces_per_block",
-      "kernels" by name, "compile_seconds", and "weight_sized": the result of
-      `count_weight_sized_operations` for the matrices and the cache. The cache is left out of this
-      count if a prompt fills it, because the prompt's keys then have the same shape. If the device
-      memory is too small, the dict contains only "error" (the compiler's message) and "peak" (the
-      requested bytes, or None if the message does not state them).
+      The result of `analyze_compilation`, with "weight_sized" for the matrices and the cache, and
+      the bytes of the KV cache ("cache"). "weight_sized" leaves out the cache if a prompt fills it,
+      because the prompt's keys then have the same shape.
     """
-    found, hlo = measure_compilation(lambda: compile_program(workload, program))
-    if "error" in found:
-        return found
     stored = matrix_shapes(workload)
     if program == "decode" or workload.prompt_positions < workload.max_length:
         stored += cache_shapes(workload)
+    analysis = analyze_compilation(partial(compile_program, workload, program), stored)
+    if "error" in analysis:
+        return analysis
+    cache = abstract_cache(workload, workload.abstract_mesh)
+    return {**analysis, "cache": bytes_per_device(cache)}
+
+
+def analyze_compilation(
+    compile_one: Callable[[], Any], stored_shapes: Iterable[tuple[int, ...]]
+) -> dict[str, Any]:
+    """Compile a program, and collect its memory use and its operations.
+
+    Args:
+      compile_one: Compiles and returns the program.
+      stored_shapes: Shapes of the matrices and the cache, as in `count_weight_sized_operations`.
+
+    Returns:
+      A dict with the program's bytes on one device ("arguments", "output", "aliased", "temp" and
+      "peak"), "collectives" by kind, "all_reduces_per_block", "kernels" by name, "compile_seconds",
+      and "weight_sized", the result of `count_weight_sized_operations`. If the device memory is too
+      small, the dict contains only "error" (the compiler's message) and "peak" (the requested
+      bytes, or None if the message does not state them).
+    """
+    found, hlo = measure_compilation(compile_one)
+    if "error" in found:
+        return found
     return {
         **found,
-        "cache": bytes_per_device(abstract_cache(workload, workload.abstract_mesh)),
         "all_reduces_per_block": max_all_reduces_per_block(hlo),
-        "weight_sized": count_weight_sized_operations(hlo, stored),
+        "weight_sized": count_weight_sized_operations(hlo, stored_shapes),
     }
 
 
@@ -214,8 +237,8 @@ def measure_compilation(compile_program: Callable[[], Any]) -> tuple[dict[str, A
 
     Returns:
       A dict with the entries "arguments", "output", "aliased", "temp", "peak", "collectives",
-      "kernels" and "compile_seconds" of `analyze_program`, and the text. If the device memory is
-      too small, the dict contains only "error" and "peak", and the text is empty.
+      "kernels" and "compile_seconds" of `analyze_compilation`, and the text. If the device memory
+      is too small, the dict contains only "error" and "peak", and the text is empty.
     """
     start = time.perf_counter()
     try:

@@ -13,6 +13,7 @@ from benchmarks.compile_for_accelerators import (
     print_checks,
     program_table,
 )
+from ovis_jax.plan import aot_compile
 
 runner = CliRunner()
 
@@ -101,3 +102,12 @@ def test_topology_and_formats_of_ones_own(app, tmp_path):
     plans = json.loads(path.read_text())["plans"]
     assert [plan["batch"] for plan in plans] == [1, 1]
     assert plans[1]["kv_cache_dtype"] == "int8" and not plans[1]["programs"]
+
+
+def test_missing_compilers_are_named(app, monkeypatch):
+    """The figures of such a topology come from formulas; the table says how to install one."""
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr(aot_compile, "installed_compiler", lambda platform: None)
+    result = runner.invoke(app, ["--topology", "h100:1", "--topology", "v6e:1x1"])
+    assert result.exit_code == 0, result.output
+    assert "'.[cuda12]' or '.[cuda13]'" in result.output and "'.[tpu]'" in result.output

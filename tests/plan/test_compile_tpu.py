@@ -84,3 +84,13 @@ def test_9b(target, tmp_path):
     # Splash attention in every block.
     assert sum(prefill["kernels"].values()) == 42 and sum(images["kernels"].values()) == 27
     assert all("splash" in kernel for kernel in (*prefill["kernels"], *images["kernels"]))
+
+
+def test_chunks_of_the_engine(tmp_path):
+    """A prefill step of the engine copies no cache, in any format."""
+    output = tmp_path / "results.json"
+    command = "benchmarks.compile_engine_programs --topology v6e:1x1 --json".split()
+    arguments = [*command, str(output), "--program", "prefill_chunks x1"]
+    subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, check=True, timeout=1800)
+    programs = json.loads(output.read_text())["programs"]
+    assert len(programs) == 6 and all(all(x["checks"].values()) for x in programs)
