@@ -155,4 +155,5 @@ def test_links_point_to_files_and_headings(page):
         assert target.exists(), path
         if heading:
             lines = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
-            assert heading in [line.lower().replace(" ", "-") for line in lines], path
+            anchors = [re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in lines]
+            assert heading in anchors, path

@@ -145,11 +145,8 @@ class ModelRunner:
         self.chunk_size = min(chunk_size, max_model_len)
         self.cache_lengths = cache_lengths(max_model_len)
         self.tokens_per_crop = model.config.visual_tokenizer.tokens_per_crop
-        self.ring_slots = min(
-            kv_cache.num_slots(model.config.decoder, block, max_model_len, model.kv_cache_dtype)
-            for block in range(model.config.decoder.depth)
-        )
         self._model = model
+        self.ring_slots = min(self._num_slots(max_model_len))
         self._mask_length = -(-model.config.decoder.vocab_size // 32)
         dtype = activation_dtype(params)
         max_crops = self.max_model_len // self.tokens_per_crop
@@ -179,7 +176,7 @@ class ModelRunner:
             out_shardings=replicated,
         )
         states = {
-            length: abstract_state(model, params, max_num_seqs, length)
+            max(self._num_slots(length)): abstract_state(model, params, max_num_seqs, length)
             for length in reversed(self.cache_lengths)
         }
         with ThreadPoolExecutor(os.cpu_count(), "ovis-compile") as pool:
@@ -244,6 +241,11 @@ class ModelRunner:
         self.positions_per_decode_step = math.ceil(self.decode_seconds / seconds_per_position)
         self.crop_cost = math.ceil(crop_seconds / seconds_per_position)
 
+    def _num_slots(self, length: int) -> list[int]:
+        """Return the number of slots of each block in a cache of `length` positions."""
+        config, dtype = self._model.config.decoder, self._model.kv_cache_dtype
+        return [kv_cache.num_slots(config, i, length, dtype) for i in range(config.depth)]
+
     def init_decode_state(self, cache_length: int) -> DecodeState:
         """Return a state with empty slots and a cache of one of the `cache_lengths`."""
         return self._init_decode_state(max_length=cache_length)
@@ -263,10 +265,7 @@ class ModelRunner:
 
     def _resize_cache(self, state: DecodeState, length: int) -> DecodeState:
         blocks: list[CacheBlock] = []
-        for i, block in enumerate(state.cache.blocks):
-            num_slots = kv_cache.num_slots(
-                self._model.config.decoder, i, length, self._model.kv_cache_dtype
-            )
+        for block, num_slots in zip(state.cache.blocks, self._num_slots(length), strict=True):
             if num_slots == kv_cache.length(block):
                 blocks.append(block)
                 continue
@@ -418,7 +417,8 @@ class _ProgramPerLength:
       function: The function.
       state_argument: Index of its argument that is a `DecodeState`, which is donated.
       out_shardings: Shardings of the results, as in `jax.jit`.
-      states: Abstract states by the length of their cache, in the order in which to compile.
+      states: Abstract states by the length of their longest block, in the order in which to
+        compile.
       pool: The threads that compile.
     """
 
@@ -441,12 +441,12 @@ class _ProgramPerLength:
             return self._function(*arguments)
         before, after = arguments[: self._state_argument], arguments[self._state_argument + 1 :]
         if not self._programs:
-            for length, state in self._states.items():
+            for longest, state in self._states.items():
                 lowered = self._jitted.lower(*before, state, *after)
-                self._programs[length] = self._pool.submit(lowered.compile)
+                self._programs[longest] = self._pool.submit(lowered.compile)
         blocks = arguments[self._state_argument].cache.blocks
-        length = max(kv_cache.length(block) for block in blocks)
-        return self._programs[length].result()(*arguments)
+        longest = max(kv_cache.length(block) for block in blocks)
+        return self._programs[longest].result()(*arguments)
 
 
 def abstract_state(model: Ovis, params: Params, num_seqs: int, cache_length: int) -> DecodeState:
