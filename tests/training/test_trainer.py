@@ -99,11 +99,14 @@ def test_stop_after_a_save_repeats_no_step(train, write_config, tmp_path, monkey
     path = write_config(f'data.validation_files = ["{tmp_path / "train.jsonl"}"]')
     finished = stop_at()
 
-    def validation_accuracy(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return {"all": 1.0}
+    validation_answers = Trainer._validation_answers
 
-    monkeypatch.setattr(Trainer, "_validation_accuracy", validation_accuracy)
+    def answer_and_stop(*arguments):
+        answers = validation_answers(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return answers
+
+    monkeypatch.setattr(Trainer, "_validation_answers", answer_and_stop)
     overrides = ("run.eval_steps=3", "training.max_steps=6")  # step 3 is not a multiple of 4
     assert [train(path, *overrides) for _ in range(2)] == [False, True]
     assert len(finished) == 6
