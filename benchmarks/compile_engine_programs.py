@@ -17,8 +17,8 @@ from rich.console import Console
 from benchmarks.support.engine_programs import (
     NUM_PARTIAL_PREFILLS,
     analyze_engine_programs,
-    with_depth,
 )
+from benchmarks.support.reduced_depth import with_depth
 from benchmarks.support.results import JsonOption, print_results, write_results
 from ovis_jax.errors import install_command
 from ovis_jax.model.kv_cache import KVCacheDtype

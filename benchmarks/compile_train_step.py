@@ -6,7 +6,6 @@ It also compiles larger batches for one chip, for the 9B with one block per tran
 needs libtpu but no TPU, and no program is executed. The compiler reports the bytes per device.
 """
 
-from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -14,8 +13,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Column, Table
 
+from benchmarks.support.reduced_depth import with_depth
 from benchmarks.support.results import JsonOption, write_results
-from ovis_jax.config import OvisConfig
 from ovis_jax.plan.aot_compile import compile_only_mesh, measure_compilation
 from ovis_jax.plan.hlo_analysis import bytes_per_device
 from ovis_jax.plan.topologies import GIB, MeshSizes, parse_topology
@@ -25,12 +24,6 @@ from ovis_jax.training.abstract_step import abstract_step, lower_train_step
 from ovis_jax.training.config import TrainConfig
 from ovis_jax.training.trainable import TRAINABLE_PARTS
 from ovis_jax.training.training_workload import TrainingWorkload
-
-
-def with_depth(config: OvisConfig, depth: int) -> OvisConfig:
-    """Return the config of a model with `depth` blocks in each transformer."""
-    tokenizer = replace(config.visual_tokenizer, vision=replace(config.vision, depth=depth))
-    return replace(config, visual_tokenizer=tokenizer, decoder=replace(config.decoder, depth=depth))
 
 
 def make_recipe(

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import AbstractMesh, Mesh
 
-from ovis_jax.config import OvisConfig
 from ovis_jax.engine.runner import abstract_state, cache_lengths, state_shardings
 from ovis_jax.engine.state import (
     DecodeState,
@@ -57,14 +56,6 @@ class EngineProgram(NamedTuple):
     lower: Callable[[], Any]
     updated: Any
     """The arrays that the program updates in place."""
-
-
-def with_depth(config: OvisConfig, depth: int) -> OvisConfig:
-    """Return the config of a model with at most `depth` blocks in each transformer."""
-    vision = replace(config.vision, depth=min(depth, config.vision.depth))
-    decoder = replace(config.decoder, depth=min(depth, config.decoder.depth))
-    tokenizer = replace(config.visual_tokenizer, vision=vision)
-    return replace(config, visual_tokenizer=tokenizer, decoder=decoder)
 
 
 def abstract_adapted_params(workload: Workload, mesh: Any, rank: int | None) -> Params:

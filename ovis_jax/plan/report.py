@@ -11,17 +11,22 @@ from ovis_jax.plan.memory_estimate import RESERVED_FRACTION
 from ovis_jax.plan.topologies import GIB
 
 
-def plan_summary_line(plan: dict[str, Any]) -> str:
-    """Say in one line whether a plan fits and, if not, the shortfall and the smallest change."""
-    size = f"batch-size {plan['batch']}, max-model-len {plan['max_length']}"
-    where = f"{plan['topology']}, {size}"
+def describe_fit(where: str, plan: dict[str, Any]) -> str:
+    """Say whether a plan fits, and the spare memory, the shortfall or the compiler's error."""
     if plan["fits"]:
         spare = plan["bytes"]["usable"] - plan["bytes"]["peak"]
         return f"{where}: fits, {format_gib(spare)} GiB to spare per device"
     if plan["over_by"]:
-        text = f"{where}: does not fit, {format_gib(plan['over_by'])} GiB short per device"
-    else:
-        text = f"{where}: the compiler rejects it: {plan['compiler_errors'][0]}"
+        return f"{where}: does not fit, {format_gib(plan['over_by'])} GiB short per device"
+    return f"{where}: the compiler rejects it: {plan['compiler_errors'][0]}"
+
+
+def plan_summary_line(plan: dict[str, Any]) -> str:
+    """Say in one line whether a plan fits and, if not, the shortfall and the smallest change."""
+    size = f"batch-size {plan['batch']}, max-model-len {plan['max_length']}"
+    text = describe_fit(f"{plan['topology']}, {size}", plan)
+    if plan["fits"]:
+        return text
     if plan["change"] is None:
         return f"{text}; no known topology of this kind is large enough"
     options, peak = plan["change"]["options"], plan["change"]["peak"]

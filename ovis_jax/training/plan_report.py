@@ -7,20 +7,15 @@ from rich.console import Console
 from ovis_jax.console import print_table
 from ovis_jax.errors import count_noun
 from ovis_jax.plan.memory_estimate import RESERVED_FRACTION
-from ovis_jax.plan.report import format_gib, program_rows
+from ovis_jax.plan.report import describe_fit, format_gib, program_rows
 
 
 def training_summary_line(plan: dict[str, Any]) -> str:
     """Say in one line whether a recipe fits and, if not, the shortfall and what would fit."""
     size = f"{count_noun(plan['rows'], 'row')} of {count_noun(plan['length'], 'position')}"
-    where = f"{plan['training']} on {plan['topology']}, {size}"
+    text = describe_fit(f"{plan['training']} on {plan['topology']}, {size}", plan)
     if plan["fits"]:
-        spare = plan["bytes"]["usable"] - plan["bytes"]["peak"]
-        return f"{where}: fits, {format_gib(spare)} GiB to spare per device"
-    if plan["over_by"]:
-        text = f"{where}: does not fit, {format_gib(plan['over_by'])} GiB short per device"
-    else:
-        text = f"{where}: the compiler rejects it: {plan['compiler_errors'][0]}"
+        return text
     if not plan["changes"]:
         return f"{text}; no change of the method, the micro-batch, the mesh or the topology fits"
     changes = (

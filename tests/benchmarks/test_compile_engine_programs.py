@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from benchmarks import compile_engine_programs
 from benchmarks.compile_engine_programs import FORMATS, passed_checks, program_table
-from benchmarks.support.engine_programs import engine_programs, with_depth
+from benchmarks.support.engine_programs import engine_programs
+from benchmarks.support.reduced_depth import with_depth
 from ovis_jax import presets
 from ovis_jax.plan.workload_from_names import make_workload
 
